@@ -1,0 +1,156 @@
+"""All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fedproxy.errors import ClientError
+
+_FORMAT = "fedproxy-1"
+Tensors = Mapping[str, Tensor]
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of one safetensors file, read one at a time when asked for.
+
+    Args:
+        path: The file.
+        prefix: Only tensors whose name starts with this are seen, under the rest of their name.
+    """
+
+    def __init__(self, path: str | Path, prefix: str = "") -> None:
+        self.path, self.prefix = Path(path), prefix
+        self._file = safe_open(self.path, framework="pt")
+        self._names = tuple(sorted(n.removeprefix(prefix) for n in self._file.keys() if n.startswith(prefix)))  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(self.prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(self._file.get_slice(self.prefix + name).get_shape())
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What the server sends to every client of a round."""
+
+    round: int
+    """Round number, from 1."""
+    state: Tensors
+    """Trainable state phi^t that clients start from."""
+    conflict: Tensors | None = None
+    """Per-coordinate conflict C of the previous round (Eq 7), or None in the first."""
+    job: Mapping[str, Any] = field(default_factory=dict)
+    """Plain settings of the client's task (learning rate, batch size, ...)."""
+    extras: Mapping[str, Tensors] = field(default_factory=dict)
+    """What a rule sends beyond the state, by group."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the broadcast as one safetensors file."""
+        groups = {"state": self.state, **({} if self.conflict is None else {"conflict": self.conflict})}
+        meta = {"round": self.round, "job": dict(self.job), "has_conflict": self.conflict is not None}
+        _save(path, "broadcast", meta, groups, self.extras)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Broadcast":
+        """Read a broadcast; its tensors stay in the file until they are used.
+
+        Raises:
+            ClientError: If the file is not a broadcast.
+        """
+        meta, extras = _load(path, "broadcast")
+        conflict = TensorFile(path, "conflict/") if meta["has_conflict"] else None
+        return cls(meta["round"], TensorFile(path, "state/"), conflict, meta["job"], extras)
+
+    @property
+    def bytes(self) -> int:
+        """Payload size in bytes: state, conflict and extras."""
+        return nbytes(self.state) + nbytes(self.conflict or {}) + sum(nbytes(group) for group in self.extras.values())
+
+
+@dataclass(frozen=True)
+class ClientUpdate:
+    """What one client sends back: its change of the broadcast state, and no data."""
+
+    client_id: str
+    delta: Tensors
+    """The client's state minus the broadcast state; may be file-backed (:class:`TensorFile`)."""
+    num_examples: int = 1
+    """Training examples seen by the client, counted once per epoch set: its weight in linear rules."""
+    num_tokens: int = 0
+    """Answer tokens trained on."""
+    train_loss: float | None = None
+    """Mean task loss over the client's local steps (nats per answer token)."""
+    seconds: float = 0.0
+    """Wall time of local training."""
+    extras: Mapping[str, Tensors] = field(default_factory=dict)
+    """Further statistics that a rule asks for (control variates, Fisher, Gram), by group."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the update as one safetensors file."""
+        names = ("client_id", "num_examples", "num_tokens", "train_loss", "seconds")
+        _save(path, "client_update", {name: getattr(self, name) for name in names}, {"delta": self.delta}, self.extras)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ClientUpdate":
+        """Read an update; its tensors stay in the file until they are used.
+
+        Raises:
+            ClientError: If the file is not a client update.
+        """
+        meta, extras = _load(path, "client_update")
+        return cls(delta=TensorFile(path, "delta/"), extras=extras, **meta)
+
+    @property
+    def bytes(self) -> int:
+        """Payload size in bytes: delta and extras."""
+        return nbytes(self.delta) + sum(nbytes(group) for group in self.extras.values())
+
+
+def nbytes(tensors: Tensors) -> int:
+    """Return the bytes that the tensors of a mapping take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _save(
+    path: str | Path, kind: str, meta: Mapping[str, Any], groups: Mapping[str, Tensors], extras: Mapping[str, Tensors]
+) -> None:
+    named = {**groups, **{f"extras/{group}": tensors for group, tensors in extras.items()}}
+    flat = {
+        f"{group}/{name}": tensor.contiguous() for group, tensors in named.items() for name, tensor in tensors.items()
+    }
+    header = {**meta, "extras": sorted(extras)}
+    save_file(flat, str(path), metadata={"format": _FORMAT, "kind": kind, "meta": json.dumps(header)})
+
+
+def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ClientError(
+            f"{path} is not a readable safetensors file ({error}); ask its sender to send it again"
+        ) from error
+    if header.get("format") != _FORMAT or header.get("kind") != kind:
+        raise ClientError(
+            f"{path} is not a FedProxy {kind.replace('_', ' ')}; ask its sender for one of format {_FORMAT}"
+        )
+    meta: dict[str, Any] = json.loads(header["meta"])
+    groups: list[str] = meta.pop("extras")
+    return meta, {group: TensorFile(path, f"extras/{group}/") for group in groups}

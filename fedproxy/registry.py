@@ -1,0 +1,73 @@
+"""Named component families: subclassing registers, a dataclass's fields are its options."""
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from fedproxy.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Component:
+    """Base of every component family.
+
+    A family's base names the family (``class Aggregator(Component, family="aggregator")``), a member names itself
+    (``class FedAvg(Aggregator, name="fedavg")``). A subclass without a name is abstract and stays out of the registry.
+    """
+
+    family: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    _members: ClassVar[dict[str, type["Component"]]] = {}
+
+    def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family:
+            cls.family = family
+            cls._members = {}
+            return
+        if not name:
+            # dataclass(slots=True) builds the class a second time, without the class keywords: the new one takes over.
+            twin = cls._members.get(cls.name)
+            if twin is None or (twin.__module__, twin.__qualname__) != (cls.__module__, cls.__qualname__):
+                cls.name = ""
+                return
+            name = cls.name
+        other = cls._members.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ConfigError(
+                f"{cls.family} {name!r} is registered twice, by {other.__module__}.{other.__qualname__} and "
+                f"{cls.__module__}.{cls.__qualname__}; give one of them another name"
+            )
+        cls.name = name
+        cls._members[name] = cls
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names registered in this family, sorted."""
+        return tuple(sorted(cls._members))
+
+    @classmethod
+    def by_name(cls, name: str) -> type[Self]:
+        """Return the member called ``name``.
+
+        Raises:
+            ConfigError: If the family has no such member; the message names the nearest one.
+        """
+        try:
+            return cls._members[name]  # type: ignore[return-value]
+        except KeyError:
+            hint = nearest(name, cls._members)
+            raise ConfigError(f"{cls.family}.name: unknown {cls.family} {name!r}{hint}") from None
+
+    def require(self, option: str, ok: bool, rule: str) -> None:
+        """Raise a one-line ConfigError about ``option`` unless ``ok``; for use in ``__post_init__``."""
+        if not ok:
+            raise ConfigError(f"{self.family}.{option} must be {rule}, got {getattr(self, option)!r}")
+
+
+def import_members(package: str, path: Iterable[str]) -> None:
+    """Import every module of a package, so that the components they define are registered."""
+    for module in pkgutil.iter_modules(path):
+        importlib.import_module(f"{package}.{module.name}")

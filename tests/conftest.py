@@ -1,0 +1,1 @@
+"""Shared fixtures: small random models and rows."""
