@@ -1,7 +1,6 @@
 """The one round loop: every federated method runs through it."""
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.sampling import sample_clients
+from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.functional import factor_mean_error
@@ -82,12 +82,14 @@ class Federation:
         trained = time.perf_counter()
         merged = self.aggregator.aggregate(updates, before.aggregator_memory)
         state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
+        clients = [update.client_id for update in updates]
+        examples = [update.num_examples for update in updates]
         record: Record = {
             "round": number,
-            "clients": [update.client_id for update in updates],
-            "train_loss": {update.client_id: update.train_loss for update in updates},
-            "regularizer_loss": {update.client_id: update.regularizer_loss for update in updates},
-            **merged.diagnostics,
+            "clients": clients,
+            "train_loss": _mean([update.train_loss for update in updates], examples),
+            "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
+            **{name: _by_client(value, clients) for name, value in merged.diagnostics.items()},
             "factor_mean_error": self._factor_error(before.state, updates),
             "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(updates),
@@ -108,14 +110,20 @@ class Federation:
         return factor_mean_error(states, weights, self.lora_scaling)
 
 
+def _by_client(value: Any, clients: Sequence[str]) -> Any:
+    """Return per-client figures as a list in the order of the record's clients."""
+    return [value.get(client) for client in clients] if isinstance(value, Mapping) else value
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    known = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None]
+    total = sum(weight for _, weight in known)
+    return sum(value * weight for value, weight in known) / total if total else None
+
+
 def _write_journal(journal: Path, records: Sequence[Record]) -> None:
     """Make the journal hold exactly the finished rounds: a kill between checkpoint and journal may have lost a line."""
-    part = journal.with_name(journal.name + ".part")
-    try:
-        part.write_text("".join(_line(record) for record in records))
-        part.replace(journal)
-    except OSError as error:
-        raise CheckpointError(f"{journal} cannot be written: {error}") from error
+    write_text(journal, "".join(_line(record) for record in records))
 
 
 def _append(journal: Path, record: Record) -> None:
@@ -129,15 +137,4 @@ def _append(journal: Path, record: Record) -> None:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(_finite(record), allow_nan=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Replace NaN and infinities, which JSON lacks, by null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(plain(record), allow_nan=False) + "\n"
