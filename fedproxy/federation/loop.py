@@ -39,6 +39,11 @@ class Federation:
     """alpha / r of the state's LoRA pairs; None where the state holds none."""
     seed: int
 
+    @property
+    def clients_in_round(self) -> int:
+        """How many clients take part in each round."""
+        return len(self.clients) if self.clients_per_round == "all" else int(self.clients_per_round)
+
     def run(
         self,
         progress: Progress,
@@ -97,9 +102,7 @@ class Federation:
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
-        return Progress(
-            number, state, dict(merged.conflict or {}), memory, merged.memory, [*before.records, record]
-        )
+        return Progress(number, state, dict(merged.conflict or {}), memory, merged.memory, [*before.records, record])
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
         if self.lora_scaling is None or len(updates) < 2:

@@ -1,6 +1,6 @@
 """What a person sees while a run goes on: stages, one line per round, a bar for slow work."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,6 @@ class Display:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self._bar: Progress | None = None
 
     def say(self, message: str) -> None:
         """Print one line."""
@@ -31,6 +30,12 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             yield Bar(progress, progress.add_task(label, total=total))
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a progress bar that is told how many parts are done, out of how many."""
+        with self.bar(label, 1) as bar:
+            yield bar.set
 
     def round(self, record: Mapping[str, Any], rounds: int) -> None:
         """Print a round's line: loss, heterogeneity, conflict, seconds, bytes."""
@@ -55,3 +60,6 @@ class Bar:
         """One part is done."""
         self._progress.update(self._task, advance=1, **({"description": label} if label else {}))
 
+    def set(self, done: int, total: int) -> None:
+        """So many parts are done, out of so many."""
+        self._progress.update(self._task, completed=done, total=total)

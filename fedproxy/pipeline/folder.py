@@ -52,7 +52,13 @@ class RunFolder:
             self.server.mkdir(parents=True, exist_ok=True)
             self.config.write_text(to_yaml(config))
         except OSError as error:
-            raise CheckpointError(f"output_dir {self.root} cannot be written ({error}); choose another output_dir") from error
+            raise CheckpointError(
+                f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
+            ) from error
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the lines of rounds.jsonl."""
+        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.is_file() else []
 
     def _claim_existing(self, config: RunConfig) -> None:
         if config.overwrite:

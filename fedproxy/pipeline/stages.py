@@ -17,16 +17,15 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, save_model
-from fedproxy.models.decoder import parameter_count
+from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.loggers import log_round, round_loggers
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable.base import TrainableModel
-
-SERVER_SECONDS = ("compression", "distillation", "fusion")
 
 
 @dataclass
@@ -137,42 +136,64 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         lora_scaling=getattr(config.trainable, "scaling", None),
         seed=config.seed,
     )
-    try:
-        progress = federation.run(
-            progress,
-            config.federation.rounds,
-            engine,
-            checkpoints=checkpoints,
-            journal=run.folder.journal,
-            display=run.display,
-        )
-    finally:
-        engine.close()
+    left = config.federation.rounds - progress.round
+    loggers = round_loggers(config.loggers, run.folder.root)
+    with run.display.bar("clients", left * federation.clients_in_round) as bar:
+
+        def on_round(record: Mapping[str, Any]) -> None:
+            run.display.round(record, config.federation.rounds)
+            log_round(loggers, record)
+
+        try:
+            progress = federation.run(
+                progress,
+                config.federation.rounds,
+                engine,
+                checkpoints=checkpoints,
+                journal=run.folder.journal,
+                on_round=on_round,
+                on_client=lambda number, update: bar.step(f"round {number}: {update.client_id}"),
+            )
+        finally:
+            engine.close()
     model.load_state(progress.state)
     return model, progress
 
 
-def fuse(run: Run, model: TrainableModel, rounds: int) -> None:
-    """Stage (iii): write ``adapter/`` and ``fused/``; each round count is fused once."""
-    if run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir():
-        return
+@dataclass
+class TunedProxy:
+    """The proxy after federation, taken apart: weights as broadcast, and those that tuning changed."""
+
+    proxy: PreTrainedModel
+    """The plain proxy as broadcast."""
+    merged: dict[str, Tensor]
+    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
+
+    def model(self) -> PreTrainedModel:
+        """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
+        tuned = share_weights(self.proxy)
+        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
+        return tuned
+
+
+def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
+    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy."""
     started = time.perf_counter()
+    done = run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir()
+    if not done:
+        model.save_adapter(run.folder.adapter)
+    merged = dict(model.merged_weights())
+    tuned = TunedProxy(model.detach(), merged)
+    if done:
+        return tuned
     target, tokenizer = run.target()
-    layer_map = LayerMap.load(run.folder.layer_map)
-    before, after = weights_before_and_after(model)
-    fused = run.config.fusion.fuse(target, before, after, layer_map)
-    model.save_adapter(run.folder.adapter)
+    before = tuned.proxy.state_dict()
+    fused = run.config.fusion.fuse(target, before, {**before, **merged}, LayerMap.load(run.folder.layer_map))
     card = model_card("fused", {}, method=run.config.method, parameters=run.facts["target_parameters"])
     save_model(fused, tokenizer, run.folder.fused, card=card)
     run.note(fused_after_round=rounds)
     run.note_seconds("fusion", time.perf_counter() - started)
-
-
-def weights_before_and_after(model: TrainableModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the plain proxy's weights as broadcast, and as tuned: merged ones in float32, the rest shared."""
-    merged = dict(model.merged_weights())
-    before = model.plain_state()
-    return before, {**before, **merged}
+    return tuned
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
