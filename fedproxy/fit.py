@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
     from fedproxy.config import load_config
     from fedproxy.pipeline import run
-    from fedproxy.reporting.headline import headline
+    from fedproxy.reporting import headline
 
     config = load_config(arguments)
     report = run(config)

@@ -88,7 +88,9 @@ class OfflineTask:
 @functools.cache
 def offline_tasks() -> dict[str, OfflineTask]:
     """Return every task file of ours, by task name."""
-    return {path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_TASKS.glob("*.yaml"))}
+    return {
+        path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_TASKS.glob("*.yaml"))
+    }
 
 
 def task_names() -> tuple[str, ...]:

@@ -59,4 +59,6 @@ def _check_counts(name: str, questions: int, examples: int | None, limit: int | 
     if limit is not None and limit > questions:
         raise EvaluationError(f"evaluation.limit {limit} is above the {questions} questions of {name}; lower it")
     if examples is not None and num_fewshot > examples:
-        raise EvaluationError(f"evaluation.num_fewshot {num_fewshot} is above the {examples} examples of {name}; lower it")
+        raise EvaluationError(
+            f"evaluation.num_fewshot {num_fewshot} is above the {examples} examples of {name}; lower it"
+        )

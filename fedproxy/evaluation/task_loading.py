@@ -104,7 +104,9 @@ def _require_hub(task: OfflineTask, needs: Sequence[str]) -> None:
     declared = {split.partition("_")[0] for split in task.declared}
     for split in needs:
         if split not in declared:
-            raise EvaluationError(f"task {task.name!r} has no {split} split; choose one of {', '.join(sorted(declared))}")
+            raise EvaluationError(
+                f"task {task.name!r} has no {split} split; choose one of {', '.join(sorted(declared))}"
+            )
     if task.own or hub_is_off():
         raise EvaluationError(
             f"task {task.name!r} has no local {' and '.join(needs)} data under {cache_root() / task.asset}; "

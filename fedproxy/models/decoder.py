@@ -77,7 +77,7 @@ class Decoder:
                 state[self.full_name(new, name)] = source[self.full_name(old, name)].clone()
         shallow, info = type(self.model).from_pretrained(
             None,
-            config=self._subset_config(kept),
+            config=self.subset_config(kept),
             state_dict=state,
             dtype=self.model.dtype,
             output_loading_info=True,
@@ -91,7 +91,8 @@ class Decoder:
         model: PreTrainedModel = shallow.to(self.model.device).eval()
         return model
 
-    def _subset_config(self, kept: Sequence[int]) -> Any:
+    def subset_config(self, kept: Sequence[int]) -> Any:
+        """Return the configuration of a model of the blocks ``kept``: their number and per-layer lists, no origin."""
         config = copy.deepcopy(self.model.config)
         config._name_or_path = ""
         text = config.get_text_config()
