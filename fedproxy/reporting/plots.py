@@ -244,5 +244,6 @@ def _inline(svg: str, title: str, description: str) -> str:
     head, body = svg.split(">", 1)
     head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
     body = body.replace("xlink:href", "href")
+    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", body)  # the page holds several plots
     words = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
     return f'{head} role="img" aria-labelledby="{name}-t {name}-d">{words}{body}'
