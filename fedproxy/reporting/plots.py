@@ -1,44 +1,25 @@
-"""Plots of a run as inline SVG: text stays text, colours come from the page's style sheet, each has a description."""
+"""The plots of a run: scores, training loss, conflict, cosines of the updates and Block Influence."""
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.round_tables import mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
 from fedproxy.reporting.scores import MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.svg import INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDTH = 4.4
-"""Inches: narrow enough that text stays legible when a phone scales the plot down."""
-INK, FAINT = "#0a0b0c", "#0a0b0d"
-"""Stand-ins for the page's text and line colours; so are the series' colours below."""
-SERIES = tuple(f"#0a0c{index:02x}" for index in range(8))
-_STYLE_NAMES = {INK: "currentColor", FAINT: "var(--line)", **{c: f"var(--series-{i})" for i, c in enumerate(SERIES)}}
-_CELL_TEXT_LIMIT = 12
-"""Clients up to which a heat map writes its numbers into the cells."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A finished plot."""
-
-    title: str
-    svg: str
-    description: str
-    """What the plot shows, in words and numbers, for those who do not see it."""
+_NUMBERED_CELLS, _NAMED_CLIENTS = 12, 40
+"""Clients up to which a heat map writes numbers into its cells, and names along its sides."""
 
 
 def draw_plots(report: RunReport) -> list[Plot]:
     """Return every plot that the report has data for; ``report`` must be plain (from :meth:`RunReport.from_dict`)."""
-    plots = (_accuracy(report), _loss(report.rounds), _conflict(report.rounds), _cosine(report.rounds), _blocks(report))
-    return [plot for plot in plots if plot is not None]
+    found = (_accuracy(report), _loss(report.rounds), _conflict(report.rounds), _cosine(report.rounds), _blocks(report))
+    return [drawn for drawn in found if drawn is not None]
 
 
 def _accuracy(report: RunReport) -> Plot | None:
@@ -74,7 +55,7 @@ def _accuracy(report: RunReport) -> Plot | None:
         f"{task}: " + ", ".join(f"{m} {show.score(value_of(report.scores[m].get(task), metric))}" for m in models)
         for task, metric in rows
     )
-    return _plot(
+    return plot(
         "Scores per task", f"Bars, in per cent. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1)
     )
 
@@ -90,12 +71,12 @@ def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
         curves = {client: curve for client, curve in curves.items() if any(y is not None for _, y in curve)}
         if len(curves) < len(SERIES):
             for number, (client, curve) in enumerate(curves.items(), start=1):
-                _line(axes, curve, SERIES[number], client, width=1.1)
+                _line(axes, curve, SERIES[number], _short(client), width=1.1)
         _line(axes, known, INK, "mean", width=2.2)
         _round_axis(axes, rounds, "loss, nats per answer token")
         _legend(axes, 3)
 
-    return _plot("Training loss per round", f"Mean over clients. {_by_round(known)}.", draw)
+    return plot("Training loss per round", f"Mean over clients. {_by_round(known)}.", draw)
 
 
 def _of_client(rounds: Sequence[RoundReport], client: str) -> list[tuple[int, float | None]]:
@@ -123,46 +104,59 @@ def _conflict(rounds: Sequence[RoundReport]) -> Plot | None:
         _legend(axes, 2)
 
     words = f"Mean conflict. {_by_round(conflict)}." + (f" Mean heterogeneity. {_by_round(spread)}." if both else "")
-    return _plot("Conflict between clients per round", words, draw)
+    return plot("Conflict between clients per round", words, draw)
 
 
 def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
     lines = [line for line in rounds if line.cosine is not None and len(line.clients) > 1]
     if not lines:
         return None
-    clients, matrix = lines[-1].clients, lines[-1].cosine or ()
+    matrix, names = lines[-1].cosine or (), [_short(client) for client in lines[-1].clients]
+    few = len(names) <= _NUMBERED_CELLS
 
     def draw(axes: "Axes") -> None:
         from matplotlib import colormaps
-        from matplotlib.patches import Rectangle
 
-        for i, row in enumerate(matrix):
+        colors = [[colormaps["RdBu"](0.5 + 0.42 * _clipped(value)) for value in row] for row in matrix]
+        axes.imshow(colors, interpolation="nearest")
+        for i, row in enumerate(matrix if few else ()):
             for j, value in enumerate(row):
-                red, green, blue, _ = colormaps["RdBu"](
-                    0.5 if value is None else 0.5 + 0.42 * max(-1.0, min(1.0, value))
-                )
-                axes.add_patch(Rectangle((j - 0.5, i - 0.5), 0.97, 0.97, facecolor=(red, green, blue), linewidth=0))
-                if len(clients) <= _CELL_TEXT_LIMIT:
-                    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
-                    axes.text(
-                        j, i, show.NONE if value is None else f"{value:.2f}", ha="center", va="center", fontsize=8,
-                        color="#ffffff" if dark else "#16181d",
-                    )  # fmt: skip
-        side = range(len(clients))
-        axes.set(xlim=(-0.5, len(clients) - 0.5), ylim=(len(clients) - 0.5, -0.5))
-        axes.set_xticks(side, clients, rotation=30, ha="right", rotation_mode="anchor")
-        axes.set_yticks(side, clients)
+                red, green, blue, _ = colors[i][j]
+                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
+                axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=ink)
+        turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90, "fontsize": 7}
+        if len(names) <= _NAMED_CLIENTS:
+            axes.set_xticks(range(len(names)), names, **turn)
+            axes.set_yticks(range(len(names)), names, fontsize=9 if few else 7)
         axes.grid(visible=False)
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
+        axes.set_xlabel("blue: same direction, red: opposite")
 
-    pairs = [
-        f"{clients[i]} and {clients[j]} {show.fixed(matrix[i][j], 2)}"
-        for i in range(len(clients))
-        for j in range(i + 1, len(clients))
-    ]
     title = f"Cosine of client updates, round {lines[-1].round}"
-    return _plot(title, f"Heat map, 1 same and -1 opposite direction. {'; '.join(pairs)}.", draw, height=3.3)
+    return plot(title, f"Heat map, 1 same and -1 opposite direction. {_cosine_words(lines[-1])}.", draw, height=3.7)
+
+
+def _cosine_words(line: RoundReport) -> str:
+    """Return the cosine of every pair of clients, or of the closest and farthest pair where they are many."""
+    pairs = [
+        (value, f"{line.clients[i]} and {line.clients[j]} {show.fixed(value, 2)}")
+        for i, row in enumerate(line.cosine or ())
+        for j, value in enumerate(row)
+        if j > i
+    ]
+    if len(line.clients) <= _NUMBERED_CELLS:
+        return "; ".join(text for _, text in pairs)
+    known = sorted((value, text) for value, text in pairs if value is not None)
+    return f"{len(pairs)} pairs; lowest {known[0][1]}; highest {known[-1][1]}" if known else "no values"
+
+
+def _clipped(value: float | None) -> float:
+    return 0.0 if value is None else max(-1.0, min(1.0, value))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
 
 
 def _blocks(report: RunReport) -> Plot | None:
@@ -185,7 +179,7 @@ def _blocks(report: RunReport) -> Plot | None:
 
     values = ", ".join(f"{index} {show.number(value)}" for index, value in enumerate(found.scores))
     gone = ", ".join(map(str, removed)) or "none"
-    return _plot("Block Influence", f"Bars per block of the target. Removed: {gone}. Values: {values}.", draw)
+    return plot("Block Influence", f"Bars per block of the target. Removed: {gone}. Values: {values}.", draw)
 
 
 def _line(axes: "Axes", curve: Sequence[tuple[int, float | None]], color: str, label: str, width: float) -> None:
@@ -214,36 +208,3 @@ def _legend(axes: "Axes", columns: int) -> None:
 
 def _by_round(curve: Sequence[tuple[int, float | None]]) -> str:
     return ", ".join(f"round {number}: {show.fixed(value)}" for number, value in curve)
-
-
-def _plot(title: str, description: str, draw: Callable[["Axes"], None], height: float = 2.9) -> Plot:
-    """Draw on fresh axes and return the plot; nothing global is touched, so any thread may call this."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    style: dict[str, Any] = {
-        "svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "axes.edgecolor": FAINT, "grid.color": FAINT, "grid.linewidth": 0.6,
-        "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-    }  # fmt: skip
-    buffer = io.StringIO()
-    with mpl.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        draw(figure.add_subplot())
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Plot(title, _inline(buffer.getvalue(), title, description), description)
-
-
-def _inline(svg: str, title: str, description: str) -> str:
-    """Return Matplotlib's SVG for use inside a page: themed, scalable, with a title and a description."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    for color, name in _STYLE_NAMES.items():
-        svg = svg.replace(color, name)
-    name = re.sub(r"\W+", "-", title.lower())
-    head, body = svg.split(">", 1)
-    head = re.sub(r' (width|height|version|xmlns(:xlink)?)="[^"]*"', "", head)
-    body = body.replace("xlink:href", "href")
-    body = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", body)  # the page holds several plots
-    words = f'<title id="{name}-t">{escape(title)}</title><desc id="{name}-d">{escape(description)}</desc>'
-    return f'{head} role="img" aria-labelledby="{name}-t {name}-d">{words}{body}'

@@ -96,6 +96,16 @@ def test_one_client_and_many_clients(tmp_path, clients):
     assert to_html(report, tmp_path)
 
 
+def test_many_clients_are_summed_up_in_the_description():
+    words = {
+        p.title: p.description for p in draw_plots(plain(full_report(tuple(f"c{i:02d}" for i in range(20)), rounds=1)))
+    }
+    # 20 * 19 / 2 pairs, all -.1; ties go by name
+    assert (
+        "190 pairs; lowest c00 and c01 -0.10; highest c18 and c19 -0.10" in words["Cosine of client updates, round 1"]
+    )
+
+
 def test_plots_without_data_are_left_out(tmp_path):
     failed = RunReport(RunInfo("x", "fedproxy", "failed", 1, "2026-01-02T03:04:05Z", error="a & b"))
     assert draw_plots(plain(failed)) == []
@@ -105,6 +115,14 @@ def test_plots_without_data_are_left_out(tmp_path):
     rounds = [RoundReport(1, ("a", "b"), train_loss=float("nan")), RoundReport(2, ("a", "b"), train_loss=2.0)]
     (loss,) = draw_plots(plain(replace(failed, rounds=rounds)))
     assert "round 1: \N{EN DASH}, round 2: 2.000" in loss.description
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_plain_text_in_plots_whatever_they_hold():
+    page = plain(full_report(("$\\frac$", "北京", "x_y^{")))
+    svg = {plot.title: plot.svg for plot in draw_plots(page)}["Training loss per round"]
+    for name in ("$\\frac$", "北京", "x_y^{"):
+        assert f">{name}<" in svg
 
 
 def test_changes_are_set_apart_by_sign():
