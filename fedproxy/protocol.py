@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,13 @@ class ClientUpdate:
     delta: Tensors
     """The client's state minus the broadcast state; may be file-backed (:class:`TensorFile`)."""
     num_examples: int = 1
-    """Training examples seen by the client, counted once per epoch set: its weight in linear rules."""
+    """The client's training examples, each counted once: its weight in linear rules."""
     num_tokens: int = 0
     """Answer tokens trained on."""
     train_loss: float | None = None
     """Mean task loss over the client's local steps (nats per answer token)."""
+    regularizer_loss: float | None = None
+    """Mean of the regularizer's term over the same steps."""
     seconds: float = 0.0
     """Wall time of local training."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
@@ -104,8 +106,8 @@ class ClientUpdate:
 
     def save(self, path: str | Path) -> None:
         """Write the update as one safetensors file."""
-        names = ("client_id", "num_examples", "num_tokens", "train_loss", "seconds")
-        _save(path, "client_update", {name: getattr(self, name) for name in names}, {"delta": self.delta}, self.extras)
+        meta = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("delta", "extras")}
+        _save(path, "client_update", meta, {"delta": self.delta}, self.extras)
 
     @classmethod
     def load(cls, path: str | Path) -> "ClientUpdate":

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedproxy.plain_json import write_json, write_text
 from fedproxy.reporting.markdown import escape, markdown_table
 from fedproxy.reporting.pairing import PairedDifference, between_runs, paired_table
-from fedproxy.reporting.plain_json import write_json, write_text
 
 
 @dataclass(frozen=True)

