@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import BinaryCalibrationError
 
 
-class AnswerNLL(Metric):
+class AnswerNLL(Metric):  # type: ignore[misc]
     """Negative log-likelihood of the gold answer per answer token, in nats: sum of NLL over sum of tokens."""
 
     higher_is_better = False
@@ -31,7 +31,7 @@ class AnswerNLL(Metric):
         return self.nll / self.tokens
 
 
-class AnswerNLLTotal(MeanMetric):
+class AnswerNLLTotal(MeanMetric):  # type: ignore[misc]
     """Mean negative log-likelihood of the whole gold answer, in nats."""
 
     higher_is_better = False
@@ -41,7 +41,7 @@ class AnswerNLLTotal(MeanMetric):
         super().update(-loglikelihoods[gold])
 
 
-class Margin(MeanMetric):
+class Margin(MeanMetric):  # type: ignore[misc]
     """Mean probability of the gold choice minus the best other choice's, in [-1, 1].
 
     Probabilities are the softmax over the choices' summed log-likelihoods, the same that ``acc`` picks the largest of.
@@ -54,8 +54,8 @@ class Margin(MeanMetric):
         super().update(choice_margin(loglikelihoods, gold))
 
 
-class ChoiceCalibrationError(BinaryCalibrationError):
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, Eq 3): 15 equal bins of the top choice's probability."""
+class ChoiceCalibrationError(BinaryCalibrationError):  # type: ignore[misc]
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, Eq 3), 15 equal bins of the top probability."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(n_bins=15, norm="l1", **kwargs)

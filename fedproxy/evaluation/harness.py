@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["METRICS", "EvaluationResult", "check_tasks", "evaluate_model", "render_rows", "task_names"]
 
 METRICS = ("acc", "acc_norm", "answer_nll", "answer_nll_total", "margin", "ece")
-"""Names of the per-task scores of a multiple-choice task; each but ``ece`` and ``answer_nll`` is a mean over questions."""
+"""Names of a multiple-choice task's scores; each but ``ece`` and ``answer_nll`` is a mean over questions."""
 
 Progress = Callable[[int, int], None]
 """Called with (requests done, requests in all)."""
@@ -103,6 +103,8 @@ def evaluate_model(
             model.train(training)
     logged = raw.pop("samples")
     samples = {name: _question_samples(task, logged[name], lm.answer_tokens) for name, task in loaded.items()}
+    for name, results in raw["results"].items():
+        results |= _missing_stderrs(results, samples[name])
     scores = {name: _task_scores(raw["results"][name], samples[name]) for name in loaded}
     settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "split": split, "sharing": lm.sharing}
     return EvaluationResult(
@@ -215,17 +217,26 @@ def _question_samples(
     return samples
 
 
+def _missing_stderrs(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the standard error of accuracies where lm-eval gave none because another metric would need a bootstrap.
+
+    The formula is lm-eval's own: sample standard deviation over the square root of the number of questions.
+    """
+    found = {}
+    for metric in ("acc", "acc_norm"):
+        values = torch.tensor([float(sample[metric]) for sample in samples if metric in sample], dtype=torch.float64)
+        if results.get(f"{metric}_stderr,none") == "N/A" and len(values) > 1:
+            found[f"{metric}_stderr,none"] = float(values.std()) / math.sqrt(len(values))
+    return found
+
+
 def _task_scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return lm-eval's numbers for one task, standard errors of means filled in where it gave none, and ours."""
+    """Return lm-eval's numbers for one task, and ours from the same log-likelihoods."""
     scores: dict[str, float] = {}
     for key, value in results.items():
         metric, _, kind = key.partition(",")
         if kind and isinstance(value, (int, float)) and not isinstance(value, bool):
             scores[metric if kind == "none" else f"{metric}:{kind}"] = float(value)
-    for metric in ("acc", "acc_norm"):
-        values = [float(sample[metric]) for sample in samples if metric in sample]
-        if metric in scores and f"{metric}_stderr" not in scores and len(values) > 1:
-            scores[f"{metric}_stderr"] = float(torch.tensor(values, dtype=torch.float64).std()) / math.sqrt(len(values))
     scores["n"] = len(samples)
     if samples and all("gold" in sample for sample in samples):
         scores |= score_answers([(s["loglikelihoods"], s["gold"], s["answer_tokens"]) for s in samples])

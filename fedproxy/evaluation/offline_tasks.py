@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +9,10 @@ from typing import Any
 
 import yaml
 
+from fedproxy.data.assets import cache_root
 from fedproxy.errors import EvaluationError
 
 _TASKS = Path(__file__).parent / "tasks"
-
-
-def cache_root() -> Path:
-    """Return the folder of fetched models and data: ``$FEDPROXY_CACHE``, else the user's cache folder."""
-    return Path(os.environ.get("FEDPROXY_CACHE") or Path.home() / ".cache" / "fedproxy")
 
 
 @dataclass(frozen=True)
@@ -26,7 +21,7 @@ class OfflineTask:
 
     name: str
     text: str
-    """The file's content: ``include`` is relative to lm-eval's task folder, data files to the cache."""
+    """Its content: ``include`` names a file beside it or in lm-eval's task folder, data files lie in the cache."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -47,8 +42,8 @@ class OfflineTask:
 
     @property
     def own(self) -> bool:
-        """Whether the task is ours alone, so that no hub has its data."""
-        return "include" not in self.config
+        """Whether the task is ours alone: its template stands beside it and no hub has its data."""
+        return (_TASKS / str(self.config.get("include"))).is_file()
 
     def file(self, split: str) -> Path | None:
         """Return the file of ``train``, ``validation`` or ``test`` if the task declares the split and it exists."""
@@ -72,8 +67,8 @@ class OfflineTask:
         look for it.
         """
         config = self.config
-        if "include" in config:
-            config["include"] = str(lm_eval_folder() / "tasks" / config["include"])
+        base = _TASKS if self.own else lm_eval_folder() / "tasks"
+        config["include"] = str(base / config["include"])
         paths = {split: cache_root() / file for split, file in self.declared.items()}
         config["dataset_kwargs"] = {
             "data_files": {split: str(path) for split, path in paths.items() if path.is_file()},
@@ -88,13 +83,12 @@ class OfflineTask:
 @functools.cache
 def offline_tasks() -> dict[str, OfflineTask]:
     """Return every task file of ours, by task name."""
-    return {
-        path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in sorted(_TASKS.glob("*.yaml"))
-    }
+    files = sorted(path for path in _TASKS.glob("*.yaml") if not path.name.startswith("_"))
+    return {path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in files}
 
 
 def task_names() -> tuple[str, ...]:
-    """Return the names of the tasks that can run without a hub, sorted."""
+    """Return the names of the tasks that run on local files, sorted."""
     return tuple(sorted(offline_tasks()))
 
 

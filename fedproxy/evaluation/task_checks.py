@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedproxy.errors import EvaluationError, nearest
 from fedproxy.evaluation.offline_tasks import count_rows, offline_tasks, task_names
-from fedproxy.evaluation.task_loading import load_task, needed_splits
+from fedproxy.evaluation.task_loading import Split, load_task, needed_splits
 
 _SPLITS = ("test", "validation")
 
@@ -31,7 +31,7 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
             raise EvaluationError(f"unknown metric {metric!r}{nearest(metric, known)}")
 
 
-def check_task(name: str, limit: int | None, num_fewshot: int, split: str | None) -> None:
+def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | None) -> None:
     """Raise an EvaluationError unless the task exists, has data, and has as much of it as is asked for.
 
     A task with local files is not loaded, its rows are only counted; any other is loaded through the hub.

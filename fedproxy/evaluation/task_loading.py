@@ -6,14 +6,17 @@ import functools
 import logging
 import os
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from fedproxy.data.assets import cache_root
 from fedproxy.errors import EvaluationError, nearest
-from fedproxy.evaluation.offline_tasks import OfflineTask, cache_root, offline_tasks, task_names
+from fedproxy.evaluation.offline_tasks import OfflineTask, offline_tasks, task_names
 
 Split = Literal["test", "validation"]
 
@@ -184,13 +187,13 @@ def _load_from_hub(name: str, split: Split | None) -> list[LoadedTask]:
     if name not in manager.all_tasks:
         close = difflib.get_close_matches(name, [*task_names(), *manager.all_tasks], n=1)
         raise EvaluationError(f"unknown task {name!r}{nearest(name, close or task_names())}")
-    with quiet():
+    with quiet(), _hub_or_its_cache():
         try:
             tasks = manager.load([name])["tasks"]
         except Exception as error:  # datasets, the hub client and lm-eval raise many kinds
             raise EvaluationError(
                 f"task {name!r} has no local data and could not be loaded from the hub ({_line(error)}); "
-                f"tasks that need no hub: {', '.join(task_names())}"
+                f"tasks with local data: {', '.join(_with_data()) or 'none; run python -m fedproxy.assets fetch qa'}"
             ) from error
     return [LoadedTask(_with_split(task, split), None) for task in tasks.values()]
 
@@ -202,6 +205,39 @@ def hub_manager() -> Any:
 
     with quiet():
         return TaskManager()
+
+
+def _with_data() -> list[str]:
+    return [name for name, task in offline_tasks().items() if task.has((task.scored_split(None),))]
+
+
+@contextlib.contextmanager
+def _hub_or_its_cache() -> Iterator[None]:
+    """Where the hub does not answer, let its clients look into their caches only, without minutes of retries."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    if not any(before) and not _answers(huggingface_hub.constants.ENDPOINT):
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value
+
+
+def _answers(address: str) -> bool:
+    """Tell whether a server answers within five seconds."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _with_split(task: Any, split: Split | None) -> Any:

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedproxy.data.assets.catalog import Asset
+from fedproxy.data.assets.entries import Asset
 from fedproxy.data.assets.model import extract
 from fedproxy.errors import AssetError
 from fedproxy.seeding import generator
