@@ -1,42 +1,38 @@
-"""``python -m fedproxy.report``: make a run's pages again, or compare two runs question by question."""
+"""`python -m fedproxy.report`: make a run's pages again, or compare two runs question by question."""
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedproxy.errors import FedProxyError
+from fedproxy.command import run_command
+from fedproxy.errors import ConfigError
 
-_EXAMPLES = """\
+USAGE = """
+usage: python -m fedproxy.report RUN [OTHER_RUN]
+
+Makes a run's report pages again from its report.json, or compares two runs on the same questions.
+
 examples:
   python -m fedproxy.report runs/fedproxy_llama
-      write report.md and report.html again from report.json
+      write report.md and report.html again
   python -m fedproxy.report runs/fedavg_llama runs/fedproxy_llama
-      what the second run gains over the first on the same questions: difference with a 95 % bootstrap
-      interval, McNemar's exact test, Holm-corrected; also written into the second run's folder
+      what the second run gains over the first: difference with a 95 % bootstrap interval, McNemar's exact
+      test, Holm-corrected; printed, and written into the second run's folder
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fedproxy.report",
-        description="Make a run's report pages again, or compare two runs on the same questions.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="a run's folder; the baseline where two are given")
-    parser.add_argument("other", type=Path, nargs="?", help="the run to compare with the first")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.other is None:
-            _render(chosen.run)
-        else:
-            _compare(chosen.run, chosen.other)
-    except FedProxyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main(arguments: Sequence[str]) -> None:
+    """Render one run or compare two.
+
+    Raises:
+        FedProxyError: If a run cannot be read or written, or two runs cannot be compared.
+    """
+    runs = [Path(argument) for argument in arguments]
+    if len(runs) == 1:
+        _render(runs[0])
+    elif len(runs) == 2:
+        _compare(*runs)
+    else:
+        raise ConfigError(f"give one run's folder, or two to compare, got {len(runs)}; see --help")
 
 
 def _render(run: Path) -> None:
@@ -57,4 +53,4 @@ def _compare(first: Path, second: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, USAGE)

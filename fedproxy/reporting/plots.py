@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fedproxy.reporting import formatting as show
-from fedproxy.reporting.round_tables import mean_of
+from fedproxy.reporting.round_tables import by_client, mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
 from fedproxy.reporting.scores import MODELS, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.svg import INK, SERIES, Plot, plot
@@ -82,9 +82,9 @@ def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
 def _of_client(rounds: Sequence[RoundReport], client: str) -> list[tuple[int, float | None]]:
     curve: list[tuple[int, float | None]] = []
     for line in rounds:
-        losses = line.train_loss
-        if isinstance(losses, Sequence) and len(losses) == len(line.clients) and client in line.clients:
-            curve.append((line.round, losses[list(line.clients).index(client)]))
+        losses = by_client(line, line.train_loss)
+        if client in losses:
+            curve.append((line.round, losses[client]))
     return curve
 
 

@@ -1,18 +1,28 @@
 """The rounds of a run as tables: one row per round, and one per client of a round."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.run_report import Numbers, RoundReport
 from fedproxy.reporting.tables import Table
 
 
+def by_client(line: RoundReport, numbers: Numbers) -> dict[str, float | None]:
+    """Return a round's per-client numbers by client; empty where there is only one number for all, or none."""
+    if isinstance(numbers, Mapping):
+        return dict(numbers)
+    if isinstance(numbers, Sequence) and len(numbers) == len(line.clients):
+        return dict(zip(line.clients, numbers, strict=True))
+    return {}
+
+
 def mean_of(numbers: Numbers) -> float | None:
     """Return a round's number, or the mean of its per-client numbers that are known."""
     if numbers is None or isinstance(numbers, int | float):
         return numbers
-    known = [value for value in numbers if value is not None]
+    values = numbers.values() if isinstance(numbers, Mapping) else numbers
+    known = [value for value in values if value is not None]
     return math.fsum(known) / len(known) if known else None
 
 
@@ -50,15 +60,8 @@ def clients_table(line: RoundReport) -> Table | None:
         "retention": line.retention,
         "update norm": line.update_norms,
     }
-    columns = {
-        name: values
-        for name, values in named.items()
-        if isinstance(values, Sequence) and len(values) == len(line.clients)
-    }
+    columns = {name: values for name, numbers in named.items() if (values := by_client(line, numbers))}
     if not columns:
         return None
-    rows = [
-        [client, *(show.fixed(values[index]) for values in columns.values())]
-        for index, client in enumerate(line.clients)
-    ]
+    rows = [[client, *(show.fixed(values.get(client)) for values in columns.values())] for client in line.clients]
     return Table(["client", *columns], rows)

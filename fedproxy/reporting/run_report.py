@@ -13,8 +13,8 @@ from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
-Numbers = float | Sequence[float | None] | None
-"""One number for the round, or one per client in the order of ``clients``."""
+Numbers = float | Mapping[str, float | None] | Sequence[float | None] | None
+"""One number for the round, or one per client: by name, or in the order of ``clients``."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RoundReport:
     round: int
     """Round number, from 1."""
     clients: Sequence[str] = ()
-    """Client names, sorted; per-client lists are in this order."""
+    """Client names, sorted; per-client lists and the cosine's rows are in this order."""
     train_loss: Numbers = None
     """Task loss, nats per answer token."""
     regularizer_loss: Numbers = None

@@ -51,6 +51,13 @@ def test_cost_exposure_rounds_and_repeat(tmp_path):
     assert f"python -m fedproxy.fit recipe={tmp_path}/tiny/config.yaml" in text
 
 
+def test_numbers_by_client_name_are_read_like_lists(tmp_path):
+    line = RoundReport(1, ("a", "b"), weights={"b": 0.6, "a": 0.4}, heterogeneity={"a": 0.2, "b": 0.4})
+    rows = [" ".join(row.split()) for row in page(tmp_path, rounds=(line,)).splitlines()]
+    assert "| 1 | 2 | 0.300 |" in rows
+    assert "| b | 0.400 | 0.600 |" in rows
+
+
 def test_task_without_acc_norm_is_shown_by_acc_and_so_is_the_mean(tmp_path):
     scores = with_means(
         {model: {"a": {"acc": 0.5, "acc_norm": 0.6}, "b": {"acc": 0.7}} for model in ("target", "fused")}
