@@ -1,0 +1,147 @@
+"""A client's training: task loss on answer tokens plus a regularizer against the round's broadcast."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedproxy.errors import ClientError, ConfigError
+from fedproxy.modules.answer_logits import answer_logits
+from fedproxy.modules.losses import answer_nll
+from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
+
+if TYPE_CHECKING:
+    from fedproxy.strategies.regularizers import Regularizer
+
+
+class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
+    """Tunes the trainable parameters of a causal language model on answer tokens (PAPER Eq 8).
+
+    The loss of a step is the mean negative log-likelihood per answer token of the batch, in nats, plus
+    ``regularizer.loss(parameters, anchor, conflict)``. AdamW runs with a constant learning rate and no warm-up.
+
+    Args:
+        model: The proxy, with adapters attached.
+        lr: Learning rate, > 0.
+        weight_decay: Decoupled weight decay, >= 0.
+        parameters: Trainable parameters by state name, as a ``TrainableModel`` gives them; the model's own
+            trainable parameters by default.
+        regularizer: Client-side term, or None.
+        anchor: The round's broadcast state phi^t, by state name.
+        conflict: Per-coordinate conflict C of the previous round (Eq 7), or None in the first.
+
+    Raises:
+        ConfigError: If ``lr`` or ``weight_decay`` is out of range.
+        ClientError: If nothing is trainable, or the anchor lacks a trainable parameter.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        parameters: Mapping[str, nn.Parameter] | None = None,
+        regularizer: "Regularizer | None" = None,
+        anchor: Mapping[str, Tensor] | None = None,
+        conflict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not lr > 0:
+            raise ConfigError(f"client.lr must be > 0, got {lr}")
+        if not weight_decay >= 0:
+            raise ConfigError(f"client.weight_decay must be >= 0, got {weight_decay}")
+        self.model = model
+        self.lr, self.weight_decay = lr, weight_decay
+        own = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+        self.tuned = dict(own if parameters is None else parameters)
+        if not self.tuned:
+            raise ClientError("the proxy has no trainable parameter; choose trainable.name=lora")
+        missing = sorted(set(self.tuned) - set(anchor)) if regularizer is not None and anchor is not None else []
+        if missing:
+            raise ClientError(f"the broadcast state lacks {missing[0]}, which this client trains; send all of it")
+        self.regularizer, self.anchor, self.conflict = regularizer, anchor, conflict
+        self.train_accuracy, self.train_perplexity = AnswerAccuracy(), AnswerPerplexity()
+        self.val_accuracy, self.val_perplexity = AnswerAccuracy(), AnswerPerplexity()
+        self._losses: list[Tensor] = []
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._steps = 0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Return the loss of one batch and note its two terms."""
+        logits, targets = answer_logits(self.model, batch)
+        nll = answer_nll(logits, targets)
+        task = nll.mean()
+        penalty = self._penalty(task)
+        self.train_accuracy.update(logits, targets)
+        self.train_perplexity.update(nll)
+        self.log("train/task_loss", task.detach())
+        self.log("train/regularizer_loss", penalty.detach())
+        self._losses.append(torch.stack((task.detach(), penalty.detach())))
+        return task + penalty
+
+    def on_train_start(self) -> None:
+        """Switch dropout on, and bring anchor and conflict to the parameters' device, once."""
+        self.train()
+        if self.regularizer is not None:
+            self.anchor, self.conflict = (self._placed(tensors) for tensors in (self.anchor, self.conflict))
+
+    def on_train_epoch_end(self) -> None:
+        """Add up the epoch's losses in one transfer and log the epoch's metrics."""
+        if self._losses:
+            # One transfer per epoch: reading each step's loss would make the device wait every step.
+            self._sums += torch.stack(self._losses).cpu().double().sum(dim=0)
+            self._steps += len(self._losses)
+            self._losses.clear()
+        self.log("train/accuracy", self.train_accuracy)
+        self.log("train/perplexity", self.train_perplexity)
+
+    def on_train_end(self) -> None:
+        """Leave the model ready to be evaluated."""
+        self.eval()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Measure one batch."""
+        logits, targets = answer_logits(self.model, batch)
+        self.val_accuracy.update(logits, targets)
+        self.val_perplexity.update(answer_nll(logits, targets))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the epoch's metrics."""
+        self.log("val/accuracy", self.val_accuracy)
+        self.log("val/perplexity", self.val_perplexity)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW with PyTorch's betas and eps and a constant learning rate."""
+        return torch.optim.AdamW(
+            list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay, **self._optimizer_kind()
+        )
+
+    @property
+    def task_loss(self) -> float:
+        """Mean task loss over all steps of the fit, nats per answer token; NaN before the first epoch ended."""
+        return float(self._sums[0] / self._steps)
+
+    @property
+    def regularizer_loss(self) -> float:
+        """Mean regularizer loss over all steps of the fit; NaN before the first epoch ended."""
+        return float(self._sums[1] / self._steps)
+
+    def _penalty(self, task: Tensor) -> Tensor:
+        if self.regularizer is None or self.anchor is None:
+            return task.new_zeros(())
+        return self.regularizer.loss(self.tuned, self.anchor, self.conflict)
+
+    def _placed(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
+        if tensors is None:
+            return None
+        return {name: tensors[name].to(own.device, own.dtype) for name, own in self.tuned.items()}
+
+    def _optimizer_kind(self) -> dict[str, Any]:
+        """Use AdamW's fused kernel on CPU; under mixed precision Lightning cannot clip in front of it."""
+        mixed = "mixed" in str(self.trainer.precision)
+        on_cpu = all(tensor.device.type == "cpu" for tensor in self.tuned.values())
+        return {"fused": True} if on_cpu and not mixed else {}

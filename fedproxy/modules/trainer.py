@@ -1,0 +1,151 @@
+"""lightning.Trainer from a recipe's options: every option reachable, quiet by default, cheap to start."""
+
+import inspect
+import logging
+import signal
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fedproxy.errors import ConfigError, nearest
+
+# Trainer options that a recipe sets elsewhere, and where.
+_ELSEWHERE = {
+    "max_epochs": "client.epochs",
+    "accumulate_grad_batches": "client.accumulate",
+    "gradient_clip_val": "client.max_grad_norm",
+    "default_root_dir": "output_dir",
+    "callbacks": "a plugin",
+}
+_QUIET: Mapping[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+    "num_sanity_val_steps": 0,
+}
+_LOGGERS: Mapping[str, type[Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+
+
+def trainer_options() -> tuple[str, ...]:
+    """Return the names that a recipe's ``trainer`` node may have: those of lightning.Trainer set nowhere else."""
+    known = inspect.signature(lightning.Trainer.__init__).parameters
+    return tuple(name for name in known if name != "self" and name not in _ELSEWHERE)
+
+
+def check_trainer_options(options: Mapping[str, Any]) -> None:
+    """Check names against lightning.Trainer's signature, without building one.
+
+    Raises:
+        ConfigError: If an option is unknown, or is set by another key of the recipe.
+    """
+    known = trainer_options()
+    for name in options:
+        if name in _ELSEWHERE:
+            raise ConfigError(f"trainer.{name} is set by {_ELSEWHERE[name]}; use that instead")
+        if name not in known:
+            raise ConfigError(f"trainer.{name}: lightning.Trainer has no such option{nearest(name, known)}")
+
+
+def make_trainer(
+    options: Mapping[str, Any],
+    *,
+    max_epochs: int = 1,
+    max_steps: int = -1,
+    accumulate: int = 1,
+    max_grad_norm: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    root: str | Path | None = None,
+) -> lightning.Trainer:
+    """Build a Trainer: silent defaults, then the recipe's options.
+
+    Args:
+        options: The recipe's ``trainer`` node. ``logger`` may also be ``csv`` or ``tensorboard``.
+        max_epochs: Epochs of the fit.
+        max_steps: Optimiser steps after which the fit ends, -1 for no limit.
+        accumulate: Batches whose gradients are added up before a step.
+        max_grad_norm: Largest gradient norm; longer gradients are scaled down. None for no limit.
+        callbacks: Lightning callbacks.
+        root: Folder for what a logger or a profiler writes.
+
+    Raises:
+        ConfigError: If an option is unknown or Lightning refuses its value.
+    """
+    check_trainer_options(options)
+    arguments: dict[str, Any] = {**_QUIET, **options}
+    name = arguments["logger"]
+    if isinstance(name, str):
+        if name not in _LOGGERS:
+            raise ConfigError(f"trainer.logger: unknown logger {name!r}{nearest(name, _LOGGERS)}")
+        arguments["logger"] = _build(_LOGGERS[name], save_dir=root or ".", name="logs")
+    arguments.setdefault("max_steps", max_steps)
+    with quiet():
+        trainer: lightning.Trainer = _build(
+            lightning.Trainer,
+            **arguments,
+            max_epochs=max_epochs,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=max_grad_norm,
+            callbacks=list(callbacks),
+            default_root_dir=root,
+        )
+    return trainer
+
+
+def fit(
+    trainer: lightning.Trainer, module: lightning.LightningModule, batches: Iterable[Any], *, seed: int | None = None
+) -> None:
+    """Fit a module on batches without Lightning's notices.
+
+    Args:
+        trainer: From :func:`make_trainer`.
+        module: The module to fit.
+        batches: Training batches, iterated once per epoch; no list, which Lightning takes for a list of loaders.
+        seed: Seeds the global generators that dropout draws from, for the length of the fit alone. None leaves them.
+
+    Raises:
+        KeyboardInterrupt: If the user interrupts. (Lightning would end the process and ignore further interrupts.)
+    """
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    with quiet(), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        try:
+            trainer.fit(module, batches)
+        except SystemExit:
+            if not trainer.interrupted:
+                raise
+            signal.signal(signal.SIGINT, on_interrupt)
+            raise KeyboardInterrupt from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back Lightning's information messages and its advice on data loaders and loggers, errors excepted."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"lightning\..*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _build(kind: Any, **arguments: Any) -> Any:
+    try:
+        return kind(**arguments)
+    except (MisconfigurationException, ValueError, TypeError, ModuleNotFoundError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"trainer: {message}; correct the option in the recipe's trainer node") from error

@@ -1,0 +1,177 @@
+"""The aggregator family: how a round's client updates become one change of the shared state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fedproxy.errors import ConfigError
+from fedproxy.protocol import ClientUpdate, Tensors
+from fedproxy.registry import Component
+from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.survey import Survey, take_survey
+
+Memory = Mapping[str, Tensor]
+"""State of a rule across rounds: flat and of tensors only, so that it is saved as safetensors."""
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """What aggregating one round gives."""
+
+    delta: dict[str, Tensor]
+    """Change of the shared state, in the updates' shapes and dtypes."""
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    """Round figures of the report; figures per client are mappings from client_id, ``cosine`` is a list of rows in
+    sorted client order."""
+    conflict: dict[str, Tensor] | None = None
+    """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
+    memory: Memory = field(default_factory=dict)
+    """The rule's state after this round, to be given back in the next one."""
+
+    def conflict_by_tensor(self) -> dict[str, float]:
+        """Return the mean conflict of every tensor."""
+        return {name: float(values.mean()) for name, values in (self.conflict or {}).items()}
+
+
+@dataclass(frozen=True)
+class RoundContext:
+    """What a few rules need beyond the updates; the defaults do for all others."""
+
+    round: int = 1
+    """Round number, from 1."""
+    seed: int = 0
+    """Seed of the run, for rules that draw at random."""
+    state: Tensors | None = None
+    """The broadcast state phi^t, for rules that work on whole LoRA matrices."""
+    scaling: float = 1.0
+    """LoRA scaling s = alpha / r."""
+
+
+@dataclass
+class Plan:
+    """How one round's updates are merged, once the global facts are known."""
+
+    merge: Callable[[Block], Tensor]
+    """Maps a block of deltas to merged values, float32, one per coordinate."""
+    weights: Tensor | None = None
+    """float64 (clients,): weights to report, if the rule has any."""
+    diagnostics: dict[str, Any] = field(default_factory=dict)
+    """Further round figures."""
+    memory: Memory = field(default_factory=dict)
+    """State for the next round."""
+    finish: Callable[[dict[str, Tensor]], None] | None = None
+    """Completes the merged tensors in place after the last block."""
+
+
+@dataclass(frozen=True)
+class Aggregator(Component, family="aggregator"):
+    """Base of all aggregation rules; the fields of a subclass are its options.
+
+    A simple rule overrides :meth:`combine` alone. A rule that weighs clients by what it sees overrides :meth:`weigh`,
+    and one that needs more (thresholds, state, a finishing step) overrides :meth:`plan`.
+    """
+
+    linear: ClassVar[bool] = False
+    """The result is a weighted sum with weights that do not depend on the updates: may run under secure aggregation."""
+    needs_individual_updates: ClassVar[bool] = True
+    """The server must see each client's update."""
+    mixed_ranks: ClassVar[bool] = False
+    """Clients may send LoRA factors of different ranks."""
+    stateful: ClassVar[bool] = False
+    """Keeps memory across rounds."""
+    space: ClassVar[str] = "any"
+    """Where the rule is defined: ``factors`` (LoRA A and B), ``product`` (s B A) or ``any``."""
+    aggregates: ClassVar[bool] = True
+    """False where clients are never merged: every client keeps a state of its own."""
+    coordinatewise: ClassVar[bool] = False
+    """Each merged coordinate depends on that coordinate alone, so that tensors may come in flat blocks."""
+    reference: ClassVar[str] = ""
+    """Where the rule is from."""
+
+    @property
+    def zero_unmoved_conflict(self) -> bool:
+        """Whether coordinates that nobody moved get conflict 0 instead of Eq (7)'s 1."""
+        return False
+
+    def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
+        """Merge one tensor of all clients.
+
+        Args:
+            deltas: float32 (clients, *shape); flat (clients, n) pieces of it if the rule is ``coordinatewise``.
+            weights: float32 (clients, 1, ..., 1), what :meth:`weigh` gave.
+
+        Returns:
+            float32 (*shape).
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override combine() or plan()")
+
+    def weigh(self, cohort: Cohort, survey: Survey) -> Tensor:
+        """Return the clients' weights, float64 (clients,); equal ones unless overridden."""
+        return cohort.shares("uniform")
+
+    def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
+        """Decide how the round is merged, from the survey of all updates."""
+        weights = self.weigh(cohort, survey)
+
+        def merge(block: Block) -> Tensor:
+            shape = (-1,) + (1,) * (block.values.dim() - 1)
+            return self.combine(block.values, weights.float().view(shape))
+
+        return Plan(merge)
+
+    def aggregate(
+        self, updates: Sequence[ClientUpdate], memory: Memory | None = None, context: RoundContext | None = None
+    ) -> Aggregation:
+        """Merge the updates of one round, in sorted client order and float32, one tensor at a time.
+
+        Args:
+            updates: One per client; left untouched.
+            memory: What the previous round's aggregation returned; None in the first round.
+            context: Round, seed and state, for rules that need them.
+
+        Raises:
+            ClientError: If the updates do not fit each other, or one is not finite.
+            ConfigError: If the rule cannot be used this way.
+        """
+        cohort = Cohort(updates)
+        if not self.aggregates and len(cohort) > 1:
+            raise ConfigError(
+                f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "
+                "aggregate each client alone, or choose another aggregator"
+            )
+        survey = take_survey(cohort, ignore_unmoved=self.zero_unmoved_conflict)
+        plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
+        delta = self._merge(cohort, plan)
+        if plan.finish is not None:
+            plan.finish(delta)
+        diagnostics = {**_figures(survey, delta), **plan.diagnostics}
+        if plan.weights is not None:
+            diagnostics["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
+        return Aggregation(delta, diagnostics, dict(survey.conflict), plan.memory)
+
+    def _merge(self, cohort: Cohort, plan: Plan) -> dict[str, Tensor]:
+        delta = {}
+        for name in cohort.names:
+            tensors = cohort.read(name)
+            out = torch.empty(tensors[0].numel(), dtype=tensors[0].dtype)
+            for block in cohort.blocks(name, tensors, whole=not self.coordinatewise):
+                merged = plan.merge(block).reshape(-1)
+                out[block.start : block.start + merged.numel()] = merged
+            delta[name] = out.view(tensors[0].shape)
+        return delta
+
+
+def _figures(survey: Survey, delta: Mapping[str, Tensor]) -> dict[str, Any]:
+    kept = sum(int(tensor.count_nonzero()) for tensor in delta.values())
+    norms = survey.gram.diagonal().sqrt()
+    return {
+        "heterogeneity": dict(zip(survey.ids, survey.heterogeneity.tolist(), strict=True)),
+        "conflict_mean": survey.conflict_mean,
+        "cosine": survey.cosine.tolist(),
+        "sign_agreement": survey.sign_agreement,
+        "kept_density": kept / max(1, survey.size),
+        "update_norms": dict(zip(survey.ids, norms.tolist(), strict=True)),
+    }

@@ -1,0 +1,22 @@
+"""No aggregation: the local-only baseline."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedproxy.strategies.aggregators.base import Aggregator
+
+
+@dataclass(frozen=True)
+class LocalOnly(Aggregator, name="none"):
+    """Every client keeps its own state; :meth:`aggregate` takes one client and returns its update unchanged."""
+
+    reference: ClassVar[str] = "the local-only baseline (PAPER Sec. 7)"
+    aggregates: ClassVar[bool] = False
+    needs_individual_updates: ClassVar[bool] = False
+    coordinatewise: ClassVar[bool] = True
+
+    def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
+        """Return the only client's values."""
+        return deltas[0]

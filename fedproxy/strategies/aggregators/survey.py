@@ -1,0 +1,91 @@
+"""The first pass over a round's updates: Gram matrix, signs, conflict, and whether every number is finite."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedproxy.errors import ClientError
+from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Facts about the untrimmed updates of one round, from one pass over their coordinates."""
+
+    ids: tuple[str, ...]
+    size: int
+    """Coordinates per client."""
+    grams: Mapping[str, Tensor]
+    """float64 (clients, clients) inner products, per tensor."""
+    conflict: Mapping[str, Tensor]
+    """float32 C_p (PAPER Eq 7), per tensor, in the tensor's shape."""
+    conflict_mean: float
+    """Mean of C_p over all coordinates."""
+    sign_agreement: float
+    """Mean of |sum of signs| / movers over the coordinates that some client moved; 1 where none moved."""
+
+    @property
+    def gram(self) -> Tensor:
+        """float64 (clients, clients), inner products of whole updates."""
+        return torch.stack(list(self.grams.values())).sum(dim=0)
+
+    @property
+    def cosine(self) -> Tensor:
+        """float64 (clients, clients), S_ij of Eq (5)."""
+        return cosine_matrix(self.gram)
+
+    @property
+    def heterogeneity(self) -> Tensor:
+        """float64 (clients,), h_k of Eq (5)."""
+        return heterogeneity(self.cosine)
+
+
+def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
+    """Read every update once.
+
+    Args:
+        cohort: The round's updates.
+        ignore_unmoved: Give coordinates that nobody moved conflict 0 instead of Eq (7)'s 1.
+
+    Raises:
+        ClientError: If an update holds NaN or infinity; names client and tensor.
+    """
+    clients = len(cohort)
+    grams, conflict = {}, {}
+    size, moved, conflict_sum, agreement_sum = 0, 0, 0.0, 0.0
+    for name in cohort.names:
+        tensors = cohort.read(name)
+        gram = torch.zeros(clients, clients, dtype=torch.float64)
+        out = torch.empty(tensors[0].numel())
+        for block in cohort.blocks(name, tensors):
+            wide = block.values.double()
+            gram += wide @ wide.T
+            signs = block.values.sign()
+            lead = signs.sum(dim=0).abs_()
+            movers = signs.abs_().sum(dim=0)
+            part = out[block.start : block.start + len(lead)]
+            torch.mul(lead, -1.0 / clients, out=part).add_(1.0)
+            if ignore_unmoved or clients == 1:
+                part.mul_(movers > 0)
+            conflict_sum += float(part.sum(dtype=torch.float64))
+            moved += int(movers.count_nonzero())
+            agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum(dtype=torch.float64))
+        _check_finite(cohort, name, gram)
+        size += out.numel()
+        grams[name] = gram
+        conflict[name] = out.view(tensors[0].shape)
+    return Survey(
+        cohort.ids, size, grams, conflict, conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0
+    )
+
+
+def _check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:
+    for client, square in zip(cohort.ids, gram.diagonal().tolist(), strict=True):
+        if not square < float("inf"):
+            raise ClientError(
+                f"client {client!r}: tensor {name!r} must be finite, got NaN or infinity; "
+                "lower client.lr or leave the client out of the round"
+            )

@@ -1,0 +1,37 @@
+"""Top-k trimming of a whole cohort: one exact cut per client, over the flattened update or per tensor."""
+
+from collections.abc import Sequence
+
+from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.functional.trimming import Trimmer, find_threshold, top_count
+
+SCOPES = ("global", "tensor")
+
+
+def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str, size: int) -> dict[str, Trimmer]:
+    """Find every client's cuts.
+
+    Args:
+        cohort: The round's updates.
+        densities: Share of coordinates that each client keeps, in [0, 1].
+        scope: ``global`` counts over the flattened update, ``tensor`` within each tensor.
+        size: Coordinates per client.
+
+    Returns:
+        The trimmer of every tensor, to be fed the cohort's blocks in order.
+    """
+    if scope == "global":
+        cuts = []
+        for update, density in zip(cohort.updates, densities, strict=True):
+            stream = (update.delta[name].float() for name in cohort.names)
+            cuts.append(find_threshold(stream, size, top_count(density, size)))
+        return dict.fromkeys(cohort.names, Trimmer(cuts))
+    trimmers = {}
+    for name in cohort.names:
+        tensors = cohort.read(name)
+        count = tensors[0].numel()
+        trimmers[name] = Trimmer(
+            find_threshold([tensor.float()], count, top_count(density, count))
+            for tensor, density in zip(tensors, densities, strict=True)
+        )
+    return trimmers

@@ -1,0 +1,93 @@
+"""Signs and votes, coordinate by coordinate: conflict, sign election and the merges that follow it."""
+
+import torch
+from torch import Tensor
+
+
+def sign_sum(deltas: Tensor) -> Tensor:
+    """Return the sum over clients of sign(Delta_kp), with sign(0) = 0.
+
+    Args:
+        deltas: float32 (clients, *shape).
+
+    Returns:
+        float32 (*shape), whole numbers in [-clients, clients].
+    """
+    return deltas.sign().sum(dim=0)
+
+
+def conflict_map(deltas: Tensor, *, ignore_unmoved: bool = False) -> Tensor:
+    """Return C_p = 1 - |sum_k sign(Delta_kp)| / K (PAPER Eq 7), in [0, 1]; 0 for a single client.
+
+    Args:
+        deltas: float32 (clients, *shape), untrimmed updates.
+        ignore_unmoved: Give 0 instead of the equation's 1 where no client moved.
+
+    Returns:
+        float32 (*shape).
+    """
+    clients = len(deltas)
+    if clients == 1:
+        return torch.zeros_like(deltas[0])
+    conflict = 1.0 - sign_sum(deltas).abs() / clients
+    return torch.where((deltas != 0).any(dim=0), conflict, 0.0) if ignore_unmoved else conflict
+
+
+def ratio_vote_merge(scaled: Tensor, weights: Tensor, *, rho: float, eps: float) -> Tensor:
+    """Merge scaled updates by H-TIES' ratio vote (PAPER Eqs 12-14).
+
+    gamma_p is +1 where pos_p / (neg_p + eps) >= rho, -1 where neg_p / (pos_p + eps) >= rho, else 0;
+    m_p = sum of the d_kp whose sign is gamma_p / sum of their w_k.
+    Choice: with s = pos - neg the first test is taken as s - (rho - 1) neg >= rho eps, which is the same in exact
+    arithmetic and stays right in float32, where neg + eps would round to neg.
+
+    Args:
+        scaled: float32 (clients, n), d_k = w_k * trimmed update.
+        weights: float32 (clients,), w_k, positive.
+        rho: Least ratio of winning to losing mass, >= 1.
+        eps: Guard of the ratio.
+
+    Returns:
+        float32 (n,).
+    """
+    total, mass = scaled.sum(dim=0), scaled.abs().sum(dim=0)
+    elected = total.sign()
+    winning, losing = (mass + total.abs()).mul_(0.5), (mass - total.abs()).mul_(0.5)
+    wins = total.abs() - (rho - 1.0) * losing >= rho * eps
+    share = weights @ scaled.sign().mul_(elected).clamp_(min=0.0)
+    return torch.where(wins, winning.mul_(elected).div_(share), 0.0)
+
+
+def elect_sign(deltas: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return sign(sum over clients of w_k Delta_kp): TIES' election by mass (Yadav et al. 2023, Sec. 3, step 2).
+
+    Args:
+        deltas: float32 (clients, *shape).
+        weights: float32 (clients,), or None for one vote per unit of magnitude.
+
+    Returns:
+        float32 (*shape) of -1, 0 and 1.
+    """
+    total = deltas.sum(dim=0) if weights is None else torch.tensordot(weights, deltas, dims=1)
+    return total.sign()
+
+
+def agreeing_mean(
+    deltas: Tensor, elected: Tensor, *, values: Tensor | None = None, counts: Tensor | None = None
+) -> Tensor:
+    """Return the mean of the non-zero entries whose sign was elected (TIES, step 3); 0 where no entry agrees.
+
+    Args:
+        deltas: float32 (clients, n), trimmed.
+        elected: float32 (n,) of -1, 0 and 1.
+        values: float32 (clients,), factor of each client in the sum; None is 1.
+        counts: float32 (clients,), what each agreeing client adds to the divisor; None is 1.
+
+    Returns:
+        float32 (n,).
+    """
+    agree = deltas.sign().mul_(elected).clamp_(min=0.0)
+    divisor = agree.sum(dim=0) if counts is None else counts @ agree
+    agree.mul_(deltas)
+    total = agree.sum(dim=0) if values is None else values @ agree
+    return total.div_(torch.where(divisor > 0, divisor, 1.0))

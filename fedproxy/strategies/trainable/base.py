@@ -1,0 +1,104 @@
+"""What a client trains inside the proxy: the family's base and what attaching to a model gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from fedproxy.errors import ModelError
+from fedproxy.registry import Component
+
+
+class TrainableModel(ABC):
+    """A proxy whose trainable parameters are named, read and replaced as one state.
+
+    Clients share one resident model: :meth:`load_state` copies a state into place and allocates nothing.
+
+    Args:
+        model: The proxy itself, forward unchanged in use.
+        parameters: Its trainable parameters by state name.
+    """
+
+    def __init__(self, model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.model = model
+        self._parameters = {name: parameters[name] for name in sorted(parameters)}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the live trainable parameters by state name, sorted."""
+        return dict(self._parameters)
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self._parameters.values())
+
+    def state(self) -> dict[str, Tensor]:
+        """Return a copy of the trainable state on the CPU, sorted by name."""
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state into the live parameters, all of it or nothing.
+
+        Raises:
+            ModelError: If a tensor is missing, unknown or of another shape.
+        """
+        missing, unknown = sorted(set(self._parameters) - set(state)), sorted(set(state) - set(self._parameters))
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this proxy does not train"
+            raise ModelError(f"the trainable state {what}; use a state made with the same trainable options")
+        tensors = {name: state[name] for name in self._parameters}
+        for name, tensor in tensors.items():
+            own = self._parameters[name]
+            if tensor.shape != own.shape:
+                raise ModelError(
+                    f"the trainable state's {name} has shape {tuple(tensor.shape)}, this proxy trains "
+                    f"{tuple(own.shape)}; use a state made with the same trainable options"
+                )
+        for name, tensor in tensors.items():
+            self._parameters[name].copy_(tensor)
+
+    @abstractmethod
+    def merged_weights(self) -> Mapping[str, Tensor]:
+        """Return the proxy's changed weights by their name in the plain proxy, float32, computed when read."""
+
+    @abstractmethod
+    def save_adapter(self, folder: str | Path, *, base: str | None = None) -> None:
+        """Write the trainable state in PEFT's format.
+
+        Args:
+            folder: Folder to write to.
+            base: Name or path of the proxy to note in the adapter's configuration; nothing by default.
+        """
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the model run without its trainable change for the length of the context."""
+        yield
+
+    def detach(self) -> PreTrainedModel:
+        """Take the trainable parts off and return the plain, unchanged proxy; this object is of no use afterwards."""
+        return self.model
+
+
+@dataclass(frozen=True)
+class Trainable(Component, ABC, family="trainable"):
+    """Base of what clients train; a member's fields are its options."""
+
+    @property
+    def lora_scaling(self) -> float | None:
+        """alpha / r where the state holds LoRA pairs, else None."""
+        return None
+
+    @abstractmethod
+    def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> TrainableModel:
+        """Freeze the proxy, add what is trained, initialise it from the generator, and return the handle to it.
+
+        Raises:
+            ConfigError: If the proxy lacks something that the options name.
+        """

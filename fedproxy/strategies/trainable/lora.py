@@ -1,0 +1,193 @@
+"""LoRA through PEFT: low-rank adapters on chosen linear layers of chosen blocks."""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedproxy.errors import ConfigError, nearest
+from fedproxy.strategies.trainable.base import Trainable, TrainableModel
+from fedproxy.strategies.trainable.fused_lora import fuse
+
+_ADAPTER = "default"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Lora(Trainable, name="lora"):
+    """LoRA (Hu et al. 2022, arXiv 2106.09685): W + (alpha / r) B A with A random, B zero at the start.
+
+    A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) but from the given generator, so that all clients of a
+    federation share one A; without that, signs and cosines of factor updates mean nothing (PAPER 6.5).
+    """
+
+    r: int = 8
+    """Rank, at least 1."""
+    alpha: float = 16
+    """Scale: the adapter's product is multiplied by alpha / r."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, in [0, 1)."""
+    modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Names of the linear layers inside a block that get an adapter."""
+    blocks: Any = "all"
+    """``all``, ``ends`` (the ``first`` and ``last`` ones), ``last``, or a list of block indices of the proxy."""
+    first: int = 2
+    """Leading blocks of ``blocks: ends``."""
+    last: int = 2
+    """Trailing blocks of ``blocks: ends`` and ``blocks: last``."""
+
+    def __post_init__(self) -> None:
+        self.require("r", self.r >= 1, ">= 1")
+        self.require("alpha", self.alpha > 0, "> 0")
+        self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
+        self.require("first", self.first >= 0, ">= 0")
+        self.require("last", self.last >= 1, ">= 1")
+        object.__setattr__(self, "modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
+        self.require("modules", bool(self.modules), "at least one module name")
+        if not isinstance(self.blocks, str):
+            indices = tuple(sorted(set(self.blocks))) if isinstance(self.blocks, list | tuple) else ()
+            ok = bool(indices) and all(type(index) is int and index >= 0 for index in indices)
+            self.require("blocks", ok, "all, ends, last or a list of block indices")
+            object.__setattr__(self, "blocks", indices)
+        else:
+            self.require("blocks", self.blocks in {"all", "ends", "last"}, "all, ends, last or a list of block indices")
+
+    @property
+    def lora_scaling(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.r
+
+    def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> "LoraModel":
+        """Freeze the proxy and put initialised adapters into it, in place."""
+        chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)
+        adapted = self._check_modules(proxy)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=sorted(self.modules),
+            layers_to_transform=None if self.blocks == "all" else chosen,
+            fan_in_fan_out=isinstance(adapted, Conv1D),
+            bias="none",
+        )
+        # PEFT initialises from the global generator first; keep that from showing.
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = get_peft_model(proxy, config, adapter_name=_ADAPTER)
+        model = LoraModel(proxy, wrapped)
+        model.initialise(generator)
+        fuse(proxy, list(model.layers().values()), _ADAPTER)
+        return model
+
+    def _block_indices(self, total: int) -> list[int]:
+        if self.blocks == "all":
+            return list(range(total))
+        if self.blocks == "ends":
+            return sorted({*range(min(self.first, total)), *range(max(0, total - self.last), total)})
+        if self.blocks == "last":
+            return list(range(max(0, total - self.last), total))
+        beyond = [index for index in self.blocks if index >= total]
+        if beyond:
+            raise ConfigError(f"trainable.blocks names block {beyond[0]}, but the proxy has blocks 0 to {total - 1}")
+        return list(self.blocks)
+
+    def _check_modules(self, proxy: PreTrainedModel) -> nn.Module:
+        """Return one of the layers to adapt.
+
+        Raises:
+            ConfigError: If a module name fits no linear layer of the proxy.
+        """
+        head = proxy.get_output_embeddings()
+        linear = {
+            name.rsplit(".", 1)[-1]: module
+            for name, module in proxy.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        }
+        for name in self.modules:
+            if name not in linear:
+                raise ConfigError(f"trainable.modules: the proxy has no linear layer {name!r}{nearest(name, linear)}")
+        return linear[self.modules[0]]
+
+
+class LoraModel(TrainableModel):
+    """A proxy with LoRA adapters inside; state names are those of PEFT's adapter files."""
+
+    def __init__(self, model: PreTrainedModel, wrapped: PeftModel) -> None:
+        named = {
+            name.replace(f".{_ADAPTER}.", "."): parameter
+            for name, parameter in wrapped.named_parameters()
+            if parameter.requires_grad
+        }
+        super().__init__(model, named)
+        self._wrapped = wrapped
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw every A from the generator, in sorted order of names, and zero every B."""
+        for name, parameter in self._parameters.items():
+            if ".lora_A." in name:
+                # Drawn on the CPU in float32, so that every device and precision starts from the same values.
+                drawn = torch.empty(parameter.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+                parameter.copy_(drawn)
+            else:
+                parameter.zero_()
+
+    def layers(self) -> dict[str, LoraLayer]:
+        """Return the adapted layers by their name in the plain proxy."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+
+    def merged_weights(self) -> Mapping[str, Tensor]:
+        """Return W + (alpha / r) B A of every adapted layer by its weight's name in the plain proxy, in float32."""
+        return _MergedWeights({f"{name}.weight": layer for name, layer in sorted(self.layers().items())})
+
+    def save_adapter(self, folder: str | Path, *, base: str | None = None) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``; loads with ``PeftModel.from_pretrained``."""
+        self._wrapped.peft_config[_ADAPTER].base_model_name_or_path = base
+        with warnings.catch_warnings():
+            # PEFT looks for the base's vocabulary on the hub and warns where it finds none; no embedding is trained.
+            warnings.simplefilter("ignore")
+            self._wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Let the model run as the plain proxy for the length of the context."""
+        with self._wrapped.disable_adapter():
+            yield
+
+    def detach(self) -> PreTrainedModel:
+        """Take the adapters off and return the plain, unchanged proxy."""
+        model: PreTrainedModel = self._wrapped.unload()
+        return model
+
+
+class _MergedWeights(Mapping[str, Tensor]):
+    """Merged weights by name, one computed at a time."""
+
+    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
+        self._layers = layers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers[name]
+        weight: Tensor = layer.get_base_layer().weight
+        a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
+        change = b @ a
+        return weight.float().add(change.T if layer.fan_in_fan_out else change, alpha=layer.scaling[_ADAPTER])

@@ -1,0 +1,121 @@
+import logging
+import time
+
+import lightning
+import pytest
+import torch
+
+from fedproxy.errors import ConfigError
+from fedproxy.modules.trainer import fit, make_trainer, trainer_options
+
+
+class Line(lightning.LightningModule):
+    """Loss = w, so that every step's gradient is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(10.0))
+        self.noise: list[float] = []
+
+    def training_step(self, batch, batch_idx):
+        self.noise.append(torch.rand(()).item())
+        self.log("w", self.w.detach())
+        return self.w * batch
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.w], lr=1.0)
+
+
+class Ones:
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        return iter([torch.ones(()) for _ in range(self.count)])
+
+
+def test_epochs_accumulation_and_clipping_are_wired():
+    module = Line()
+    trainer = make_trainer({"accelerator": "cpu"}, max_epochs=3, accumulate=2, max_grad_norm=0.25)
+    fit(trainer, module, Ones(4))
+    # 3 epochs of 2 steps; each mean gradient 1 is clipped to 0.25: 10 - 6 * 0.25 (norm + 1e-6 in the divisor).
+    assert trainer.global_step == 6
+    assert module.w.item() == pytest.approx(8.5, abs=1e-5)
+
+
+def test_max_steps_ends_the_fit():
+    trainer = make_trainer({"accelerator": "cpu"}, max_epochs=-1, max_steps=5)
+    fit(trainer, Line(), Ones(2))
+    assert trainer.global_step == 5
+
+
+def test_every_trainer_option_is_reachable():
+    assert {"accelerator", "devices", "strategy", "precision", "deterministic", "profiler"} <= set(trainer_options())
+    trainer = make_trainer({"accelerator": "cpu", "precision": "bf16-mixed", "log_every_n_steps": 7})
+    assert trainer.precision == "bf16-mixed"
+    assert trainer.log_every_n_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precison": 16}, r"trainer\.precison: lightning\.Trainer has no such option; did you mean 'precision'"),
+        ({"max_epochs": 3}, r"trainer\.max_epochs is set by client\.epochs"),
+        ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
+        ({"precision": "7-bit"}, r"^trainer: .*7-bit"),
+        ({"accelerator": "abacus"}, r"^trainer: .*abacus"),
+        ({"logger": "csvv"}, r"trainer\.logger: unknown logger 'csvv'; did you mean 'csv'"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        make_trainer(options)
+    assert "\n" not in str(error.value)
+
+
+def test_csv_logger_writes_below_the_root(tmp_path):
+    trainer = make_trainer({"accelerator": "cpu", "logger": "csv", "log_every_n_steps": 1}, root=tmp_path)
+    fit(trainer, Line(), Ones(2))
+    assert "10.0" in (tmp_path / "logs" / "version_0" / "metrics.csv").read_text()
+
+
+def test_a_fit_says_nothing_and_restores_log_levels(capfd, recwarn):
+    before = logging.getLogger("lightning.pytorch").level
+    fit(make_trainer({"accelerator": "cpu"}), Line(), Ones(1))
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+    assert logging.getLogger("lightning.pytorch").level == before
+
+
+def test_a_seed_fixes_the_noise_of_the_fit_and_leaves_the_global_generator():
+    first, second = Line(), Line()
+    torch.manual_seed(0)
+    wanted = torch.rand(())
+    torch.manual_seed(0)
+    fit(make_trainer({"accelerator": "cpu"}), first, Ones(3), seed=5)
+    assert torch.rand(()) == wanted
+    fit(make_trainer({"accelerator": "cpu"}), second, Ones(3), seed=5)
+    assert first.noise == second.noise
+
+
+def test_an_interrupt_reaches_the_caller():
+    class Interrupted(Line):
+        def training_step(self, batch, batch_idx):
+            raise KeyboardInterrupt
+
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_trainer({"accelerator": "cpu"}), Interrupted(), Ones(1))
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_fit_starts_quickly():
+    fit(make_trainer({"accelerator": "cpu"}), Line(), Ones(1))
+    started = time.perf_counter()
+    fit(make_trainer({"accelerator": "cpu"}), Line(), Ones(1))
+    assert time.perf_counter() - started < 0.5  # about 0.03 s on an idle core

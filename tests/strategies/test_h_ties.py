@@ -1,0 +1,130 @@
+"""H-TIES: PAPER's worked checks and Eqs 5-7, 10-14 on updates small enough to do by hand."""
+
+import math
+
+import pytest
+import torch
+
+from fedproxy.errors import ConfigError
+from fedproxy.protocol import ClientUpdate
+from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.functional.similarity import affinity_weights, cosine_matrix, heterogeneity, retention
+from fedproxy.strategies.functional.voting import ratio_vote_merge
+
+
+def aggregate(*deltas, **options):
+    updates = [ClientUpdate(f"c{i}", {"w": torch.tensor(delta)}) for i, delta in enumerate(deltas)]
+    return Aggregator.by_name("h_ties")(**options).aggregate(updates)
+
+
+def test_worked_check_of_the_paper_notes():
+    # Delta = (2, 1, -1), w = (.5, .3, .2), no trimming, rho = 1.1: (1.0 + 0.3) / 0.8 = 1.625
+    weights = torch.tensor([0.5, 0.3, 0.2])
+    scaled = weights.unsqueeze(1) * torch.tensor([[2.0], [1.0], [-1.0]])
+    merged = ratio_vote_merge(scaled, weights, rho=1.1, eps=1e-12)
+    torch.testing.assert_close(merged, torch.tensor([1.625]))
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.1])
+def test_equal_and_opposite_updates_give_zero(rho):
+    assert aggregate([1.0, -3.0], [-1.0, 3.0], rho=rho).delta["w"].tolist() == [0.0, 0.0]
+
+
+def test_no_sign_wins_below_the_ratio():
+    # w = 1/2 each: masses .55 and .5, ratio 1.1; 1.2 is not reached, 1.05 is
+    assert aggregate([1.1], [-1.0], rho=1.2).delta["w"].tolist() == [0.0]
+    torch.testing.assert_close(aggregate([1.1], [-1.0], rho=1.05).delta["w"], torch.tensor([1.1]))
+
+
+def test_a_light_winner_keeps_its_value():
+    # the winner's weight is 1e-6 of the whole; the weighted mean over the winners is still its own value
+    weights = torch.tensor([1e-6, 1.0 - 1e-6])
+    scaled = weights.unsqueeze(1) * torch.tensor([[5e6], [-1.0]])
+    torch.testing.assert_close(ratio_vote_merge(scaled, weights, rho=1.1, eps=1e-12), torch.tensor([5e6]))
+
+
+def test_figures_of_orthogonal_and_parallel_clients():
+    # c0 = c1 (cosine 1), c2 orthogonal: sums of |S| are 1, 1, 0; h = 1 - 1/2, 1 - 1/2, 1
+    result = aggregate([1.0, 0.0], [2.0, 0.0], [0.0, 1.0], r0=0.9, delta=0.4)
+    e = math.e
+    assert list(result.diagnostics["weights"].values()) == pytest.approx(
+        [e / (2 * e + 1), e / (2 * e + 1), 1 / (2 * e + 1)]
+    )
+    assert result.diagnostics["heterogeneity"] == {"c0": 0.5, "c1": 0.5, "c2": 1.0}
+    assert result.diagnostics["retention"] == pytest.approx({"c0": 0.9, "c1": 0.9, "c2": 0.5})
+    assert result.diagnostics["cosine"] == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
+    assert result.diagnostics["update_norms"] == {"c0": 1.0, "c1": 2.0, "c2": 1.0}
+
+
+def test_absolute_similarity_favours_an_opposing_client_and_positive_does_not():
+    cosine = cosine_matrix(torch.tensor([[1.0, 1.0, -1.0], [1.0, 1.0, -1.0], [-1.0, -1.0, 1.0]]))
+    torch.testing.assert_close(affinity_weights(cosine), torch.full((3,), 1 / 3, dtype=torch.float64))
+    # positive: sums 1, 1, 0
+    weights = affinity_weights(cosine, similarity="positive")
+    torch.testing.assert_close(weights, torch.softmax(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64), 0))
+
+
+def test_equal_clients_get_equal_figures_to_the_bit():
+    torch.manual_seed(0)
+    for clients in (3, 4, 5, 8, 9):
+        rows = torch.randn(clients, 1001)
+        rows[-1] = rows[0]
+        updates = [ClientUpdate(f"c{i}", {"w": row}) for i, row in enumerate(rows)]
+        figures = Aggregator.by_name("h_ties")().aggregate(updates).diagnostics
+        for figure in ("heterogeneity", "weights", "retention"):
+            assert figures[figure]["c0"] == figures[figure][f"c{clients - 1}"], (clients, figure)
+
+
+def test_parallel_clients_all_keep_r0():
+    # the span of h is rounding noise, below 1e-12, so nobody is trimmed more
+    base = torch.linspace(-1, 1, 999)
+    result = aggregate(base.tolist(), (3 * base).tolist(), (0.7 * base).tolist(), r0=0.8, delta=0.5)
+    assert set(result.diagnostics["retention"].values()) == {0.8}
+
+
+def test_retention_is_clipped_and_falls_with_heterogeneity():
+    spread = torch.tensor([0.2, 0.4, 0.6], dtype=torch.float64)
+    torch.testing.assert_close(retention(spread, r0=1.0, delta=0.2), torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64))
+    assert retention(spread, r0=0.5, delta=0.5).tolist() == pytest.approx([0.5, 0.25, 0.0])
+
+
+def test_zero_update_has_cosine_zero_with_all():
+    cosine = cosine_matrix(torch.tensor([[0.0, 0.0], [0.0, 4.0]]))
+    assert cosine.tolist() == [[0.0, 0.0], [0.0, 1.0]]
+    assert heterogeneity(cosine).tolist() == [1.0, 1.0]
+
+
+def test_conflict_follows_the_equation_and_its_option():
+    # sign sums 2 - 0, 1 - 1, 0 (nobody moved), 1: C = 1 - 2/2, 1 - 0, 1 - 0, 1 - 1/2
+    deltas = ([1.0, 1.0, 0.0, 0.0], [3.0, -1.0, 0.0, 2.0])
+    assert aggregate(*deltas).conflict["w"].tolist() == [0.0, 1.0, 1.0, 0.5]
+    assert aggregate(*deltas, ignore_unmoved=True).conflict["w"].tolist() == [0.0, 1.0, 0.0, 0.5]
+    figures = aggregate(*deltas).diagnostics
+    assert figures["conflict_mean"] == 0.625
+    # |sign sum| / movers over the three moved coordinates: 1, 0, 1
+    assert figures["sign_agreement"] == pytest.approx(2 / 3)
+
+
+def test_one_client_returns_itself():
+    result = aggregate([1.0, 0.0, -2.0], r0=0.5, delta=0.5)
+    assert result.delta["w"].tolist() == [1.0, 0.0, -2.0]
+    assert result.conflict["w"].tolist() == [0.0, 0.0, 0.0]
+    assert result.diagnostics["weights"] == {"c0": 1.0}
+    assert result.diagnostics["retention"] == {"c0": 1.0}
+    assert result.diagnostics["heterogeneity"] == {"c0": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rho": 0.9}, "aggregator.rho must be >= 1, got 0.9"),
+        ({"r0": 0.0}, r"aggregator.r0 must be in \(0, 1\], got 0.0"),
+        ({"r0": 0.5, "delta": 0.6}, r"aggregator.delta must be in \[0, r0 = 0.5\], got 0.6"),
+        ({"eps": 0.0}, "aggregator.eps must be > 0, got 0.0"),
+        ({"similarity": "abs"}, "aggregator.similarity must be one of absolute, positive, got 'abs'"),
+        ({"trim_scope": "x"}, "aggregator.trim_scope must be one of global, tensor, got 'x'"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(ConfigError, match=message):
+        Aggregator.by_name("h_ties")(**options)
