@@ -19,6 +19,9 @@ _MAX_NODES = 1024
 _LOGITS = 2**27
 """Logits held at once, scored tokens times vocabulary (512 MiB in float32)."""
 
+_OVERHEAD_CPU, _OVERHEAD_GPU = 40, 1000
+"""What a forward costs beyond its tokens, in tokens: reading the weights, starting the kernels."""
+
 
 class PrefixSharingLM(HFLM):  # type: ignore[misc]
     """HFLM whose log-likelihood requests run every shared prefix once (see :mod:`fedproxy.evaluation.token_trees`).
@@ -89,7 +92,9 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         order, asked = list(queries), list(queries.values())
         trees = plant(asked, hidden_size(self.model), min(_MAX_NODES, self.batch_tokens))
         found: dict[int, tuple[float, bool]] = {}
-        for batch in batches(trees, self.batch_tokens, max(1, _LOGITS // vocabulary(self.model))):
+        scored = max(1, _LOGITS // vocabulary(self.model))
+        overhead = _OVERHEAD_CPU if self.device.type == "cpu" else _OVERHEAD_GPU
+        for batch in batches(trees, self.batch_tokens, scored, overhead):
             with torch.autocast(
                 self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
             ):
