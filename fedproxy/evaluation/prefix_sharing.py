@@ -1,6 +1,5 @@
 """lm-eval's Hugging Face model with shared prefixes: the same answers as HFLM, in a fraction of the time."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -135,23 +134,10 @@ def sharing_obstacle(model: Any) -> str | None:
     are compared with a plain forward per sequence. Recurrent layers, positional biases that ignore position ids and
     attention kernels without masks fail here, by an exception or by other numbers.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "forward takes no position_ids"
-    words = torch.randint(vocabulary(model), (24,), generator=generator(0, "sharing check")).tolist()
-    prefix, other = words[:9], words[9:13]
-    queries = [
-        Query(prefix + words[13:15], words[13:16]),
-        Query(prefix + words[16:20], words[16:21]),
-        Query(prefix, words[21:22]),
-        Query(other, words[22:23]),
-    ]
-    tree = TokenTree()
-    for index in sorted(range(3), key=lambda i: queries[i].tokens):
-        tree.add(index, queries[index])
-    small = TokenTree()
-    small.add(3, queries[3])
     try:
-        found = score(model, [tree, small], queries)
+        queries, trees = _small_trees(vocabulary(model))
+        hidden_size(model)
+        found = score(model, trees, queries)
         plain = [_plain_logprobs(model, query) for query in queries]
     except Exception as error:  # a forward that does not take what a tree needs may raise anything
         return f"{type(error).__name__}: {error}"
@@ -160,6 +146,23 @@ def sharing_obstacle(model: Any) -> str | None:
         if abs(found[index][0] - logprobs) > (1e-3 if precise else 1e-1) * spread:
             return "its forward over a token tree differs from its forward over each sequence"
     return None
+
+
+def _small_trees(words: int) -> tuple[list[Query], list[TokenTree]]:
+    """Return three queries of one tree and one of a smaller one, of random tokens."""
+    token = torch.randint(words, (24,), generator=generator(0, "sharing check")).tolist()
+    prefix = token[:9]
+    queries = [
+        Query(prefix, token[9:10]),
+        Query(prefix + token[10:12], token[10:13]),
+        Query(prefix + token[13:17], token[13:18]),
+        Query(token[18:22], token[22:23]),
+    ]
+    large, small = TokenTree(), TokenTree()
+    for index in sorted(range(3), key=lambda i: queries[i].tokens):
+        large.add(index, queries[index])
+    small.add(3, queries[3])
+    return queries, [large, small]
 
 
 @torch.no_grad()
