@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +92,13 @@ class ClientUpdate:
     delta: Tensors
     """The client's state minus the broadcast state; may be file-backed (:class:`TensorFile`)."""
     num_examples: int = 1
-    """Training examples seen by the client, counted once per epoch set: its weight in linear rules."""
+    """The client's training examples, each counted once: its weight in linear rules."""
     num_tokens: int = 0
     """Answer tokens trained on."""
     train_loss: float | None = None
     """Mean task loss over the client's local steps (nats per answer token)."""
+    regularizer_loss: float | None = None
+    """Mean of the regularizer's term over the same steps."""
     seconds: float = 0.0
     """Wall time of local training."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
@@ -104,8 +106,8 @@ class ClientUpdate:
 
     def save(self, path: str | Path) -> None:
         """Write the update as one safetensors file."""
-        names = ("client_id", "num_examples", "num_tokens", "train_loss", "seconds")
-        _save(path, "client_update", {name: getattr(self, name) for name in names}, {"delta": self.delta}, self.extras)
+        meta = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("delta", "extras")}
+        _save(path, "client_update", meta, {"delta": self.delta}, self.extras)
 
     @classmethod
     def load(cls, path: str | Path) -> "ClientUpdate":
@@ -132,9 +134,13 @@ def _save(
     path: str | Path, kind: str, meta: Mapping[str, Any], groups: Mapping[str, Tensors], extras: Mapping[str, Tensors]
 ) -> None:
     named = {**groups, **{f"extras/{group}": tensors for group, tensors in extras.items()}}
-    flat = {
-        f"{group}/{name}": tensor.contiguous() for group, tensors in named.items() for name, tensor in tensors.items()
-    }
+    flat: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for group, tensors in named.items():
+        for name, tensor in tensors.items():
+            shared = tensor.data_ptr() in seen  # the format refuses tensors that share memory
+            seen.add(tensor.data_ptr())
+            flat[f"{group}/{name}"] = tensor.clone() if shared else tensor.contiguous()
     header = {**meta, "extras": sorted(extras)}
     save_file(flat, str(path), metadata={"format": _FORMAT, "kind": kind, "meta": json.dumps(header)})
 

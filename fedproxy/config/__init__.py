@@ -1,0 +1,25 @@
+"""The configuration of a run."""
+
+from fedproxy.config.loading import load_config, to_dict, to_yaml
+from fedproxy.config.schema import (
+    ClientConfig,
+    DataConfig,
+    DistillationConfig,
+    EvaluationConfig,
+    FederationConfig,
+    RunConfig,
+    TargetConfig,
+)
+
+__all__ = [
+    "ClientConfig",
+    "DataConfig",
+    "DistillationConfig",
+    "EvaluationConfig",
+    "FederationConfig",
+    "RunConfig",
+    "TargetConfig",
+    "load_config",
+    "to_dict",
+    "to_yaml",
+]

@@ -1,0 +1,204 @@
+"""RunConfig and its parts: frozen dataclasses, checked when they are made."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedproxy.errors import ConfigError, nearest
+from fedproxy.federation.engines import Engine
+from fedproxy.federation.partition import Partition
+from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.fusion import Fusion
+from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.server_optimizers import ServerOptimizer
+from fedproxy.strategies.trainable import Trainable
+
+MODELS = ("target", "proxy", "proxy_tuned", "fused")
+LOGGERS = ("csv", "tensorboard")
+
+
+def _require(key: str, value: object, ok: bool, rule: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """The server's LLM."""
+
+    path: str
+    """``asset:NAME``, a ``from_pretrained`` folder or a hub id."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The clients' rows."""
+
+    tasks: list[str] = field(default_factory=list)
+    """lm-eval tasks whose train split clients own; by default also those that are scored."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Further sources, name to file, folder or hub id: rows with a prompt and a target column."""
+    prompt_column: str = "prompt"
+    target_column: str = "target"
+    rows_per_task: int | None = None
+    """Rows sampled per source before the partition; null takes all."""
+    max_input_tokens: int = 256
+    """Longer prompts are cut from the left, so that the answer cue stays."""
+    max_target_tokens: int = 64
+    """Longer targets are cut from the right."""
+    partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
+
+    def __post_init__(self) -> None:
+        _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
+        both = sorted(set(self.tasks) & set(self.files))
+        _require("data.files", both, not both, "named differently from data.tasks")
+        for key in ("max_input_tokens", "max_target_tokens"):
+            _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        rows = self.rows_per_task
+        _require("data.rows_per_task", rows, rows is None or rows >= 1, "at least 1, or null for all")
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Knowledge distillation from target into proxy on calibration text, before any client sees the proxy."""
+
+    steps: int = 0
+    """Optimiser steps; 0 skips distillation."""
+    rows: int = 1000
+    """Rows of compression.calibration.path to distil on."""
+    batch_size: int = 16
+    lr: float = 1e-4
+    temperature: float = 1.0
+    kl_weight: float = 1.0
+    hidden_weight: float = 0.0
+    cache_teacher: bool = False
+    """Keep the teacher's outputs for further epochs (see docs for its size)."""
+
+    def __post_init__(self) -> None:
+        for key, low in (("steps", 0), ("rows", 1), ("batch_size", 1)):
+            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) >= low, f"at least {low}")
+        for key in ("lr", "temperature"):
+            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) > 0, "positive")
+        for key in ("kl_weight", "hidden_weight"):
+            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
+        _require(
+            "distillation.kl_weight",
+            self.kl_weight,
+            self.kl_weight + self.hidden_weight > 0,
+            "positive if hidden_weight is 0",
+        )
+
+
+@dataclass(frozen=True)
+class ClientConfig:
+    """Local training of one client in one round; the optimiser is a fresh AdamW with a constant learning rate."""
+
+    lr: float = 5e-5
+    batch_size: int = 16
+    accumulate: int = 1
+    """Batches per optimiser step."""
+    epochs: int = 1
+    """Passes over the client's rows per round."""
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = 1.0
+    """Gradients are clipped to this norm; null does not clip."""
+
+    def __post_init__(self) -> None:
+        _require("client.lr", self.lr, self.lr > 0, "positive")
+        for key in ("batch_size", "accumulate", "epochs"):
+            _require(f"client.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        _require("client.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        norm = self.max_grad_norm
+        _require("client.max_grad_norm", norm, norm is None or norm > 0, "positive, or null")
+
+
+@dataclass(frozen=True)
+class FederationConfig:
+    """The round loop."""
+
+    rounds: int = 10
+    clients_per_round: int | str = "all"
+    """How many clients are drawn each round, or ``all``."""
+    space: Literal["factors"] = "factors"
+    """Coordinates that are merged: LoRA's A and B."""
+
+    def __post_init__(self) -> None:
+        _require("federation.rounds", self.rounds, self.rounds >= 0, "at least 0")
+        n = self.clients_per_round
+        _require(
+            "federation.clients_per_round", n, n == "all" or (isinstance(n, int) and n >= 1), "'all' or at least 1"
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is scored with lm-eval at the end of a run."""
+
+    tasks: list[str] | None = None
+    """lm-eval tasks; null takes data.tasks."""
+    models: list[str] = field(default_factory=lambda: list(MODELS))
+    limit: int | None = None
+    """Score the first ``limit`` documents of each task; null scores all."""
+    num_fewshot: int = 0
+    batch_tokens: int = 4096
+    """Tokens per forward pass, padding included."""
+    seed: int = 1234
+    """Seed of the few-shot sampler."""
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            if name not in MODELS:
+                raise ConfigError(f"evaluation.models: unknown model {name!r}{nearest(name, MODELS)}")
+        _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
+        _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
+        _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: every method is a choice of components."""
+
+    target: TargetConfig
+    data: DataConfig
+    recipe: str = "custom"
+    method: str = "custom"
+    """A label for reports; nothing branches on it."""
+    seed: int = 42
+    output_dir: str = "runs/${recipe}"
+    resume: Literal["auto", "never"] = "never"
+    """``auto`` goes on from the last whole checkpoint of output_dir."""
+    overwrite: bool = False
+    """Delete the run that output_dir holds."""
+    plugins: list[str] = field(default_factory=list)
+    """Modules to import for the components they register."""
+    compression: Compressor = field(default_factory=lambda: Compressor.by_name("block_influence")())
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    trainable: Trainable = field(default_factory=lambda: Trainable.by_name("lora")())
+    client: ClientConfig = field(default_factory=ClientConfig)
+    regularizer: Regularizer = field(default_factory=lambda: Regularizer.by_name("none")())
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    engine: Engine = field(default_factory=lambda: Engine.by_name("in_process")())
+    aggregator: Aggregator = field(default_factory=lambda: Aggregator.by_name("fedavg")())
+    server_optimizer: ServerOptimizer = field(default_factory=lambda: ServerOptimizer.by_name("none")())
+    fusion: Fusion = field(default_factory=lambda: Fusion.by_name("plug_in")())
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: dict[str, Any] = field(
+        default_factory=lambda: {"accelerator": "auto", "devices": "auto", "precision": "32-true"}
+    )
+    """Options of lightning.Trainer, for clients and distillation alike."""
+    loggers: list[str] = field(default_factory=list)
+    """Where round metrics also go: csv, tensorboard."""
+
+    def __post_init__(self) -> None:
+        for name in self.loggers:
+            if name not in LOGGERS:
+                raise ConfigError(f"loggers: unknown logger {name!r}{nearest(name, LOGGERS)}")
+        _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
+        if self.data.files and not self.evaluation_tasks:
+            raise ConfigError("evaluation.tasks is missing: data.files has no task to score; name lm-eval tasks")
+
+    @property
+    def evaluation_tasks(self) -> list[str]:
+        """The tasks that are scored."""
+        return self.data.tasks if self.evaluation.tasks is None else self.evaluation.tasks

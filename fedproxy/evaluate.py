@@ -1,0 +1,162 @@
+"""`python -m fedproxy.evaluate`: score a model on lm-eval tasks."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedproxy.command import run_command
+
+if TYPE_CHECKING:
+    from fedproxy.evaluation.harness import EvaluationResult
+
+USAGE = """
+usage: python -m fedproxy.evaluate model=MODEL tasks=[TASK,...] [key=value ...]
+
+Scores a causal language model with lm-eval and writes scores.json, samples.jsonl and lm-eval's own results.json.
+
+  model         a from_pretrained folder, asset:NAME (fetched if missing) or a hub id
+  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa)
+  limit         only the first questions of each task; null is all       (null)
+  num_fewshot   solved examples before each question                     (0)
+  split         test or validation; null is lm-eval's choice             (null)
+  seed          seed of the few-shot sampler                             (1234)
+  dtype         float32, bfloat16 or float16                             (float32)
+  device        cpu, cuda, cuda:1, mps; null takes a GPU if there is one (null)
+  batch_size    sequences per forward where no prefix can be shared      (16)
+  batch_tokens  tokens per forward where prefixes are shared             (2048)
+  output_dir    folder of the result files                               (evaluation)
+  overwrite     replace results that lie there                           (false)
+
+examples:
+  python -m fedproxy.evaluate model=asset:smollm2-135m tasks=[arc_easy,openbookqa] limit=100
+  python -m fedproxy.evaluate model=runs/demo/fused tasks=[csqa] num_fewshot=5 output_dir=runs/demo/csqa_5shot
+"""
+
+
+@dataclass(frozen=True)
+class EvaluateArguments:
+    """What the command line can say; see ``USAGE``."""
+
+    model: str = ""
+    tasks: list[str] = field(default_factory=list)
+    limit: int | None = None
+    num_fewshot: int = 0
+    split: str | None = None
+    seed: int = 1234
+    dtype: str = "float32"
+    device: str | None = None
+    batch_size: int = 16
+    batch_tokens: int = 2048
+    output_dir: str = "evaluation"
+    overwrite: bool = False
+
+
+def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
+    """Return the typed arguments.
+
+    Raises:
+        ConfigError: If one has no ``=``, is unknown, is of another type, or model or tasks are missing.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from fedproxy.errors import ConfigError, nearest
+
+    known = [option.name for option in dataclasses.fields(EvaluateArguments)]
+    for argument in arguments:
+        key, equals, _ = argument.partition("=")
+        if not equals:
+            raise ConfigError(f"{argument!r} is no key=value argument; write, for example, limit=100")
+        if key not in known:
+            raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist(list(arguments)))
+        typed = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, YAMLError) as error:
+        key = getattr(error, "full_key", None) or "arguments"
+        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
+    assert isinstance(typed, EvaluateArguments)
+    for key, example in (("model", "model=asset:smollm2-135m"), ("tasks", "tasks=[arc_easy]")):
+        if not getattr(typed, key):
+            raise ConfigError(f"{key} is missing; write, for example, {example}")
+    return typed
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate the model that the arguments name, write the result files and print the scores."""
+    options = parse_arguments(arguments)
+    folder = Path(options.output_dir)
+    if (folder / "scores.json").exists() and not options.overwrite:
+        from fedproxy.errors import ConfigError
+
+        raise ConfigError(f"{folder} already holds scores; add overwrite=true or choose another output_dir")
+    result = _evaluate(options)
+    _write(options, result, folder)
+    print(score_table(result))
+    print(f"results: {folder}/scores.json, samples.jsonl and results.json")
+
+
+def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
+    import torch
+
+    from fedproxy.data.assets import cache_root, fetch, is_cached, resolve
+    from fedproxy.evaluation.harness import check_tasks, evaluate_model
+    from fedproxy.evaluation.offline_tasks import offline_tasks
+    from fedproxy.models import load_model, load_tokenizer
+
+    for name in options.tasks:
+        task = offline_tasks().get(name)
+        if task is not None and not (cache_root() / task.asset).is_dir() and not is_cached(task.asset):
+            fetch(task.asset)
+    split, limit, shots = options.split, options.limit, options.num_fewshot
+    check_tasks(options.tasks, limit, shots, split=split)  # type: ignore[arg-type]
+    path = str(resolve(options.model) or options.model)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(path, dtype=options.dtype).to(torch.device(device))
+    return evaluate_model(
+        model,
+        load_tokenizer(path),
+        options.tasks,
+        limit=limit,
+        num_fewshot=shots,
+        batch_size=options.batch_size,
+        batch_tokens=options.batch_tokens,
+        seed=options.seed,
+        split=split,  # type: ignore[arg-type]
+        progress=True,
+    )
+
+
+def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path) -> None:
+    from fedproxy.plain_json import write_json, write_text
+
+    settings = dataclasses.asdict(options)
+    scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}
+    write_json(folder / "scores.json", scores)
+    write_text(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in result.samples))
+    write_json(folder / "results.json", result.lm_eval)
+
+
+def score_table(result: "EvaluationResult") -> str:
+    """Return the accuracies in percent with standard errors and the answer NLL in nats per token, a line per task."""
+    lines = [f"{'task':<16} {'n':>6} {'acc':>14} {'acc_norm':>14} {'answer NLL':>11}"]
+    for name, scores in [*result.scores.items(), ("mean", result.mean)]:
+        cells = [_percent(scores, "acc"), _percent(scores, "acc_norm")]
+        nll = f"{scores['answer_nll']:.3f}" if "answer_nll" in scores else "-"
+        lines.append(f"{name:<16} {scores.get('n', 0):>6.0f} {cells[0]:>14} {cells[1]:>14} {nll:>11}")
+    return "\n".join(lines)
+
+
+def _percent(scores: dict[str, float], metric: str) -> str:
+    if metric not in scores:
+        return "-"
+    error = f" ± {100 * scores[f'{metric}_stderr']:.1f}" if f"{metric}_stderr" in scores else ""
+    return f"{100 * scores[metric]:.1f}{error}"
+
+
+if __name__ == "__main__":
+    run_command(main, USAGE)

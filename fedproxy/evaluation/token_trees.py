@@ -1,0 +1,197 @@
+"""Many token sequences in one forward pass, every shared prefix computed once.
+
+Sequences that begin alike (the choices of one question, questions behind the same solved examples) form a tree: each
+tree node is one token, its position is its depth, and it attends to its ancestors and itself. One row of a batch is one
+tree, so that a plain forward with a four-dimensional attention mask and explicit position ids gives, at every node, the
+hidden state that the sequence alone would have had there. No cache is needed, and the vocabulary head is applied at
+the nodes that are scored and nowhere else.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HEAD_ROWS = 256
+"""Scored nodes whose log-softmax is taken at once."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """A token sequence to score: the model reads ``tokens`` and should say ``targets`` at its last positions."""
+
+    tokens: list[int]
+    targets: list[int]
+    """At most as many as ``tokens``; ``targets[-1]`` follows ``tokens[-1]``."""
+
+
+@dataclass
+class TokenTree:
+    """Sequences of one row. ``parents`` of a new sequence's first own token are the nodes of its shared prefix."""
+
+    tokens: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
+    branches: list[tuple[int, int, list[int]]] = field(default_factory=list)
+    """(first own node, one past its last, nodes of the shared prefix), in the order added."""
+    scored: list[tuple[int, list[int]]] = field(default_factory=list)
+    """(index of the query, nodes whose next token it scores)."""
+    _last: list[int] = field(default_factory=list)
+    _path: list[int] = field(default_factory=list)
+
+    def shared(self, tokens: Sequence[int]) -> int:
+        """Return how many leading tokens the sequence shares with the one added last."""
+        length = 0
+        for ours, theirs in zip(self._last, tokens, strict=False):
+            if ours != theirs:
+                break
+            length += 1
+        return length
+
+    def add(self, index: int, query: Query) -> None:
+        """Add a query; queries must come in sorted order of their tokens, so that prefixes are shared in full."""
+        shared, start = self.shared(query.tokens), len(self.tokens)
+        own = query.tokens[shared:]
+        end = start + len(own)
+        prefix = self._path[:shared]
+        if own:
+            self.branches.append((start, end, prefix))
+        self.tokens += own
+        self.depths += range(shared, len(query.tokens))
+        self._path, self._last = prefix + list(range(start, end)), query.tokens
+        self.scored.append((index, self._path[len(query.tokens) - len(query.targets) :]))
+
+    def visible(self) -> Tensor:
+        """Return which nodes attend to which: bool (nodes, nodes), row = who looks."""
+        seen = np.zeros((len(self.tokens), len(self.tokens)), dtype=bool)
+        for start, end, prefix in self.branches:
+            seen[start:end, prefix] = True
+            seen[start:end, start:end] = np.tri(end - start, dtype=bool)
+        return torch.from_numpy(seen)
+
+
+def plant(queries: Sequence[Query], hidden_size: int, max_nodes: int) -> list[TokenTree]:
+    """Pack queries into trees.
+
+    A query joins the tree of its predecessor (in sorted order) where that saves more work than it costs: each shared
+    token saves about 12 hidden_size^2 multiplications per block in the linear layers, each further pair of nodes in a
+    row costs about 2 hidden_size in attention, and masked attention reaches about a third of the linear layers' speed.
+
+    Args:
+        queries: What to score.
+        hidden_size: Width of the model.
+        max_nodes: No tree grows beyond this, unless one query alone does.
+    """
+    trees: list[TokenTree] = []
+    for index in sorted(range(len(queries)), key=lambda i: queries[i].tokens):
+        query = queries[index]
+        if not (trees and _worth_joining(trees[-1], query.tokens, hidden_size, max_nodes)):
+            trees.append(TokenTree())
+        trees[-1].add(index, query)
+    return trees
+
+
+def _worth_joining(tree: TokenTree, tokens: list[int], hidden_size: int, max_nodes: int) -> bool:
+    shared, nodes = tree.shared(tokens), len(tree.tokens)
+    own = len(tokens) - shared
+    further_pairs = (nodes + own) ** 2 - nodes**2 - len(tokens) ** 2
+    return nodes + own <= max_nodes and 2 * hidden_size * shared >= further_pairs
+
+
+def batches(trees: Sequence[TokenTree], batch_tokens: int, max_scored: int) -> Iterator[list[TokenTree]]:
+    """Yield batches of trees of similar size, the largest first.
+
+    Args:
+        trees: All trees.
+        batch_tokens: Nodes of a batch, padding included.
+        max_scored: Scored nodes of a batch, which bounds the memory of the logits.
+    """
+    batch: list[TokenTree] = []
+    scored = 0
+    for tree in sorted(trees, key=lambda tree: len(tree.tokens), reverse=True):
+        own = sum(len(nodes) for _, nodes in tree.scored)
+        if batch and (len(batch[0].tokens) * (len(batch) + 1) > batch_tokens or scored + own > max_scored):
+            yield batch
+            batch, scored = [], 0
+        batch.append(tree)
+        scored += own
+    if batch:
+        yield batch
+
+
+@torch.no_grad()
+def score(
+    model: Any, trees: Sequence[TokenTree], queries: Sequence[Query], softmax_dtype: torch.dtype | None = None
+) -> dict[int, tuple[float, bool]]:
+    """Score the queries of one batch of trees with a single forward pass.
+
+    Returns:
+        By index of the query: the summed log-probability of its targets, and whether each of them is the likeliest.
+    """
+    width = max(len(tree.tokens) for tree in trees)
+    nodes = [row * width + node for row, tree in enumerate(trees) for _, path in tree.scored for node in path]
+    targets = [token for tree in trees for index, _ in tree.scored for token in queries[index].targets]
+    where, which = torch.unique(torch.tensor(nodes, device=model.device), return_inverse=True)
+    logits = _logits(model, trees, width, where)
+    values, hits = _pick(logits, which, torch.tensor(targets, device=logits.device), softmax_dtype)
+    found, start = {}, 0
+    for tree in trees:
+        for index, path in tree.scored:
+            end = start + len(path)
+            found[index] = (float(sum(values[start:end])), all(hits[start:end]))
+            start = end
+    return found
+
+
+def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -> Tensor:
+    """Return logits (scored nodes, vocabulary) of a forward over rows of trees, padded on the right.
+
+    A hook hands the vocabulary head only the hidden states of the scored nodes; whatever the model does to logits
+    afterwards (scaling, soft-capping) still happens.
+    """
+    device, rows = model.device, len(trees)
+    tokens = torch.zeros(rows, width, dtype=torch.long)
+    depths = torch.zeros(rows, width, dtype=torch.long)
+    visible = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)  # padding sees itself, or its softmax were 0 / 0
+    for row, tree in enumerate(trees):
+        size = len(tree.tokens)
+        tokens[row, :size] = torch.tensor(tree.tokens)
+        depths[row, :size] = torch.tensor(tree.depths)
+        visible[row, :size, :size] = tree.visible()
+    mask = torch.zeros(rows, 1, width, width, dtype=model.dtype)
+    mask.masked_fill_(~visible[:, None], torch.finfo(model.dtype).min)
+
+    def keep_scored(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0].flatten(0, 1)[where][None], *inputs[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
+    try:
+        output = model(
+            input_ids=tokens.to(device),
+            attention_mask=mask.to(device),
+            position_ids=depths.to(device),
+            use_cache=False,
+        )
+    finally:
+        handle.remove()
+    logits: Tensor = output.logits
+    if logits.shape[:2] != (1, len(where)):
+        raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(where)} scored tokens")
+    return logits[0]
+
+
+def _pick(logits: Tensor, which: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[list[float], list[bool]]:
+    """Return each target's log-probability and whether it is the argmax; ``which`` (targets,) indexes ``logits``."""
+    values = torch.empty(len(targets), dtype=torch.float64)
+    hits = torch.empty(len(targets), dtype=torch.bool)
+    for start in range(0, len(logits), _HEAD_ROWS):
+        chunk = logits[start : start + _HEAD_ROWS]
+        inside = ((which >= start) & (which < start + len(chunk))).nonzero().flatten()
+        rows, wanted = which[inside] - start, targets[inside]
+        logprobs = F.log_softmax(chunk, dim=-1, dtype=dtype)
+        values[inside.cpu()] = logprobs[rows, wanted].double().cpu()
+        hits[inside.cpu()] = (chunk.argmax(-1)[rows] == wanted).cpu()
+    return values.tolist(), hits.tolist()

@@ -1,0 +1,117 @@
+"""Round checkpoints: written whole or not at all, read back to the bit."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedproxy.errors import CheckpointError
+
+_NAME = re.compile(r"round_(\d{4,})")
+_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory")
+
+
+@dataclass
+class Progress:
+    """Everything the round loop needs to go on after ``round``."""
+
+    round: int
+    """Last finished round; 0 before the first."""
+    state: dict[str, Tensor]
+    """Trainable state phi."""
+    conflict: dict[str, Tensor] = field(default_factory=dict)
+    """Per-coordinate conflict of the last round; empty before the first."""
+    server_memory: dict[str, Tensor] = field(default_factory=dict)
+    aggregator_memory: dict[str, Tensor] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    """One line of rounds.jsonl per finished round."""
+
+
+class CheckpointFolder:
+    """The checkpoints of one run.
+
+    Args:
+        folder: ``runs/<name>/checkpoints``.
+        keep: How many of the latest checkpoints stay on disk.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint into a temporary folder, flush it to disk, and rename it.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        final = self.folder / f"round_{progress.round:04d}"
+        part = self.folder / f".part_{progress.round:04d}"
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            names: dict[str, list[str]] = {}
+            for group in _GROUPS:
+                tensors: Mapping[str, Tensor] = getattr(progress, group)
+                names[group] = sorted(tensors)
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in tensors.items()}, part / f"{group}.safetensors"
+                )
+            content = {"round": progress.round, "tensors": names, "records": progress.records}
+            (part / "progress.json").write_text(json.dumps(content) + "\n")
+            _flush([*part.iterdir(), part])
+            shutil.rmtree(final, ignore_errors=True)
+            part.rename(final)
+            _flush([self.folder])
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
+            ) from error
+        for old in self.rounds()[: -self.keep]:
+            shutil.rmtree(self.folder / f"round_{old:04d}")
+
+    def rounds(self) -> list[int]:
+        """Return the rounds that have a whole checkpoint, ascending."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+    def load_latest(self) -> Progress | None:
+        """Return the progress of the last whole checkpoint, or None where there is none.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged; the message names what is missing.
+        """
+        rounds = self.rounds()
+        return self.load(rounds[-1]) if rounds else None
+
+    def load(self, round_: int) -> Progress:
+        """Return the progress after round ``round_``."""
+        path = self.folder / f"round_{round_:04d}"
+        hint = f"delete {path} to go on from the round before, or start again with overwrite=true"
+        try:
+            content = json.loads((path / "progress.json").read_text())
+            groups = {group: load_file(path / f"{group}.safetensors") for group in _GROUPS}
+            listed: dict[str, list[str]] = content["tensors"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(f"checkpoint {path} is damaged ({error}); {hint}") from error
+        for group, tensors in groups.items():
+            if lost := sorted(set(listed[group]) - set(tensors)):
+                raise CheckpointError(f"checkpoint {path} lacks the tensor {lost[0]} in {group}.safetensors; {hint}")
+        return Progress(content["round"], **groups, records=content["records"])
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,35 @@
+"""`python -m fedproxy.fit`: run a recipe from compression to report."""
+
+from collections.abc import Sequence
+
+from fedproxy.command import run_command
+
+USAGE = """
+usage: python -m fedproxy.fit recipe=NAME [key=value ...]
+
+Compresses the target, tunes the proxy with the clients, fuses, evaluates and writes a report.
+
+examples:
+  python -m fedproxy.fit recipe=fedproxy_tiny                          under a minute, offline
+  python -m fedproxy.fit recipe=fedproxy_llama resume=auto             SmolLM2 with four clients
+  python -m fedproxy.fit recipe=fedproxy_llama federation.rounds=5 aggregator.name=fedavg
+  python -m fedproxy.fit recipe=my_recipe.yaml output_dir=runs/mine overwrite=true
+
+`python -m fedproxy.recipes ls` lists the recipes, docs/configuration.md every key.
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the recipe that the arguments describe and print where its report lies."""
+    from fedproxy.config import load_config
+    from fedproxy.pipeline.run import run
+    from fedproxy.reporting.summary import summary
+
+    config = load_config(arguments)
+    report = run(config)
+    print(summary(report))
+    print(f"report: {config.output_dir}/report.md (and report.html, report.json)")
+
+
+if __name__ == "__main__":
+    run_command(main, USAGE)

@@ -1,0 +1,153 @@
+"""Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from fedproxy.errors import CheckpointError, ConfigError, ModelError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
+    """Load a causal language model, frozen and in evaluation mode.
+
+    Args:
+        path: A ``from_pretrained`` folder or a hub id.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ConfigError: If the dtype is unknown.
+        ModelError: If there is no such model, it cannot be read, or it is not a decoder-only causal LM.
+    """
+    if dtype not in _DTYPES:
+        raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    _refuse_other_kinds(path)
+    try:
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=_DTYPES[dtype], output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{path} cannot be loaded as a causal LM: {_first_line(error)}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; copy the model again"
+        )
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
+
+
+def _refuse_other_kinds(path: str | Path) -> None:
+    try:
+        config = AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{path} is no model: {_first_line(error)}; give an asset, a from_pretrained folder or a hub id"
+        ) from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{path} is an encoder-decoder model ({config.model_type}); give a decoder-only causal LM")
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"{path} is no causal LM (model type {config.model_type}); give a decoder-only causal LM")
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer; one without a padding token pads with its end-of-text token.
+
+    Raises:
+        ModelError: If there is none at ``path``.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} has no tokenizer: {_first_line(error)}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def save_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, anonymous: bool = False
+) -> None:
+    """Write a plain checkpoint with tokenizer, generation config and model card, whole or not at all.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        folder: Where it is to lie; an older one there is replaced.
+        card: Text of ``README.md``.
+        anonymous: Leave out all that could name the model's origin: paths, chat template and version stamps.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    part = folder.with_name(folder.name + ".part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with without_bars():
+            model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if anonymous:
+            _strip_origin(part)
+        (part / "README.md").write_text(card)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise CheckpointError(
+            f"{folder} cannot be written: {error}; free disk space or choose another output_dir"
+        ) from error
+
+
+_ORIGIN_KEYS = (
+    "_name_or_path",
+    "name_or_path",
+    "base_model",
+    "chat_template",
+    "transformers_version",
+    "local_files_only",
+)
+
+
+def _strip_origin(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    for path in folder.glob("*config.json"):
+        fields: dict[str, Any] = json.loads(path.read_text())
+        kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
+        path.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def state_sha256(model: PreTrainedModel) -> str:
+    """Return the hash of a model's weights: names, dtypes, shapes and bytes of its parameters in sorted order."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hold back transformers' progress bars, which flood a log with lines about a fraction of a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,44 @@
+"""The layer map: which target block each proxy block came from. It never leaves the server."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fedproxy.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """The only thing that compression and fusion share.
+
+    A repeated target index means that proxy blocks share the weights of one target block.
+    """
+
+    proxy_to_target: tuple[int, ...]
+    """Entry j is the target's block index pi(j) of proxy block j (Eq 15)."""
+    target_sha256: str
+    """Hash of the target's weights (:func:`fedproxy.models.state_sha256`); fusion refuses any other target."""
+    neurons: tuple[tuple[int, ...], ...] | None = None
+    """Kept feed-forward neurons per proxy block, where compression removed neurons; None where blocks are whole."""
+
+    def save(self, path: str | Path) -> None:
+        """Write the map as JSON."""
+        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "LayerMap":
+        """Read a map that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: If the file is missing or broken.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+            neurons = fields["neurons"]
+            return cls(
+                tuple(fields["proxy_to_target"]),
+                fields["target_sha256"],
+                None if neurons is None else tuple(tuple(block) for block in neurons),
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no layer map ({error}); compress again with overwrite=true") from error

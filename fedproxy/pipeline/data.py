@@ -1,0 +1,91 @@
+"""The run's texts: clients' rows, tokenised, and public calibration text that no client owns."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from fedproxy.config import DataConfig
+from fedproxy.data.rows import Row
+from fedproxy.data.sources import Columns, read_rows, read_texts
+from fedproxy.errors import DataError
+from fedproxy.evaluation.harness import render_rows
+from fedproxy.seeding import derive_seed, generator
+from fedproxy.strategies.compression import CalibrationConfig
+
+_TAIL_WORDS = 10
+
+
+def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
+    """Return every client's rows: tasks rendered as lm-eval renders them, files as they are, sampled, partitioned.
+
+    Raises:
+        DataError: If a source or a row cannot be used, or a client would own no row.
+    """
+    rows: list[Row] = []
+    for task in config.tasks:
+        rows += render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
+    columns = Columns(config.prompt_column, config.target_column)
+    for name, path in config.files.items():
+        own = read_rows(name, path, columns=columns)
+        rows += _sample(own, config.rows_per_task, seed=seed, source=name)
+    return config.partition.split(rows, seed)
+
+
+def _sample(rows: Sequence[Row], count: int | None, *, seed: int, source: str) -> list[Row]:
+    if count is None or count >= len(rows):
+        return list(rows)
+    order = torch.randperm(len(rows), generator=generator(seed, "rows", source))[:count]
+    return [rows[i] for i in sorted(order.tolist())]
+
+
+def rows_sha256(clients: Mapping[str, Sequence[Row]]) -> str:
+    """Return the hash of all clients' rows, whoever owns them."""
+    digest = hashlib.sha256()
+    for key, prompt, target in sorted((row.key, row.prompt, row.target) for own in clients.values() for row in own):
+        digest.update(f"{key}\x00{prompt}\x00{target}\x00".encode())
+    return digest.hexdigest()
+
+
+def public_texts(config: CalibrationConfig, clients: Mapping[str, Sequence[Row]], *, rows: int, seed: int) -> list[str]:
+    """Return calibration texts, without any that a client's row holds.
+
+    A text counts as a client's where the last ten words of both agree: that finds rows of one data set that were
+    rendered in two ways.
+
+    Raises:
+        DataError: If nothing is left.
+    """
+    owned = {_tail(row.prompt + row.target) for own in clients.values() for row in own}
+    texts = read_texts(config.path, rows, derive_seed(seed, "calibration"))
+    public = [text for text in texts if _tail(text) not in owned]
+    if not public:
+        raise DataError(f"compression.calibration.path={config.path}: every text is a client's row; give public text")
+    return public
+
+
+def _tail(text: str) -> tuple[str, ...]:
+    return tuple(text.lower().split()[-_TAIL_WORDS:])
+
+
+def text_batches(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, batch_size: int = 16
+) -> list[dict[str, Tensor]]:
+    """Tokenise texts, cut long ones from the right, and pad them in batches of similar length.
+
+    Returns:
+        Batches of ``input_ids`` and ``attention_mask``, int64 (batch, tokens).
+    """
+    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    encoded = sorted((ids for ids in encoded if ids), key=len)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches: list[dict[str, Tensor]] = []
+    for start in range(0, len(encoded), batch_size):
+        part = [torch.tensor(ids) for ids in encoded[start : start + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=pad)
+        lengths = torch.tensor([len(row) for row in part])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches

@@ -1,0 +1,65 @@
+"""What a person sees while a run goes on: stages, one line per round, a bar for slow work."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedproxy.reporting.formatting import size
+
+
+class Display:
+    """Prints to standard error, so that standard output stays for results.
+
+    Args:
+        console: Where to print; standard error by default.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+
+    def say(self, message: str) -> None:
+        """Print one line."""
+        self.console.print(message, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator["Bar"]:
+        """Show a progress bar while a stage with ``total`` parts runs; nothing where the output is no terminal."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            yield Bar(progress, progress.add_task(label, total=total))
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Show a progress bar that is told how many parts are done, out of how many."""
+        with self.bar(label, 1) as bar:
+            yield bar.set
+
+    def round(self, record: Mapping[str, Any], rounds: int) -> None:
+        """Print a round's line: loss, heterogeneity, conflict, seconds, bytes."""
+        parts = [f"round {record['round']}/{rounds}", f"loss {record['train_loss']:.3f}"]
+        heterogeneity = record.get("heterogeneity")
+        if heterogeneity:
+            parts.append(f"heterogeneity {sum(heterogeneity) / len(heterogeneity):.2f}")
+        if record.get("conflict_mean") is not None:
+            parts.append(f"conflict {record['conflict_mean']:.2f}")
+        parts.append(f"{record['seconds']:.1f} s")
+        parts.append(f"up {size(record['upload_bytes'])}, down {size(record['download_bytes'])}")
+        self.say("  ".join(parts))
+
+
+class Bar:
+    """A running progress bar."""
+
+    def __init__(self, progress: Progress, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def step(self, label: str) -> None:
+        """One part is done; the bar now shows ``label``."""
+        self._progress.update(self._task, advance=1, description=label)
+
+    def set(self, done: int, total: int) -> None:
+        """So many parts are done, out of so many."""
+        self._progress.update(self._task, completed=done, total=total)

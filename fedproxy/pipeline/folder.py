@@ -1,0 +1,120 @@
+"""The run folder: who may write into it, where things lie, and what is already done."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedproxy.config import RunConfig, to_dict, to_yaml
+from fedproxy.errors import CheckpointError, ConfigError
+
+# Keys that may change between a run and its continuation; federation.rounds may also grow.
+_FREE = {"resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"}
+
+
+class RunFolder:
+    """Paths of one run; see docs/architecture.md for what lies where.
+
+    Args:
+        root: ``output_dir`` of the run.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.config = self.root / "config.yaml"
+        self.journal = self.root / "rounds.jsonl"
+        self.partition = self.root / "partition.json"
+        self.checkpoints = self.root / "checkpoints"
+        self.server = self.root / "server"
+        self.layer_map = self.server / "layer_map.json"
+        self.proxy = self.root / "proxy"
+        self.adapter = self.root / "adapter"
+        self.fused = self.root / "fused"
+        self.evaluation = self.root / "evaluation"
+        self.report = self.root / "report.json"
+
+    def open(self, config: RunConfig) -> None:
+        """Claim the folder for a run and write ``config.yaml`` before any work.
+
+        Raises:
+            ConfigError: If the folder holds another run, or files that are none, and the recipe does not say
+                what to do about it.
+            CheckpointError: If it cannot be written.
+        """
+        if self.config.is_file():
+            self._claim_existing(config)
+        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            raise ConfigError(f"output_dir {self.root} holds files that are no run; choose another output_dir")
+        try:
+            self.server.mkdir(parents=True, exist_ok=True)
+            self.config.write_text(to_yaml(config))
+        except OSError as error:
+            raise CheckpointError(
+                f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
+            ) from error
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """Return the lines of rounds.jsonl."""
+        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.is_file() else []
+
+    def _claim_existing(self, config: RunConfig) -> None:
+        if config.overwrite:
+            shutil.rmtree(self.root)
+        elif config.resume == "auto":
+            check_same_run(_read_config(self.config), to_dict(config), self.root)
+        else:
+            raise ConfigError(
+                f"output_dir {self.root} already holds a run; use resume=auto to go on with it, overwrite=true to "
+                f"delete it, or another output_dir"
+            )
+
+
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path) -> None:
+    """Refuse to go on with a run under another configuration.
+
+    Raises:
+        ConfigError: Naming the first key that differs, with both values.
+    """
+    before, after = _flat(old), _flat(new)
+    for key in sorted(before.keys() | after.keys()):
+        if any(key == free or key.startswith(f"{free}.") for free in _FREE):
+            continue
+        was, now = before.get(key), after.get(key)
+        if key == "federation.rounds" and isinstance(was, int) and isinstance(now, int) and now >= was:
+            continue
+        if was != now:
+            raise ConfigError(
+                f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or use overwrite=true "
+                f"or another output_dir"
+            )
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); use overwrite=true or another output_dir") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no run's configuration; use overwrite=true or another output_dir")
+    return {str(key): value for key, value in content.items()}
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content, or None where there is no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

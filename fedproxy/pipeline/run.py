@@ -1,0 +1,153 @@
+"""The whole of one run, and what stays of it when it fails."""
+
+import dataclasses
+import resource
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from fedproxy.config import RunConfig, to_dict
+from fedproxy.data.assets import by_name
+from fedproxy.data.rows import Row
+from fedproxy.errors import FedProxyError
+from fedproxy.evaluation.harness import check_tasks
+from fedproxy.federation.partition import heterogeneity, save_partition
+from fedproxy.models import LayerMap
+from fedproxy.modules.trainer import check_trainer_options
+from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.evaluation import evaluate, scores_file
+from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.stages import Run, compress, federate, fuse
+from fedproxy.reporting import (
+    CompressionReport,
+    Cost,
+    Exposure,
+    RoundReport,
+    RunInfo,
+    RunReport,
+    provenance,
+    with_means,
+)
+
+RESUME_HINT = "go on with the same command and resume=auto"
+_ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
+
+
+def run(config: RunConfig, display: Display | None = None) -> RunReport:
+    """Do everything a recipe says and return the report; a finished run is only read.
+
+    Raises:
+        FedProxyError: If something that a user, a client or a file causes ends the run. The report then says
+            ``failed`` and why, and all finished rounds stay.
+    """
+    display = display or Display()
+    check_trainer_options(config.trainer)
+    check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    folder = RunFolder(config.output_dir)
+    folder.open(config)
+    current = Run(config, folder, display)
+    if current.facts.get("finished") == _goal(config) and folder.report.is_file():
+        display.say("this run is finished; nothing left to do")
+        return RunReport.load(folder.report)
+    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
+    scores: dict[str, Any] = {}
+    try:
+        clients = _clients(current)
+        compress(current, clients)
+        model, progress = federate(current, clients)
+        tuned = fuse(current, model, progress.round)
+        scores = evaluate(current, tuned, progress.round)
+    except BaseException as error:
+        _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(RESUME_HINT) from None
+        raise
+    report = _report(current, scores, status="completed", error=None)
+    report.save(folder.root)
+    current.note(finished=_goal(config))
+    return report
+
+
+def _clients(current: Run) -> dict[str, list[Row]]:
+    clients = client_rows(current.config.data, seed=current.config.seed)
+    save_partition(clients, current.folder.partition)
+    current.note(data_sha256=rows_sha256(clients))
+    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in clients.items())
+    current.display.say(f"{len(clients)} clients ({sizes} rows); distance from the pooled data by {figures}")
+    return clients
+
+
+def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
+    config, facts = current.config, current.facts
+    rounds = current.folder.rounds()
+    evaluations = [read_json(scores_file(current.folder, name)) for name in scores]
+    seconds = facts["seconds"]
+    server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
+    evaluated = sum(kept["seconds"] for kept in evaluations if kept)
+    named = with_means(scores)
+    target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
+    return RunReport(
+        run=RunInfo(
+            recipe=config.recipe,
+            method=config.method,
+            status=status,
+            seed=config.seed,
+            started=facts["started"],
+            seconds=sum(seconds.values()) + sum(line["seconds"] for line in rounds) + evaluated,
+            error=error,
+        ),
+        scores=named,
+        cost=Cost(
+            target_parameters=target,
+            proxy_parameters=proxy,
+            trainable_parameters=facts.get("trainable_parameters"),
+            upload_bytes=sum(line["upload_bytes"] for line in rounds),
+            download_bytes=sum(line["download_bytes"] for line in rounds),
+            client_seconds=sum(line["client_seconds"] for line in rounds),
+            server_seconds=server,
+            evaluation_seconds=evaluated,
+            peak_memory_bytes=_peak_memory_bytes(),
+        ),
+        exposure=Exposure.measure(named, proxy / target) if target and proxy else Exposure(),
+        rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
+        provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
+        compression=_compression(current),
+        notes=_notes(config),
+    )
+
+
+def _compression(current: Run) -> CompressionReport | None:
+    scores = current.facts.get("block_scores")
+    if scores is None or not current.folder.layer_map.is_file():
+        return None
+    return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
+
+
+def _notes(config: RunConfig) -> list[str]:
+    path = config.target.path
+    if not path.startswith("asset:"):
+        return []
+    return [f"The target is {by_name(path.removeprefix('asset:')).about}."]
+
+
+def _goal(config: RunConfig) -> dict[str, Any]:
+    """Return what may differ between a finished run and one that goes on from it."""
+    return {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {RESUME_HINT}"
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FedProxyError) else f"{type(error).__name__}: {text}"
+
+
+def _peak_memory_bytes() -> int:
+    """Return the most memory this process had resident, plus what was allocated on a GPU."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

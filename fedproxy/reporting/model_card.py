@@ -1,0 +1,72 @@
+"""README.md of the folders `proxy/` and `fused/`."""
+
+from collections.abc import Mapping, Sequence
+
+from fedproxy.reporting.markdown import markdown_table
+from fedproxy.reporting.scores import Metrics
+from fedproxy.reporting.view import score_table
+
+_HEADS = {
+    "proxy": (
+        "Proxy model",
+        "A small language model for federated fine-tuning: clients tune it on their own data with LoRA and send back "
+        "only the change of the LoRA parameters. It is meant as a starting point for tuning, not for use as it is.",
+    ),
+    "fused": (
+        "Fused model",
+        "The owner's model after federated tuning: what clients learned on a proxy was merged and plugged into it "
+        "without further training.",
+    ),
+}
+_SHOWN = {"proxy": ("proxy",), "fused": ("target", "fused")}
+
+
+def model_card(
+    kind: str,
+    scores: Mapping[str, Mapping[str, Metrics]],
+    *,
+    method: str = "fedproxy",
+    base_model: str | None = None,
+    parameters: int | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """Return the text of a model card.
+
+    The proxy goes to clients, so its card shows the proxy's own scores and nothing that would tell which model it was
+    cut from or where: ``base_model``, ``method`` and ``notes`` are used for the fused model only.
+
+    Args:
+        kind: ``proxy`` or ``fused``.
+        scores: Scores of a report, ``mean`` included; may be empty.
+        method: Recipe's method label.
+        base_model: Name of the target for the card's metadata.
+        parameters: Size of the model, tied tensors once.
+        notes: Sentences that belong next to the numbers.
+
+    Raises:
+        ValueError: If ``kind`` is neither.
+    """
+    if kind not in _HEADS:
+        raise ValueError(f"kind must be proxy or fused, got {kind!r}")
+    title, words = _HEADS[kind]
+    private = kind == "proxy"
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [fedproxy, federated-learning]",
+    ]
+    if base_model and not private:
+        lines.append(f"base_model: {base_model}")
+    lines += ["---", "", f"# {title}", "", words, ""]
+    if parameters is not None:
+        lines += [f"Parameters: {parameters:,}", ""]
+    if not private:
+        lines += [f"Method: `{method}`", "", *(f"> **Note.** {note}\n" for note in notes)]
+    table = score_table({model: scores[model] for model in _SHOWN[kind] if model in scores})
+    if table:
+        lines += ["## Scores", "", markdown_table(table), "", "lm-eval, per cent, ± one standard error.", ""]
+    lines += ["## Load it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['model = AutoModelForCausalLM.from_pretrained("this folder")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", ""]
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""The record of one run: report.json of schema version 1, and the pages made from it."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedproxy.errors import CheckpointError, nearest
+from fedproxy.plain_json import plain, write_json
+from fedproxy.reporting.schema import SchemaError, decode
+from fedproxy.reporting.scores import MODELS, Value, value_of
+
+SCHEMA_VERSION = 1
+Numbers = float | Mapping[str, float | None] | Sequence[float | None] | None
+"""One number for the round, or one per client: by name, or in the order of ``clients``."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What was run and how it ended."""
+
+    recipe: str
+    method: str
+    status: str
+    """``completed`` or ``failed``."""
+    seed: int
+    started: str
+    """Start of the run, UTC, ISO 8601."""
+    seconds: float | None = None
+    """Wall time of the whole run."""
+    error: str | None = None
+    """One line on why a failed run failed."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run took; parameters count tied tensors once, bytes are payload."""
+
+    target_parameters: int | None = None
+    proxy_parameters: int | None = None
+    trainable_parameters: int | None = None
+    upload_bytes: int | None = None
+    """Clients to server, all rounds."""
+    download_bytes: int | None = None
+    """Server to clients, all rounds."""
+    client_seconds: float | None = None
+    """Local training, summed over clients and rounds."""
+    server_seconds: float | None = None
+    """Compression, distillation, aggregation and fusion."""
+    evaluation_seconds: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """How much of the owner's model clients get to hold. Reduced exposure, not a guarantee (PAPER 6.8)."""
+
+    disclosed_parameter_share: float | None = None
+    """Parameters sent to clients over the target's, in [0, 1]."""
+    proxy_gap: float | None = None
+    """Mean score of target minus that of the proxy as clients receive it."""
+    proxy_tuned_gap: float | None = None
+    """Mean score of fused minus that of the tuned proxy, which is what clients hold at the end."""
+
+    @classmethod
+    def measure(cls, scores: Mapping[str, Mapping[str, Mapping[str, float | None]]], share: float) -> "Exposure":
+        """Return the exposure of a run from its scores (``mean`` included) and the disclosed share of parameters."""
+
+        def mean(model: str) -> Value | None:
+            metrics = scores.get(model, {}).get("mean")
+            return value_of(metrics, "acc_norm") or value_of(metrics, "acc")
+
+        def gap(owner: str, held: str) -> float | None:
+            high, low = mean(owner), mean(held)
+            return high.value - low.value if high and low else None
+
+        return cls(share, gap("target", "proxy"), gap("fused", "proxy_tuned"))
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """One federated round: one line of rounds.jsonl. Fields that the aggregation rule does not give are None."""
+
+    round: int
+    """Round number, from 1."""
+    clients: Sequence[str] = ()
+    """Client names, sorted; per-client lists and the cosine's rows are in this order."""
+    train_loss: Numbers = None
+    """Task loss, nats per answer token."""
+    regularizer_loss: Numbers = None
+    heterogeneity: Numbers = None
+    """h_k of Eq (5), in [0, 1]."""
+    weights: Numbers = None
+    """w_k of Eq (6)."""
+    retention: Numbers = None
+    """r_k of Eq (10)."""
+    conflict_mean: float | None = None
+    """Mean over coordinates of C_p of Eq (7), in [0, 1]."""
+    cosine: Sequence[Sequence[float | None]] | None = None
+    """S_ij of Eq (5), clients x clients."""
+    sign_agreement: Numbers = None
+    kept_density: Numbers = None
+    update_norms: Numbers = None
+    factor_mean_error: float | None = None
+    """Relative error of averaging A and B instead of B A (PAPER 6.4)."""
+    upload_bytes: int | None = None
+    download_bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is needed to know what made the numbers."""
+
+    versions: Mapping[str, str] = field(default_factory=dict)
+    git_commit: str | None = None
+    target_sha256: str | None = None
+    data_sha256: str | Mapping[str, str] | None = None
+    hardware: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """Block Influence of the target's blocks and which of them the proxy keeps; the server's knowledge only."""
+
+    scores: Sequence[float | None]
+    """BI_i of Eq (4) per target block."""
+    kept: Sequence[int]
+    """Target indices of the kept blocks, from 0."""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything report.json holds; see docs/reports.md for the keys."""
+
+    run: RunInfo
+    scores: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
+    """Model to task (and ``mean``) to metric to value."""
+    cost: Cost = field(default_factory=Cost)
+    exposure: Exposure = field(default_factory=Exposure)
+    rounds: Sequence[RoundReport] = ()
+    provenance: Provenance = field(default_factory=Provenance)
+    compression: CompressionReport | None = None
+    """Optional; left out of report.json where None."""
+    notes: Sequence[str] = ()
+    """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return report.json's content as plain JSON types; NaN and infinities are None."""
+        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
+        for key in ("compression", "notes"):
+            if not data[key]:
+                del data[key]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any, source: str = "report.json") -> "RunReport":
+        """Return the report that ``data`` (parsed JSON) describes.
+
+        Raises:
+            CheckpointError: If the schema is newer or broken; the line names ``source``, the key and the rule.
+        """
+        try:
+            _check_version(data)
+            for key in ("scores", "cost", "exposure", "rounds", "provenance"):
+                if key not in data:
+                    raise SchemaError(f"{key} is missing")
+            report = decode(cls, data)
+            _check_values(report)
+        except SchemaError as error:
+            raise CheckpointError(f"{source} is not a report of schema version {SCHEMA_VERSION}: {error}") from None
+        return report
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RunReport":
+        """Read a report from a run folder or a report.json.
+
+        Raises:
+            CheckpointError: If there is none, or it is broken or of a newer schema.
+        """
+        file = report_file(path)
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"cannot read {file} ({error.strerror}); give the folder of a finished run") from None
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON ({error}); run the recipe again to get a whole one") from None
+        return cls.from_dict(data, str(file))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write report.json, then report.md and report.html, each whole or not at all, and return report.json's path.
+
+        Raises:
+            CheckpointError: If the folder cannot be written.
+        """
+        path = write_json(Path(folder) / "report.json", self.to_dict())
+        self.render(folder)
+        return path
+
+    def render(self, folder: str | Path) -> list[Path]:
+        """Write the pages that people read into ``folder`` and return their paths."""
+        from fedproxy.reporting.pages import write_pages  # the pages are built from this module's classes
+
+        return write_pages(self, folder)
+
+
+def report_file(path: str | Path) -> Path:
+    """Return the report.json that a run folder or a file path means."""
+    path = Path(path)
+    return path if path.suffix == ".json" else path / "report.json"
+
+
+def _check_version(data: Any) -> None:
+    if not isinstance(data, Mapping):
+        raise SchemaError("the report must be an object")
+    version = data.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise SchemaError(
+            f"schema_version is {version}, made by a newer FedProxy; upgrade with pip install -U fedproxy"
+        )
+    if version != SCHEMA_VERSION:
+        raise SchemaError(f"schema_version must be {SCHEMA_VERSION}, got {version!r}")
+
+
+def _check_values(report: RunReport) -> None:
+    if report.run.status not in ("completed", "failed"):
+        raise SchemaError(f"run.status must be completed or failed, got {report.run.status!r}")
+    for model in report.scores:
+        if model not in MODELS:
+            raise SchemaError(f"scores has an unknown model {model!r}{nearest(model, MODELS)}")
+    for index, line in enumerate(report.rounds):
+        size = len(line.clients)
+        if line.cosine is not None and [len(row) for row in line.cosine] != [size] * size:
+            raise SchemaError(f"rounds[{index}].cosine must be {size} x {size}, one row per client")

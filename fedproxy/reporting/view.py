@@ -1,0 +1,253 @@
+"""What the pages show, worked out once for Markdown and HTML: tables of finished text, no markup."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedproxy.reporting import formatting as show
+from fedproxy.reporting.pairing import PairedDifference, paired_table
+from fedproxy.reporting.round_tables import clients_table, rounds_table
+from fedproxy.reporting.run_report import RunReport
+from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.tables import Table
+
+MODEL_WORDS = {
+    "target": "the owner's model, untouched",
+    "proxy": "what clients receive",
+    "proxy_tuned": "the proxy after federated tuning",
+    "fused": "the target after plug-in",
+}
+
+
+@dataclass(frozen=True)
+class Headline:
+    """Mean score of target and fused, and what lies between them."""
+
+    metric: str
+    before: str
+    after: str
+    difference: str
+    gain: float
+
+
+@dataclass(frozen=True)
+class View:
+    """One page's content in reading order."""
+
+    title: str
+    failed: str | None
+    summary: Sequence[tuple[str, str]]
+    headline: Headline | None
+    notes: Sequence[str]
+    models: Sequence[tuple[str, str]]
+    scores: Table | None
+    score_hint: str
+    further: Table | None
+    cost: Table
+    exposure: Sequence[str]
+    rounds: Table | None
+    clients: Table | None
+    clients_round: int | None
+    repeat: Sequence[str]
+    provenance: Table
+    paired: Table | None
+
+
+def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
+    """Return the content of the pages of ``report``.
+
+    Args:
+        report: The run.
+        folder: Where the pages lie; their commands name it.
+        paired: Differences to the target on the same questions, where samples were kept.
+    """
+    report = RunReport.from_dict(report.to_dict())  # tensors, arrays and NaN in one known form
+    scores = {model: report.scores[model] for model in MODELS if model in report.scores}
+    run = report.run
+    return View(
+        title=run.recipe,
+        failed=(run.error or "no reason was recorded") if run.status == "failed" else None,
+        summary=[
+            ("Method", run.method),
+            ("Status", run.status),
+            ("Seed", str(run.seed)),
+            ("Started", run.started),
+            ("Wall time", show.duration(run.seconds)),
+        ],
+        headline=_headline(scores, paired),
+        notes=report.notes,
+        models=[(model, MODEL_WORDS[model]) for model in scores],
+        scores=score_table(scores),
+        score_hint=_score_hint(scores),
+        further=_further(scores),
+        cost=_cost(report),
+        exposure=_exposure(report),
+        rounds=rounds_table(report.rounds),
+        clients=clients_table(report.rounds[-1]) if report.rounds else None,
+        clients_round=report.rounds[-1].round if report.rounds else None,
+        repeat=_repeat(Path(folder)),
+        provenance=_provenance(report),
+        paired=paired_table(paired) if paired else None,
+    )
+
+
+Scores = Mapping[str, Mapping[str, Mapping[str, float | None]]]
+
+
+def _headline(scores: Scores, paired: Sequence[PairedDifference]) -> Headline | None:
+    metric = headline_metric({model: scores[model] for model in ("target", "fused") if model in scores})
+    if metric is None or not {"target", "fused"} <= set(scores):
+        return None
+    before, after = (value_of(scores[model]["mean"], metric) for model in ("target", "fused"))
+    if before is None or after is None:
+        return None
+    gain = after.minus(before)
+    text = show.change(gain, with_stderr=True)
+    for row in paired:
+        # samples of another evaluation than the report's say nothing about its numbers
+        if row.name == "fused" and row.metric == metric and abs(row.difference.estimate - gain.value) < 1e-9:
+            text = f"{show.change(gain)} (95 % interval {show.interval(row.difference.low, row.difference.high)})"
+    return Headline(metric, show.score(before), show.score(after), text, gain.value)
+
+
+def score_table(scores: Scores) -> Table | None:
+    """Return one row per task and the mean, one column per model; None without scores."""
+    rows = []
+    for task in task_names(scores):
+        metric = task_metric(scores, task)
+        if metric:
+            rows.append([task, *_compared(scores, task, metric), metric, _questions(scores, task)])
+    metric = headline_metric(scores)
+    if metric and len(rows) > 1:
+        rows.append(["mean", *_compared(scores, "mean", metric), metric, _questions(scores, "mean")])
+    if not rows:
+        return None
+    return Table(["task", *scores, "metric", "questions"], rows, strong_last=rows[-1][0] == "mean")
+
+
+def _compared(scores: Scores, task: str, metric: str) -> list[str]:
+    """Return one cell per model: the score with its standard error and, but for the target, the difference to it."""
+    base = value_of(scores.get("target", {}).get(task), metric)
+    cells = []
+    for model, tasks in scores.items():
+        value = value_of(tasks.get(task), metric)
+        shown = show.score(value)
+        if value and base and model != "target":
+            shown += f" ({show.change(value.minus(base))})"
+        cells.append(shown)
+    return cells
+
+
+_PER_CENT = ("acc", "acc_norm", "ece")
+
+
+def _questions(scores: Scores, task: str) -> str:
+    sizes = {tasks[task].get("n") for tasks in scores.values() if task in tasks} - {None}
+    return " / ".join(f"{int(size or 0)}" for size in sorted(sizes, key=lambda size: size or 0)) or show.NONE
+
+
+def _score_hint(scores: Scores) -> str:
+    hint = "Per cent, ± one standard error over the questions"
+    return f"{hint}, then the difference to target in points." if "target" in scores else f"{hint}."
+
+
+def _further(scores: Scores) -> Table | None:
+    """Return the other metrics' means, one row per model; accuracies and errors in per cent."""
+    shown = headline_metric(scores)
+    keys = dict.fromkeys(
+        key
+        for tasks in scores.values()
+        for key, value in tasks.get("mean", {}).items()
+        if value is not None and key not in ("n", shown) and not key.endswith("_stderr")
+    )
+    if not keys:
+        return None
+    return Table(
+        ["mean over tasks", *(f"{key} %" if key in _PER_CENT else key for key in keys)],
+        [[model, *(_metric(key, value_of(tasks.get("mean"), key)) for key in keys)] for model, tasks in scores.items()],
+    )
+
+
+def _metric(key: str, value: Value | None) -> str:
+    if value is None or key in _PER_CENT:
+        return show.score(value)
+    return show.fixed(value.value) + ("" if value.stderr is None else f" ± {show.fixed(value.stderr)}")
+
+
+def _cost(report: RunReport) -> Table:
+    cost = report.cost
+    share = (
+        f"{show.percent(cost.proxy_parameters / cost.target_parameters)} of the target"
+        if cost.proxy_parameters is not None and cost.target_parameters
+        else ""
+    )
+    rows = [
+        ("Target", show.count(cost.target_parameters), "parameters"),
+        ("Proxy", show.count(cost.proxy_parameters), f"parameters, {share}" if share else "parameters"),
+        ("Trained by clients", show.count(cost.trainable_parameters), "parameters"),
+        ("Uploaded", show.size(cost.upload_bytes), "clients to server, all rounds"),
+        ("Downloaded", show.size(cost.download_bytes), "server to clients, all rounds"),
+        ("Client time", show.duration(cost.client_seconds), "local training, summed over clients"),
+        ("Server time", show.duration(cost.server_seconds), "compression, aggregation, fusion"),
+        ("Evaluation time", show.duration(cost.evaluation_seconds), "lm-eval on all models"),
+        ("Peak memory", show.size(cost.peak_memory_bytes), "resident, one process"),
+    ]
+    return Table(["what", "amount", ""], [row for row in rows if row[1] != show.NONE])
+
+
+def _exposure(report: RunReport) -> list[str]:
+    exposure, lines = report.exposure, []
+    if exposure.disclosed_parameter_share is not None:
+        lines.append(
+            f"Clients hold {show.percent(exposure.disclosed_parameter_share)} of the target's parameters (the proxy)."
+        )
+    for gap, owner, held in (
+        (exposure.proxy_gap, "the target", "the proxy they receive"),
+        (exposure.proxy_tuned_gap, "the fused model", "the tuned proxy they end with"),
+    ):
+        if gap is not None:
+            side = "above" if gap >= 0 else "below"
+            lines.append(f"By mean score, {owner} is {abs(100 * gap):.1f} points {side} {held}.")
+    lines.append(
+        "This is reduced exposure, not a guarantee: nothing here proves that the target cannot be rebuilt from the "
+        "proxy, or a client's rows from its update."
+    )
+    return lines
+
+
+def _repeat(folder: Path) -> list[str]:
+    """Return the commands that repeat the run and rebuild its pages; config.yaml is itself a recipe."""
+    if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    again = folder.with_name(f"{folder.name or 'run'}-again")
+    recipe, first, second = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder, again))
+    return [
+        f"python -m fedproxy.fit recipe={recipe} output_dir={second}",
+        f"python -m fedproxy.report {first} {second}",
+    ]
+
+
+def _provenance(report: RunReport) -> Table:
+    origin = report.provenance
+    data = origin.data_sha256
+    hashes = {"data": data} if isinstance(data, str) else {f"data {name}": text for name, text in (data or {}).items()}
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in origin.versions.items())),
+        ("git commit", origin.git_commit or ""),
+        ("target SHA-256", origin.target_sha256 or ""),
+        *((f"{name} SHA-256", text) for name, text in hashes.items()),
+        *(
+            (name.removesuffix("_bytes").replace("_", " "), _hardware(name, value))
+            for name, value in origin.hardware.items()
+        ),
+    ]
+    return Table(["what", ""], [row for row in rows if row[1]])
+
+
+def _hardware(name: str, value: object) -> str:
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return show.size(value)
+    if isinstance(value, list | tuple):
+        return ", ".join(str(item) for item in value)
+    return "" if value is None else str(value)

@@ -1,0 +1,71 @@
+"""The family of compressors."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedproxy.errors import ConfigError
+from fedproxy.models import Decoder, LayerMap, state_sha256
+from fedproxy.registry import Component
+
+Batch = Tensor | Mapping[str, Tensor]
+"""Token ids (batch, tokens), or a mapping of ``input_ids`` and ``attention_mask`` of that shape."""
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """Public text that compression and distillation may read; never a client's rows."""
+
+    path: str = "asset:calibration"
+    """Asset, local file or hub id with a ``text`` column."""
+    rows: int = 64
+    """Rows used, the first after a seeded shuffle."""
+    max_tokens: int = 512
+    """Longest text, in tokens; the rest of a longer one is cut off."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 1:
+            raise ConfigError(f"compression.calibration.rows must be at least 1, got {self.rows}")
+        if self.max_tokens < 2:
+            raise ConfigError(f"compression.calibration.max_tokens must be at least 2, got {self.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Compressor(Component, family="compression"):
+    """Makes a proxy out of the target: same embedding, norm and head, fewer blocks.
+
+    A subclass says which blocks stay (:meth:`select`), from scores of its own (:meth:`score`) where it needs any; one
+    that changes more than the number of blocks overrides :meth:`build`.
+    """
+
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
+        """Return a score per block, float64 (blocks,), or None where the selection needs none."""
+        return None
+
+    @abstractmethod
+    def select(self, depth: int, scores: Tensor | None) -> Sequence[int]:
+        """Return the indices that the proxy keeps, of the target's ``depth`` blocks, in their order."""
+
+    def build(self, target: PreTrainedModel, scores: Tensor | None) -> tuple[PreTrainedModel, LayerMap]:
+        """Return the proxy, with weights of its own, and the layer map; the target stays as it is."""
+        decoder = Decoder.of(target)
+        kept = tuple(self.select(len(decoder), scores))
+        return decoder.subset(kept), LayerMap(kept, state_sha256(target))
+
+    def compress(self, target: PreTrainedModel, calibration: Iterable[Batch] = ()) -> tuple[PreTrainedModel, LayerMap]:
+        """Score and build in one call.
+
+        Args:
+            target: The server's LLM.
+            calibration: Batches of public text; not read where no score is needed.
+
+        Raises:
+            ModelError: If the target is no decoder-only model with one stack of blocks.
+            DataError: If scores are needed and the calibration text holds no token.
+        """
+        return self.build(target, self.score(Decoder.of(target), calibration))

@@ -1,0 +1,17 @@
+"""No compression: the proxy is the target itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedproxy.strategies.compression.base import Compressor
+
+
+@dataclass(frozen=True)
+class NoCompression(Compressor, name="none"):
+    """Keeps every block: clients tune a copy of the target, as centralised tuning does."""
+
+    def select(self, depth: int, scores: Tensor | None) -> Sequence[int]:
+        """Return every block."""
+        return range(depth)

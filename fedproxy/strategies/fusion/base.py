@@ -1,0 +1,86 @@
+"""The family of fusion operators."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedproxy.errors import ModelError
+from fedproxy.models import Decoder, LayerMap, state_sha256
+from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.registry import Component
+
+Weights = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Fusion(Component, family="fusion"):
+    """Builds the fused model from the target and the proxy before and after federated tuning.
+
+    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`fuse`.
+    """
+
+    @abstractmethod
+    def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Return a target weight's new value.
+
+        Args:
+            target: The target's weight, float32.
+            before: The proxy's weight before federated tuning, float32, same shape.
+            after: The same after it, float32.
+        """
+
+    def fuse(
+        self,
+        target: PreTrainedModel,
+        before: PreTrainedModel | Weights,
+        after: PreTrainedModel | Weights,
+        layer_map: LayerMap,
+    ) -> PreTrainedModel:
+        """Return the fused model; inputs stay as they are, and weights that do not move are shared with the target.
+
+        Args:
+            target: The model that compression started from.
+            before: The proxy that clients received, or its state dict.
+            after: The tuned proxy with its LoRA merged, or its state dict. Weights in float32 keep their precision
+                until the one cast to the target's dtype.
+            layer_map: The server's map from proxy blocks to target blocks.
+
+        Raises:
+            ModelError: If the target is not the one that the map was made from, or a weight is missing or misshapen.
+        """
+        if layer_map.neurons is not None:
+            raise ModelError(f"fusion.name={self.name} moves whole blocks, but this proxy's blocks lost neurons")
+        found = state_sha256(target)
+        if found != layer_map.target_sha256:
+            raise ModelError(
+                f"fusion: the target's weights ({found[:12]}...) are not those that were compressed "
+                f"({layer_map.target_sha256[:12]}...); give the target of that run or compress this one"
+            )
+        moved = dict(self._moved(target, _weights(before), _weights(after), layer_map))
+        fused = share_weights(target)
+        set_weights(fused, moved)
+        return fused
+
+    def _moved(
+        self, target: PreTrainedModel, before: Weights, after: Weights, layer_map: LayerMap
+    ) -> Iterator[tuple[str, Tensor]]:
+        decoder = Decoder.of(target)
+        own = target.state_dict()
+        for new, old in enumerate(layer_map.proxy_to_target):
+            for name in decoder.weight_names(old):
+                source, goal = decoder.full_name(new, name), decoder.full_name(old, name)
+                weight = own[goal]
+                for which, weights in (("before", before), ("after", after)):
+                    if source not in weights or weights[source].shape != weight.shape:
+                        raise ModelError(
+                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(weight.shape)}"
+                        )
+                value = self.combine(weight.float(), before[source].float(), after[source].float())
+                yield goal, value.to(weight.dtype)
+
+
+def _weights(model: PreTrainedModel | Weights) -> Weights:
+    return model.state_dict() if isinstance(model, PreTrainedModel) else model
