@@ -134,9 +134,13 @@ def _save(
     path: str | Path, kind: str, meta: Mapping[str, Any], groups: Mapping[str, Tensors], extras: Mapping[str, Tensors]
 ) -> None:
     named = {**groups, **{f"extras/{group}": tensors for group, tensors in extras.items()}}
-    flat = {
-        f"{group}/{name}": tensor.contiguous() for group, tensors in named.items() for name, tensor in tensors.items()
-    }
+    flat: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for group, tensors in named.items():
+        for name, tensor in tensors.items():
+            shared = tensor.data_ptr() in seen  # the format refuses tensors that share memory
+            seen.add(tensor.data_ptr())
+            flat[f"{group}/{name}"] = tensor.clone() if shared else tensor.contiguous()
     header = {**meta, "extras": sorted(extras)}
     save_file(flat, str(path), metadata={"format": _FORMAT, "kind": kind, "meta": json.dumps(header)})
 

@@ -23,6 +23,9 @@ _CONVERSIONS = {
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
     "glue_tasks": "fedproxy.data.assets.qa:convert_glue",
     "calibration_text": "fedproxy.data.assets.qa:convert_calibration",
+    "tiny_model": "fedproxy.data.assets.tiny_model:make_model",
+    "tiny_tasks": "fedproxy.data.assets.tiny_tasks:make_tasks",
+    "tiny_text": "fedproxy.data.assets.tiny_tasks:make_calibration",
 }
 
 

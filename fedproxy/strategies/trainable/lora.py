@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
+from fedproxy.strategies.trainable.fused_lora import fuse
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -86,6 +87,7 @@ class Lora(Trainable, name="lora"):
             wrapped = get_peft_model(proxy, config, adapter_name=_ADAPTER)
         model = LoraModel(proxy, wrapped)
         model.initialise(generator)
+        fuse(proxy, list(model.layers().values()), _ADAPTER)
         return model
 
     def _block_indices(self, total: int) -> list[int]:
