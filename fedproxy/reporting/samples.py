@@ -35,6 +35,10 @@ class Evaluation:
         """Return ``metric`` of every question of ``task`` in the order of the keys."""
         return [float(self.questions[task][key][metric]) for key in sorted(self.questions[task])]
 
+    def by_task(self, metric: str) -> list[list[float]]:
+        """Return :meth:`values` of every task, tasks by name: what the functions of ``statistics`` take."""
+        return [self.values(task, metric) for task in sorted(self.questions)]
+
     def has(self, metric: str) -> bool:
         """Return whether every question has ``metric``."""
         return all(sample.get(metric) is not None for task in self.questions.values() for sample in task.values())
