@@ -85,9 +85,9 @@ def p_value(value: float) -> str:
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a plain number with ``digits`` significant digits, tiny ones in exponent form."""
-    return NONE if value is None else f"{value:.{digits}g}"
+    return NONE if value is None else f"{MINUS if value < 0 else ''}{abs(value):.{digits}g}"
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
     """Return a plain number with ``digits`` decimals."""
-    return NONE if value is None else f"{value:.{digits}f}"
+    return NONE if value is None else signed(value, digits).removeprefix("+")

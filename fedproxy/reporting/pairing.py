@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -62,19 +63,15 @@ def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metri
 
 
 def _interval(first: Evaluation, second: Evaluation, metric: str) -> Interval:
-    differences = [
-        np.subtract(second.values(task, metric), first.values(task, metric)) for task in sorted(first.questions)
-    ]
+    pairs = zip(first.by_task(metric), second.by_task(metric), strict=True)
+    differences = [np.subtract(after, before) for before, after in pairs]
     return paired_bootstrap(differences, np.random.default_rng(SEED))
 
 
 def _discordant(first: Evaluation, second: Evaluation, metric: str) -> tuple[int, int]:
-    only_first = only_second = 0
-    for task in first.questions:
-        for before, after in zip(first.values(task, metric), second.values(task, metric), strict=True):
-            only_first += before > after
-            only_second += after > before
-    return only_first, only_second
+    pairs = zip(chain(*first.by_task(metric)), chain(*second.by_task(metric)), strict=True)
+    changes = [after - before for before, after in pairs]
+    return sum(change < 0 for change in changes), sum(change > 0 for change in changes)
 
 
 def against_target(run: str | Path) -> list[PairedDifference]:

@@ -6,6 +6,7 @@ results file with one more key, ``tasks``, that says what has to agree before tw
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ class Evaluation:
     def values(self, task: str, metric: str) -> list[float]:
         """Return ``metric`` of every question of ``task`` in the order of the keys."""
         return [float(self.questions[task][key][metric]) for key in sorted(self.questions[task])]
+
+    def by_task(self, metric: str) -> list[list[float]]:
+        """Return :meth:`values` of every task, tasks by name: what the functions of ``statistics`` take."""
+        return [self.values(task, metric) for task in sorted(self.questions)]
 
     def has(self, metric: str) -> bool:
         """Return whether every question has ``metric``."""
@@ -64,11 +69,17 @@ def task_settings(lm_eval: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         task: {
             "version": lm_eval.get("versions", {}).get(task),
             "num_fewshot": lm_eval.get("n-shot", {}).get(task),
-            "config_sha256": hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest(),
+            "config_sha256": _config_sha256(config),
             "lm_eval": lm_eval.get("lm_eval_version"),
         }
         for task, config in configs.items()
     }
+
+
+def _config_sha256(config: Any) -> str:
+    text = json.dumps(plain(config), sort_keys=True)
+    text = re.sub(r" at 0x[0-9a-f]+", "", text)  # lm-eval writes some functions with their address in this process
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def kept_models(run: str | Path) -> list[str]:

@@ -81,7 +81,7 @@ def test_descriptions_carry_the_numbers():
     assert "round 1: 0.400, round 2: 0.300, round 3: 0.200" in words["Conflict between clients per round"]
     # client losses 3/t + .0 .1 .2 .3: mean 3/t + .15
     assert "round 1: 3.150, round 2: 1.650, round 3: 1.150" in words["Training loss per round"]
-    assert "anna & co and b<i>ob -0.10" in words["Cosine of client updates, round 3"]
+    assert "anna & co and b<i>ob \N{MINUS SIGN}0.10" in words["Cosine of client updates, round 3"]
 
 
 def test_same_report_same_page(tmp_path):
@@ -102,7 +102,8 @@ def test_many_clients_are_summed_up_in_the_description():
     }
     # 20 * 19 / 2 pairs, all -.1; ties go by name
     assert (
-        "190 pairs; lowest c00 and c01 -0.10; highest c18 and c19 -0.10" in words["Cosine of client updates, round 1"]
+        "190 pairs; lowest c00 and c01 \N{MINUS SIGN}0.10; highest c18 and c19 \N{MINUS SIGN}0.10"
+        in words["Cosine of client updates, round 1"]
     )
 
 

@@ -90,6 +90,9 @@ def test_notes_and_hostile_names_stay_text(tmp_path):
         (show.duration(3599.6), "1 h 00 min"),
         (show.duration(8.44), "8.4 s"),
         (show.change(Value(-0.021)), "\N{MINUS SIGN}2.1"),
+        (show.fixed(-0.1744), "\N{MINUS SIGN}0.174"),
+        (show.fixed(-0.0001), "0.000"),
+        (show.number(-1.25e-9, 2), "\N{MINUS SIGN}1.2e-09"),
         (show.score(None), "\N{EN DASH}"),
     ],
 )

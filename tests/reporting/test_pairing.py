@@ -5,7 +5,7 @@ from report_samples import TASKS, answers, lm_eval_results, question, save_sampl
 
 from fedproxy.errors import EvaluationError
 from fedproxy.reporting.pairing import against_target, between_runs, paired_table
-from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation
+from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation, task_settings
 from fedproxy.reporting.statistics import holm, mcnemar_exact
 
 
@@ -104,6 +104,15 @@ def test_other_tasks_versions_questions_and_prompts_are_refused(tmp_path, second
     with pytest.raises(EvaluationError, match=message) as caught:
         between_runs(*folders)
     assert "\n" not in str(caught.value)
+
+
+def test_an_address_in_a_configuration_is_no_difference():
+    first, second = (
+        {"configs": {"easy": {"doc_to_text": f"<function text at 0x7f{end}>"}}} for end in ("01ab", "22cd")
+    )
+    assert task_settings(first) == task_settings(second)
+    other = {"configs": {"easy": {"doc_to_text": "<function other at 0x7f01ab>"}}}
+    assert task_settings(first)["easy"] != task_settings(other)["easy"]
 
 
 def test_every_reason_is_named_at_once(tmp_path):
