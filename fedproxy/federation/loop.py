@@ -103,7 +103,9 @@ class Federation:
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
-        return Progress(number, state, dict(merged.conflict or {}), memory, merged.memory, [*before.records, record])
+        return Progress(
+            number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
+        )
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
         if self.lora_scaling is None or len(updates) < 2:

@@ -21,6 +21,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.stages import Run, compress, federate, fuse
+from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
     Cost,
@@ -28,6 +29,7 @@ from fedproxy.reporting import (
     RoundReport,
     RunInfo,
     RunReport,
+    model_card,
     provenance,
     with_means,
 )
@@ -67,6 +69,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         raise
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
+    _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
 
@@ -118,6 +121,15 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         compression=_compression(current),
         notes=_notes(config),
     )
+
+
+def _write_cards(current: Run, report: RunReport) -> None:
+    """Give ``proxy/`` and ``fused/`` model cards with the numbers."""
+    cost, folder = report.cost, current.folder
+    about = {"method": current.config.method, "notes": report.notes}
+    write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
+    fused = model_card("fused", report.scores, parameters=cost.target_parameters, **about)
+    write_text(folder.fused / "README.md", fused)
 
 
 def _compression(current: Run) -> CompressionReport | None:

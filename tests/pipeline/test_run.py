@@ -108,7 +108,8 @@ def test_clients_get_nothing_that_names_the_target_or_the_removed_blocks(tiny_ru
         b"tiny_llama",
         state_sha256(target).encode(),
         b"proxy_to_target",
-        b"base_model",
+        b"base_model:",
+        b"base_model_name",
         b"/cache/",
     ]
     state = load_file(folder / "checkpoints/round_0002/state.safetensors")

@@ -29,6 +29,8 @@ def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> N
         layers: Its LoRA layers, in any order. Others than plain linear ones are skipped.
         adapter: PEFT's name of the adapter.
     """
+    if model.device.type == "meta":
+        return  # shapes alone: nothing will be computed
     plain = [layer for layer in layers if type(layer) is LoraLinear and type(layer.get_base_layer()) in _BASES]
     for members in _same_input(model, plain):
         group = _Group(members, adapter)
