@@ -1,6 +1,5 @@
 """lm-eval's Hugging Face model with shared prefixes: the same answers as HFLM, in a fraction of the time."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +17,9 @@ _MAX_NODES = 1024
 """Largest tree that queries are gathered into; a longer single query still runs alone."""
 _LOGITS = 2**27
 """Logits held at once, scored tokens times vocabulary (512 MiB in float32)."""
+
+_OVERHEAD_CPU, _OVERHEAD_GPU = 40, 1000
+"""What a forward costs beyond its tokens, in tokens: reading the weights, starting the kernels."""
 
 
 class PrefixSharingLM(HFLM):  # type: ignore[misc]
@@ -89,7 +91,9 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         order, asked = list(queries), list(queries.values())
         trees = plant(asked, hidden_size(self.model), min(_MAX_NODES, self.batch_tokens))
         found: dict[int, tuple[float, bool]] = {}
-        for batch in batches(trees, self.batch_tokens, max(1, _LOGITS // vocabulary(self.model))):
+        scored = max(1, _LOGITS // vocabulary(self.model))
+        overhead = _OVERHEAD_CPU if self.device.type == "cpu" else _OVERHEAD_GPU
+        for batch in batches(trees, self.batch_tokens, scored, overhead):
             with torch.autocast(
                 self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
             ):
@@ -130,23 +134,10 @@ def sharing_obstacle(model: Any) -> str | None:
     are compared with a plain forward per sequence. Recurrent layers, positional biases that ignore position ids and
     attention kernels without masks fail here, by an exception or by other numbers.
     """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return "forward takes no position_ids"
-    words = torch.randint(vocabulary(model), (24,), generator=generator(0, "sharing check")).tolist()
-    prefix, other = words[:9], words[9:13]
-    queries = [
-        Query(prefix + words[13:15], words[13:16]),
-        Query(prefix + words[16:20], words[16:21]),
-        Query(prefix, words[21:22]),
-        Query(other, words[22:23]),
-    ]
-    tree = TokenTree()
-    for index in sorted(range(3), key=lambda i: queries[i].tokens):
-        tree.add(index, queries[index])
-    small = TokenTree()
-    small.add(3, queries[3])
     try:
-        found = score(model, [tree, small], queries)
+        queries, trees = _small_trees(vocabulary(model))
+        hidden_size(model)
+        found = score(model, trees, queries)
         plain = [_plain_logprobs(model, query) for query in queries]
     except Exception as error:  # a forward that does not take what a tree needs may raise anything
         return f"{type(error).__name__}: {error}"
@@ -155,6 +146,23 @@ def sharing_obstacle(model: Any) -> str | None:
         if abs(found[index][0] - logprobs) > (1e-3 if precise else 1e-1) * spread:
             return "its forward over a token tree differs from its forward over each sequence"
     return None
+
+
+def _small_trees(words: int) -> tuple[list[Query], list[TokenTree]]:
+    """Return three queries of one tree and one of a smaller one, of random tokens."""
+    token = torch.randint(words, (24,), generator=generator(0, "sharing check")).tolist()
+    prefix = token[:9]
+    queries = [
+        Query(prefix, token[9:10]),
+        Query(prefix + token[10:12], token[10:13]),
+        Query(prefix + token[13:17], token[13:18]),
+        Query(token[18:22], token[22:23]),
+    ]
+    large, small = TokenTree(), TokenTree()
+    for index in sorted(range(3), key=lambda i: queries[i].tokens):
+        large.add(index, queries[index])
+    small.add(3, queries[3])
+    return queries, [large, small]
 
 
 @torch.no_grad()

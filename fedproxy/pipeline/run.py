@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import by_name
+from fedproxy.data.assets import catalog
 from fedproxy.data.rows import Row
 from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.harness import check_tasks
@@ -131,7 +131,7 @@ def _notes(config: RunConfig) -> list[str]:
     path = config.target.path
     if not path.startswith("asset:"):
         return []
-    return [f"The target is {by_name(path.removeprefix('asset:')).about}."]
+    return [f"The target is {catalog()[path.removeprefix('asset:')].about}."]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey, take_survey
+from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
 Memory = Mapping[str, Tensor]
 """State of a rule across rounds: flat and of tensors only, so that it is saved as safetensors."""
@@ -30,6 +31,8 @@ class Aggregation:
     """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
     memory: Memory = field(default_factory=dict)
     """The rule's state after this round, to be given back in the next one."""
+    base_change: dict[str, Tensor] = field(default_factory=dict)
+    """LoRA factors (float32, PEFT names) whose product times s every party adds to its frozen weights; mostly empty."""
 
     def conflict_by_tensor(self) -> dict[str, float]:
         """Return the mean conflict of every tensor."""
@@ -88,8 +91,22 @@ class Aggregator(Component, family="aggregator"):
     """False where clients are never merged: every client keeps a state of its own."""
     coordinatewise: ClassVar[bool] = False
     """Each merged coordinate depends on that coordinate alone, so that tensors may come in flat blocks."""
+    homogeneous: ClassVar[bool] = True
+    """Updates c times as large give a result c times as large."""
+    keeps_single: ClassVar[bool] = True
+    """A single client's update is returned as it is."""
+    needs_extras: ClassVar[tuple[str, ...]] = ()
+    """Groups that every update must carry in ``extras``."""
     reference: ClassVar[str] = ""
     """Where the rule is from."""
+
+    def trains(self, name: str, round_number: int) -> bool:
+        """Return whether clients train this tensor in this round; others they leave as broadcast."""
+        return True
+
+    def shares(self, name: str) -> bool:
+        """Return whether a tensor is common to all clients; else every client goes on from its own last value."""
+        return True
 
     @property
     def zero_unmoved_conflict(self) -> bool:
@@ -142,36 +159,59 @@ class Aggregator(Component, family="aggregator"):
                 f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "
                 "aggregate each client alone, or choose another aggregator"
             )
+        cohort.require_extras(self.needs_extras, self.name)
         survey = take_survey(cohort, ignore_unmoved=self.zero_unmoved_conflict)
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
-        delta = self._merge(cohort, plan)
+        delta = {name: merge_tensor(cohort, name, plan.merge, whole=not self.coordinatewise) for name in cohort.names}
         if plan.finish is not None:
             plan.finish(delta)
-        diagnostics = {**_figures(survey, delta), **plan.diagnostics}
+        figures = {**diagnose(cohort.ids, survey.gram, delta), **survey.sign_figures, **plan.diagnostics}
         if plan.weights is not None:
-            diagnostics["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
-        return Aggregation(delta, diagnostics, dict(survey.conflict), plan.memory)
-
-    def _merge(self, cohort: Cohort, plan: Plan) -> dict[str, Tensor]:
-        delta = {}
-        for name in cohort.names:
-            tensors = cohort.read(name)
-            out = torch.empty(tensors[0].numel(), dtype=tensors[0].dtype)
-            for block in cohort.blocks(name, tensors, whole=not self.coordinatewise):
-                merged = plan.merge(block).reshape(-1)
-                out[block.start : block.start + merged.numel()] = merged
-            delta[name] = out.view(tensors[0].shape)
-        return delta
+            figures["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
+        return Aggregation(delta, figures, dict(survey.conflict), plan.memory)
 
 
-def _figures(survey: Survey, delta: Mapping[str, Tensor]) -> dict[str, Any]:
+def merge_tensor(cohort: Cohort, name: str, merge: Callable[[Block], Tensor], *, whole: bool = False) -> Tensor:
+    """Return one merged tensor in the clients' shape and dtype.
+
+    Args:
+        cohort: The round's updates.
+        name: The tensor.
+        merge: Maps a block to merged float32 values.
+        whole: Give ``merge`` the whole tensor of all clients at once.
+    """
+    tensors = cohort.read(name)
+    out = torch.empty(tensors[0].numel(), dtype=tensors[0].dtype)
+    for block in cohort.blocks(name, tensors, whole=whole):
+        merged = merge(block).reshape(-1)
+        out[block.start : block.start + merged.numel()] = merged
+    return out.view(tensors[0].shape)
+
+
+def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
+    """Return the merge sum_k c_k Delta_k for float64 (clients,) coefficients."""
+    factors = coefficients.float()
+
+    def merge(block: Block) -> Tensor:
+        return torch.mv(block.values.T, factors)
+
+    return merge
+
+
+def diagnose(ids: Sequence[str], gram: Tensor, delta: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the round figures that every rule gives.
+
+    Args:
+        ids: Clients, sorted.
+        gram: float64 (clients, clients), inner products of whole updates.
+        delta: The merged update.
+    """
+    cosine = cosine_matrix(gram)
+    size = sum(tensor.numel() for tensor in delta.values())
     kept = sum(int(tensor.count_nonzero()) for tensor in delta.values())
-    norms = survey.gram.diagonal().sqrt()
     return {
-        "heterogeneity": dict(zip(survey.ids, survey.heterogeneity.tolist(), strict=True)),
-        "conflict_mean": survey.conflict_mean,
-        "cosine": survey.cosine.tolist(),
-        "sign_agreement": survey.sign_agreement,
-        "kept_density": kept / max(1, survey.size),
-        "update_norms": dict(zip(survey.ids, norms.tolist(), strict=True)),
+        "heterogeneity": dict(zip(ids, heterogeneity(cosine).tolist(), strict=True)),
+        "cosine": cosine.tolist(),
+        "kept_density": kept / max(1, size),
+        "update_norms": dict(zip(ids, gram.diagonal().clamp(min=0.0).sqrt().tolist(), strict=True)),
     }

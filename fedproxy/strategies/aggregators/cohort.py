@@ -12,6 +12,9 @@ from fedproxy.protocol import ClientUpdate
 BLOCK = 1 << 16
 """Coordinates per client in a block: small enough that a block of a few clients stays in the processor's cache."""
 
+WEIGHTINGS = ("examples", "tokens", "uniform")
+"""What a client's weight may count."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -91,6 +94,40 @@ class Cohort:
             for row, tensor in zip(values, flat, strict=True):
                 row.copy_(tensor[start:stop])
             yield Block(name, start, values)
+
+    def same_shapes(self) -> bool:
+        """Return whether all clients' tensors have the same shapes."""
+        first = self.updates[0].delta
+        return all(update.delta[name].shape == first[name].shape for update in self.updates for name in self.names)
+
+    def require_extras(self, groups: Sequence[str], rule: str) -> None:
+        """Raise a ClientError unless every update carries these groups of statistics."""
+        for update in self.updates:
+            for group in groups:
+                if group not in update.extras:
+                    raise ClientError(
+                        f"client {update.client_id!r} must send extras[{group!r}] for aggregator {rule!r}, got "
+                        f"{sorted(update.extras)}; let the clients compute it or choose another aggregator"
+                    )
+
+    def extra(self, update: ClientUpdate, group: str, name: str) -> Tensor:
+        """Return one tensor of a client's statistics.
+
+        Raises:
+            ClientError: If the client did not send it, or it is not finite.
+        """
+        if name not in update.extras[group]:
+            raise ClientError(
+                f"client {update.client_id!r}: extras[{group!r}] must have tensor {name!r} like the update; "
+                "send statistics of every trainable parameter"
+            )
+        values = update.extras[group][name]
+        if not bool(values.isfinite().all()):
+            raise ClientError(
+                f"client {update.client_id!r}: extras[{group!r}][{name!r}] must be finite, got NaN or infinity; "
+                "leave the client out of the round"
+            )
+        return values
 
     def shares(self, weighting: str) -> Tensor:
         """Return float64 (clients,) that sums to 1: each client's share of the examples or tokens, or 1 / clients.

@@ -9,7 +9,7 @@ from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, Round
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
 from fedproxy.strategies.aggregators.trimming import SCOPES, plan_trimming
-from fedproxy.strategies.functional.similarity import affinity_weights, retention
+from fedproxy.strategies.functional.similarity import affinity_weights, heterogeneity, retention
 from fedproxy.strategies.functional.voting import ratio_vote_merge
 
 
@@ -60,7 +60,7 @@ class HTies(Aggregator, name="h_ties"):
         weights = affinity_weights(survey.cosine, similarity=self.similarity)
         if len(cohort) == 1:
             return Plan(lambda block: block.values[0], weights, {"retention": {cohort.ids[0]: 1.0}})
-        kept = retention(survey.heterogeneity, r0=self.r0, delta=self.delta).tolist()
+        kept = retention(heterogeneity(survey.cosine), r0=self.r0, delta=self.delta).tolist()
         trimmers = plan_trimming(cohort, kept, scope=self.trim_scope, size=survey.size)
         factors = weights.float()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.strategies.aggregators.cohort import Cohort
-from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
+from fedproxy.strategies.functional.similarity import cosine_matrix
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Survey:
     """Mean of |sum of signs| / movers over the coordinates that some client moved; 1 where none moved."""
 
     @property
+    def sign_figures(self) -> dict[str, float]:
+        """Round figures that come from the signs of the coordinates."""
+        return {"conflict_mean": self.conflict_mean, "sign_agreement": self.sign_agreement}
+
+    @property
     def gram(self) -> Tensor:
         """float64 (clients, clients), inner products of whole updates."""
         return torch.stack(list(self.grams.values())).sum(dim=0)
@@ -36,11 +41,6 @@ class Survey:
     def cosine(self) -> Tensor:
         """float64 (clients, clients), S_ij of Eq (5)."""
         return cosine_matrix(self.gram)
-
-    @property
-    def heterogeneity(self) -> Tensor:
-        """float64 (clients,), h_k of Eq (5)."""
-        return heterogeneity(self.cosine)
 
 
 def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
@@ -73,7 +73,7 @@ def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
             conflict_sum += float(part.sum(dtype=torch.float64))
             moved += int(movers.count_nonzero())
             agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum(dtype=torch.float64))
-        _check_finite(cohort, name, gram)
+        check_finite(cohort, name, gram)
         size += out.numel()
         grams[name] = gram
         conflict[name] = out.view(tensors[0].shape)
@@ -82,7 +82,8 @@ def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
     )
 
 
-def _check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:
+def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:
+    """Raise a ClientError that names the client whose squared norm in ``gram`` is not finite."""
     for client, square in zip(cohort.ids, gram.diagonal().tolist(), strict=True):
         if not square < float("inf"):
             raise ClientError(

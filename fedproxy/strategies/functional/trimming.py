@@ -92,3 +92,40 @@ class Trimmer:
                 keep[client] &= ~equal | (equal.cumsum(0) <= left)
             self._ties[client] = max(0, left - found)
         return torch.where(keep, deltas, 0.0)
+
+
+def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
+    """Zero each client's ``skip`` largest magnitudes and all below the next ``count``; ties to the lower index.
+
+    Args:
+        deltas: float32 (clients, *shape), one tensor of all clients.
+        skip: Outliers to drop.
+        count: Coordinates to keep after them.
+
+    Returns:
+        float32 (clients, *shape).
+    """
+    flat = deltas.reshape(len(deltas), -1)
+    size = flat.shape[1]
+    upto = Trimmer([find_threshold([row], size, min(size, skip + count)) for row in flat])(flat)
+    outliers = Trimmer([find_threshold([row], size, skip) for row in flat])(flat)
+    return torch.where(outliers == 0, upto, 0.0).view(deltas.shape)
+
+
+def keep_probabilities(deltas: Tensor, *, density: float, window: float) -> Tensor:
+    """Return DELLA's keep probabilities: linear in the rank of the magnitude within each row.
+
+    Args:
+        deltas: float32 (clients, *shape); a row is the last dimension, a tensor of one dimension is one row.
+        density: Mean probability.
+        window: Probability of the largest minus that of the smallest magnitude.
+            Choice: a row of one entry has the mean.
+
+    Returns:
+        float32 (clients, *shape).
+    """
+    rows = deltas if deltas.dim() > 1 else deltas.unsqueeze(1)
+    ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1).float()
+    last = rows.shape[-1] - 1
+    share = ranks / last if last > 0 else torch.full_like(ranks, 0.5)
+    return (density + window * (share - 0.5)).view(deltas.shape)

@@ -92,7 +92,7 @@ class Trainable(Component, ABC, family="trainable"):
 
     @property
     def lora_scaling(self) -> float | None:
-        """alpha / r where the state holds LoRA pairs, else None."""
+        """Scale alpha / r where the state holds LoRA pairs, else None."""
         return None
 
     @abstractmethod

@@ -64,7 +64,7 @@ class Lora(Trainable, name="lora"):
 
     @property
     def lora_scaling(self) -> float:
-        """alpha / r."""
+        """Scale alpha / r."""
         return self.alpha / self.r
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> "LoraModel":

@@ -103,6 +103,9 @@ class _Index(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         self.wfile.write(body)
+        if server.cut_at and server.hang:
+            self.wfile.flush()
+            server.hang.wait(30)
 
     def _listing(self):
         files = [path.name for path in self.server.folder.iterdir() if path.name.startswith("small_data")]
@@ -129,7 +132,8 @@ class _Index(http.server.BaseHTTPRequestHandler):
 def index(tmp_path, monkeypatch):
     """A package index on this machine that serves ``served/``; ``seen`` lists what was asked for."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Index)
-    server.folder, server.seen, server.json, server.ranges, server.cut_at = tmp_path / "served", [], True, True, 0
+    server.folder, server.seen, server.json, server.ranges = tmp_path / "served", [], True, True
+    server.cut_at, server.hang = 0, None
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")

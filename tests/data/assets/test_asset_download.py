@@ -1,12 +1,16 @@
 """Downloading a wheel from an index on this machine: with pip, without pip, interrupted, wrong, or not there."""
 
 import os
+import random
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
 from fedproxy.data.assets import download as module
 from fedproxy.data.assets import index as index_module
+from fedproxy.data.assets import pip
 from fedproxy.data.assets.download import download
 from fedproxy.data.assets.index import download_from_index, indexes
 from fedproxy.errors import AssetError
@@ -23,6 +27,40 @@ def test_pip_downloads_from_the_configured_index(small, index, tmp_path):
     assert ("/simple/small-data/", None) in index.seen
     left = [entry.name for entry in path.parent.iterdir() if not entry.name.endswith(".lock")]
     assert left == [path.name]  # pip's temporary folder is gone
+
+
+def test_what_an_interrupted_pip_left_is_gone_on_with(make_wheel, index, monkeypatch, tmp_path):
+    made = make_wheel({"noise": random.Random(0).randbytes(2_000_000)})
+    index.cut_at, index.hang = 1_500_000, threading.Event()  # the server sends this much and then says nothing more
+    folder = tmp_path / "downloads"
+
+    def stop(process):
+        pieces = [path for path in folder.rglob(made.wheel.file) if path.stat().st_size > 1_000_000]
+        if pieces:
+            raise KeyboardInterrupt
+        time.sleep(0.02)
+
+    monkeypatch.setattr(pip, "_wait", stop)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        download(made.wheel, folder, progress=False)
+    index.hang.set()
+    part = folder / f"{made.wheel.file}.part"
+    left = part.stat().st_size
+    assert 1_000_000 < left <= 1_500_000
+    assert sorted(path.name for path in folder.iterdir() if path != part) == [f".{made.wheel.file}.lock"]
+    index.cut_at = 0
+    path = download(made.wheel, folder, progress=False)
+    assert index.seen[-1][1] == f"bytes={left}-"
+    assert path.read_bytes() == made.path.read_bytes()
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_wrong_part_does_not_stop_pip(small, index, monkeypatch, tmp_path, reachable):
+    """Where going on gives the wrong file, or the simple API does not answer, pip starts from the beginning."""
+    (tmp_path / f"{small.wheel.file}.part").write_bytes(b"x" * 300)
+    if not reachable:
+        monkeypatch.setattr(index_module, "indexes", lambda: ["http://127.0.0.1:9/simple"])
+    assert download(small.wheel, tmp_path, progress=False).read_bytes() == small.path.read_bytes()
 
 
 def test_a_wheel_that_is_there_needs_no_index(small, index, tmp_path):

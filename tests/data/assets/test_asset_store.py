@@ -8,6 +8,7 @@ import shutil
 import pytest
 from safetensors import SafetensorError
 
+from fedproxy import assets
 from fedproxy.data.assets import cache_root, cached_path, fetch, is_cached, resolve, store
 from fedproxy.errors import AssetError, DataError
 
@@ -118,6 +119,21 @@ def test_resolve_knows_assets_local_paths_and_nothing_else(at_hand, tmp_path):
     assert resolve("HuggingFaceTB/SmolLM2-135M-Instruct") is None
     with pytest.raises(DataError, match=r"asset 'small' holds no 'train\.jsonl'"):
         resolve("asset:small/train.jsonl", progress=False)
+
+
+def test_the_command_fetches_and_prints_the_path(at_hand, capsys):
+    assert assets.main(["fetch", "asset:small"]) == 0
+    assert capsys.readouterr().out == f"small: {at_hand.cache / 'small' / 'calibration.jsonl'}\n"
+
+
+def test_control_c_says_how_to_go_on(at_hand, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "_conversion", lambda _: interrupt)
+    assert assets.main(["fetch", "small"]) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert sorted(path.name for path in at_hand.cache.iterdir()) == [".small.lock", "downloads"]
 
 
 @pytest.mark.parametrize("call", [fetch, is_cached, cached_path, lambda name: resolve(f"asset:{name}")])

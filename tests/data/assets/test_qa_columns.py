@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jinja2
 import lm_eval.tasks.hellaswag.utils as hellaswag
+import pyarrow as pa
 import pytest
 import yaml
 
@@ -98,6 +99,19 @@ def test_each_document_is_written_once_and_in_order(make_wheel, requests_gz, tmp
     assert [row["question"] for row in rows] == [f"Why {i}?" for i in range(12)]
     assert len((tmp_path / "arc_easy" / "validation.jsonl").read_text().splitlines()) == 2
     assert sorted(path.name for path in (tmp_path / "arc_easy").iterdir()) == ["train.jsonl", "validation.jsonl"]
+
+
+def test_arrow_splits_become_json_lines(make_wheel, tmp_path):
+    rows = [{"sentence": "it 's fine", "label": 1, "idx": 0}, {"sentence": "naïve", "label": 0, "idx": 1}]
+    table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    arrow = sink.getvalue().to_pybytes()
+    made = make_wheel({qa._ARROW.format(folder=f"glue/{task}"): arrow for task in GLUE})
+    qa.convert_glue(catalog()["glue"], made.path, tmp_path)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".whl")
+    assert [str(path.relative_to(tmp_path)) for path in files] == [f"{task}/validation.jsonl" for task in sorted(GLUE)]
+    assert all(_rows(path) == rows for path in files)
 
 
 def _rows(path):

@@ -11,6 +11,15 @@ from fedproxy.data.assets.tiny_tasks import TASKS, sentences, task_rows
 SIZES = {"train": 400, "validation": 100, "test": 200}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other cost such small matrices more than they save, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
