@@ -44,10 +44,9 @@ def _render(run: Path) -> None:
 
 
 def _compare(first: Path, second: Path) -> None:
-    from fedproxy.reporting.run_comparison import compare_runs, save_comparison
+    from fedproxy.reporting.run_comparison import save_comparison
 
-    comparison = compare_runs(first, second)
-    path = save_comparison(comparison, second)
+    path = save_comparison(first, second)
     print(path.read_text(encoding="utf-8"))
     print(f"Saved as {path}")
 

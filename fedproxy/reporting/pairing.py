@@ -91,16 +91,26 @@ def against_target(run: str | Path) -> list[PairedDifference]:
     return paired_differences({model: (target, evaluation) for model, evaluation in evaluations.items()}, metric)
 
 
-def between_runs(first: str | Path, second: str | Path) -> tuple[list[PairedDifference], list[PairedDifference]]:
-    """Return the differences of two runs: one row per model that both kept, and one row per task of the last of them.
+@dataclass(frozen=True)
+class RunDifferences:
+    """What separates two runs, second minus first."""
 
-    The target is left out unless there is nothing else: as a row that tests nothing it would only weaken Holm's.
+    models: Sequence[PairedDifference]
+    """One row per model that both runs kept samples of and that did not answer exactly alike, all tasks."""
+    tasks: Sequence[PairedDifference]
+    """One row per task, for the last of these models (``fused`` where there is one)."""
+    alike: Sequence[str]
+    """Models with the same samples in both runs, an untouched target for instance: they test nothing, and as rows they
+    would only weaken Holm's correction."""
+
+
+def between_runs(first: str | Path, second: str | Path) -> RunDifferences:
+    """Pair two runs by question.
 
     Raises:
         EvaluationError: If they share no model, or their tasks, prompts, questions or versions differ.
     """
     models = [model for model in kept_models(first) if model in kept_models(second)]
-    models = [model for model in models if model != "target"] or models  # untouched by either run: nothing to test
     if not models:
         raise EvaluationError(
             f"{first} and {second} share no model with kept samples (evaluation/<model>.samples.jsonl); "
@@ -109,10 +119,14 @@ def between_runs(first: str | Path, second: str | Path) -> tuple[list[PairedDiff
     pairs = {model: (load_evaluation(first, model), load_evaluation(second, model)) for model in models}
     for pair in pairs.values():
         require_comparable(*pair)
-    metric = common_metric([evaluation for pair in pairs.values() for evaluation in pair])
-    final = pairs[models[-1]]
-    by_task = {task: (_only(final[0], task), _only(final[1], task)) for task in final[0].questions}
-    return paired_differences(pairs, metric), paired_differences(by_task, metric)
+    alike = [model for model, (one, other) in pairs.items() if one.questions == other.questions]
+    tested = {model: pair for model, pair in pairs.items() if model not in alike}
+    if not tested:
+        return RunDifferences([], [], alike)
+    metric = common_metric([evaluation for pair in tested.values() for evaluation in pair])
+    one, other = list(tested.values())[-1]
+    by_task = {task: (_only(one, task), _only(other, task)) for task in one.questions}
+    return RunDifferences(paired_differences(tested, metric), paired_differences(by_task, metric), alike)
 
 
 def _only(evaluation: Evaluation, task: str) -> Evaluation:

@@ -92,7 +92,7 @@ def test_notes_and_hostile_names_stay_text(tmp_path):
         (show.change(Value(-0.021)), "\N{MINUS SIGN}2.1"),
         (show.fixed(-0.1744), "\N{MINUS SIGN}0.174"),
         (show.fixed(-0.0001), "0.000"),
-        (show.number(-1.25e-9, 2), "\N{MINUS SIGN}1.2e-09"),
+        (show.number(-1.2e-9, 2), "\N{MINUS SIGN}1.2e-09"),
         (show.score(None), "\N{EN DASH}"),
     ],
 )

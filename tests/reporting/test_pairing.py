@@ -5,6 +5,7 @@ from report_samples import TASKS, answers, lm_eval_results, question, save_sampl
 
 from fedproxy.errors import EvaluationError
 from fedproxy.reporting.pairing import against_target, between_runs, paired_table
+from fedproxy.reporting.run_comparison import comparison_page
 from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation, task_settings
 from fedproxy.reporting.statistics import holm, mcnemar_exact
 
@@ -23,20 +24,31 @@ def test_difference_counts_and_tests_by_hand(tmp_path):
     second = [question("easy", i, r) for i, r in enumerate((1, 1, 1, 0))] + [
         question("hard", i, r) for i, r in enumerate((0, 0))
     ]
-    models, tasks = between_runs(*two(tmp_path, first, second))
-    (row,) = models
+    found = between_runs(*two(tmp_path, first, second))
+    (row,) = found.models
     assert (row.name, row.metric, row.questions, row.only_first, row.only_second) == ("fused", "acc_norm", 6, 1, 2)
     assert row.difference.estimate == pytest.approx(0.0)
     assert row.p_value == mcnemar_exact(1, 2) == 1.0
-    assert [(task.name, task.difference.estimate) for task in tasks] == [("easy", 0.5), ("hard", -0.5)]
+    assert [(task.name, task.difference.estimate) for task in found.tasks] == [("easy", 0.5), ("hard", -0.5)]
     assert row.answer_nll is None
 
 
 def test_questions_are_paired_by_hash_whatever_their_order(tmp_path):
     samples = answers(0.5)
-    models, _ = between_runs(*two(tmp_path, samples, samples[::-1]))
-    assert (models[0].only_first, models[0].only_second) == (0, 0)
-    assert models[0].difference.low == models[0].difference.high == 0.0
+    shuffled = [{**sample, "answer_nll": sample["answer_nll"] + 1.0} for sample in samples[::-1]]
+    (row,) = between_runs(*two(tmp_path, samples, shuffled)).models
+    assert (row.only_first, row.only_second) == (0, 0)
+    assert row.difference.low == row.difference.high == 0.0
+    assert row.answer_nll.low == pytest.approx(1.0)
+
+
+def test_models_that_answer_exactly_alike_are_named_and_not_tested(tmp_path):
+    samples = answers(0.5)
+    found = between_runs(*two(tmp_path, samples, samples[::-1]))
+    assert (found.models, found.tasks, found.alike) == ([], [], ["fused"])
+    page = comparison_page("a", "b", found)
+    assert "to the last bit: fused." in page
+    assert "|" not in page
 
 
 def test_a_question_that_stands_twice_is_kept_twice(tmp_path):
@@ -66,23 +78,22 @@ def test_nothing_to_pair_without_target_samples(tmp_path):
 
 def test_two_runs_are_compared_by_their_tuned_models(tmp_path):
     save_samples(tmp_path / "a")
-    save_samples(tmp_path / "b", fused=0.7)
-    models, tasks = between_runs(tmp_path / "a", tmp_path / "b")
-    assert [row.name for row in models] == ["proxy", "proxy_tuned", "fused"]
-    assert [row.name for row in tasks] == list(TASKS)
-    assert models[0].p_value == 1.0
-    assert models[-1].difference.estimate > 0
-    table = paired_table(models)
+    save_samples(tmp_path / "b", proxy_tuned=0.45, fused=0.7)
+    found = between_runs(tmp_path / "a", tmp_path / "b")
+    assert [row.name for row in found.models] == ["proxy_tuned", "fused"]
+    assert [row.name for row in found.tasks] == list(TASKS)
+    assert found.alike == ["target", "proxy"]
+    assert found.models[-1].difference.estimate > 0
+    table = paired_table(found.models)
     assert table.head[2:4] == ["acc_norm difference", "95 % interval"]
     assert table.head[-1] == "answer NLL difference (95 %)"
 
 
 def test_accuracy_is_used_where_a_task_lacks_acc_norm(tmp_path):
-    samples = [question("easy", i, i % 2, acc_norm=None) for i in range(4)]
-    models, _ = between_runs(*two(tmp_path, samples, samples))
-    assert models[0].metric == "acc"
-    none = [question("easy", 0, 1, acc=None, acc_norm=None)]
-    folders = two(tmp_path, none, none)
+    first, second = ([question("easy", i, i % by, acc_norm=None) for i in range(4)] for by in (2, 3))
+    assert between_runs(*two(tmp_path, first, second)).models[0].metric == "acc"
+    first, second = ([question("easy", 0, 1, acc=None, acc_norm=None, gold=gold)] for gold in (0, 1))
+    folders = two(tmp_path, first, second)
     with pytest.raises(EvaluationError, match="not every question has acc or acc_norm"):
         between_runs(*folders)
 

@@ -30,7 +30,8 @@ def test_two_runs_print_and_leave_a_paired_table(tmp_path, capsys):
     assert page in capsys.readouterr().out
     assert "| fused" in page
     saved = json.loads((tmp_path / "new" / "paired_with_base.json").read_text())
-    assert [row["name"] for row in saved["models"]] == ["proxy", "proxy_tuned", "fused"]
+    assert [row["name"] for row in saved["models"]] == ["fused"]
+    assert saved["alike"] == ["target", "proxy", "proxy_tuned"]
     assert saved["models"][-1]["difference"]["estimate"] > 0
     assert [row["name"] for row in saved["tasks"]] == ["easy", "hard"]
 
