@@ -99,7 +99,7 @@ class TeacherCache:
         if any(row is None for row in rows):
             outputs = observe(self.teacher, batch, self.blocks)
             names = [name for name in outputs if name != "logits"]
-            parts = {name: outputs[name].split(lengths) for name in names}
+            parts = {name: torch.split(outputs[name], lengths) for name in names}
             for index, key in enumerate(keys):
                 self._remember(key, {name: parts[name][index].cpu().clone() for name in names})
             return outputs

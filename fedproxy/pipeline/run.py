@@ -126,9 +126,9 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
 def _write_cards(current: Run, report: RunReport) -> None:
     """Give ``proxy/`` and ``fused/`` model cards with the numbers."""
     cost, folder = report.cost, current.folder
-    about = {"method": current.config.method, "notes": report.notes}
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
-    fused = model_card("fused", report.scores, parameters=cost.target_parameters, **about)
+    method = current.config.method
+    fused = model_card("fused", report.scores, method=method, parameters=cost.target_parameters, notes=report.notes)
     write_text(folder.fused / "README.md", fused)
 
 
