@@ -110,8 +110,9 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self.log("train/perplexity", self.train_perplexity)
 
     def on_train_end(self) -> None:
-        """Leave the model ready to be evaluated."""
+        """Leave the model ready to be evaluated, and let go of the broadcast."""
         self.eval()
+        self.anchor = self.conflict = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure one batch."""
@@ -138,7 +139,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     @property
     def regularizer_loss(self) -> float:
         """Mean regularizer loss over all steps of the fit; zero without a regularizer."""
-        return 0.0 if self.regularizer is None or self.anchor is None else _mean(self._penalty_sum)
+        return _mean(self._penalty_sum) if self._penalty_sum[1] else 0.0
 
     def _note_penalty(self, penalty: Tensor) -> None:
         self.log("train/regularizer_loss", penalty)

@@ -147,8 +147,9 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
         return loss
 
     def on_train_end(self) -> None:
-        """Leave the student frozen and ready to be used."""
+        """Leave the student frozen and ready to be used, and forget what the teacher said."""
         self.student.eval().requires_grad_(False)
+        self.teach.forget()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW over the trained weights with a constant learning rate."""

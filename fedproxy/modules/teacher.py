@@ -107,6 +107,10 @@ class TeacherCache:
         found = {name: torch.cat([row[name] for row in rows if row]).to(device) for name in rows[0] or {}}
         return {**found, "logits": logits_of(self.teacher, found["head"])}
 
+    def forget(self) -> None:
+        """Drop what is kept in memory; a folder stays."""
+        self._memory.clear()
+
     def _recall(self, key: str) -> Outputs | None:
         if self._folder is None:
             return self._memory.get(key)

@@ -125,6 +125,8 @@ def fit(
                 raise
             signal.signal(signal.SIGINT, on_interrupt)
             raise KeyboardInterrupt from None
+        finally:
+            _release(trainer, module)
 
 
 @contextmanager
@@ -141,6 +143,13 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _release(trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    """Free optimiser state and gradients now: the Trainer's reference cycles keep them until Python looks for such."""
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+    module.zero_grad(set_to_none=True)
 
 
 def _build(kind: Any, **arguments: Any) -> Any:

@@ -113,6 +113,8 @@ def test_strong_conflict_holds_coordinates_back(make_model):
     held = torch.cat([conflict[name].flatten() for name in anchor]) == 1
     assert moved[held].mean() < 0.5 * moved[~held].mean()
     assert module.regularizer_loss > 0
+    assert module.anchor is None  # the broadcast is let go
+    assert all(parameter.grad is None for parameter in trainable.parameters().values())
 
 
 def test_accumulated_batches_equal_one_large_batch_of_equal_answers(make_model):
