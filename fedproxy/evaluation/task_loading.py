@@ -5,6 +5,7 @@ import difflib
 import functools
 import logging
 import os
+import random
 import tempfile
 import urllib.error
 import urllib.request
@@ -26,7 +27,7 @@ class LoadedTask:
 
     def __init__(self, task: Any, offline: OfflineTask | None) -> None:
         self.task, self.offline = task, offline
-        self.name: str = task.task_name
+        self.name: str = task.get_config("task")
         self._num_fewshot: int | None = task.get_config("num_fewshot")
 
     @property
@@ -141,7 +142,7 @@ class _NoProgress:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep lm-eval and datasets from printing their own progress bars and notes."""
+    """Keep lm-eval and datasets from printing bars and notes, and from advancing Python's random generator."""
     import datasets
     import lm_eval.api.model
     import lm_eval.api.task
@@ -149,7 +150,7 @@ def quiet() -> Iterator[None]:
 
     modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
     logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
-    level, originals = logger.level, [module.tqdm for module in modules]
+    state, level, originals = random.getstate(), logger.level, [module.tqdm for module in modules]
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     for module in modules:
@@ -162,6 +163,7 @@ def quiet() -> Iterator[None]:
         if bars:
             datasets.enable_progress_bars()
         logger.setLevel(level)
+        random.setstate(state)
 
 
 @functools.lru_cache(maxsize=32)
@@ -245,7 +247,7 @@ def _with_split(task: Any, split: Split | None) -> Any:
     if split is None:
         return task
     if not (task.has_test_docs() if split == "test" else task.has_validation_docs()):
-        raise EvaluationError(f"task {task.task_name!r} has no {split} split; leave evaluation.split null")
+        raise EvaluationError(f"task {task.get_config("task")!r} has no {split} split; leave evaluation.split null")
     if split == "validation":
         task.set_config(key="test_split", value=None)
     return task
