@@ -247,7 +247,7 @@ def _with_split(task: Any, split: Split | None) -> Any:
     if split is None:
         return task
     if not (task.has_test_docs() if split == "test" else task.has_validation_docs()):
-        raise EvaluationError(f"task {task.get_config("task")!r} has no {split} split; leave evaluation.split null")
+        raise EvaluationError(f"task {task.get_config('task')!r} has no {split} split; leave evaluation.split null")
     if split == "validation":
         task.set_config(key="test_split", value=None)
     return task
