@@ -17,15 +17,25 @@ import torch
 from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation.answer_metrics import choice_margin, score_answers
-from fedproxy.evaluation.offline_tasks import task_names
+from fedproxy.evaluation.loaded_task import LoadedTask, Split
+from fedproxy.evaluation.offline_tasks import missing_assets, task_names
+from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_checks import check_metrics, check_rows, check_settings, check_task
-from fedproxy.evaluation.task_loading import LoadedTask, Split, load_task, needed_splits, quiet
+from fedproxy.evaluation.task_loading import load_task, needed_splits
 from fedproxy.seeding import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["METRICS", "EvaluationResult", "check_tasks", "evaluate_model", "render_rows", "task_names"]
+__all__ = [
+    "METRICS",
+    "EvaluationResult",
+    "check_tasks",
+    "evaluate_model",
+    "missing_assets",
+    "render_rows",
+    "task_names",
+]
 
 METRICS = ("acc", "acc_norm", "answer_nll", "answer_nll_total", "margin", "ece")
 """Names of a multiple-choice task's scores; each but ``ece`` and ``answer_nll`` is a mean over questions."""

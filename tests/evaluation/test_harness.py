@@ -11,7 +11,7 @@ from plain_loop import plain_scores
 
 from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
-from fedproxy.evaluation import offline_tasks, task_loading
+from fedproxy.evaluation import hub_tasks, offline_tasks
 from fedproxy.evaluation.harness import check_tasks, evaluate_model, mean_scores, render_rows, task_names
 
 
@@ -178,7 +178,7 @@ def test_settings_that_cannot_be_are_told_in_one_line(cache, arguments, message)
 def small_index(monkeypatch):
     """One folder of lm-eval's tasks in place of all, whose index takes seconds to build."""
     index = TaskManager(include_path=offline_tasks.lm_eval_folder() / "tasks" / "sciq", include_defaults=False)
-    monkeypatch.setattr(task_loading, "hub_manager", lambda: index)
+    monkeypatch.setattr(hub_tasks, "hub_manager", lambda: index)
 
 
 @pytest.mark.usefixtures("small_index")
