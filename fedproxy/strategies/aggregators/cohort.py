@@ -1,5 +1,6 @@
 """The updates of one round, in sorted client order, read one tensor and one block at a time."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,9 +9,10 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.protocol import ClientUpdate
+from fedproxy.strategies.functional.scratch import Scratch
 
-BLOCK = 1 << 16
-"""Coordinates per client in a block: small enough that a block of a few clients stays in the processor's cache."""
+BLOCK = 1 << 17
+"""Coordinates of all clients together in a block: few enough that the passes over a block stay in the cache."""
 
 WEIGHTINGS = ("examples", "tokens", "uniform")
 """What a client's weight may count."""
@@ -44,6 +46,7 @@ class Cohort:
         self.updates = tuple(sorted(updates, key=lambda update: update.client_id))
         self.ids = tuple(update.client_id for update in self.updates)
         self.names = tuple(sorted(self.updates[0].delta))
+        self._scratch = Scratch()
         for before, after in zip(self.ids, self.ids[1:], strict=False):
             if before == after:
                 raise ClientError(f"client {after!r} sent two updates in one round; send one update per client")
@@ -54,6 +57,14 @@ class Cohort:
                     f"client {update.client_id!r} must send the same tensors as client {self.ids[0]!r}, but they "
                     f"differ in {odd[0]!r}; give every client the same trainable parameters"
                 )
+
+    @property
+    def size(self) -> int:
+        """Coordinates per client."""
+        delta = self.updates[0].delta
+        shape_of = getattr(delta, "shape", None) or (lambda name: delta[name].shape)
+        shapes = (shape_of(name) for name in self.names)
+        return sum(math.prod(shape) for shape in shapes)
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -75,7 +86,7 @@ class Cohort:
         return tensors
 
     def blocks(self, name: str, tensors: Sequence[Tensor], *, whole: bool = False) -> Iterator[Block]:
-        """Yield a tensor of all clients in blocks of float32; a block is overwritten by the next.
+        """Yield a tensor of all clients in blocks of float32; a block may be changed and is overwritten by the next.
 
         Args:
             name: The tensor's name.
@@ -86,13 +97,14 @@ class Cohort:
             yield Block(name, 0, torch.stack([tensor.float() for tensor in tensors]))
             return
         flat = [tensor.reshape(-1) for tensor in tensors]
-        size = flat[0].numel()
-        buffer = torch.empty(len(flat), min(size, BLOCK))
-        for start in range(0, size, BLOCK):
-            stop = min(size, start + BLOCK)
-            values = buffer if stop - start == buffer.shape[1] else torch.empty(len(flat), stop - start)
-            for row, tensor in zip(values, flat, strict=True):
-                row.copy_(tensor[start:stop])
+        size, width = flat[0].numel(), max(1024, BLOCK // len(flat))
+        for start in range(0, size, width):
+            rows = [tensor[start : start + width] for tensor in flat]
+            values = self._scratch.take(len(rows), len(rows[0]))
+            if rows[0].dtype == values.dtype:
+                torch.stack(rows, out=values)
+            else:
+                values.copy_(torch.stack(rows))
             yield Block(name, start, values)
 
     def same_shapes(self) -> bool:

@@ -18,6 +18,7 @@ class LinearAggregator(Aggregator):
     linear: ClassVar[bool] = True
     needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
+    combines_by_gram: ClassVar[bool] = True
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one weighted sum."""

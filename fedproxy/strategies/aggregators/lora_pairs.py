@@ -63,10 +63,14 @@ class CohortPairs:
 
     def differences(self, module: str) -> list[Pair]:
         """Return factors of B_k A_k - B A for every client, float64, of twice the client's rank."""
+        return [self.difference(module, k) for k in range(len(self._cohort))]
+
+    def difference(self, module: str, client: int) -> Pair:
+        """Return one client's factors of B_k A_k - B A, by its place in the cohort."""
         b, a = self.start(module)
-        return [
-            stack_pairs([pair, (b[:, : len(pair[1])], a[: len(pair[1])])], [1.0, -1.0]) for pair in self.pairs(module)
-        ]
+        pair = _trained_pair(self._cohort.updates[client], module, (b, a))
+        rank = len(pair[1])
+        return stack_pairs([pair, (b[:, :rank], a[:rank])], [1.0, -1.0])
 
     def gram(self, scaling: float) -> Tensor:
         """Return the inner products of the clients' whole changes: s B A per module, plain tensors elsewhere.

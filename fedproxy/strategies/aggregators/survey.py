@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.similarity import cosine_matrix
 
 
@@ -15,9 +16,6 @@ from fedproxy.strategies.functional.similarity import cosine_matrix
 class Survey:
     """Facts about the untrimmed updates of one round, from one pass over their coordinates."""
 
-    ids: tuple[str, ...]
-    size: int
-    """Coordinates per client."""
     grams: Mapping[str, Tensor]
     """float64 (clients, clients) inner products, per tensor."""
     conflict: Mapping[str, Tensor]
@@ -55,31 +53,30 @@ def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
     """
     clients = len(cohort)
     grams, conflict = {}, {}
-    size, moved, conflict_sum, agreement_sum = 0, 0, 0.0, 0.0
+    moved, conflict_sum, agreement_sum = 0.0, 0.0, 0.0
+    ones, doubles = torch.ones(clients), Scratch(torch.float64)
     for name in cohort.names:
         tensors = cohort.read(name)
         gram = torch.zeros(clients, clients, dtype=torch.float64)
         out = torch.empty(tensors[0].numel())
         for block in cohort.blocks(name, tensors):
-            wide = block.values.double()
+            wide = doubles.take(*block.values.shape).copy_(block.values)
             gram += wide @ wide.T
-            signs = block.values.sign()
-            lead = signs.sum(dim=0).abs_()
-            movers = signs.abs_().sum(dim=0)
+            signs = block.values.sign_()
+            lead = (ones @ signs).abs_()
+            movers = ones @ signs.abs_()
             part = out[block.start : block.start + len(lead)]
             torch.mul(lead, -1.0 / clients, out=part).add_(1.0)
             if ignore_unmoved or clients == 1:
-                part.mul_(movers > 0)
-            conflict_sum += float(part.sum(dtype=torch.float64))
-            moved += int(movers.count_nonzero())
-            agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum(dtype=torch.float64))
+                part.mul_(movers.sign())
+            conflict_sum += float(part.sum())
+            moved += float(movers.sign().sum())
+            agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum())
         check_finite(cohort, name, gram)
-        size += out.numel()
         grams[name] = gram
         conflict[name] = out.view(tensors[0].shape)
-    return Survey(
-        cohort.ids, size, grams, conflict, conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0
-    )
+    size = cohort.size
+    return Survey(grams, conflict, conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0)
 
 
 def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:

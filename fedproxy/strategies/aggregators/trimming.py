@@ -3,28 +3,29 @@
 from collections.abc import Sequence
 
 from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.trimming import Trimmer, find_threshold, top_count
 
 SCOPES = ("global", "tensor")
 
 
-def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str, size: int) -> dict[str, Trimmer]:
+def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str) -> dict[str, Trimmer]:
     """Find every client's cuts.
 
     Args:
         cohort: The round's updates.
         densities: Share of coordinates that each client keeps, in [0, 1].
         scope: ``global`` counts over the flattened update, ``tensor`` within each tensor.
-        size: Coordinates per client.
 
     Returns:
         The trimmer of every tensor, to be fed the cohort's blocks in order.
     """
     if scope == "global":
-        cuts = []
+        size = cohort.size
+        cuts, scratch = [], Scratch()
         for update, density in zip(cohort.updates, densities, strict=True):
             stream = (update.delta[name].float() for name in cohort.names)
-            cuts.append(find_threshold(stream, size, top_count(density, size)))
+            cuts.append(find_threshold(stream, size, top_count(density, size), scratch=scratch))
         return dict.fromkeys(cohort.names, Trimmer(cuts))
     trimmers = {}
     for name in cohort.names:

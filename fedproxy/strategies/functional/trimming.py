@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedproxy.strategies.functional.scratch import Scratch
+
 _KEEP_NONE = math.inf
 
 
@@ -28,7 +30,7 @@ class Threshold:
     """Coordinates of exactly this magnitude that stay, in order; None keeps them all."""
 
 
-def find_threshold(tensors: Iterable[Tensor], size: int, count: int) -> Threshold:
+def find_threshold(tensors: Iterable[Tensor], size: int, count: int, *, scratch: Scratch | None = None) -> Threshold:
     """Find the exact cut that keeps the ``count`` largest magnitudes of a stream.
 
     Magnitudes are compared as the integers that their float32 bits are, which have the same order.
@@ -37,26 +39,26 @@ def find_threshold(tensors: Iterable[Tensor], size: int, count: int) -> Threshol
         tensors: The stream, in order; float32 of any shape.
         size: Coordinates in the stream.
         count: Coordinates to keep.
+        scratch: Memory to work in, 4 bytes per coordinate.
 
     Returns:
-        The cut; extra memory is 4 bytes per coordinate.
+        The cut.
     """
     if count <= 0:
         return Threshold(_KEEP_NONE, None)
     if count >= size:
         return Threshold(0.0, None)
-    magnitudes = torch.empty(size, dtype=torch.float32)
+    magnitudes = (scratch or Scratch()).take(size)
     start = 0
     for tensor in tensors:
         torch.abs(tensor.reshape(-1), out=magnitudes[start : start + tensor.numel()])
         start += tensor.numel()
     bits = magnitudes.view(torch.int32)
     bits.numpy().partition(size - count)
-    cut = bits[size - count].clone()
-    above = int((bits[size - count :] > cut).sum())
-    equal = int((bits == cut).sum())
-    ties = count - above
-    return Threshold(float(cut.view(torch.float32)), None if ties == equal or cut == 0 else ties)
+    dropped, cut = bits[: size - count], bits[size - count].clone()
+    surplus = bool(dropped.max() == cut) and bool(cut != 0)
+    ties = int((bits[size - count :] == cut).sum()) if surplus else None
+    return Threshold(float(cut.view(torch.float32)), ties)
 
 
 class Trimmer:
@@ -67,31 +69,35 @@ class Trimmer:
     """
 
     def __init__(self, thresholds: Iterable[Threshold]) -> None:
-        cuts = tuple(thresholds)
-        self._cuts = torch.tensor([cut.magnitude for cut in cuts], dtype=torch.float32).unsqueeze(1)
-        self._ties = {k: cut.ties for k, cut in enumerate(cuts) if cut.ties is not None}
-        self._keeps_all = all(cut.magnitude == 0.0 for cut in cuts)
+        self._cuts = tuple(thresholds)
+        # hardshrink keeps what is larger than its bound, so the bound is the number just below the cut.
+        self._below = [_next_below(cut.magnitude) for cut in self._cuts]
+        self._ties = {k: cut.ties for k, cut in enumerate(self._cuts) if cut.ties is not None}
 
-    def __call__(self, deltas: Tensor) -> Tensor:
-        """Return the trimmed block.
+    def trim_(self, deltas: Tensor) -> Tensor:
+        """Zero in place what the next block loses, and return it.
 
         Args:
             deltas: float32 (clients, n), the next n coordinates.
-
-        Returns:
-            float32 (clients, n); the input itself where nothing is dropped.
         """
-        if self._keeps_all:
+        if all(cut.magnitude == 0.0 for cut in self._cuts):
             return deltas
-        magnitudes = deltas.abs()
-        keep = magnitudes >= self._cuts
         for client, left in self._ties.items():
-            equal = magnitudes[client] == self._cuts[client]
+            equal = deltas[client].abs() == self._cuts[client].magnitude
             found = int(equal.sum())
             if found > left:
-                keep[client] &= ~equal | (equal.cumsum(0) <= left)
+                deltas[client][equal & (equal.cumsum(0) > left)] = 0.0
             self._ties[client] = max(0, left - found)
-        return torch.where(keep, deltas, 0.0)
+        for row, bound in zip(deltas, self._below, strict=True):
+            if bound > 0.0:
+                torch.nn.functional.hardshrink(row, bound, out=row)
+        return deltas
+
+
+def _next_below(magnitude: float) -> float:
+    if magnitude in (0.0, _KEEP_NONE):
+        return magnitude
+    return float(torch.nextafter(torch.tensor(magnitude), torch.tensor(0.0)))
 
 
 def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
@@ -107,8 +113,10 @@ def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
     """
     flat = deltas.reshape(len(deltas), -1)
     size = flat.shape[1]
-    upto = Trimmer([find_threshold([row], size, min(size, skip + count)) for row in flat])(flat)
-    outliers = Trimmer([find_threshold([row], size, skip) for row in flat])(flat)
+    upto, outliers = (
+        Trimmer([find_threshold([row], size, min(size, kept)) for row in flat]).trim_(flat.clone())
+        for kept in (skip + count, skip)
+    )
     return torch.where(outliers == 0, upto, 0.0).view(deltas.shape)
 
 
