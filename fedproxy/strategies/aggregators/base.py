@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.sink import FileSink, Sink
 from fedproxy.strategies.aggregators.survey import Survey, take_survey
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
@@ -22,12 +24,12 @@ Memory = Mapping[str, Tensor]
 class Aggregation:
     """What aggregating one round gives."""
 
-    delta: dict[str, Tensor]
+    delta: Tensors
     """Change of the shared state, in the updates' shapes and dtypes."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """Round figures of the report; figures per client are mappings from client_id, ``cosine`` is a list of rows in
     sorted client order."""
-    conflict: dict[str, Tensor] | None = None
+    conflict: Tensors | None = None
     """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
     memory: Memory = field(default_factory=dict)
     """The rule's state after this round, to be given back in the next one."""
@@ -65,8 +67,8 @@ class Plan:
     """Further round figures."""
     memory: Memory = field(default_factory=dict)
     """State for the next round."""
-    finish: Callable[[dict[str, Tensor]], None] | None = None
-    """Completes the merged tensors in place after the last block."""
+    finish: Callable[[Sink], None] | None = None
+    """Completes what was written, after the last block."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,12 @@ class Aggregator(Component, family="aggregator"):
         return Plan(merge)
 
     def aggregate(
-        self, updates: Sequence[ClientUpdate], memory: Memory | None = None, context: RoundContext | None = None
+        self,
+        updates: Sequence[ClientUpdate],
+        memory: Memory | None = None,
+        context: RoundContext | None = None,
+        *,
+        output: Path | None = None,
     ) -> Aggregation:
         """Merge the updates of one round, in sorted client order and float32, one tensor at a time.
 
@@ -155,6 +162,8 @@ class Aggregator(Component, family="aggregator"):
             updates: One per client; left untouched.
             memory: What the previous round's aggregation returned; None in the first round.
             context: Round, seed and state, for rules that need them.
+            output: An existing folder that the merged update and the conflict map are written into, one block at a
+                time, as ``delta.safetensors`` and ``conflict.safetensors``; None keeps them in memory.
 
         Raises:
             ClientError: If the updates do not fit each other, or one is not finite.
@@ -167,32 +176,44 @@ class Aggregator(Component, family="aggregator"):
                 "aggregate each client alone, or choose another aggregator"
             )
         cohort.require_extras(self.needs_extras, self.name)
-        survey = take_survey(cohort, ignore_unmoved=self.zero_unmoved_conflict)
+        survey = take_survey(
+            cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=_sink(cohort, output, "conflict", torch.float32)
+        )
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
-        delta = {name: merge_tensor(cohort, name, plan.merge, whole=not self.coordinatewise) for name in cohort.names}
+        sink = _sink(cohort, output, "delta")
+        for name in cohort.names:
+            merge_tensor(cohort, name, plan.merge, sink, whole=not self.coordinatewise)
         if plan.finish is not None:
-            plan.finish(delta)
-        figures = {**diagnose(cohort.ids, survey.gram, delta), **survey.sign_figures, **plan.diagnostics}
+            plan.finish(sink)
+        figures = {**diagnose(cohort.ids, survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
         if plan.weights is not None:
             figures["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
-        return Aggregation(delta, figures, dict(survey.conflict), plan.memory)
+        return Aggregation(sink.tensors(), figures, survey.conflict, plan.memory)
 
 
-def merge_tensor(cohort: Cohort, name: str, merge: Callable[[Block], Tensor], *, whole: bool = False) -> Tensor:
-    """Return one merged tensor in the clients' shape and dtype.
+def merge_tensor(
+    cohort: Cohort, name: str, merge: Callable[[Block], Tensor], sink: Sink, *, whole: bool = False
+) -> None:
+    """Merge one tensor into the sink, in the clients' shape and dtype.
 
     Args:
         cohort: The round's updates.
         name: The tensor.
         merge: Maps a block to merged float32 values.
+        sink: Where they go.
         whole: Give ``merge`` the whole tensor of all clients at once.
     """
-    tensors = cohort.read(name)
-    out = torch.empty(tensors[0].numel(), dtype=tensors[0].dtype)
-    for block in cohort.blocks(name, tensors, whole=whole):
-        merged = merge(block).reshape(-1)
-        out[block.start : block.start + merged.numel()] = merged
-    return out.view(tensors[0].shape)
+    first = cohort.read(name)[0]
+    sink.open(name, first.shape, first.dtype)
+    for block in cohort.blocks(name, whole=whole):
+        sink.write(name, block.start, merge(block).reshape(-1))
+
+
+def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:
+    if output is None:
+        return Sink()
+    firsts = ((tensor, cohort.read(tensor)[0]) for tensor in cohort.names)
+    return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
 
 
 def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
@@ -205,26 +226,18 @@ def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
     return merge
 
 
-def diagnose(ids: Sequence[str], gram: Tensor, delta: Mapping[str, Tensor]) -> dict[str, Any]:
+def diagnose(ids: Sequence[str], gram: Tensor, merged: Sink) -> dict[str, Any]:
     """Return the round figures that every rule gives.
 
     Args:
         ids: Clients, sorted.
         gram: float64 (clients, clients), inner products of whole updates.
-        delta: The merged update.
+        merged: What the merged update was written into.
     """
     cosine = cosine_matrix(gram)
-    size = sum(tensor.numel() for tensor in delta.values())
-    kept = sum(_count_nonzero(tensor) for tensor in delta.values())
     return {
         "heterogeneity": dict(zip(ids, heterogeneity(cosine).tolist(), strict=True)),
         "cosine": cosine.tolist(),
-        "kept_density": kept / max(1, size),
+        "kept_density": merged.nonzero / max(1, merged.size),
         "update_norms": dict(zip(ids, gram.diagonal().clamp(min=0.0).sqrt().tolist(), strict=True)),
     }
-
-
-def _count_nonzero(tensor: Tensor) -> int:
-    """Count by signs in small pieces, many times as fast as torch's own count on a CPU."""
-    pieces = torch.split(tensor.reshape(-1), 1 << 15)
-    return sum(int(piece.sign().abs_().float().sum().item()) for piece in pieces)

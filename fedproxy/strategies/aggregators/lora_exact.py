@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -53,11 +54,17 @@ class ExactLoraAggregator(Aggregator):
         raise NotImplementedError
 
     def aggregate(
-        self, updates: Sequence[ClientUpdate], memory: Memory | None = None, context: RoundContext | None = None
+        self,
+        updates: Sequence[ClientUpdate],
+        memory: Memory | None = None,
+        context: RoundContext | None = None,
+        *,
+        output: Path | None = None,
     ) -> Aggregation:
         """Merge the round's LoRA modules; tensors outside LoRA are averaged.
 
-        A client of lower rank holds the first rows of A and the first columns of B.
+        A client of lower rank holds the first rows of A and the first columns of B. Factors are small, so the result is
+        kept in memory; ``output`` is not used.
 
         Raises:
             ClientError: If the updates do not fit the state, or one is not finite.
@@ -81,13 +88,14 @@ class ExactLoraAggregator(Aggregator):
             if residual is not None:
                 base.update({n: part.float() for n, part in zip(factor_names(module), residual, strict=True)})
         mean = weighted_sum(weights)
+        sink = loras.sink(delta)
         for name in loras.others:
-            delta[name] = merge_tensor(cohort, name, mean)
-        figures = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), delta)
+            merge_tensor(cohort, name, mean, sink)
+        figures = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), sink)
         figures["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
         if signs is None:
-            return Aggregation(delta, figures, base_change=base)
-        return Aggregation(delta, {**figures, **signs.sign_figures}, dict(signs.conflict), base_change=base)
+            return Aggregation(sink.tensors(), figures, base_change=base)
+        return Aggregation(sink.tensors(), {**figures, **signs.sign_figures}, signs.conflict, base_change=base)
 
 
 @dataclass(frozen=True)

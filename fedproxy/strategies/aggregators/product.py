@@ -66,7 +66,7 @@ def aggregate_products(
     result = merge(rule, cohort, loras, memory or {}, context)
     if factors is None:
         return replace(result, conflict=None)
-    return replace(result, diagnostics={**result.diagnostics, **factors.sign_figures}, conflict=dict(factors.conflict))
+    return replace(result, diagnostics={**result.diagnostics, **factors.sign_figures}, conflict=factors.conflict)
 
 
 def _merge_by_coefficients(
@@ -81,10 +81,12 @@ def _merge_by_coefficients(
         pairs = [loras.start(module), *loras.differences(module)]
         delta.update(loras.change(module, refactor(stack_pairs(pairs, [1.0, *coefficients]), len(pairs[0][1]))))
     mean = weighted_sum(plan.weights)
-    delta.update({name: merge_tensor(cohort, name, mean) for name in loras.others})
-    figures = diagnose(cohort.ids, gram, delta)
+    sink = loras.sink(delta)
+    for name in loras.others:
+        merge_tensor(cohort, name, mean, sink)
+    figures = diagnose(cohort.ids, gram, sink)
     figures["weights"] = dict(zip(cohort.ids, coefficients, strict=True))
-    return Aggregation(delta, {**figures, **plan.diagnostics}, memory=plan.memory)
+    return Aggregation(sink.tensors(), {**figures, **plan.diagnostics}, memory=plan.memory)
 
 
 def _merge_dense(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.similarity import cosine_matrix
 
@@ -41,42 +42,42 @@ class Survey:
         return cosine_matrix(self.gram)
 
 
-def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
+def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False, sink: Sink | None = None) -> Survey:
     """Read every update once.
 
     Args:
         cohort: The round's updates.
         ignore_unmoved: Give coordinates that nobody moved conflict 0 instead of Eq (7)'s 1.
+        sink: Where the conflict map goes; memory if None.
 
     Raises:
         ClientError: If an update holds NaN or infinity; names client and tensor.
     """
     clients = len(cohort)
-    grams, conflict = {}, {}
+    grams, conflict = {}, sink or Sink()
     moved, conflict_sum, agreement_sum = 0.0, 0.0, 0.0
     ones, doubles = torch.ones(clients), Scratch(torch.float64)
     for name in cohort.names:
-        tensors = cohort.read(name)
+        shape = cohort.read(name)[0].shape
         gram = torch.zeros(clients, clients, dtype=torch.float64)
-        out = torch.empty(tensors[0].numel())
-        for block in cohort.blocks(name, tensors):
+        conflict.open(name, shape, torch.float32)
+        for block in cohort.blocks(name):
             wide = doubles.take(*block.values.shape).copy_(block.values)
             gram += wide @ wide.T
             signs = block.values.sign_()
             lead = (ones @ signs).abs_()
             movers = ones @ signs.abs_()
-            part = out[block.start : block.start + len(lead)]
-            torch.mul(lead, -1.0 / clients, out=part).add_(1.0)
+            part = torch.mul(lead, -1.0 / clients).add_(1.0)
             if ignore_unmoved or clients == 1:
                 part.mul_(movers.sign())
+            conflict.write(name, block.start, part)
             conflict_sum += float(part.sum())
             moved += float(movers.sign().sum())
             agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum())
         check_finite(cohort, name, gram)
         grams[name] = gram
-        conflict[name] = out.view(tensors[0].shape)
     size = cohort.size
-    return Survey(grams, conflict, conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0)
+    return Survey(grams, conflict.tensors(), conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0)
 
 
 def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:

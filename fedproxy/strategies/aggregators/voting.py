@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedproxy.strategies.aggregators.base import Aggregator, Plan
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.voting import agreeing_mean, elect_sign, undecided
 
@@ -66,12 +67,10 @@ class _Election:
             self._open.append((block.name, waiting + block.start, sparse[:, waiting]))
         return self._mean(sparse, elected)
 
-    def finish(self, delta: dict[str, Tensor]) -> None:
+    def finish(self, sink: Sink) -> None:
         sign = float((self._majority > 0) - (self._majority < 0))
         for name, index, sparse in self._open:
-            merged = self._mean(sparse, torch.full((len(index),), sign))
-            flat = delta[name].view(-1)
-            flat[index] = merged.to(flat.dtype)
+            sink.patch(name, index, self._mean(sparse, torch.full((len(index),), sign)))
 
     def _mean(self, sparse: Tensor, elected: Tensor) -> Tensor:
         merged = agreeing_mean(sparse, elected, values=self._values, counts=self._counts, scratch=self._scratch)

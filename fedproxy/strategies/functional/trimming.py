@@ -4,8 +4,9 @@ A top-k keeps ``floor(density * size + 1e-9)`` coordinates; among equal magnitud
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from torch import Tensor
 from fedproxy.strategies.functional.scratch import Scratch
 
 _KEEP_NONE = math.inf
+GATHER_LIMIT = 1 << 26
+"""Coordinates up to which a top-k gathers a client's whole update (256 MB) instead of reading it twice."""
 
 
 def top_count(density: float, size: int) -> int:
@@ -30,16 +33,20 @@ class Threshold:
     """Coordinates of exactly this magnitude that stay, in order; None keeps them all."""
 
 
-def find_threshold(tensors: Iterable[Tensor], size: int, count: int, *, scratch: Scratch | None = None) -> Threshold:
+def find_threshold(
+    read: Callable[[], Iterable[Tensor]], size: int, count: int, *, scratch: Scratch | None = None
+) -> Threshold:
     """Find the exact cut that keeps the ``count`` largest magnitudes of a stream.
 
-    Magnitudes are compared as the integers that their float32 bits are, which have the same order.
+    Magnitudes are compared as the integers that their float32 bits are, which have the same order. Streams of up to
+    ``GATHER_LIMIT`` coordinates are gathered and partitioned; longer ones are read twice in constant memory, once for a
+    histogram of the upper bits and once for one of the lower bits within the bin that holds the cut.
 
     Args:
-        tensors: The stream, in order; float32 of any shape.
+        read: Starts the stream: float32 tensors of any shape, in order.
         size: Coordinates in the stream.
         count: Coordinates to keep.
-        scratch: Memory to work in, 4 bytes per coordinate.
+        scratch: Memory to work in.
 
     Returns:
         The cut.
@@ -48,9 +55,11 @@ def find_threshold(tensors: Iterable[Tensor], size: int, count: int, *, scratch:
         return Threshold(_KEEP_NONE, None)
     if count >= size:
         return Threshold(0.0, None)
+    if size > GATHER_LIMIT:
+        return _by_histogram(read, count)
     magnitudes = (scratch or Scratch()).take(size)
     start = 0
-    for tensor in tensors:
+    for tensor in read():
         torch.abs(tensor.reshape(-1), out=magnitudes[start : start + tensor.numel()])
         start += tensor.numel()
     bits = magnitudes.view(torch.int32)
@@ -59,6 +68,33 @@ def find_threshold(tensors: Iterable[Tensor], size: int, count: int, *, scratch:
     surplus = bool(dropped.max() == cut) and bool(cut != 0)
     ties = int((bits[size - count :] == cut).sum()) if surplus else None
     return Threshold(float(cut.view(torch.float32)), ties)
+
+
+def _by_histogram(read: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
+    upper = torch.zeros(1 << 15, dtype=torch.int64)
+    for tensor in read():
+        upper += torch.bincount(_bits(tensor) >> 16, minlength=len(upper))
+    high, left = _bin_of(upper, count)
+    lower = torch.zeros(1 << 16, dtype=torch.int64)
+    for tensor in read():
+        bits = _bits(tensor)
+        lower += torch.bincount(bits[(bits >> 16) == high] & 0xFFFF, minlength=len(lower))
+    low, ties = _bin_of(lower, left)
+    cut = torch.tensor(high << 16 | low, dtype=torch.int32)
+    surplus = ties < int(lower[low]) and int(cut) != 0
+    return Threshold(float(cut.view(torch.float32)), ties if surplus else None)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).abs().view(torch.int32)
+
+
+def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
+    """Return the bin that holds the ``count``-th largest entry, and how many entries of that bin are among them."""
+    above = histogram.flip(0).cumsum(0)
+    place = int((above < count).sum())
+    chosen = len(histogram) - 1 - place
+    return chosen, count - int(above[place] - histogram[chosen])
 
 
 class Trimmer:
@@ -114,7 +150,7 @@ def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
     flat = deltas.reshape(len(deltas), -1)
     size = flat.shape[1]
     upto, outliers = (
-        Trimmer([find_threshold([row], size, min(size, kept)) for row in flat]).trim_(flat.clone())
+        Trimmer([find_threshold(partial(iter, [row]), size, min(size, kept)) for row in flat]).trim_(flat.clone())
         for kept in (skip + count, skip)
     )
     return torch.where(outliers == 0, upto, 0.0).view(deltas.shape)
