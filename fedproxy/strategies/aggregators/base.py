@@ -1,5 +1,6 @@
 """The aggregator family: how a round's client updates become one change of the shared state."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.sink import FileSink, Sink
-from fedproxy.strategies.aggregators.survey import Survey, take_survey
+from fedproxy.strategies.aggregators.survey import Survey, Surveyor, check_finite
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
 Memory = Mapping[str, Tensor]
@@ -95,6 +96,8 @@ class Aggregator(Component, family="aggregator"):
     """Each merged coordinate depends on that coordinate alone, so that tensors may come in flat blocks."""
     combines_by_gram: ClassVar[bool] = False
     """The result is sum_k c_k Delta_k with coefficients, reported as weights, from inner products of updates alone."""
+    reads_survey: ClassVar[bool] = True
+    """:meth:`weigh` or :meth:`plan` reads the survey, so that updates are read once more before they are merged."""
     homogeneous: ClassVar[bool] = True
     """Updates c times as large give a result c times as large."""
     keeps_single: ClassVar[bool] = True
@@ -155,6 +158,7 @@ class Aggregator(Component, family="aggregator"):
         context: RoundContext | None = None,
         *,
         output: Path | None = None,
+        figures: bool = True,
     ) -> Aggregation:
         """Merge the updates of one round, in sorted client order and float32, one tensor at a time.
 
@@ -164,6 +168,7 @@ class Aggregator(Component, family="aggregator"):
             context: Round, seed and state, for rules that need them.
             output: An existing folder that the merged update and the conflict map are written into, one block at a
                 time, as ``delta.safetensors`` and ``conflict.safetensors``; None keeps them in memory.
+            figures: False leaves out diagnostics and conflict map where the rule does not need their pass itself.
 
         Raises:
             ClientError: If the updates do not fit each other, or one is not finite.
@@ -176,23 +181,43 @@ class Aggregator(Component, family="aggregator"):
                 "aggregate each client alone, or choose another aggregator"
             )
         cohort.require_extras(self.needs_extras, self.name)
-        survey = take_survey(
-            cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=_sink(cohort, output, "conflict", torch.float32)
-        )
+        surveyor = self._surveyor(cohort, output) if figures or self._surveys_first else None
+        survey = Survey({}, {}, 0.0, 1.0)
+        if surveyor is not None and self._surveys_first:
+            survey = surveyor.run()
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
         sink = _sink(cohort, output, "delta")
+        watch = None if self._surveys_first else surveyor
         for name in cohort.names:
-            merge_tensor(cohort, name, plan.merge, sink, whole=not self.coordinatewise)
+            merge_tensor(cohort, name, plan.merge, sink, whole=not self.coordinatewise, watch=watch)
         if plan.finish is not None:
             plan.finish(sink)
-        figures = {**diagnose(cohort.ids, survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
+        if surveyor is None:
+            return Aggregation(sink.tensors(), memory=plan.memory)
+        survey = surveyor.survey()
+        rows = {**diagnose(cohort.ids, survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
         if plan.weights is not None:
-            figures["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
-        return Aggregation(sink.tensors(), figures, survey.conflict, plan.memory)
+            rows["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
+        return Aggregation(sink.tensors(), rows, survey.conflict, plan.memory)
+
+    @property
+    def _surveys_first(self) -> bool:
+        simple = type(self).plan is Aggregator.plan and type(self).weigh is Aggregator.weigh
+        return self.reads_survey and not simple
+
+    def _surveyor(self, cohort: Cohort, output: Path | None) -> Surveyor:
+        conflict = _sink(cohort, output, "conflict", torch.float32)
+        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=conflict)
 
 
 def merge_tensor(
-    cohort: Cohort, name: str, merge: Callable[[Block], Tensor], sink: Sink, *, whole: bool = False
+    cohort: Cohort,
+    name: str,
+    merge: Callable[[Block], Tensor],
+    sink: Sink,
+    *,
+    whole: bool = False,
+    watch: Surveyor | None = None,
 ) -> None:
     """Merge one tensor into the sink, in the clients' shape and dtype.
 
@@ -202,11 +227,23 @@ def merge_tensor(
         merge: Maps a block to merged float32 values.
         sink: Where they go.
         whole: Give ``merge`` the whole tensor of all clients at once.
+        watch: Sees every block before it is merged; without it blocks are only checked to be finite.
     """
     first = cohort.read(name)[0]
     sink.open(name, first.shape, first.dtype)
+    if watch is not None:
+        watch.open(name)
     for block in cohort.blocks(name, whole=whole):
-        sink.write(name, block.start, merge(block).reshape(-1))
+        if watch is not None:
+            watch.see(block)
+        elif not math.isfinite(float(block.values.sum())):
+            wide = block.values.double().reshape(len(cohort), -1)
+            check_finite(cohort, name, wide @ wide.T)
+        merged = merge(block).reshape(-1)
+        sink.nonzero += int(merged.sign().abs_().sum())
+        sink.write(name, block.start, merged)
+    if watch is not None:
+        watch.close(name)
 
 
 def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:

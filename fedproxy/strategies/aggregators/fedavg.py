@@ -15,6 +15,7 @@ from fedproxy.strategies.aggregators.survey import Survey
 class LinearAggregator(Aggregator):
     """Base of the rules that return a fixed weighted sum of the updates."""
 
+    reads_survey: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True

@@ -21,7 +21,7 @@ from fedproxy.strategies.aggregators.base import (
 )
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, Pair, factor_names
-from fedproxy.strategies.aggregators.survey import take_survey
+from fedproxy.strategies.aggregators.survey import Surveyor
 from fedproxy.strategies.functional.lowrank import mean_residual, refactor, stack_pairs
 
 
@@ -60,11 +60,12 @@ class ExactLoraAggregator(Aggregator):
         context: RoundContext | None = None,
         *,
         output: Path | None = None,
+        figures: bool = True,
     ) -> Aggregation:
         """Merge the round's LoRA modules; tensors outside LoRA are averaged.
 
         A client of lower rank holds the first rows of A and the first columns of B. Factors are small, so the result is
-        kept in memory; ``output`` is not used.
+        kept in memory and always comes with its figures; ``output`` and ``figures`` change nothing.
 
         Raises:
             ClientError: If the updates do not fit the state, or one is not finite.
@@ -78,7 +79,7 @@ class ExactLoraAggregator(Aggregator):
             )
         cohort = Cohort(updates)
         weights = cohort.shares(self.weighting)
-        signs = take_survey(cohort) if cohort.same_shapes() else None
+        signs = Surveyor(cohort).run() if cohort.same_shapes() else None
         delta: dict[str, Tensor] = {}
         base: dict[str, Tensor] = {}
         loras = CohortPairs(cohort, state)
@@ -91,11 +92,11 @@ class ExactLoraAggregator(Aggregator):
         sink = loras.sink(delta)
         for name in loras.others:
             merge_tensor(cohort, name, mean, sink)
-        figures = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), sink)
-        figures["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
+        rows = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), sink)
+        rows["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
         if signs is None:
-            return Aggregation(sink.tensors(), figures, base_change=base)
-        return Aggregation(sink.tensors(), {**figures, **signs.sign_figures}, signs.conflict, base_change=base)
+            return Aggregation(sink.tensors(), rows, base_change=base)
+        return Aggregation(sink.tensors(), {**rows, **signs.sign_figures}, signs.conflict, base_change=base)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fedproxy.strategies.aggregators.base import (
 )
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs
-from fedproxy.strategies.aggregators.survey import Survey, take_survey
+from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.functional.lowrank import refactor, refactor_dense, stack_pairs
 
 
@@ -60,7 +60,7 @@ def aggregate_products(
     if context.state is None:
         raise ConfigError("federation.space: product needs the broadcast state, got none; pass RoundContext(state=...)")
     cohort = Cohort(updates)
-    factors = take_survey(cohort, ignore_unmoved=rule.zero_unmoved_conflict) if cohort.same_shapes() else None
+    factors = Surveyor(cohort, ignore_unmoved=rule.zero_unmoved_conflict).run() if cohort.same_shapes() else None
     loras = CohortPairs(cohort, context.state)
     merge = _merge_by_coefficients if rule.combines_by_gram else _merge_dense
     result = merge(rule, cohort, loras, memory or {}, context)

@@ -32,7 +32,6 @@ class Sink:
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write values, float32 (n,), at a place of the flattened tensor, in the tensor's dtype."""
         self._tensors[name].view(-1)[start : start + len(values)] = values
-        self.nonzero += int(values.sign().abs_().sum())
 
     def patch(self, name: str, index: Tensor, values: Tensor) -> None:
         """Overwrite coordinates that were written as zero.
@@ -80,7 +79,6 @@ class FileSink(Sink):
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write values at a place of the flattened tensor."""
         self._put(name, start, values)
-        self.nonzero += int(values.sign().abs_().sum())
 
     def patch(self, name: str, index: Tensor, values: Tensor) -> None:
         """Overwrite coordinates that were written as zero."""
