@@ -14,13 +14,13 @@ from fedproxy.registry import Component
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-`python -m fedproxy.fit recipe=NAME key=value ...` reads defaults < recipe < command line. A recipe is a YAML file of the
-keys below; `extends: NAME` at its top takes over another recipe. `${key}` is replaced by that key's value after everything
-is merged.
+`python -m fedproxy.fit recipe=NAME key=value ...` reads defaults < recipe < command line. A recipe is a YAML file of
+the keys below; `extends: NAME` at its top takes over another recipe. `${key}` is replaced by that key's value after
+everything is merged.
 
 - Lists are written `data.tasks=[arc_easy,csqa]`, no value `null`.
-- `<node>.name` picks a class, and the class's options are the node's keys. Where the command line (or an extending recipe)
-  names another class, the options that were set for the old one are dropped.
+- `<node>.name` picks a class, and the class's options are the node's keys. Where the command line (or an extending
+  recipe) names another class, the options that were set for the old one are dropped.
 - `trainer.*` takes every option of `lightning.Trainer`, except those that a key below sets.
 - `plugins: [my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
 - A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2.
@@ -41,6 +41,8 @@ def page() -> str:
         sections.append(f"## `{path}`\n\n{first_line(family)}\n")
         for name in family.names():
             member = family.by_name(name)
+            if not member.__module__.startswith("fedproxy."):
+                continue  # a plugin's
             rows = leaves(member, f"{path}.")
             sections.append(f"`{path}.name={name}`: {first_line(member)}\n" + (f"\n{table(rows)}" if rows else ""))
     return "\n".join(sections)
