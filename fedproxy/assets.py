@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _fetch(names: Sequence[str], everything: bool) -> int:
     from fedproxy.data.assets import catalog, fetch
-    from fedproxy.data.assets.catalog import by_name
+    from fedproxy.data.assets.entries import by_name
     from fedproxy.errors import AssetError
 
     if not names and not everything:

@@ -27,15 +27,15 @@ class Component:
             cls.family = family
             cls._members = {}
             return
+        # dataclass(slots=True) builds the class a second time, without the class keywords but with the name already in
+        # its body: the new class takes over.
+        rebuilt = not name and bool(cls.__dict__.get("name"))
+        name = name or cls.__dict__.get("name", "")
         if not name:
-            # dataclass(slots=True) builds the class a second time, without the class keywords: the new one takes over.
-            twin = cls._members.get(cls.name)
-            if twin is None or (twin.__module__, twin.__qualname__) != (cls.__module__, cls.__qualname__):
-                cls.name = ""
-                return
-            name = cls.name
+            cls.name = ""
+            return
         other = cls._members.get(name)
-        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        if other is not None and not (rebuilt or _is_same(other, cls)):
             raise ConfigError(
                 f"{cls.family} {name!r} is registered twice, by {other.__module__}.{other.__qualname__} and "
                 f"{cls.__module__}.{cls.__qualname__}; give one of them another name"
@@ -65,6 +65,11 @@ class Component:
         """Raise a one-line ConfigError about ``option`` unless ``ok``; for use in ``__post_init__``."""
         if not ok:
             raise ConfigError(f"{self.family}.{option} must be {rule}, got {getattr(self, option)!r}")
+
+
+def _is_same(left: type, right: type) -> bool:
+    """Whether two classes come from one definition, executed again (a reloaded module, a notebook cell)."""
+    return (left.__module__, left.__qualname__) == (right.__module__, right.__qualname__)
 
 
 def import_members(package: str, path: Iterable[str]) -> None:

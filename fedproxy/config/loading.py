@@ -71,6 +71,8 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"{argument!r} is no key=value argument; write, for example, federation.rounds=3")
         if value == "None":
             raise ConfigError(f"{key}=None would be the text 'None'; write {key}=null")
+        with _one_line_errors(key):
+            OmegaConf.from_dotlist([argument])
     with _one_line_errors():
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=False)
     return typing.cast(dict[str, Any], parsed)
@@ -87,8 +89,8 @@ def _recipe_layers(name: str) -> list[Any]:
             raise ConfigError(f"recipe {name!r} extends itself through {wanted!r}; remove one `extends`")
         seen.add(path)
         layer = _read_yaml(path)
+        layer.setdefault("recipe", path.stem if path.name in str(wanted) else wanted)
         wanted = layer.pop("extends", None)
-        layer.setdefault("recipe", path.stem)
         layers.insert(0, layer)
     return layers
 
@@ -150,7 +152,7 @@ def _lookup(node: Any, path: str) -> Any:
     return node
 
 
-def _build(cls: type, node: Any, path: str) -> Any:
+def _build(cls: type[Any], node: Any, path: str) -> Any:
     """Build a dataclass from plain values: nested dataclasses and components one by one, leaves typed by OmegaConf."""
     if not isinstance(node, Mapping):
         raise ConfigError(f"{path} must be a mapping of options, got {node!r}")

@@ -109,6 +109,28 @@ class ExampleLoader:
         return sum(example.target_length for example in self.examples)
 
 
+class ShuffledBatches:
+    """Endless epochs over fixed batches, in a new order each; further processes take every n-th.
+
+    Args:
+        batches: Collated batches.
+        generator: CPU generator of the order; each epoch advances it.
+    """
+
+    def __init__(self, batches: Sequence[dict[str, Tensor]], generator: torch.Generator) -> None:
+        self.batches, self.generator = batches, generator
+
+    def __len__(self) -> int:
+        """Batches of one epoch in this process."""
+        return -(-len(self.batches) // _processes()[1])
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        order = torch.randperm(len(self.batches), generator=self.generator).tolist()
+        rank, processes = _processes()
+        for step in range(len(self)):
+            yield self.batches[order[(step * processes + rank) % len(order)]]
+
+
 def _processes() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()

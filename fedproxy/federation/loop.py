@@ -16,8 +16,8 @@ from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
-from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.functional import factor_mean_error
+from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -85,7 +85,8 @@ class Federation:
             updates.append(update)
         updates.sort(key=lambda update: update.client_id)
         trained = time.perf_counter()
-        merged = self.aggregator.aggregate(updates, before.aggregator_memory)
+        context = RoundContext(number, self.seed, before.state, self.lora_scaling or 1.0)
+        merged = self.aggregator.aggregate(updates, before.aggregator_memory, context)
         state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
         clients = [update.client_id for update in updates]
         examples = [update.num_examples for update in updates]
@@ -102,7 +103,9 @@ class Federation:
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
-        return Progress(number, state, dict(merged.conflict or {}), memory, merged.memory, [*before.records, record])
+        return Progress(
+            number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
+        )
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
         if self.lora_scaling is None or len(updates) < 2:

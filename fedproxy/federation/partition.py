@@ -42,10 +42,18 @@ class Partition(Component, family="data.partition"):
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Return each client's rows; every row has one owner."""
 
+    @abstractmethod
+    def count(self, sources: int) -> int:
+        """Return how many clients there will be, given how many tasks and files."""
+
 
 @dataclass(frozen=True)
 class ByTask(Partition, name="by_task"):
     """One client per task or file: the paper's heterogeneous setting."""
+
+    def count(self, sources: int) -> int:
+        """Return the number of sources."""
+        return sources
 
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Group rows by their source."""
@@ -58,6 +66,10 @@ class ByTask(Partition, name="by_task"):
 @dataclass(frozen=True)
 class Pooled(Partition, name="pooled"):
     """One client that owns everything: centralised tuning."""
+
+    def count(self, sources: int) -> int:
+        """Return 1."""
+        return 1
 
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Give all rows to the client ``pooled``."""
@@ -72,6 +84,10 @@ class Iid(Partition, name="iid"):
 
     def __post_init__(self) -> None:
         self.require("clients", self.clients >= 1, "at least 1")
+
+    def count(self, sources: int) -> int:
+        """Return the number asked for."""
+        return self.clients
 
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Deal shuffled rows in turn, so that shares differ by one row at most."""
@@ -93,6 +109,10 @@ class DirichletSkew(Partition, name="dirichlet"):
     def __post_init__(self) -> None:
         self.require("clients", self.clients >= 1, "at least 1")
         self.require("alpha", self.alpha > 0, "positive")
+
+    def count(self, sources: int) -> int:
+        """Return the number asked for."""
+        return self.clients
 
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Split every category's shuffled rows by its own draw from the Dirichlet distribution."""

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
 
@@ -30,7 +33,10 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
         raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     _refuse_other_kinds(path)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(str(path), dtype=_DTYPES[dtype], output_loading_info=True)
+        with without_bars():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=_DTYPES[dtype], output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} cannot be loaded as a causal LM: {_first_line(error)}") from error
     missing = sorted(info["missing_keys"])
@@ -89,7 +95,8 @@ def save_model(
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        model.save_pretrained(part)
+        with without_bars():
+            model.save_pretrained(part)
         tokenizer.save_pretrained(part)
         if anonymous:
             _strip_origin(part)
@@ -128,6 +135,18 @@ def state_sha256(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hold back transformers' progress bars, which flood a log with lines about a fraction of a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:

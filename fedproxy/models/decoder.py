@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
+from fedproxy.models.checkpoints import without_bars
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,14 @@ class Decoder:
         for new, old in enumerate(kept):
             for name in self.weight_names(old):
                 state[self.full_name(new, name)] = source[self.full_name(old, name)].clone()
-        shallow, info = type(self.model).from_pretrained(
-            None,
-            config=self._subset_config(kept),
-            state_dict=state,
-            dtype=self.model.dtype,
-            output_loading_info=True,
-        )
+        with without_bars():
+            shallow, info = type(self.model).from_pretrained(
+                None,
+                config=self.subset_config(kept),
+                state_dict=state,
+                dtype=self.model.dtype,
+                output_loading_info=True,
+            )
         lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if lost:
             raise ModelError(
@@ -91,7 +93,8 @@ class Decoder:
         model: PreTrainedModel = shallow.to(self.model.device).eval()
         return model
 
-    def _subset_config(self, kept: Sequence[int]) -> Any:
+    def subset_config(self, kept: Sequence[int]) -> Any:
+        """Return the configuration of a model of the blocks ``kept``: their number and per-layer lists, no origin."""
         config = copy.deepcopy(self.model.config)
         config._name_or_path = ""
         text = config.get_text_config()

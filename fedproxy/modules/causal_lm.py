@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,7 +22,8 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     """Tunes the trainable parameters of a causal language model on answer tokens (PAPER Eq 8).
 
     The loss of a step is the mean negative log-likelihood per answer token of the batch, in nats, plus
-    ``regularizer.loss(parameters, anchor, conflict)``. AdamW runs with a constant learning rate and no warm-up.
+    ``regularizer.loss(parameters, anchor, conflict)``, whose gradient is added directly where the strategy allows.
+    AdamW runs with a constant learning rate and no warm-up.
 
     Args:
         model: The proxy, with adapters attached.
@@ -66,36 +68,44 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self.regularizer, self.anchor, self.conflict = regularizer, anchor, conflict
         self.train_accuracy, self.train_perplexity = AnswerAccuracy(), AnswerPerplexity()
         self.val_accuracy, self.val_perplexity = AnswerAccuracy(), AnswerPerplexity()
-        self._losses: list[Tensor] = []
-        self._sums = torch.zeros(2, dtype=torch.float64)
-        self._steps = 0
+        self._adds_gradient = False
+        self._task_losses: list[Tensor] = []
+        self._penalties: list[Tensor] = []
+        self._task_sum, self._penalty_sum = (torch.zeros(2, dtype=torch.float64) for _ in range(2))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch and note its two terms."""
         logits, targets = answer_logits(self.model, batch)
         nll = answer_nll(logits, targets)
         task = nll.mean()
-        penalty = self._penalty(task)
         self.train_accuracy.update(logits, targets)
         self.train_perplexity.update(nll)
         self.log("train/task_loss", task.detach())
-        self.log("train/regularizer_loss", penalty.detach())
-        self._losses.append(torch.stack((task.detach(), penalty.detach())))
+        self._task_losses.append(task.detach())
+        if self.regularizer is None or self.anchor is None or self._adds_gradient:
+            return task
+        penalty = self.regularizer.loss(self.tuned, self.anchor, self.conflict)
+        self._note_penalty(penalty.detach())
         return task + penalty
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Add the regularizer's gradient, once per step and before the gradients are clipped."""
+        if self.regularizer is not None and self.anchor is not None and self._adds_gradient:
+            self._note_penalty(self.regularizer.add_gradient(self.tuned, self.anchor, self.conflict))
 
     def on_train_start(self) -> None:
         """Switch dropout on, and bring anchor and conflict to the parameters' device, once."""
         self.train()
         if self.regularizer is not None:
             self.anchor, self.conflict = (self._placed(tensors) for tensors in (self.anchor, self.conflict))
+            # Strategies that shard parameters own the gradients; there the term goes through the loss.
+            self._adds_gradient = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
 
     def on_train_epoch_end(self) -> None:
         """Add up the epoch's losses in one transfer and log the epoch's metrics."""
-        if self._losses:
-            # One transfer per epoch: reading each step's loss would make the device wait every step.
-            self._sums += torch.stack(self._losses).cpu().double().sum(dim=0)
-            self._steps += len(self._losses)
-            self._losses.clear()
+        # One transfer per epoch: reading each step's loss would make the device wait every step.
+        self._task_sum += _drain(self._task_losses)
+        self._penalty_sum += _drain(self._penalties)
         self.log("train/accuracy", self.train_accuracy)
         self.log("train/perplexity", self.train_perplexity)
 
@@ -123,17 +133,16 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     @property
     def task_loss(self) -> float:
         """Mean task loss over all steps of the fit, nats per answer token; NaN before the first epoch ended."""
-        return float(self._sums[0] / self._steps)
+        return _mean(self._task_sum)
 
     @property
     def regularizer_loss(self) -> float:
-        """Mean regularizer loss over all steps of the fit; NaN before the first epoch ended."""
-        return float(self._sums[1] / self._steps)
+        """Mean regularizer loss over all steps of the fit; zero without a regularizer."""
+        return 0.0 if self.regularizer is None or self.anchor is None else _mean(self._penalty_sum)
 
-    def _penalty(self, task: Tensor) -> Tensor:
-        if self.regularizer is None or self.anchor is None:
-            return task.new_zeros(())
-        return self.regularizer.loss(self.tuned, self.anchor, self.conflict)
+    def _note_penalty(self, penalty: Tensor) -> None:
+        self.log("train/regularizer_loss", penalty)
+        self._penalties.append(penalty)
 
     def _placed(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
         if tensors is None:
@@ -145,3 +154,16 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         mixed = "mixed" in str(self.trainer.precision)
         on_cpu = all(tensor.device.type == "cpu" for tensor in self.tuned.values())
         return {"fused": True} if on_cpu and not mixed else {}
+
+
+def _drain(losses: list[Tensor]) -> Tensor:
+    """Empty a list of 0-dim losses and return their sum and count, float64 (2)."""
+    if not losses:
+        return torch.zeros(2, dtype=torch.float64)
+    values = torch.stack([loss.to(losses[0].device) for loss in losses]).cpu().double()
+    losses.clear()
+    return torch.stack((values.sum(), torch.tensor(float(len(values)), dtype=torch.float64)))
+
+
+def _mean(total: Tensor) -> float:
+    return float(total[0] / total[1])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import by_name
+from fedproxy.data.assets import catalog
 from fedproxy.data.rows import Row
 from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.harness import check_tasks
@@ -21,6 +21,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.stages import Run, compress, federate, fuse
+from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
     Cost,
@@ -28,6 +29,7 @@ from fedproxy.reporting import (
     RoundReport,
     RunInfo,
     RunReport,
+    model_card,
     provenance,
     with_means,
 )
@@ -67,6 +69,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         raise
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
+    _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
 
@@ -120,6 +123,15 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     )
 
 
+def _write_cards(current: Run, report: RunReport) -> None:
+    """Give ``proxy/`` and ``fused/`` model cards with the numbers."""
+    cost, folder = report.cost, current.folder
+    write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
+    method = current.config.method
+    fused = model_card("fused", report.scores, method=method, parameters=cost.target_parameters, notes=report.notes)
+    write_text(folder.fused / "README.md", fused)
+
+
 def _compression(current: Run) -> CompressionReport | None:
     scores = current.facts.get("block_scores")
     if scores is None or not current.folder.layer_map.is_file():
@@ -131,7 +143,7 @@ def _notes(config: RunConfig) -> list[str]:
     path = config.target.path
     if not path.startswith("asset:"):
         return []
-    return [f"The target is {by_name(path.removeprefix('asset:')).about}."]
+    return [f"The target is {catalog()[path.removeprefix('asset:')].about}."]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

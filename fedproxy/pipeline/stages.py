@@ -133,7 +133,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         server_optimizer=config.server_optimizer,
         job=_job(config),
         send_conflict=config.regularizer.needs_conflict,
-        lora_scaling=getattr(config.trainable, "scaling", None),
+        lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
     )
     left = config.federation.rounds - progress.round

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from fedproxy.reporting.scores import Value
 
 NONE = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
 
 
 def count(value: float | None) -> str:
@@ -55,16 +56,38 @@ def change(value: Value | None, with_stderr: bool = False) -> str:
     """Return a difference of scores in points with its sign: ``+9.2``, on request with its standard error."""
     if value is None:
         return NONE
-    sign = "+" if value.value >= 0 else "\N{MINUS SIGN}"
     error = f" ± {100 * value.stderr:.1f}" if with_stderr and value.stderr is not None else ""
-    return f"{sign}{abs(100 * value.value):.1f}{error}"
+    return points(value.value) + error
+
+
+def points(fraction: float) -> str:
+    """Return a difference of fractions in points with its sign: 0.092 -> ``+9.2``."""
+    return signed(100 * fraction, 1)
+
+
+def interval(low: float, high: float) -> str:
+    """Return an interval of fractions in points: ``+6.2 to +12.0``."""
+    return f"{points(low)} to {points(high)}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """Return a number with its sign, a true minus for negative ones; what rounds to zero has none."""
+    text = f"{abs(value):.{digits}f}"
+    if not text.strip("0."):
+        return text
+    return f"{'+' if value > 0 else MINUS}{text}"
+
+
+def p_value(value: float) -> str:
+    """Return a p-value: ``0.034``, ``< 0.001``."""
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
     """Return a plain number with ``digits`` significant digits, tiny ones in exponent form."""
-    return NONE if value is None else f"{value:.{digits}g}"
+    return NONE if value is None else f"{MINUS if value < 0 else ''}{abs(value):.{digits}g}"
 
 
 def fixed(value: float | None, digits: int = 3) -> str:
     """Return a plain number with ``digits`` decimals."""
-    return NONE if value is None else f"{value:.{digits}f}"
+    return NONE if value is None else signed(value, digits).removeprefix("+")

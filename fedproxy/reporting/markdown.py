@@ -1,5 +1,6 @@
 """report.md: the run as plain text that also reads well unrendered."""
 
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -7,19 +8,22 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from fedproxy.reporting.view import Table, build_view
+from fedproxy.reporting.formatting import MINUS, NONE
+from fedproxy.reporting.tables import Table
+from fedproxy.reporting.view import build_view
 
 if TYPE_CHECKING:
+    from fedproxy.reporting.pairing import PairedDifference
     from fedproxy.reporting.run_report import RunReport
 
 
-def to_markdown(report: "RunReport", folder: str | Path, paired: Table | None = None) -> str:
+def to_markdown(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDifference]" = ()) -> str:
     """Return report.md for a report that lies in ``folder``.
 
     Args:
         report: The run.
         folder: Where the page will lie; its commands name it.
-        paired: Differences of the models on the same questions, where samples were kept.
+        paired: Differences to the target on the same questions, where samples were kept.
     """
     return _environment().get_template("report.md.j2").render(view=build_view(report, folder, paired))
 
@@ -38,7 +42,7 @@ def markdown_table(table: Table) -> str:
 
 def escape(text: str) -> str:
     """Return ``text`` for one line of Markdown: no line breaks, no table bars, no HTML."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()).replace("|", "\\|").replace("*", "\\*"))
 
 
 def _padded(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
@@ -49,7 +53,7 @@ def _padded(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) ->
 
 
 def _numeric(cells: Sequence[str]) -> bool:
-    return all(not cell or cell[0].isdigit() or cell[0] in "+-\N{MINUS SIGN}\N{EN DASH}" for cell in cells)
+    return all(not cell or cell[0].isdigit() or cell[0] in f"+-<{MINUS}{NONE}" for cell in cells)
 
 
 @cache

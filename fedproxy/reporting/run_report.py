@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
-from fedproxy.plain_json import plain, write_json, write_text
+from fedproxy.plain_json import plain, write_json
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
-Numbers = float | Sequence[float | None] | None
-"""One number for the round, or one per client in the order of ``clients``."""
+Numbers = float | Mapping[str, float | None] | Sequence[float | None] | None
+"""One number for the round, or one per client: by name, or in the order of ``clients``."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RoundReport:
     round: int
     """Round number, from 1."""
     clients: Sequence[str] = ()
-    """Client names, sorted; per-client lists are in this order."""
+    """Client names, sorted; per-client lists and the cosine's rows are in this order."""
     train_loss: Numbers = None
     """Task loss, nats per answer token."""
     regularizer_loss: Numbers = None
@@ -190,7 +190,7 @@ class RunReport:
         return cls.from_dict(data, str(file))
 
     def save(self, folder: str | Path) -> Path:
-        """Write report.json, then report.md, each whole or not at all, and return report.json's path.
+        """Write report.json, then report.md and report.html, each whole or not at all, and return report.json's path.
 
         Raises:
             CheckpointError: If the folder cannot be written.
@@ -201,9 +201,9 @@ class RunReport:
 
     def render(self, folder: str | Path) -> list[Path]:
         """Write the pages that people read into ``folder`` and return their paths."""
-        from fedproxy.reporting.markdown import to_markdown  # the pages are built from this module's classes
+        from fedproxy.reporting.pages import write_pages  # the pages are built from this module's classes
 
-        return [write_text(Path(folder) / "report.md", to_markdown(self, folder))]
+        return write_pages(self, folder)
 
 
 def report_file(path: str | Path) -> Path:

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 _CELLS_AT_ONCE = 4_000_000
-"""Counts drawn at a time by the bootstrap; bounds its memory at about 64 MB."""
+"""Numbers that the bootstrap holds at a time; bounds its memory at about 100 MB."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def bootstrap_means(values_by_task: Sequence[ArrayLike], rng: np.random.Generato
     """Return bootstrapped means over tasks of the mean over questions.
 
     Questions are drawn with replacement within each task, all columns of a question together, so that columns (models)
-    stay paired. How often each distinct row is drawn is one multinomial draw, which for 0/1 outcomes is far cheaper
-    than drawing indices and has the same distribution.
+    stay paired. Where few distinct rows occur, as with 0/1 outcomes, how often each is drawn is one multinomial draw:
+    the same distribution as drawing indices, and far cheaper.
 
     Args:
         values_by_task: Per task an array (questions, columns) or (questions,).
@@ -67,12 +67,17 @@ def _columns(values: ArrayLike) -> Floats:
 
 
 def _resampled_means(data: Floats, rng: np.random.Generator, resamples: int) -> Floats:
+    size = len(data)
     distinct, counts = np.unique(data, axis=0, return_counts=True)
-    chunk = max(1, _CELLS_AT_ONCE // len(distinct))
+    few = len(distinct) * 8 < size
+    chunk = max(1, _CELLS_AT_ONCE // (len(distinct) if few else size * data.shape[1]))
     parts = []
     for start in range(0, resamples, chunk):
-        drawn = rng.multinomial(len(data), counts / len(data), size=min(chunk, resamples - start))
-        parts.append(drawn @ distinct / len(data))
+        draws = min(chunk, resamples - start)
+        if few:
+            parts.append(rng.multinomial(size, counts / size, size=draws) @ distinct / size)
+        else:
+            parts.append(data[rng.integers(size, size=(draws, size))].mean(axis=1))
     return np.concatenate(parts)
 
 

@@ -1,14 +1,16 @@
 """What the pages show, worked out once for Markdown and HTML: tables of finished text, no markup."""
 
-import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from fedproxy.reporting import formatting as show
-from fedproxy.reporting.run_report import Numbers, RoundReport, RunReport
+from fedproxy.reporting.pairing import PairedDifference, paired_table
+from fedproxy.reporting.round_tables import clients_table, rounds_table
+from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.tables import Table
 
 MODEL_WORDS = {
     "target": "the owner's model, untouched",
@@ -19,16 +21,6 @@ MODEL_WORDS = {
 
 
 @dataclass(frozen=True)
-class Table:
-    """A table of finished cells; the first column names the row."""
-
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    strong_last: bool = False
-    """Whether the last row is a summary."""
-
-
-@dataclass(frozen=True)
 class Headline:
     """Mean score of target and fused, and what lies between them."""
 
@@ -36,7 +28,7 @@ class Headline:
     before: str
     after: str
     difference: str
-    better: bool
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -59,11 +51,17 @@ class View:
     clients_round: int | None
     repeat: Sequence[str]
     provenance: Table
-    paired: Table | None = field(default=None)
+    paired: Table | None
 
 
-def build_view(report: RunReport, folder: str | Path, paired: Table | None = None) -> View:
-    """Return the content of the pages of ``report``, which lie in ``folder``."""
+def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
+    """Return the content of the pages of ``report``.
+
+    Args:
+        report: The run.
+        folder: Where the pages lie; their commands name it.
+        paired: Differences to the target on the same questions, where samples were kept.
+    """
     report = RunReport.from_dict(report.to_dict())  # tensors, arrays and NaN in one known form
     scores = {model: report.scores[model] for model in MODELS if model in report.scores}
     run = report.run
@@ -77,7 +75,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Table | None = Non
             ("Started", run.started),
             ("Wall time", show.duration(run.seconds)),
         ],
-        headline=_headline(scores),
+        headline=_headline(scores, paired),
         notes=report.notes,
         models=[(model, MODEL_WORDS[model]) for model in scores],
         scores=score_table(scores),
@@ -85,19 +83,19 @@ def build_view(report: RunReport, folder: str | Path, paired: Table | None = Non
         further=_further(scores),
         cost=_cost(report),
         exposure=_exposure(report),
-        rounds=_rounds(report.rounds),
-        clients=_clients(report.rounds[-1]) if report.rounds else None,
+        rounds=rounds_table(report.rounds),
+        clients=clients_table(report.rounds[-1]) if report.rounds else None,
         clients_round=report.rounds[-1].round if report.rounds else None,
         repeat=_repeat(Path(folder)),
         provenance=_provenance(report),
-        paired=paired,
+        paired=paired_table(paired) if paired else None,
     )
 
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float | None]]]
 
 
-def _headline(scores: Scores) -> Headline | None:
+def _headline(scores: Scores, paired: Sequence[PairedDifference]) -> Headline | None:
     metric = headline_metric({model: scores[model] for model in ("target", "fused") if model in scores})
     if metric is None or not {"target", "fused"} <= set(scores):
         return None
@@ -105,7 +103,12 @@ def _headline(scores: Scores) -> Headline | None:
     if before is None or after is None:
         return None
     gain = after.minus(before)
-    return Headline(metric, show.score(before), show.score(after), show.change(gain, with_stderr=True), gain.value > 0)
+    text = show.change(gain, with_stderr=True)
+    for row in paired:
+        # samples of another evaluation than the report's say nothing about its numbers
+        if row.name == "fused" and row.metric == metric and abs(row.difference.estimate - gain.value) < 1e-9:
+            text = f"{show.change(gain)} (95 % interval {show.interval(row.difference.low, row.difference.high)})"
+    return Headline(metric, show.score(before), show.score(after), text, gain.value)
 
 
 def score_table(scores: Scores) -> Table | None:
@@ -114,13 +117,13 @@ def score_table(scores: Scores) -> Table | None:
     for task in task_names(scores):
         metric = task_metric(scores, task)
         if metric:
-            rows.append([task, metric, _questions(scores, task), *_compared(scores, task, metric)])
+            rows.append([task, *_compared(scores, task, metric), metric, _questions(scores, task)])
     metric = headline_metric(scores)
     if metric and len(rows) > 1:
-        rows.append(["mean", metric, _questions(scores, "mean"), *_compared(scores, "mean", metric)])
+        rows.append(["mean", *_compared(scores, "mean", metric), metric, _questions(scores, "mean")])
     if not rows:
         return None
-    return Table(["task", "metric", "questions", *scores], rows, strong_last=rows[-1][0] == "mean")
+    return Table(["task", *scores, "metric", "questions"], rows, strong_last=rows[-1][0] == "mean")
 
 
 def _compared(scores: Scores, task: str, metric: str) -> list[str]:
@@ -146,7 +149,7 @@ def _questions(scores: Scores, task: str) -> str:
 
 def _score_hint(scores: Scores) -> str:
     hint = "Per cent, ± one standard error over the questions"
-    return f"{hint}; in brackets the difference to target in points." if "target" in scores else f"{hint}."
+    return f"{hint}, then the difference to target in points." if "target" in scores else f"{hint}."
 
 
 def _further(scores: Scores) -> Table | None:
@@ -169,7 +172,7 @@ def _further(scores: Scores) -> Table | None:
 def _metric(key: str, value: Value | None) -> str:
     if value is None or key in _PER_CENT:
         return show.score(value)
-    return show.number(value.value) + ("" if value.stderr is None else f" ± {show.number(value.stderr, 2)}")
+    return show.fixed(value.value) + ("" if value.stderr is None else f" ± {show.fixed(value.stderr)}")
 
 
 def _cost(report: RunReport) -> Table:
@@ -211,60 +214,6 @@ def _exposure(report: RunReport) -> list[str]:
         "proxy, or a client's rows from its update."
     )
     return lines
-
-
-def _mean(numbers: Numbers) -> float | None:
-    if numbers is None or isinstance(numbers, int | float):
-        return numbers
-    known = [value for value in numbers if value is not None]
-    return math.fsum(known) / len(known) if known else None
-
-
-Column = tuple[str, Callable[[RoundReport], str]]
-_ROUND_COLUMNS: tuple[Column, ...] = (
-    ("round", lambda line: str(line.round)),
-    ("clients", lambda line: str(len(line.clients))),
-    ("train loss", lambda line: show.fixed(_mean(line.train_loss))),
-    ("regularizer loss", lambda line: show.number(_mean(line.regularizer_loss), 2)),
-    ("heterogeneity", lambda line: show.fixed(_mean(line.heterogeneity))),
-    ("conflict", lambda line: show.fixed(line.conflict_mean)),
-    ("sign agreement", lambda line: show.fixed(_mean(line.sign_agreement))),
-    ("kept density", lambda line: show.fixed(_mean(line.kept_density))),
-    ("factor error", lambda line: show.number(line.factor_mean_error)),
-    ("up", lambda line: show.size(line.upload_bytes)),
-    ("down", lambda line: show.size(line.download_bytes)),
-    ("time", lambda line: show.duration(line.seconds)),
-)
-
-
-def _rounds(rounds: Sequence[RoundReport]) -> Table | None:
-    columns = [(name, cell) for name, cell in _ROUND_COLUMNS if any(cell(line) != show.NONE for line in rounds)]
-    if not rounds:
-        return None
-    return Table([name for name, _ in columns], [[cell(line) for _, cell in columns] for line in rounds])
-
-
-def _clients(line: RoundReport) -> Table | None:
-    """Return what the round says of each client, or None where it says nothing."""
-    named = {
-        "train loss": line.train_loss,
-        "heterogeneity": line.heterogeneity,
-        "weight": line.weights,
-        "retention": line.retention,
-        "update norm": line.update_norms,
-    }
-    columns = {
-        name: values
-        for name, values in named.items()
-        if isinstance(values, Sequence) and len(values) == len(line.clients)
-    }
-    if not columns:
-        return None
-    rows = [
-        [client, *(show.fixed(values[index]) for values in columns.values())]
-        for index, client in enumerate(line.clients)
-    ]
-    return Table(["client", *columns], rows)
 
 
 def _repeat(folder: Path) -> list[str]:

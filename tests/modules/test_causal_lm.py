@@ -1,5 +1,4 @@
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,19 +9,10 @@ from fedproxy.errors import ClientError, ConfigError
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.trainable import Trainable
 
-
-@dataclass
-class Conflict:
-    """PCR (PAPER Eq 9) times its strength, written out."""
-
-    strength: float = 0.5
-
-    def loss(self, params, anchor, conflict):
-        if conflict is None:
-            return torch.zeros(())
-        return self.strength * sum((conflict[n] * (params[n] - anchor[n]) ** 2).sum() for n in params)
+Conflict = Regularizer.by_name("conflict")
 
 
 def make_trainable(make_model, family="llama", **options):
@@ -73,7 +63,8 @@ def test_fit_equals_a_plain_loop(make_model):
     assert 0 <= logged["train/accuracy"].item() <= 1
 
 
-def test_regularizer_gradient_on_a_real_step(make_model):
+@pytest.mark.parametrize("direct", [True, False])
+def test_regularizer_gradient_on_a_real_step(make_model, direct):
     trainable = make_trainable(make_model)
     parameters = trainable.parameters()
     anchor = {name: tensor + 0.3 for name, tensor in trainable.state().items()}
@@ -82,7 +73,12 @@ def test_regularizer_gradient_on_a_real_step(make_model):
 
     class Probe(CausalLMModule):
         def on_before_optimizer_step(self, optimizer):
+            super().on_before_optimizer_step(optimizer)
             gradients[self.regularizer is None] = {name: tensor.grad.clone() for name, tensor in self.tuned.items()}
+
+        def on_train_start(self):
+            super().on_train_start()
+            self._adds_gradient = direct
 
     start = trainable.state()
     for regularizer in (Conflict(0.5), None):
@@ -90,11 +86,22 @@ def test_regularizer_gradient_on_a_real_step(make_model):
         module = Probe(
             trainable.model, lr=1e-9, parameters=parameters, regularizer=regularizer, anchor=anchor, conflict=conflict
         )
-        fit(make_trainer({"accelerator": "cpu"}, max_steps=1), module, make_loader())
+        fit(make_trainer({"accelerator": "cpu"}, max_epochs=1, accumulate=3), module, make_loader())
+        # Eq 9 itself: lambda sum C (phi - phi^t)^2 with phi - phi^t = -0.3.
+        wanted = 0.0 if regularizer is None else 0.5 * 0.09 * sum(c.sum().item() for c in conflict.values())
+        assert module.regularizer_loss == pytest.approx(wanted, rel=1e-4)
     for name in parameters:
-        # Eq 9: d/dphi lambda C (phi - phi^t)^2 = 2 lambda C (phi - phi^t), and phi - phi^t = -0.3 here.
+        # d/dphi lambda C (phi - phi^t)^2 = 2 lambda C (phi - phi^t).
         got = gradients[False][name] - gradients[True][name]
         torch.testing.assert_close(got, 2 * 0.5 * conflict[name] * -0.3, rtol=1e-3, atol=1e-5)
+
+
+def test_regularizer_is_nothing_in_the_first_round(make_model):
+    plain, regularised = make_trainable(make_model), make_trainable(make_model)
+    run(plain, make_loader())
+    module = run(regularised, make_loader(), regularizer=Conflict(1e3), anchor=regularised.state(), conflict=None)
+    assert module.regularizer_loss == 0.0
+    assert all(torch.equal(plain.state()[name], tensor) for name, tensor in regularised.state().items())
 
 
 def test_strong_conflict_holds_coordinates_back(make_model):

@@ -4,7 +4,7 @@ from fedproxy.reporting import Cost, Exposure, RoundReport, RunInfo, RunReport, 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.markdown import markdown_table, to_markdown
 from fedproxy.reporting.scores import Value
-from fedproxy.reporting.view import Table
+from fedproxy.reporting.tables import Table
 
 
 def page(tmp_path, **changes):
@@ -34,8 +34,8 @@ def test_headline_tells_target_fused_and_difference(tmp_path):
 
 def test_scores_per_task_with_difference_to_target(tmp_path):
     rows = [" ".join(line.split()) for line in page(tmp_path).splitlines()]
-    assert "| easy | acc_norm | 200 | 40.0 ± 3.0 | 50.0 ± 3.0 (+10.0) |" in rows
-    assert "| **mean** | **acc_norm** | **400** | **35.0 ± 2.1** | **43.0 ± 2.1 (+8.0)** |" in rows
+    assert "| easy | 40.0 ± 3.0 | 50.0 ± 3.0 (+10.0) | acc_norm | 200 |" in rows
+    assert "| **mean** | **35.0 ± 2.1** | **43.0 ± 2.1 (+8.0)** | **acc_norm** | **400** |" in rows
 
 
 def test_cost_exposure_rounds_and_repeat(tmp_path):
@@ -51,13 +51,20 @@ def test_cost_exposure_rounds_and_repeat(tmp_path):
     assert f"python -m fedproxy.fit recipe={tmp_path}/tiny/config.yaml" in text
 
 
+def test_numbers_by_client_name_are_read_like_lists(tmp_path):
+    line = RoundReport(1, ("a", "b"), weights={"b": 0.6, "a": 0.4}, heterogeneity={"a": 0.2, "b": 0.4})
+    rows = [" ".join(row.split()) for row in page(tmp_path, rounds=(line,)).splitlines()]
+    assert "| 1 | 2 | 0.300 |" in rows
+    assert "| b | 0.400 | 0.600 |" in rows
+
+
 def test_task_without_acc_norm_is_shown_by_acc_and_so_is_the_mean(tmp_path):
     scores = with_means(
         {model: {"a": {"acc": 0.5, "acc_norm": 0.6}, "b": {"acc": 0.7}} for model in ("target", "fused")}
     )
     rows = [" ".join(line.split()) for line in page(tmp_path, scores=scores).splitlines()]
-    assert "| b | acc | \N{EN DASH} | 70.0 | 70.0 (+0.0) |" in rows
-    assert "| **mean** | **acc** | **\N{EN DASH}** | **60.0** | **60.0 (+0.0)** |" in rows
+    assert "| b | 70.0 | 70.0 (0.0) | acc | \N{EN DASH} |" in rows
+    assert "| **mean** | **60.0** | **60.0 (0.0)** | **acc** | **\N{EN DASH}** |" in rows
 
 
 def test_run_without_scores_or_rounds_still_makes_a_page(tmp_path):
@@ -83,6 +90,9 @@ def test_notes_and_hostile_names_stay_text(tmp_path):
         (show.duration(3599.6), "1 h 00 min"),
         (show.duration(8.44), "8.4 s"),
         (show.change(Value(-0.021)), "\N{MINUS SIGN}2.1"),
+        (show.fixed(-0.1744), "\N{MINUS SIGN}0.174"),
+        (show.fixed(-0.0001), "0.000"),
+        (show.number(-1.2e-9, 2), "\N{MINUS SIGN}1.2e-09"),
         (show.score(None), "\N{EN DASH}"),
     ],
 )

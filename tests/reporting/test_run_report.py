@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
-from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, mean_scores, with_means
 from fedproxy.plain_json import plain
+from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, mean_scores, with_means
 
 
 def report(**changes):

@@ -100,17 +100,18 @@ def test_state_names_and_files_are_peft_s(tmp_path):
     from peft import PeftModel, get_peft_model_state_dict
 
     model = make_llama()
+    model.config._name_or_path = model.name_or_path = "/models/secret-target"
     trainable = attach(model)
     state = randomise(trainable)
-    assert set(state) == set(get_peft_model_state_dict(trainable._wrapped))
+    assert set(state) == set(get_peft_model_state_dict(trainable._wrapped, save_embedding_layers=False))
     trainable.save_adapter(tmp_path)
     again = PeftModel.from_pretrained(make_llama(), tmp_path)
     torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
-    assert '"base_model_name_or_path": null' in (tmp_path / "adapter_config.json").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "README.md") == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not any(b"secret" in path.read_bytes() for path in tmp_path.iterdir())
+    trainable.save_adapter(tmp_path, base="../proxy")
+    assert '"base_model_name_or_path": "../proxy"' in (tmp_path / "adapter_config.json").read_text()
 
 
 @pytest.mark.parametrize(

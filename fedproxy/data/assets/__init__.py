@@ -8,7 +8,7 @@ Everything lives under one cache folder, ``$FEDPROXY_CACHE`` or ``fedproxy`` in 
     <cache>/qa/<task>/<split>.jsonl, <cache>/glue/<task>/<split>.jsonl     see fedproxy.data.assets.qa for the columns
 """
 
-from fedproxy.data.assets.catalog import Asset, Wheel, catalog
+from fedproxy.data.assets.entries import Asset, Wheel, catalog
 from fedproxy.data.assets.store import cache_root, cached_path, fetch, is_cached, resolve
 
 __all__ = ["Asset", "Wheel", "cache_root", "cached_path", "catalog", "fetch", "is_cached", "resolve"]

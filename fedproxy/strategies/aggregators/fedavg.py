@@ -6,20 +6,32 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
-from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
-
-WEIGHTINGS = ("examples", "tokens", "uniform")
 
 
 @dataclass(frozen=True)
 class LinearAggregator(Aggregator):
     """Base of the rules that return a fixed weighted sum of the updates."""
 
+    reads_survey: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
+    combines_by_gram: ClassVar[bool] = True
+
+    def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
+        """Merge each block as one weighted sum."""
+        weights = self.weigh(cohort, survey)
+        return Plan(weighted_sum(weights), weights)
+
+
+@dataclass(frozen=True)
+class FedAvg(LinearAggregator, name="fedavg"):
+    """Weighted mean sum_k (n_k / n) Delta_k (McMahan et al. 2017, arXiv 1602.05629, Alg. 1)."""
+
+    reference: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629, Alg. 1"
 
     weighting: str = "examples"
     """What a client's weight counts: ``examples``, ``tokens`` or ``uniform``."""
@@ -32,19 +44,21 @@ class LinearAggregator(Aggregator):
         """Return each client's share of the examples or tokens."""
         return cohort.shares(self.weighting)
 
-    def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
-        """Merge each block as one weighted sum."""
-        weights = self.weigh(cohort, survey)
-        factors = weights.float()
-
-        def merge(block: Block) -> Tensor:
-            return torch.mv(block.values.T, factors)
-
-        return Plan(merge, weights)
-
 
 @dataclass(frozen=True)
-class FedAvg(LinearAggregator, name="fedavg"):
-    """Weighted mean sum_k (n_k / n) Delta_k (McMahan et al. 2017, arXiv 1602.05629, Alg. 1)."""
+class TaskArithmetic(LinearAggregator, name="task_arithmetic"):
+    """scale * sum_k Delta_k (Ilharco et al. 2023, arXiv 2212.04089, Sec. 2); every client counts once."""
 
-    reference: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629, Alg. 1"
+    keeps_single: ClassVar[bool] = False
+    reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089, Sec. 2"
+
+    scale: float = 0.4
+    """Factor of the sum (the paper's lambda; 0.4 is its value without tuning)."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        self.require("scale", self.scale > 0.0, "> 0")
+
+    def weigh(self, cohort: Cohort, survey: Survey) -> Tensor:
+        """Return the scale for every client."""
+        return torch.full((len(cohort),), self.scale, dtype=torch.float64)

@@ -81,3 +81,84 @@ def factor_mean_error(
     if scaling == 0.0 or total <= 0.0:
         return 0.0
     return math.sqrt(max(0.0, missed) / total)
+
+
+def stack_pairs(pairs: Sequence[tuple[Tensor, Tensor]], coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return factors of sum_k c_k B_k A_k: B = [c_1 B_1, ..., c_K B_K] and A = [A_1; ...; A_K].
+
+    Args:
+        pairs: (B_k, A_k), (out, rank_k) and (rank_k, in); ranks may differ.
+        coefficients: c_k.
+
+    Returns:
+        float64 (out, sum of ranks) and (sum of ranks, in).
+    """
+    left = torch.cat([b.double() * c for (b, _), c in zip(pairs, coefficients, strict=True)], dim=1)
+    return left, torch.cat([a.double() for _, a in pairs], dim=0)
+
+
+def refactor(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a given rank: B = U S^(1/2), A = S^(1/2) V^T of the product's truncated SVD.
+
+    The SVD is taken by QR of both factors, so that no (out, in) matrix is formed. A rank above what the product has
+    is filled up with zeros.
+
+    Args:
+        pair: (B, A), (out, stacked rank) and (stacked rank, in).
+        rank: Rank of the result.
+
+    Returns:
+        float64 (out, rank) and (rank, in).
+    """
+    b, a = (factor.double() for factor in pair)
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    kept = min(rank, len(s))
+    root = s[:kept].sqrt()
+    new_b = b.new_zeros(b.shape[0], rank)
+    new_a = a.new_zeros(rank, a.shape[1])
+    new_b[:, :kept] = (q_b @ u[:, :kept]) * root
+    new_a[:kept] = root.unsqueeze(1) * (vh[:kept] @ q_a.T)
+    return new_b, new_a
+
+
+def mean_residual(pairs: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Return factors of what averaging factors misses: sum p_k B_k A_k - (sum p_k B_k)(sum p_k A_k) (FedEx-LoRA).
+
+    It equals sum over k < K of p_k (B_k - B)(A_k - A_K), because the p_k (B_k - B) sum to zero: rank (K - 1) r.
+
+    Args:
+        pairs: (B_k, A_k) of equal ranks.
+        shares: p_k, sum 1.
+
+    Returns:
+        float64 (out, (K - 1) r) and ((K - 1) r, in).
+    """
+    mean = sum((b.double() * p for (b, _), p in zip(pairs, shares, strict=True)), torch.zeros(()))
+    last = pairs[-1][1].double()
+    apart = [(b.double() - mean, a.double() - last) for b, a in pairs[:-1]]
+    if not apart:
+        b, a = pairs[0]
+        return b.new_zeros(b.shape[0], 0, dtype=torch.float64), a.new_zeros(0, a.shape[1], dtype=torch.float64)
+    return stack_pairs(apart, list(shares)[:-1])
+
+
+def refactor_dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a given rank of a dense matrix, as :func:`refactor` does for a product.
+
+    The leading singular vectors come from the eigenvectors of the smaller Gram matrix.
+
+    Args:
+        matrix: (out, in).
+        rank: Rank of the result.
+
+    Returns:
+        float64 (out, rank) and (rank, in).
+    """
+    wide = matrix.double()
+    if wide.shape[0] > wide.shape[1]:
+        b, a = refactor_dense(wide.T, rank)
+        return a.T.contiguous(), b.T.contiguous()
+    vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank]
+    return refactor((vectors, vectors.T @ wide), rank)

@@ -90,6 +90,11 @@ class TrainableModel(ABC):
 class Trainable(Component, ABC, family="trainable"):
     """Base of what clients train; a member's fields are its options."""
 
+    @property
+    def lora_scaling(self) -> float | None:
+        """Scale alpha / r where the state holds LoRA pairs, else None."""
+        return None
+
     @abstractmethod
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> TrainableModel:
         """Freeze the proxy, add what is trained, initialise it from the generator, and return the handle to it.

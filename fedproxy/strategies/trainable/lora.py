@@ -1,5 +1,6 @@
 """LoRA through PEFT: low-rank adapters on chosen linear layers of chosen blocks."""
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -11,12 +12,14 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
+from fedproxy.strategies.trainable.fused_lora import fuse
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -61,6 +64,11 @@ class Lora(Trainable, name="lora"):
         else:
             self.require("blocks", self.blocks in {"all", "ends", "last"}, "all, ends, last or a list of block indices")
 
+    @property
+    def lora_scaling(self) -> float:
+        """Scale alpha / r."""
+        return self.alpha / self.r
+
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
         chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)
@@ -81,6 +89,7 @@ class Lora(Trainable, name="lora"):
             wrapped = get_peft_model(proxy, config, adapter_name=_ADAPTER)
         model = LoraModel(proxy, wrapped)
         model.initialise(generator)
+        fuse(proxy, list(model.layers().values()), _ADAPTER)
         return model
 
     def _block_indices(self, total: int) -> list[int]:
@@ -146,12 +155,16 @@ class LoraModel(TrainableModel):
         return _MergedWeights({f"{name}.weight": layer for name, layer in sorted(self.layers().items())})
 
     def save_adapter(self, folder: str | Path, *, base: str | None = None) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``; loads with ``PeftModel.from_pretrained``."""
-        self._wrapped.peft_config[_ADAPTER].base_model_name_or_path = base
-        with warnings.catch_warnings():
-            # PEFT looks for the base's vocabulary on the hub and warns where it finds none; no embedding is trained.
-            warnings.simplefilter("ignore")
-            self._wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``; loads with ``PeftModel.from_pretrained``.
+
+        PEFT's own writer would put the path that the proxy was loaded from into both the configuration and a model
+        card, and the proxy's origin is the server's secret.
+        """
+        config = copy.copy(self._wrapped.peft_config[_ADAPTER])
+        config.base_model_name_or_path, config.inference_mode = base, True
+        config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(str(folder))
+        save_file(self.state(), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -1,0 +1,31 @@
+# Everything a new user or a contributor runs. Two commands set up a fresh machine: `make demo` and `make test`.
+
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test check test-slow clean
+
+# The CPU build of PyTorch is enough for the demo and the tests; install your own torch into $(VENV) first to use another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, federate, fuse, evaluate, report
+	$(BIN)/python -m fedproxy.fit recipe=fedproxy_llama resume=auto
+
+test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
+	$(BIN)/python -m pytest -m 'not slow and not browser and not gpu and not flower'
+
+check: $(VENV)/.installed  ## Lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-slow: $(VENV)/.installed  ## The rest: slow, browser, gpu and flower tests, each skipped with a reason where it cannot run
+	$(BIN)/python -m pytest -m 'slow or browser or gpu or flower'
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,55 @@
+"""`python -m fedproxy.report`: make a run's pages again, or compare two runs question by question."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedproxy.command import run_command
+from fedproxy.errors import ConfigError
+
+USAGE = """
+usage: python -m fedproxy.report RUN [OTHER_RUN]
+
+Makes a run's report pages again from its report.json, or compares two runs on the same questions.
+
+examples:
+  python -m fedproxy.report runs/fedproxy_llama
+      write report.md and report.html again
+  python -m fedproxy.report runs/fedavg_llama runs/fedproxy_llama
+      what the second run gains over the first: difference with a 95 % bootstrap interval, McNemar's exact
+      test, Holm-corrected; printed, and written into the second run's folder
+"""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Render one run or compare two.
+
+    Raises:
+        FedProxyError: If a run cannot be read or written, or two runs cannot be compared.
+    """
+    runs = [Path(argument) for argument in arguments]
+    if len(runs) == 1:
+        _render(runs[0])
+    elif len(runs) == 2:
+        _compare(*runs)
+    else:
+        raise ConfigError(f"give one run's folder, or two to compare, got {len(runs)}; see --help")
+
+
+def _render(run: Path) -> None:
+    from fedproxy.reporting.run_report import RunReport, report_file
+
+    report = RunReport.load(run)
+    for path in report.render(report_file(run).parent):
+        print(path)
+
+
+def _compare(first: Path, second: Path) -> None:
+    from fedproxy.reporting.run_comparison import save_comparison
+
+    path = save_comparison(first, second)
+    print(path.read_text(encoding="utf-8"))
+    print(f"Saved as {path}")
+
+
+if __name__ == "__main__":
+    run_command(main, USAGE)

@@ -1,0 +1,31 @@
+"""Writes the pages that people read next to report.json."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedproxy.errors import EvaluationError
+from fedproxy.plain_json import write_text
+from fedproxy.reporting.html import to_html
+from fedproxy.reporting.markdown import to_markdown
+from fedproxy.reporting.pairing import PairedDifference, against_target
+from fedproxy.reporting.run_report import RunReport
+
+
+def write_pages(report: RunReport, folder: str | Path) -> list[Path]:
+    """Write report.md and report.html into ``folder`` and return their paths.
+
+    Samples kept in ``folder/evaluation`` add the paired differences to the target. Samples that cannot be used do not
+    stop the report: a note says why they were left out.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    paired: list[PairedDifference] = []
+    try:
+        paired = against_target(folder)
+    except EvaluationError as error:
+        report = replace(report, notes=(*report.notes, f"Paired differences are left out: {error}"))
+    return [
+        write_text(Path(folder) / "report.md", to_markdown(report, folder, paired)),
+        write_text(Path(folder) / "report.html", to_html(report, folder, paired)),
+    ]

@@ -1,0 +1,159 @@
+"""Two models on the same questions: difference, bootstrap interval and McNemar's test, Holm-corrected."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from fedproxy.errors import EvaluationError
+from fedproxy.reporting import formatting as show
+from fedproxy.reporting.samples import Evaluation, common_metric, kept_models, load_evaluation, require_comparable
+from fedproxy.reporting.statistics import Interval, holm, mcnemar_exact, paired_bootstrap
+from fedproxy.reporting.tables import Table
+
+SEED = 0
+"""Seed of the bootstrap: the same samples give the same interval."""
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Second minus first on the same questions."""
+
+    name: str
+    metric: str
+    questions: int
+    difference: Interval
+    """Mean over tasks of the difference, as a fraction."""
+    only_first: int
+    """Questions that only the first got right, all tasks pooled."""
+    only_second: int
+    p_value: float
+    """McNemar's exact test on the pooled questions."""
+    holm_p_value: float
+    """The same, Holm-corrected over the rows of its table."""
+    answer_nll: Interval | None = None
+    """Difference in nats per answer token, mean over questions and tasks; below 0 the second is better."""
+
+
+def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metric: str) -> list[PairedDifference]:
+    """Return one difference per named pair, p-values Holm-corrected over all of them.
+
+    Args:
+        pairs: Row name to (first, second); each pair must be comparable (:func:`require_comparable`).
+        metric: A 0/1 metric that every question has.
+    """
+    counts = {name: _discordant(first, second, metric) for name, (first, second) in pairs.items()}
+    p_values = {name: mcnemar_exact(*count) for name, count in counts.items()}
+    corrected = holm(p_values)
+    return [
+        PairedDifference(
+            name,
+            metric,
+            sum(map(len, first.questions.values())),
+            _interval(first, second, metric),
+            *counts[name],
+            p_values[name],
+            corrected[name],
+            _interval(first, second, "answer_nll") if first.has("answer_nll") and second.has("answer_nll") else None,
+        )
+        for name, (first, second) in pairs.items()
+    ]
+
+
+def _interval(first: Evaluation, second: Evaluation, metric: str) -> Interval:
+    pairs = zip(first.by_task(metric), second.by_task(metric), strict=True)
+    differences = [np.subtract(after, before) for before, after in pairs]
+    return paired_bootstrap(differences, np.random.default_rng(SEED))
+
+
+def _discordant(first: Evaluation, second: Evaluation, metric: str) -> tuple[int, int]:
+    pairs = zip(chain(*first.by_task(metric)), chain(*second.by_task(metric)), strict=True)
+    changes = [after - before for before, after in pairs]
+    return sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+
+
+def against_target(run: str | Path) -> list[PairedDifference]:
+    """Return each model's difference to the target of the same run; empty where samples were not kept.
+
+    Raises:
+        EvaluationError: If samples are broken or do not fit together.
+    """
+    models = kept_models(run)
+    if "target" not in models or len(models) < 2:
+        return []
+    evaluations = {model: load_evaluation(run, model) for model in models}
+    target = evaluations.pop("target")
+    for evaluation in evaluations.values():
+        require_comparable(target, evaluation)
+    metric = common_metric([target, *evaluations.values()])
+    return paired_differences({model: (target, evaluation) for model, evaluation in evaluations.items()}, metric)
+
+
+@dataclass(frozen=True)
+class RunDifferences:
+    """What separates two runs, second minus first."""
+
+    models: Sequence[PairedDifference]
+    """One row per model that both runs kept samples of and that did not answer exactly alike, all tasks."""
+    tasks: Sequence[PairedDifference]
+    """One row per task, for the last of these models (``fused`` where there is one)."""
+    alike: Sequence[str]
+    """Models with the same samples in both runs, an untouched target for instance: they test nothing, and as rows they
+    would only weaken Holm's correction."""
+
+
+def between_runs(first: str | Path, second: str | Path) -> RunDifferences:
+    """Pair two runs by question.
+
+    Raises:
+        EvaluationError: If they share no model, or their tasks, prompts, questions or versions differ.
+    """
+    models = [model for model in kept_models(first) if model in kept_models(second)]
+    if not models:
+        raise EvaluationError(
+            f"{first} and {second} share no model with kept samples (evaluation/<model>.samples.jsonl); "
+            "evaluate both runs first"
+        )
+    pairs = {model: (load_evaluation(first, model), load_evaluation(second, model)) for model in models}
+    for pair in pairs.values():
+        require_comparable(*pair)
+    alike = [model for model, (one, other) in pairs.items() if one.questions == other.questions]
+    tested = {model: pair for model, pair in pairs.items() if model not in alike}
+    if not tested:
+        return RunDifferences([], [], alike)
+    metric = common_metric([evaluation for pair in tested.values() for evaluation in pair])
+    one, other = list(tested.values())[-1]
+    by_task = {task: (_only(one, task), _only(other, task)) for task in one.questions}
+    return RunDifferences(paired_differences(tested, metric), paired_differences(by_task, metric), alike)
+
+
+def _only(evaluation: Evaluation, task: str) -> Evaluation:
+    return Evaluation(evaluation.name, evaluation.settings, {task: evaluation.questions[task]})
+
+
+def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table:
+    """Return the differences as finished text: points, 95 % interval, questions won and lost, p-values."""
+    columns = [head, "questions", f"{rows[0].metric} difference", "95 % interval", "lost / won", "McNemar p", "Holm p"]
+    with_nll = all(row.answer_nll for row in rows)
+    return Table(
+        [*columns, "answer NLL difference (95 %)"] if with_nll else columns,
+        [
+            [
+                row.name,
+                str(row.questions),
+                show.points(row.difference.estimate),
+                show.interval(row.difference.low, row.difference.high),
+                f"{row.only_first} / {row.only_second}",
+                show.p_value(row.p_value),
+                show.p_value(row.holm_p_value),
+                *([_nll(row.answer_nll)] if with_nll and row.answer_nll else []),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _nll(interval: Interval) -> str:
+    return f"{show.signed(interval.estimate)} ({show.signed(interval.low)} to {show.signed(interval.high)})"

@@ -1,0 +1,210 @@
+"""The plots of a run: scores, training loss, conflict, cosines of the updates and Block Influence."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fedproxy.reporting import formatting as show
+from fedproxy.reporting.round_tables import by_client, mean_of
+from fedproxy.reporting.run_report import RoundReport, RunReport
+from fedproxy.reporting.scores import MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.svg import INK, SERIES, Plot, plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_NUMBERED_CELLS, _NAMED_CLIENTS = 12, 40
+"""Clients up to which a heat map writes numbers into its cells, and names along its sides."""
+
+
+def draw_plots(report: RunReport) -> list[Plot]:
+    """Return every plot that the report has data for; ``report`` must be plain (from :meth:`RunReport.from_dict`)."""
+    found = (_accuracy(report), _loss(report.rounds), _conflict(report.rounds), _cosine(report.rounds), _blocks(report))
+    return [drawn for drawn in found if drawn is not None]
+
+
+def _accuracy(report: RunReport) -> Plot | None:
+    models = [model for model in MODELS if model in report.scores]
+    mean = headline_metric(report.scores)
+    metrics = {task: task_metric(report.scores, task) for task in task_names(report.scores)}
+    rows = [(task, metric) for task, metric in metrics.items() if metric]
+    rows += [("mean", mean)] if mean and len(rows) > 1 else []
+    if not rows:
+        return None
+
+    def draw(axes: "Axes") -> None:
+        thick = 0.8 / len(models)
+        for number, model in enumerate(models):
+            for row, (task, metric) in enumerate(rows):
+                value = value_of(report.scores[model].get(task), metric)
+                if value is None:
+                    continue
+                place, length = row + (number - (len(models) - 1) / 2) * thick, 100 * value.value
+                axes.barh(place, length, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
+                error = 100 * (value.stderr or 0.0)
+                if error:
+                    axes.plot([length - error, length + error], [place, place], color=INK, linewidth=1)
+                axes.text(length + error + 1, place, f"{length:.1f}", va="center", fontsize=8, color=INK)
+        axes.set_yticks(range(len(rows)), [task for task, _ in rows])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("per cent, line = ± 1 standard error")
+        _legend(axes, len(models))
+
+    words = "; ".join(
+        f"{task}: " + ", ".join(f"{m} {show.score(value_of(report.scores[m].get(task), metric))}" for m in models)
+        for task, metric in rows
+    )
+    return plot(
+        "Scores per task", f"Bars, in per cent. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1)
+    )
+
+
+def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
+    known = [(line.round, mean_of(line.train_loss)) for line in rounds]
+    if all(loss is None for _, loss in known):
+        return None
+    clients = sorted({client for line in rounds for client in line.clients})
+
+    def draw(axes: "Axes") -> None:
+        curves = {client: _of_client(rounds, client) for client in clients}
+        curves = {client: curve for client, curve in curves.items() if any(y is not None for _, y in curve)}
+        if len(curves) < len(SERIES):
+            for number, (client, curve) in enumerate(curves.items(), start=1):
+                _line(axes, curve, SERIES[number], _short(client), width=1.1)
+        _line(axes, known, INK, "mean", width=2.2)
+        _round_axis(axes, rounds, "loss, nats per answer token")
+        _legend(axes, 3)
+
+    return plot("Training loss per round", f"Mean over clients. {_by_round(known)}.", draw)
+
+
+def _of_client(rounds: Sequence[RoundReport], client: str) -> list[tuple[int, float | None]]:
+    curve: list[tuple[int, float | None]] = []
+    for line in rounds:
+        losses = by_client(line, line.train_loss)
+        if client in losses:
+            curve.append((line.round, losses[client]))
+    return curve
+
+
+def _conflict(rounds: Sequence[RoundReport]) -> Plot | None:
+    conflict = [(line.round, line.conflict_mean) for line in rounds]
+    spread = [(line.round, mean_of(line.heterogeneity)) for line in rounds]
+    if all(value is None for _, value in conflict):
+        return None
+    both = any(value is not None for _, value in spread)
+
+    def draw(axes: "Axes") -> None:
+        _line(axes, conflict, SERIES[3], "conflict C", width=2.2)
+        if both:
+            _line(axes, spread, SERIES[2], "heterogeneity h", width=1.5)
+        _round_axis(axes, rounds, "mean, 0 to 1")
+        axes.set_ylim(0, 1)
+        _legend(axes, 2)
+
+    words = f"Mean conflict. {_by_round(conflict)}." + (f" Mean heterogeneity. {_by_round(spread)}." if both else "")
+    return plot("Conflict between clients per round", words, draw)
+
+
+def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
+    lines = [line for line in rounds if line.cosine is not None and len(line.clients) > 1]
+    if not lines:
+        return None
+    matrix, names = lines[-1].cosine or (), [_short(client) for client in lines[-1].clients]
+    few = len(names) <= _NUMBERED_CELLS
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib import colormaps
+
+        colors = [[colormaps["RdBu"](0.5 + 0.42 * _clipped(value)) for value in row] for row in matrix]
+        axes.imshow(colors, interpolation="nearest")
+        for i, row in enumerate(matrix if few else ()):
+            for j, value in enumerate(row):
+                red, green, blue, _ = colors[i][j]
+                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
+                axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=ink)
+        turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90, "fontsize": 7}
+        if len(names) <= _NAMED_CLIENTS:
+            axes.set_xticks(range(len(names)), names, **turn)
+            axes.set_yticks(range(len(names)), names, fontsize=9 if few else 7)
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("blue: same direction, red: opposite")
+
+    title = f"Cosine of client updates, round {lines[-1].round}"
+    return plot(title, f"Heat map, 1 same and -1 opposite direction. {_cosine_words(lines[-1])}.", draw, height=3.7)
+
+
+def _cosine_words(line: RoundReport) -> str:
+    """Return the cosine of every pair of clients, or of the closest and farthest pair where they are many."""
+    pairs = [
+        (value, f"{line.clients[i]} and {line.clients[j]} {show.fixed(value, 2)}")
+        for i, row in enumerate(line.cosine or ())
+        for j, value in enumerate(row)
+        if j > i
+    ]
+    if len(line.clients) <= _NUMBERED_CELLS:
+        return "; ".join(text for _, text in pairs)
+    known = sorted((value, text) for value, text in pairs if value is not None)
+    return f"{len(pairs)} pairs; lowest {known[0][1]}; highest {known[-1][1]}" if known else "no values"
+
+
+def _clipped(value: float | None) -> float:
+    return 0.0 if value is None else max(-1.0, min(1.0, value))
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else f"{name[:17]}…"
+
+
+def _blocks(report: RunReport) -> Plot | None:
+    found = report.compression
+    if found is None or not found.scores:
+        return None
+    removed = sorted(set(range(len(found.scores))) - set(found.kept))
+
+    def draw(axes: "Axes") -> None:
+        for blocks, color, label in ((sorted(set(found.kept)), SERIES[2], "kept"), (removed, SERIES[3], "removed")):
+            heights = [found.scores[block] or 0.0 for block in blocks]
+            bars = axes.bar(blocks, heights, color=color if label == "kept" else "none", edgecolor=color, label=label)
+            if label == "removed":
+                for bar in bars:
+                    bar.set_linestyle((0, (2, 1.2)))
+        axes.set_xlabel("block of the target")
+        axes.set_ylabel("Block Influence")
+        axes.set_xlim(-0.7, len(found.scores) - 0.3)
+        _legend(axes, 2)
+
+    values = ", ".join(f"{index} {show.number(value)}" for index, value in enumerate(found.scores))
+    gone = ", ".join(map(str, removed)) or "none"
+    return plot("Block Influence", f"Bars per block of the target. Removed: {gone}. Values: {values}.", draw)
+
+
+def _line(axes: "Axes", curve: Sequence[tuple[int, float | None]], color: str, label: str, width: float) -> None:
+    points = [(x, y) for x, y in curve if y is not None]
+    axes.plot(
+        [x for x, _ in points], [y for _, y in points], "o-", color=color, label=label, linewidth=width, markersize=3.5
+    )
+
+
+def _round_axis(axes: "Axes", rounds: Sequence[RoundReport], label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(rounds) == 1:
+        axes.set_xlim(rounds[0].round - 1, rounds[0].round + 1)
+    axes.set_xlabel("round")
+    axes.set_ylabel(label)
+
+
+def _legend(axes: "Axes", columns: int) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns, frameon=False, fontsize=8, labelcolor=INK,
+        borderaxespad=0.2, borderpad=0, handlelength=1.2, columnspacing=1.0, handletextpad=0.5,
+    )  # fmt: skip
+
+
+def _by_round(curve: Sequence[tuple[int, float | None]]) -> str:
+    return ", ".join(f"round {number}: {show.fixed(value)}" for number, value in curve)

@@ -1,0 +1,67 @@
+"""The rounds of a run as tables: one row per round, and one per client of a round."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from fedproxy.reporting import formatting as show
+from fedproxy.reporting.run_report import Numbers, RoundReport
+from fedproxy.reporting.tables import Table
+
+
+def by_client(line: RoundReport, numbers: Numbers) -> dict[str, float | None]:
+    """Return a round's per-client numbers by client; empty where there is only one number for all, or none."""
+    if isinstance(numbers, Mapping):
+        return dict(numbers)
+    if isinstance(numbers, Sequence) and len(numbers) == len(line.clients):
+        return dict(zip(line.clients, numbers, strict=True))
+    return {}
+
+
+def mean_of(numbers: Numbers) -> float | None:
+    """Return a round's number, or the mean of its per-client numbers that are known."""
+    if numbers is None or isinstance(numbers, int | float):
+        return numbers
+    values = numbers.values() if isinstance(numbers, Mapping) else numbers
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known else None
+
+
+Column = tuple[str, Callable[[RoundReport], str]]
+_ROUND_COLUMNS: tuple[Column, ...] = (
+    ("round", lambda line: str(line.round)),
+    ("clients", lambda line: str(len(line.clients))),
+    ("train loss", lambda line: show.fixed(mean_of(line.train_loss))),
+    ("regularizer loss", lambda line: show.number(mean_of(line.regularizer_loss), 2)),
+    ("heterogeneity", lambda line: show.fixed(mean_of(line.heterogeneity))),
+    ("conflict", lambda line: show.fixed(line.conflict_mean)),
+    ("sign agreement", lambda line: show.fixed(mean_of(line.sign_agreement))),
+    ("kept density", lambda line: show.fixed(mean_of(line.kept_density))),
+    ("factor error", lambda line: show.number(line.factor_mean_error)),
+    ("up", lambda line: show.size(line.upload_bytes)),
+    ("down", lambda line: show.size(line.download_bytes)),
+    ("time", lambda line: show.duration(line.seconds)),
+)
+
+
+def rounds_table(rounds: Sequence[RoundReport]) -> Table | None:
+    """Return one row per round with the columns that some round fills; None without rounds."""
+    columns = [(name, cell) for name, cell in _ROUND_COLUMNS if any(cell(line) != show.NONE for line in rounds)]
+    if not rounds:
+        return None
+    return Table([name for name, _ in columns], [[cell(line) for _, cell in columns] for line in rounds])
+
+
+def clients_table(line: RoundReport) -> Table | None:
+    """Return what the round says of each client, or None where it says nothing."""
+    named = {
+        "train loss": line.train_loss,
+        "heterogeneity": line.heterogeneity,
+        "weight": line.weights,
+        "retention": line.retention,
+        "update norm": line.update_norms,
+    }
+    columns = {name: values for name, numbers in named.items() if (values := by_client(line, numbers))}
+    if not columns:
+        return None
+    rows = [[client, *(show.fixed(values.get(client)) for values in columns.values())] for client in line.clients]
+    return Table(["client", *columns], rows)

@@ -1,0 +1,43 @@
+"""The page and the JSON that ``python -m fedproxy.report RUN_A RUN_B`` leaves."""
+
+import dataclasses
+from pathlib import Path
+
+from fedproxy.plain_json import write_json, write_text
+from fedproxy.reporting.markdown import escape, markdown_table
+from fedproxy.reporting.pairing import RunDifferences, between_runs, paired_table
+
+
+def save_comparison(first: str | Path, second: str | Path) -> Path:
+    """Write ``paired_with_<first>.md`` and ``.json`` into the second run's folder and return the page's path.
+
+    Raises:
+        EvaluationError: If samples are missing, or tasks, prompts, questions or versions differ; the line says which.
+        CheckpointError: If the folder cannot be written.
+    """
+    found = between_runs(first, second)
+    stem = f"paired_with_{Path(first).resolve().name}"
+    write_json(Path(second) / f"{stem}.json", {"first": str(first), "second": str(second), **dataclasses.asdict(found)})
+    return write_text(Path(second) / f"{stem}.md", comparison_page(str(first), str(second), found))
+
+
+def comparison_page(first: str, second: str, found: RunDifferences) -> str:
+    """Return the differences of two runs as Markdown."""
+    first, second = escape(first), escape(second)
+    lines = [f"# {second} against {first}", ""]
+    if found.models:
+        lines += [
+            f"{second} minus {first} on the same questions, in points: the mean over tasks with the 95 % interval of a "
+            "paired bootstrap (stratified by task); questions lost and won; McNemar's exact p, Holm-corrected over the "
+            "table's rows.",
+            "",
+            markdown_table(paired_table(found.models)),
+            "",
+            f"{found.models[-1].name} by task:",
+            "",
+            markdown_table(paired_table(found.tasks, "task")),
+            "",
+        ]
+    if found.alike:
+        lines += [f"The same answers and log-likelihoods in both runs, to the last bit: {', '.join(found.alike)}.", ""]
+    return "\n".join(lines)

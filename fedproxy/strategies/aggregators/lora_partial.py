@@ -1,0 +1,98 @@
+"""LoRA rules that train or share one factor at a time, so that a mean of factors is a mean of products."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Block, Cohort
+from fedproxy.strategies.aggregators.fedavg import LinearAggregator
+from fedproxy.strategies.aggregators.survey import Survey
+
+
+def is_lora_a(name: str) -> bool:
+    """Return whether a tensor is a LoRA A factor, by PEFT's names."""
+    return name.removesuffix(".weight").endswith("lora_A")
+
+
+def is_lora_b(name: str) -> bool:
+    """Return whether a tensor is a LoRA B factor, by PEFT's names."""
+    return name.removesuffix(".weight").endswith("lora_B")
+
+
+@dataclass(frozen=True)
+class PartialAggregator(LinearAggregator):
+    """Base: a weighted mean of the tensors that are trained this round; the others stay as they were broadcast."""
+
+    space: ClassVar[str] = "factors"
+
+    weighting: str = "examples"
+    """What a client's weight counts: ``examples``, ``tokens`` or ``uniform``."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        self.require("weighting", self.weighting in WEIGHTINGS, f"one of {', '.join(WEIGHTINGS)}")
+
+    def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
+        """Average what is trained, zero what is frozen."""
+        weights = cohort.shares(self.weighting)
+        mean = weighted_sum(weights)
+
+        def merge(block: Block) -> Tensor:
+            return mean(block) if self.trains(block.name, context.round) else block.values[0] * 0.0
+
+        return Plan(merge, weights)
+
+
+@dataclass(frozen=True)
+class FFALora(PartialAggregator, name="ffa_lora"):
+    """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313, Sec. 4): A stays at its shared start, B is trained and averaged.
+
+    sum p_k B_k A = (sum p_k B_k) A, so the mean of factors is exact. Changes of A that clients send are ignored.
+    """
+
+    keeps_single: ClassVar[bool] = False
+    reference: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313, Sec. 4"
+
+    def trains(self, name: str, round_number: int) -> bool:
+        """Return True for all but LoRA A."""
+        return not is_lora_a(name)
+
+
+@dataclass(frozen=True)
+class RoLora(PartialAggregator, name="rolora"):
+    """RoLoRA (Chen et al. 2024, arXiv 2409.02346, Alg. 1): B in odd rounds, A in even rounds, each averaged.
+
+    Changes that clients send of the factor at rest are ignored.
+    """
+
+    keeps_single: ClassVar[bool] = False
+    reference: ClassVar[str] = "Chen et al. 2024, arXiv 2409.02346, Alg. 1"
+
+    def trains(self, name: str, round_number: int) -> bool:
+        """Return True for the round's factor and for tensors outside LoRA."""
+        return not (is_lora_a(name) if round_number % 2 else is_lora_b(name))
+
+
+@dataclass(frozen=True)
+class FedSALora(PartialAggregator, name="fedsa_lora"):
+    """FedSA-LoRA (Guo et al. 2025, arXiv 2410.01463, Alg. 1): A is shared and averaged, every client keeps its own B.
+
+    The server's B is the mean, for the fused model; with ``fused_b: own`` there is one fused model per client, each
+    with the client's own B. Choice: the paper fuses nothing.
+    """
+
+    reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463, Alg. 1"
+
+    fused_b: str = "mean"
+    """Which B is fused into the target: the clients' ``mean``, or each client's ``own``."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require("fused_b", self.fused_b in ("mean", "own"), "one of mean, own")
+
+    def shares(self, name: str) -> bool:
+        """Return True for all but LoRA B."""
+        return not is_lora_b(name)

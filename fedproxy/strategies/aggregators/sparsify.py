@@ -1,0 +1,137 @@
+"""Rules that differ from TIES in how an update is thinned out: DARE, DELLA and Model Breadcrumbs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedproxy.seeding import generator
+from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext
+from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.survey import Survey
+from fedproxy.strategies.aggregators.voting import VotingAggregator
+from fedproxy.strategies.functional.trimming import keep_probabilities, magnitude_window, top_count
+
+
+@dataclass(frozen=True)
+class SparsifyingAggregator(VotingAggregator):
+    """Base: thin out each update, then take the weighted mean (``linear``) or elect signs (``ties``)."""
+
+    merge: str = "linear"
+    """``linear``: scale times the mean weighted by examples; ``ties``: sign election with ``vote`` and ``divisor``."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require("merge", self.merge in ("linear", "ties"), "one of linear, ties")
+
+    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+        """Return the block's values, float32 of the same shape, with the dropped coordinates set to zero."""
+        raise NotImplementedError
+
+    def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
+        """Thin out each block, then merge it."""
+        if self.merge == "ties":
+            return self.elect(cohort, lambda block: self.thin(block, cohort, context))
+        weights = cohort.shares("examples") * self.scale
+        factors = weights.float()
+
+        def combine(block: Block) -> Tensor:
+            merged: Tensor = torch.tensordot(factors, self.thin(block, cohort, context), dims=1)
+            return merged
+
+        return Plan(combine, weights)
+
+
+@dataclass(frozen=True)
+class Dare(SparsifyingAggregator, name="dare"):
+    """DARE (Yu et al. 2024, arXiv 2311.03099, Sec. 3): drop at random, divide what stays by 1 - drop_rate, then merge.
+
+    Draws come from (seed, round, client, tensor).
+    """
+
+    reference: ClassVar[str] = "Yu et al. 2024, arXiv 2311.03099, Sec. 3"
+
+    drop_rate: float = 0.9
+    """Probability p of dropping a coordinate, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require("drop_rate", 0.0 <= self.drop_rate < 1.0, "in [0, 1)")
+
+    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+        """Keep each coordinate with probability 1 - p."""
+        kept = _draws(block, cohort, context, "dare") >= self.drop_rate
+        return torch.where(kept, block.values / (1.0 - self.drop_rate), 0.0)
+
+
+@dataclass(frozen=True)
+class Della(SparsifyingAggregator, name="della"):
+    """DELLA (Deep et al. 2024, arXiv 2406.11617, Sec. 3): drop at random, small magnitudes more often.
+
+    Within each row of a matrix the keep probability rises linearly with the rank of the magnitude, from
+    density - window / 2 to density + window / 2; what stays is divided by its probability. Draws come from
+    (seed, round, client, tensor).
+    """
+
+    reference: ClassVar[str] = "Deep et al. 2024, arXiv 2406.11617, Sec. 3"
+    coordinatewise: ClassVar[bool] = False
+
+    density: float = 0.3
+    """Mean probability of keeping a coordinate, in (0, 1)."""
+    window: float = 0.2
+    """Width of the range of keep probabilities; density +- window / 2 must lie in (0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require("density", 0.0 < self.density < 1.0, "in (0, 1)")
+        room = 2.0 * min(self.density, 1.0 - self.density)
+        self.require("window", 0.0 <= self.window < room, f"in [0, {room:g}) at density {self.density:g}")
+
+    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+        """Keep each coordinate with its own probability."""
+        keep = keep_probabilities(block.values, density=self.density, window=self.window)
+        return torch.where(_draws(block, cohort, context, "della") < keep, block.values / keep, 0.0)
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(SparsifyingAggregator, name="breadcrumbs"):
+    """Model Breadcrumbs (Davari and Belilovsky 2024, arXiv 2312.06795, Sec. 3): drop outliers and small values.
+
+    The floor(gamma n) largest magnitudes of each tensor are dropped, the next floor(density n) are kept.
+    """
+
+    reference: ClassVar[str] = "Davari and Belilovsky 2024, arXiv 2312.06795, Sec. 3"
+    coordinatewise: ClassVar[bool] = False
+
+    density: float = 0.85
+    """Share of a tensor's coordinates that is kept, in (0, 1]."""
+    gamma: float = 0.01
+    """Share of a tensor's largest magnitudes that is dropped, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self.require("density", 0.0 < self.density <= 1.0, "in (0, 1]")
+        self.require("gamma", 0.0 <= self.gamma < 1.0, "in [0, 1)")
+
+    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+        """Keep the window of magnitudes below the outliers."""
+        size = block.values[0].numel()
+        return magnitude_window(block.values, top_count(self.gamma, size), top_count(self.density, size))
+
+
+def _draws(block: Block, cohort: Cohort, context: RoundContext, purpose: str) -> Tensor:
+    """Return uniform draws in [0, 1), float32 in the block's shape, that depend on no other client or tensor."""
+    return torch.stack(
+        [
+            torch.rand(
+                block.values.shape[1:],
+                generator=generator(context.seed, context.round, client, purpose, block.name, block.start),
+            )
+            for client in cohort.ids
+        ]
+    )

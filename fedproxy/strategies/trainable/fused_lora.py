@@ -1,0 +1,173 @@
+"""One autograd step per group of LoRA layers, equal to PEFT's forward and cheaper.
+
+PEFT runs a frozen product, two low-rank products, a scaling and a sum per layer, and autograd keeps a node for each.
+Here all layers that read one tensor (query, key and value; gate and up) are one node: their A's are one product, the
+low-rank part is added in place, and the input's gradient is gathered in place.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+
+def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> None:
+    """Let LoRA layers run fused wherever that is exact, and as PEFT's own otherwise.
+
+    Layers are grouped by what they read, seen in a forward pass over two tokens. A layer falls back to PEFT's forward,
+    call by call, under dropout, autocast, mixed dtypes, quantised or sharded weights and a merged or disabled adapter.
+
+    Args:
+        model: The model that the layers are in; its mode and weights are left as they are.
+        layers: Its LoRA layers, in any order. Others than plain linear ones are skipped.
+        adapter: PEFT's name of the adapter.
+    """
+    if model.device.type == "meta":
+        return  # shapes alone: nothing will be computed
+    plain = [layer for layer in layers if type(layer) is LoraLinear and type(layer.get_base_layer()) in _BASES]
+    for members in _same_input(model, plain):
+        group = _Group(members, adapter)
+        for layer in members:
+            layer.__class__ = FusedLoraLinear
+            layer.group = group
+
+
+class FusedLoraLinear(LoraLinear):  # type: ignore[misc]
+    """PEFT's LoRA layer with a fused forward where possible."""
+
+    group: "_Group"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return base(x) + scale * B A x, of shape (..., out)."""
+        if args or kwargs or not _fusible(self, x, self.group.adapter):
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        return self.group.forward(self, x)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Layers that read one tensor, in call order; the first to be called computes for all."""
+
+    layers: list[FusedLoraLinear]
+    adapter: str
+    shared: bool = True
+    read: Tensor | None = None
+    waiting: dict[int, Tensor] = field(default_factory=dict)
+
+    def forward(self, layer: FusedLoraLinear, x: Tensor) -> Tensor:
+        if self.read is x and id(layer) in self.waiting:
+            result = self.waiting.pop(id(layer))
+            if not self.waiting:
+                self.read = None
+            return result
+        if self.waiting:
+            # Somebody hands each layer its own copy of the input: compute one by one from now on.
+            self.waiting, self.read, self.shared = {}, None, False
+        together = self.shared and layer is self.layers[0]
+        layers = [layer]
+        if together:
+            layers += [other for other in self.layers[1:] if _fusible(other, x, self.adapter)]
+        outputs = _run(layers, x, self.adapter)
+        if len(layers) > 1:
+            self.read = x
+            self.waiting = {id(other): output for other, output in zip(layers[1:], outputs[1:], strict=True)}
+        return outputs[0]
+
+
+_BASES = (nn.Linear, Conv1D)
+
+
+def _fusible(layer: LoraLinear, x: Tensor, adapter: str) -> bool:
+    """Say whether the fused forward is exact for this layer and input."""
+    if layer.disable_adapters or layer.merged or layer.active_adapters != [adapter] or layer.lora_variant:
+        return False
+    dropout = layer.lora_dropout[adapter]
+    if dropout.training and not isinstance(dropout, nn.Identity):
+        return False
+    weight, a = layer.get_base_layer().weight, layer.lora_A[adapter].weight
+    whole = weight.ndim == 2 and not weight.requires_grad and type(weight.data) is Tensor
+    return whole and x.dtype == weight.dtype == a.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _run(layers: Sequence[LoraLinear], x: Tensor, adapter: str) -> tuple[Tensor, ...]:
+    flat = x.reshape(-1, x.shape[-1])
+    weights: list[Tensor | None] = []
+    for layer in layers:
+        base = layer.get_base_layer()
+        weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+        weights += [weight, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+    outputs = _LowRankLinears.apply(flat, layers[0].scaling[adapter], *weights)  # type: ignore[no-untyped-call]
+    return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
+
+
+class _LowRankLinears(torch.autograd.Function):
+    """y_i = x W_i^T + b_i + s (x A_i^T) B_i^T for several i, with gradients for x, A_i and B_i.
+
+    dx = sum_i g_i W_i + s u A;  dA_i = s u_i^T x;  dB_i = s g_i^T (x A_i^T);  u_i = g_i B_i.
+    x: (tokens, in); W_i: (out_i, in); A_i: (r, in); B_i: (out_i, r).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, *weights: Any) -> tuple[Tensor, ...]:
+        w, bias, a, b = (weights[part::4] for part in range(4))
+        stacked = a[0] if len(a) == 1 else torch.cat(a)
+        low = x @ stacked.T
+        outputs = []
+        for i, low_i in enumerate(low.chunk(len(a), dim=1)):
+            output = x @ w[i].T if bias[i] is None else torch.addmm(bias[i], x, w[i].T)
+            outputs.append(output.addmm_(low_i, b[i].T, alpha=scale))
+        ctx.save_for_backward(x, low, stacked, *w, *b)
+        ctx.scale = scale
+        ctx.set_materialize_grads(True)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, stacked, *rest = ctx.saved_tensors
+        count = len(grads)
+        w, b = rest[:count], rest[count:]
+        back = torch.cat([grad @ b_i for grad, b_i in zip(grads, b, strict=True)], dim=1)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = grads[0] @ w[0]
+            for grad, w_i in zip(grads[1:], w[1:], strict=True):
+                dx.addmm_(grad, w_i)
+            dx.addmm_(back, stacked, alpha=ctx.scale)
+        da = (back.T @ x).mul_(ctx.scale).chunk(count)
+        # (g^T low) as (low^T g)^T: a short and wide product is several times faster than a tall and thin one.
+        db = [(low_i.T @ grad).mul_(ctx.scale).T for grad, low_i in zip(grads, low.chunk(count, dim=1), strict=True)]
+        result: list[Tensor | None] = [dx, None]
+        for da_i, db_i in zip(da, db, strict=True):
+            result += [None, None, da_i, db_i]
+        return tuple(result)
+
+
+@torch.no_grad()
+def _same_input(model: PreTrainedModel, layers: Sequence[LoraLinear]) -> list[list[LoraLinear]]:
+    """Group layers by the tensor that they are called with, in call order; a layer seen not once stands alone."""
+    calls: list[tuple[LoraLinear, Tensor]] = []
+    handles = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for layer in layers]
+    training = model.training
+    model.eval()
+    try:
+        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    seen = [id(layer) for layer, _ in calls]
+    groups: dict[int, list[LoraLinear]] = {}
+    for layer, tensor in calls:  # `calls` keeps the tensors alive, so that no two of them share an id
+        if seen.count(id(layer)) == 1:
+            groups.setdefault(id(tensor), []).append(layer)
+    alone = [[layer] for layer in layers if seen.count(id(layer)) != 1]
+    return [*groups.values(), *alone]

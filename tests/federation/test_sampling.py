@@ -1,0 +1,32 @@
+"""Which clients take part: sorted, seeded per round, without replacement."""
+
+import pytest
+
+from fedproxy.errors import ConfigError
+from fedproxy.federation.sampling import sample_clients
+
+NAMES = [f"c{i}" for i in range(10)]
+
+
+def test_all_means_all_sorted():
+    assert sample_clients(["b", "a"], "all", seed=0, round=1) == ["a", "b"]
+
+
+def test_draws_depend_on_seed_and_round_and_not_on_the_order_of_names():
+    first = sample_clients(NAMES, 4, seed=1, round=1)
+    assert first == sorted(set(first))
+    assert len(first) == 4
+    assert first == sample_clients(NAMES[::-1], 4, seed=1, round=1)
+    assert len({tuple(sample_clients(NAMES, 4, seed=1, round=r)) for r in range(1, 9)}) > 4
+
+
+def test_over_many_rounds_everyone_takes_part():
+    # 60 rounds of 3 of 10: each is expected 18 times; a bias to low indices would show
+    counts = [sum(name in sample_clients(NAMES, 3, seed=5, round=r) for r in range(60)) for name in NAMES]
+    assert sum(counts) == 180
+    assert min(counts) >= 8
+
+
+def test_more_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"must be at most the 10 clients there are, got 11"):
+        sample_clients(NAMES, 11, seed=0, round=1)

@@ -1,0 +1,139 @@
+"""The decoder stack is found in every family; subsets are ordinary, renumbered checkpoints."""
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from fedproxy.errors import ModelError
+from fedproxy.models import Decoder, load_model, state_sha256
+from fedproxy.models.decoder import parameter_count, set_weights, share_weights
+
+FAMILIES = ["llama", "qwen2", "gemma2", "granite", "cohere", "opt", "gpt2"]
+IDS = torch.tensor([[1, 5, 9, 7, 3, 11], [1, 4, 8, 2, 6, 10]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_every_block_gives_the_same_model(make_model, family):
+    model = make_model(family, layers=4)
+    same = Decoder.of(model).subset(range(4))
+    assert torch.equal(same(IDS).logits, model(IDS).logits)
+    assert state_sha256(same) == state_sha256(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_subset_equals_the_model_with_blocks_skipped_by_hand(make_model, family, tmp_path):
+    model = make_model(family, layers=4)
+    decoder = Decoder.of(model)
+    shallow = decoder.subset([0, 3])
+    assert shallow.config.num_hidden_layers == 2
+    with torch.no_grad():
+        expected = _skip(decoder, {1, 2})
+        assert torch.allclose(shallow(IDS).logits, expected, atol=1e-6)
+    shallow.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert torch.equal(loaded(IDS).logits, shallow(IDS).logits)
+    generate = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    cached = loaded.generate(IDS, use_cache=True, **generate)
+    assert torch.equal(cached, loaded.generate(IDS, use_cache=False, **generate))
+    assert cached.shape == (2, 11)
+
+
+def _skip(decoder, skipped):
+    """Return the logits with some blocks' outputs replaced by their inputs."""
+    handles = []
+    for index in skipped:
+
+        def identity(module, args, kwargs, output):
+            before = args[0] if args else kwargs["hidden_states"]
+            return before if isinstance(output, torch.Tensor) else (before, *output[1:])
+
+        handles.append(decoder.blocks[index].register_forward_hook(identity, with_kwargs=True))
+    logits = decoder.model(IDS, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def test_attention_types_move_with_their_blocks(make_model):
+    model = make_model("gemma2", layers=6)
+    assert model.config.layer_types == ["sliding_attention", "full_attention"] * 3
+    shallow = Decoder.of(model).subset([0, 2, 5])
+    assert shallow.config.layer_types == ["sliding_attention", "sliding_attention", "full_attention"]
+
+
+def test_tied_embeddings_stay_tied_and_weights_are_copies(make_model):
+    model = make_model("gemma2", layers=4)
+    shallow = Decoder.of(model).subset([0, 1])
+    assert shallow.get_output_embeddings().weight is shallow.get_input_embeddings().weight
+    before = state_sha256(model)
+    for parameter in shallow.parameters():
+        parameter.data.zero_()
+    assert state_sha256(model) == before
+
+
+def test_parameters_count_tied_tensors_once(make_model):
+    model = make_model("gemma2", layers=2)
+    assert parameter_count(model) == sum(p.numel() for p in model.parameters())
+    assert parameter_count(model) < sum(t.numel() for t in model.state_dict().values())
+
+
+def test_hash_sees_every_weight(make_model):
+    model = make_model("llama")
+    before = state_sha256(model)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 2] += 1e-4
+    assert state_sha256(model) != before
+
+
+def test_shared_model_costs_nothing_and_replacing_leaves_the_first_alone(make_model):
+    model = make_model("llama")
+    second = share_weights(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert second.state_dict()[name].data_ptr() == model.state_dict()[name].data_ptr()
+    before = state_sha256(model)
+    set_weights(second, {name: torch.zeros_like(model.state_dict()[name])})
+    assert state_sha256(model) == before
+    assert not second.state_dict()[name].any()
+
+
+def test_other_kinds_of_model_are_refused():
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
+    with pytest.raises(ModelError, match="is an encoder-decoder model"):
+        Decoder.of(t5)
+
+
+def test_checkpoints_of_other_kinds_are_refused_in_one_line(tmp_path, make_model):
+    bert = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    ).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match=r"t5 is an encoder-decoder model \(t5\)"):
+        load_model(tmp_path / "t5")
+    with pytest.raises(ModelError, match="nowhere is no model"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_a_missing_tensor_is_an_error_and_not_a_random_weight(tmp_path, make_model):
+    from safetensors.torch import load_file, save_file
+
+    make_model("llama").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors, the first is model.layers.1.mlp.up_proj.weight"):
+        load_model(tmp_path)
+
+
+def test_meta_models_can_be_planned_with():
+    config = AutoConfig.for_model("llama", hidden_size=16, num_hidden_layers=4, num_attention_heads=2, vocab_size=32)
+    with torch.device("meta"):
+        decoder = Decoder.of(AutoModelForCausalLM.from_config(config))
+    assert len(decoder) == 4
+    assert decoder.subset_config([0, 1]).num_hidden_layers == 2

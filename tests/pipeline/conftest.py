@@ -1,0 +1,27 @@
+"""One small run of the tiny recipe that many tests look at."""
+
+from pathlib import Path
+
+import pytest
+
+from fedproxy.config import load_config
+from fedproxy.pipeline.run import run
+
+SMALL = ("recipe=fedproxy_tiny", "data.rows_per_task=32", "evaluation.limit=12", "client.batch_size=8")
+
+
+@pytest.fixture(scope="session")
+def run_tiny(tmp_path_factory):
+    """Run the tiny recipe with overrides in a folder of its own and return (report, folder)."""
+
+    def go(*overrides: str, folder: Path | None = None):
+        folder = folder or tmp_path_factory.mktemp("run") / "out"
+        return run(load_config([*SMALL, f"output_dir={folder}", *overrides])), folder
+
+    return go
+
+
+@pytest.fixture(scope="session")
+def tiny_run(run_tiny):
+    """Report and folder of two rounds; tests must not change the folder."""
+    return run_tiny()

@@ -1,0 +1,108 @@
+"""Runs that are killed, repeated or continued: nothing is lost, nothing is overwritten."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.reporting import RunReport
+
+from .conftest import SMALL
+
+FOUR_ROUNDS = ("federation.rounds=4", "evaluation.models=[]")
+
+
+def final_state(folder):
+    return {g: load_file(folder / f"checkpoints/round_0004/{g}.safetensors") for g in ("state", "conflict")}
+
+
+def assert_same_states(left, right):
+    for group in left:
+        assert sorted(left[group]) == sorted(right[group])
+        assert all(torch.equal(left[group][name], right[group][name]) for name in left[group])
+
+
+def test_kill_in_round_two_of_four_and_resume_is_bit_identical(run_tiny, tmp_path):
+    _, whole = run_tiny(*FOUR_ROUNDS)
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "fedproxy.fit", *SMALL, *FOUR_ROUNDS, f"output_dir={folder}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True)
+    journal = folder / "rounds.jsonl"
+    deadline = time.monotonic() + 200
+    while not (journal.is_file() and journal.read_text().count("\n") >= 1):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "no round was finished in time"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert journal.read_text().count("\n") < 4
+    report, _ = run_tiny(*FOUR_ROUNDS, "resume=auto", folder=folder)
+    assert report.run.status == "completed"
+    assert [line.round for line in report.rounds] == [1, 2, 3, 4]
+    assert_same_states(final_state(whole), final_state(folder))
+
+
+def test_rounds_may_grow_and_equal_a_longer_run(run_tiny):
+    _, whole = run_tiny(*FOUR_ROUNDS)
+    _, folder = run_tiny("federation.rounds=2", "evaluation.models=[]")
+    report, _ = run_tiny(*FOUR_ROUNDS, "resume=auto", folder=folder)
+    assert len(report.rounds) == 4
+    assert_same_states(final_state(whole), final_state(folder))
+
+
+def test_a_finished_run_is_read_and_not_repeated(run_tiny):
+    first, folder = run_tiny("evaluation.models=[]")
+    stamp = (folder / "checkpoints/round_0002/state.safetensors").stat().st_mtime_ns
+    again, _ = run_tiny("evaluation.models=[]", "resume=auto", folder=folder)
+    assert again.to_dict() == first.to_dict()
+    assert (folder / "checkpoints/round_0002/state.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_a_folder_with_a_run_is_refused_unless_told_what_to_do(run_tiny):
+    _, folder = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    with pytest.raises(ConfigError, match=r"already holds a run; use resume=auto .*, overwrite=true .*, or another"):
+        run_tiny("federation.rounds=0", "evaluation.models=[]", folder=folder)
+    report, _ = run_tiny("federation.rounds=1", "evaluation.models=[]", "overwrite=true", folder=folder)
+    assert len(report.rounds) == 1
+
+
+def test_foreign_files_are_never_deleted(run_tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("three years of work")
+    for way in ("overwrite=true", "resume=auto"):
+        with pytest.raises(ConfigError, match="holds files that are no run; choose another output_dir"):
+            run_tiny(way, folder=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "three years of work"
+
+
+def test_resume_under_another_configuration_names_the_key(run_tiny):
+    _, folder = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    with pytest.raises(ConfigError, match=r"resume=auto: client.lr is 0.5, but the run in .* has 0.00?"):
+        run_tiny("federation.rounds=0", "evaluation.models=[]", "client.lr=0.5", "resume=auto", folder=folder)
+
+
+def test_a_checkpoint_with_a_missing_tensor_ends_in_one_line_and_a_failed_report(run_tiny):
+    from safetensors.torch import save_file
+
+    _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
+    path = folder / "checkpoints/round_0001/state.safetensors"
+    tensors = load_file(path)
+    lost = sorted(tensors)[0]
+    del tensors[lost]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"lacks the tensor {lost}"):
+        run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
+    report = RunReport.load(folder)
+    assert report.run.status == "failed"
+    assert lost in report.run.error
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(run_tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"output_dir .*file/run cannot be written"):
+        run_tiny("federation.rounds=0", folder=tmp_path / "file" / "run")

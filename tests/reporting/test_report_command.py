@@ -1,0 +1,69 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from report_samples import full_report, lm_eval_results, save_samples
+
+from fedproxy.command import run_command
+from fedproxy.errors import ConfigError
+from fedproxy.report import USAGE, main
+
+
+def test_pages_are_made_again_from_the_json(tmp_path, capsys):
+    full_report().save(tmp_path)
+    pages = [tmp_path / "report.md", tmp_path / "report.html"]
+    before = [page.read_text() for page in pages]
+    for page in pages:
+        page.unlink()
+    main([str(tmp_path)])
+    assert [page.read_text() for page in pages] == before
+    assert capsys.readouterr().out.split() == [str(page) for page in pages]
+
+
+def test_two_runs_print_and_leave_a_paired_table(tmp_path, capsys):
+    save_samples(tmp_path / "base")
+    save_samples(tmp_path / "new", fused=0.7)
+    main([str(tmp_path / "base"), str(tmp_path / "new")])
+    page = (tmp_path / "new" / "paired_with_base.md").read_text()
+    assert page in capsys.readouterr().out
+    assert "| fused" in page
+    saved = json.loads((tmp_path / "new" / "paired_with_base.json").read_text())
+    assert [row["name"] for row in saved["models"]] == ["fused"]
+    assert saved["alike"] == ["target", "proxy", "proxy_tuned"]
+    assert saved["models"][-1]["difference"]["estimate"] > 0
+    assert [row["name"] for row in saved["tasks"]] == ["easy", "hard"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["report", *map(str, arguments)])
+    run_command(main, USAGE)
+
+
+def test_failures_are_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, tmp_path / "none")
+    assert capsys.readouterr().err.startswith("error: cannot read ")
+    save_samples(tmp_path / "a")
+    save_samples(tmp_path / "b", results=lm_eval_results(lm_eval_version="0.4.12"))
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, tmp_path / "a", tmp_path / "b")
+    error = capsys.readouterr().err
+    assert "easy has lm-eval 0.4.13 against 0.4.12" in error
+    assert error.count("\n") == 1
+
+
+def test_help_is_quick_and_has_examples():
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "fedproxy.report", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 1.0
+    assert "python -m fedproxy.report runs/fedproxy_llama" in done.stdout
+
+
+@pytest.mark.parametrize("runs", [[], ["a", "b", "c"]])
+def test_none_or_too_many_runs_are_refused(runs):
+    with pytest.raises(ConfigError, match=f"one run's folder, or two to compare, got {len(runs)}"):
+        main(runs)

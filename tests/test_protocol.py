@@ -1,0 +1,78 @@
+"""What crosses the wire survives the trip, and foreign bytes are refused without unpickling."""
+
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fedproxy.errors import ClientError
+from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile, nbytes
+
+STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(0.5), "c": torch.ones(2, dtype=torch.bfloat16)}
+
+
+def assert_same(left, right):
+    assert sorted(left) == sorted(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype
+        assert torch.equal(left[name], right[name])
+
+
+def test_update_survives_the_trip_and_stays_in_its_file(tmp_path):
+    sent = ClientUpdate("bank", STATE, 7, 70, 1.25, 0.5, 3.0, extras={"fisher": {"b": torch.tensor(2.0)}})
+    sent.save(tmp_path / "u.safetensors")
+    got = ClientUpdate.load(tmp_path / "u.safetensors")
+    assert (got.client_id, got.num_examples, got.num_tokens) == ("bank", 7, 70)
+    assert (got.train_loss, got.regularizer_loss, got.seconds) == (1.25, 0.5, 3.0)
+    assert isinstance(got.delta, TensorFile)
+    assert_same(got.delta, STATE)
+    assert_same(got.extras["fisher"], sent.extras["fisher"])
+
+
+@pytest.mark.parametrize("conflict", [None, {}, STATE])
+def test_broadcast_survives_the_trip(tmp_path, conflict):
+    sent = Broadcast(3, STATE, conflict, {"lr": 0.1, "regularizer": {"name": "none"}})
+    sent.save(tmp_path / "b.safetensors")
+    got = Broadcast.load(tmp_path / "b.safetensors")
+    assert (got.round, got.job) == (3, {"lr": 0.1, "regularizer": {"name": "none"}})
+    assert (got.conflict is None) == (conflict is None)
+    assert_same(got.state, STATE)
+
+
+def test_bytes_count_every_tensor_sent():
+    # 6 float32 + 1 float32 + 2 bfloat16 = 24 + 4 + 4 bytes
+    assert nbytes(STATE) == 32
+    assert Broadcast(1, STATE, STATE).bytes == 64
+    assert ClientUpdate("a", STATE, extras={"x": {"b": torch.tensor(1.0)}}).bytes == 36
+
+
+def test_tensor_file_shows_only_its_prefix_and_knows_shapes(tmp_path):
+    save_file({"delta/a": torch.zeros(2, 3), "state/b": torch.zeros(1)}, tmp_path / "f.safetensors")
+    file = TensorFile(tmp_path / "f.safetensors", "delta/")
+    assert list(file) == ["a"]
+    assert len(file) == 1
+    assert file.shape("a") == (2, 3)
+    with pytest.raises(KeyError, match="b"):
+        file["b"]
+
+
+def test_foreign_files_are_refused(tmp_path):
+    path = tmp_path / "u.safetensors"
+    path.write_bytes(pickle.dumps({"delta": [1.0]}))
+    with pytest.raises(ClientError, match=r"u.safetensors is not a readable safetensors file"):
+        ClientUpdate.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ClientError, match=r"is not a FedProxy client update"):
+        ClientUpdate.load(path)
+    Broadcast(1, STATE).save(path)
+    with pytest.raises(ClientError, match=r"is not a FedProxy client update"):
+        ClientUpdate.load(path)
+
+
+def test_truncated_file_is_refused(tmp_path):
+    path = tmp_path / "u.safetensors"
+    ClientUpdate("a", STATE).save(path)
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ClientError, match=r"not a readable safetensors file"):
+        ClientUpdate.load(path)
