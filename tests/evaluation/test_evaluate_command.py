@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -57,16 +56,3 @@ def test_an_error_ends_with_exit_code_2():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == ["error: unknown argument 'modl'; did you mean 'model'?"]
-
-
-def test_help_needs_no_heavy_import():
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "fedproxy.evaluate", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "examples:" in done.stdout
-    assert not any(f"| {name}\n" in done.stderr.replace("   ", "") for name in ("torch", "lm_eval", "transformers"))
-    assert time.perf_counter() - start < 10  # well under a second on an idle machine
