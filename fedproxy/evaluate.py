@@ -103,15 +103,12 @@ def main(arguments: Sequence[str]) -> None:
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
-    from fedproxy.data.assets import cache_root, fetch, is_cached, resolve
-    from fedproxy.evaluation.harness import check_tasks, evaluate_model
-    from fedproxy.evaluation.offline_tasks import offline_tasks
+    from fedproxy.data.assets import fetch, resolve
+    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets
     from fedproxy.models import load_model, load_tokenizer
 
-    for name in options.tasks:
-        task = offline_tasks().get(name)
-        if task is not None and not (cache_root() / task.asset).is_dir() and not is_cached(task.asset):
-            fetch(task.asset)
+    for asset in missing_assets(options.tasks):
+        fetch(asset)
     split, limit, shots = options.split, options.limit, options.num_fewshot
     check_tasks(options.tasks, limit, shots, split=split)  # type: ignore[arg-type]
     path = str(resolve(options.model) or options.model)

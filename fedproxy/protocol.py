@@ -1,11 +1,14 @@
 """All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -13,6 +16,12 @@ from torch import Tensor
 from fedproxy.errors import ClientError
 
 _FORMAT = "fedproxy-1"
+_DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+    "BOOL": torch.bool,
+}
+"""safetensors' names of the dtypes that may cross the wire."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -44,6 +53,36 @@ class TensorFile(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
         return tuple(self._file.get_slice(self.prefix + name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype without reading it."""
+        return _DTYPES[self._header[self.prefix + name]["dtype"]]
+
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Return coordinates [start, stop) of the flattened tensor, read without mapping the file into memory.
+
+        Raises:
+            ClientError: If the file ends too early.
+        """
+        tensor = torch.empty(stop - start, dtype=self.dtype(name))
+        raw: memoryview = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        begin = self._data_start + self._header[self.prefix + name]["data_offsets"][0] + start * tensor.element_size()
+        if os.preadv(self._raw.fileno(), [raw], begin) != len(raw):
+            raise ClientError(f"{self.path} ends within tensor {name!r}; ask its sender to send it again")
+        return tensor
+
+    @cached_property
+    def _raw(self) -> BinaryIO:
+        return self.path.open("rb")
+
+    @cached_property
+    def _data_start(self) -> int:
+        return 8 + int.from_bytes(os.pread(self._raw.fileno(), 8, 0), "little")
+
+    @cached_property
+    def _header(self) -> dict[str, Any]:
+        header: dict[str, Any] = json.loads(os.pread(self._raw.fileno(), self._data_start - 8, 8))
+        return header
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,12 @@ def task_names() -> tuple[str, ...]:
     return tuple(sorted(offline_tasks()))
 
 
+def missing_assets(names: Iterable[str]) -> list[str]:
+    """Return the assets to fetch before tasks of these names can run on local files, each once."""
+    tasks = [offline_tasks()[name] for name in names if name in offline_tasks()]
+    return sorted({task.asset for task in tasks if not (cache_root() / task.asset).is_dir()})
+
+
 def lm_eval_folder() -> Path:
     """Return the folder of the installed lm-eval without importing it.
 

@@ -15,8 +15,8 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 _MAX_NODES = 1024
 """Largest tree that queries are gathered into; a longer single query still runs alone."""
-_LOGITS = 2**27
-"""Logits held at once, scored tokens times vocabulary (512 MiB in float32)."""
+_LOGITS = 2**26
+"""Logits held at once, scored tokens times vocabulary (256 MiB in float32)."""
 
 _OVERHEAD_CPU, _OVERHEAD_GPU = 40, 1000
 """What a forward costs beyond its tokens, in tokens: reading the weights, starting the kernels."""

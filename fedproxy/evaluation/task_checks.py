@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from fedproxy.errors import EvaluationError, nearest
+from fedproxy.evaluation.loaded_task import Split
 from fedproxy.evaluation.offline_tasks import count_rows, offline_tasks, task_names
-from fedproxy.evaluation.task_loading import Split, load_task, needed_splits
+from fedproxy.evaluation.task_loading import load_task, needed_splits
 
 _SPLITS = ("test", "validation")
 

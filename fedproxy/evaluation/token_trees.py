@@ -153,7 +153,7 @@ def score(
     targets = [token for tree in trees for index, _ in tree.scored for token in queries[index].targets]
     where, which = torch.unique(torch.tensor(nodes, device=model.device), return_inverse=True)
     logits = _logits(model, trees, width, where)
-    values, hits = _pick(logits, which, torch.tensor(targets, device=logits.device), softmax_dtype)
+    values, hits = _pick(logits, which.to(logits.device), torch.tensor(targets, device=logits.device), softmax_dtype)
     found, start = {}, 0
     for tree in trees:
         for index, path in tree.scored:
@@ -182,7 +182,8 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
     mask.masked_fill_(~visible[:, None], torch.finfo(model.dtype).min)
 
     def keep_scored(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (inputs[0].flatten(0, 1)[where][None], *inputs[1:])
+        hidden = inputs[0].flatten(0, 1)
+        return (hidden[where.to(hidden.device)][None], *inputs[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
     try:

@@ -11,7 +11,7 @@ import torch
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog
 from fedproxy.data.rows import Row
-from fedproxy.errors import FedProxyError
+from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks
 from fedproxy.federation.partition import heterogeneity, save_partition
 from fedproxy.models import LayerMap
@@ -33,6 +33,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.strategies.capabilities import check_capabilities
 
 RESUME_HINT = "go on with the same command and resume=auto"
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
@@ -47,6 +48,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     """
     display = display or Display()
     check_trainer_options(config.trainer)
+    check_components(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
@@ -72,6 +74,33 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
+
+
+def check_components(config: RunConfig) -> None:
+    """Refuse a recipe whose components do not go together, before anything is loaded.
+
+    Raises:
+        ConfigError: One line that names key, rule and way out.
+    """
+    clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
+    drawn = config.federation.clients_per_round
+    check_capabilities(
+        config.aggregator,
+        config.regularizer,
+        config.server_optimizer,
+        clients_per_round=clients if drawn == "all" else int(drawn),
+        space=config.federation.space,
+    )
+    if not config.aggregator.aggregates and config.federation.rounds and clients > 1:
+        raise ConfigError(
+            f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
+            "choose a rule that merges, or data.partition.name=pooled"
+        )
+    if config.regularizer.keeps_client_memory or config.regularizer.keeps_shared_memory:
+        raise ConfigError(
+            f"regularizer.name: {config.regularizer.name!r} needs memory of every client between rounds, which the "
+            "round loop does not keep yet; choose none, proximal or conflict"
+        )
 
 
 def _clients(current: Run) -> dict[str, list[Row]]:
@@ -140,10 +169,8 @@ def _compression(current: Run) -> CompressionReport | None:
 
 
 def _notes(config: RunConfig) -> list[str]:
-    path = config.target.path
-    if not path.startswith("asset:"):
-        return []
-    return [f"The target is {catalog()[path.removeprefix('asset:')].about}."]
+    asset = catalog().get(config.target.path.removeprefix("asset:"))
+    return [] if asset is None else [f"The target is {asset.about}."]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def test_paper_recipe_has_the_papers_values():
 
 
 def test_plugins_register_their_components(tmp_path, monkeypatch):
-    (tmp_path / "my_rule.py").write_text(
+    (tmp_path / "twice_rule.py").write_text(
         "from dataclasses import dataclass\n"
         "from fedproxy.strategies.aggregators import Aggregator\n"
         "@dataclass(frozen=True)\n"
@@ -86,7 +86,7 @@ def test_plugins_register_their_components(tmp_path, monkeypatch):
         "        return self.factor * deltas.mean(dim=0)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    config = load_config([LLAMA, "plugins=[my_rule]", "aggregator.name=twice_the_mean", "aggregator.factor=3"])
+    config = load_config([LLAMA, "plugins=[twice_rule]", "aggregator.name=twice_the_mean", "aggregator.factor=3"])
     assert to_dict(config.aggregator) == {"name": "twice_the_mean", "factor": 3.0}
 
 

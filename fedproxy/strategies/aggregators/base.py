@@ -1,7 +1,9 @@
 """The aggregator family: how a round's client updates become one change of the shared state."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +13,8 @@ from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
-from fedproxy.strategies.aggregators.survey import Survey, take_survey
+from fedproxy.strategies.aggregators.sink import FileSink, Sink
+from fedproxy.strategies.aggregators.survey import Survey, Surveyor, check_finite
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
 Memory = Mapping[str, Tensor]
@@ -22,12 +25,12 @@ Memory = Mapping[str, Tensor]
 class Aggregation:
     """What aggregating one round gives."""
 
-    delta: dict[str, Tensor]
+    delta: Tensors
     """Change of the shared state, in the updates' shapes and dtypes."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """Round figures of the report; figures per client are mappings from client_id, ``cosine`` is a list of rows in
     sorted client order."""
-    conflict: dict[str, Tensor] | None = None
+    conflict: Tensors | None = None
     """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
     memory: Memory = field(default_factory=dict)
     """The rule's state after this round, to be given back in the next one."""
@@ -65,8 +68,8 @@ class Plan:
     """Further round figures."""
     memory: Memory = field(default_factory=dict)
     """State for the next round."""
-    finish: Callable[[dict[str, Tensor]], None] | None = None
-    """Completes the merged tensors in place after the last block."""
+    finish: Callable[[Sink], None] | None = None
+    """Completes what was written, after the last block."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,10 @@ class Aggregator(Component, family="aggregator"):
     """False where clients are never merged: every client keeps a state of its own."""
     coordinatewise: ClassVar[bool] = False
     """Each merged coordinate depends on that coordinate alone, so that tensors may come in flat blocks."""
+    combines_by_gram: ClassVar[bool] = False
+    """The result is sum_k c_k Delta_k with coefficients, reported as weights, from inner products of updates alone."""
+    reads_survey: ClassVar[bool] = True
+    """:meth:`weigh` or :meth:`plan` reads the survey, so that updates are read once more before they are merged."""
     homogeneous: ClassVar[bool] = True
     """Updates c times as large give a result c times as large."""
     keeps_single: ClassVar[bool] = True
@@ -107,6 +114,11 @@ class Aggregator(Component, family="aggregator"):
     def shares(self, name: str) -> bool:
         """Return whether a tensor is common to all clients; else every client goes on from its own last value."""
         return True
+
+    @property
+    def min_clients(self) -> int:
+        """Fewest clients a round with which the rule works."""
+        return 1
 
     @property
     def zero_unmoved_conflict(self) -> bool:
@@ -140,7 +152,13 @@ class Aggregator(Component, family="aggregator"):
         return Plan(merge)
 
     def aggregate(
-        self, updates: Sequence[ClientUpdate], memory: Memory | None = None, context: RoundContext | None = None
+        self,
+        updates: Sequence[ClientUpdate],
+        memory: Memory | None = None,
+        context: RoundContext | None = None,
+        *,
+        output: Path | None = None,
+        figures: bool = True,
     ) -> Aggregation:
         """Merge the updates of one round, in sorted client order and float32, one tensor at a time.
 
@@ -148,6 +166,9 @@ class Aggregator(Component, family="aggregator"):
             updates: One per client; left untouched.
             memory: What the previous round's aggregation returned; None in the first round.
             context: Round, seed and state, for rules that need them.
+            output: An existing folder that the merged update and the conflict map are written into, one block at a
+                time, as ``delta.safetensors`` and ``conflict.safetensors``; None keeps them in memory.
+            figures: False leaves out diagnostics and conflict map where the rule does not need their pass itself.
 
         Raises:
             ClientError: If the updates do not fit each other, or one is not finite.
@@ -160,32 +181,76 @@ class Aggregator(Component, family="aggregator"):
                 "aggregate each client alone, or choose another aggregator"
             )
         cohort.require_extras(self.needs_extras, self.name)
-        survey = take_survey(cohort, ignore_unmoved=self.zero_unmoved_conflict)
+        surveyor = self._surveyor(cohort, output) if figures or self._surveys_first else None
+        survey = Survey({}, {}, 0.0, 1.0)
+        if surveyor is not None and self._surveys_first:
+            survey = surveyor.run()
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
-        delta = {name: merge_tensor(cohort, name, plan.merge, whole=not self.coordinatewise) for name in cohort.names}
+        sink = _sink(cohort, output, "delta")
+        watch = None if self._surveys_first else surveyor
+        for name in cohort.names:
+            merge_tensor(cohort, name, plan.merge, sink, whole=not self.coordinatewise, watch=watch)
         if plan.finish is not None:
-            plan.finish(delta)
-        figures = {**diagnose(cohort.ids, survey.gram, delta), **survey.sign_figures, **plan.diagnostics}
+            plan.finish(sink)
+        if surveyor is None:
+            return Aggregation(sink.tensors(), memory=plan.memory)
+        survey = surveyor.survey()
+        rows = {**diagnose(cohort.ids, survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
         if plan.weights is not None:
-            figures["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
-        return Aggregation(delta, figures, dict(survey.conflict), plan.memory)
+            rows["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
+        return Aggregation(sink.tensors(), rows, survey.conflict, plan.memory)
+
+    @property
+    def _surveys_first(self) -> bool:
+        simple = type(self).plan is Aggregator.plan and type(self).weigh is Aggregator.weigh
+        return self.reads_survey and not simple
+
+    def _surveyor(self, cohort: Cohort, output: Path | None) -> Surveyor:
+        conflict = _sink(cohort, output, "conflict", torch.float32)
+        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=conflict)
 
 
-def merge_tensor(cohort: Cohort, name: str, merge: Callable[[Block], Tensor], *, whole: bool = False) -> Tensor:
-    """Return one merged tensor in the clients' shape and dtype.
+def merge_tensor(
+    cohort: Cohort,
+    name: str,
+    merge: Callable[[Block], Tensor],
+    sink: Sink,
+    *,
+    whole: bool = False,
+    watch: Surveyor | None = None,
+) -> None:
+    """Merge one tensor into the sink, in the clients' shape and dtype.
 
     Args:
         cohort: The round's updates.
         name: The tensor.
         merge: Maps a block to merged float32 values.
+        sink: Where they go.
         whole: Give ``merge`` the whole tensor of all clients at once.
+        watch: Sees every block before it is merged; without it blocks are only checked to be finite.
     """
-    tensors = cohort.read(name)
-    out = torch.empty(tensors[0].numel(), dtype=tensors[0].dtype)
-    for block in cohort.blocks(name, tensors, whole=whole):
+    first = cohort.read(name)[0]
+    sink.open(name, first.shape, first.dtype)
+    if watch is not None:
+        watch.open(name)
+    for block in cohort.blocks(name, whole=whole):
+        if watch is not None:
+            watch.see(block)
+        elif not math.isfinite(float(block.values.sum())):
+            wide = block.values.double().reshape(len(cohort), -1)
+            check_finite(cohort, name, wide @ wide.T)
         merged = merge(block).reshape(-1)
-        out[block.start : block.start + merged.numel()] = merged
-    return out.view(tensors[0].shape)
+        sink.nonzero += int(merged.sign().abs_().sum())
+        sink.write(name, block.start, merged)
+    if watch is not None:
+        watch.close(name)
+
+
+def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:
+    if output is None:
+        return Sink()
+    firsts = ((tensor, cohort.read(tensor)[0]) for tensor in cohort.names)
+    return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
 
 
 def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
@@ -198,20 +263,18 @@ def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
     return merge
 
 
-def diagnose(ids: Sequence[str], gram: Tensor, delta: Mapping[str, Tensor]) -> dict[str, Any]:
+def diagnose(ids: Sequence[str], gram: Tensor, merged: Sink) -> dict[str, Any]:
     """Return the round figures that every rule gives.
 
     Args:
         ids: Clients, sorted.
         gram: float64 (clients, clients), inner products of whole updates.
-        delta: The merged update.
+        merged: What the merged update was written into.
     """
     cosine = cosine_matrix(gram)
-    size = sum(tensor.numel() for tensor in delta.values())
-    kept = sum(int(tensor.count_nonzero()) for tensor in delta.values())
     return {
         "heterogeneity": dict(zip(ids, heterogeneity(cosine).tolist(), strict=True)),
         "cosine": cosine.tolist(),
-        "kept_density": kept / max(1, size),
+        "kept_density": merged.nonzero / max(1, merged.size),
         "update_norms": dict(zip(ids, gram.diagonal().clamp(min=0.0).sqrt().tolist(), strict=True)),
     }

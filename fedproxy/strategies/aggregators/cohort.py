@@ -1,16 +1,18 @@
 """The updates of one round, in sorted client order, read one tensor and one block at a time."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError
-from fedproxy.protocol import ClientUpdate
+from fedproxy.protocol import ClientUpdate, TensorFile, Tensors
+from fedproxy.strategies.functional.scratch import Scratch
 
-BLOCK = 1 << 16
-"""Coordinates per client in a block: small enough that a block of a few clients stays in the processor's cache."""
+BLOCK = 1 << 17
+"""Coordinates of all clients together in a block: few enough that the passes over a block stay in the cache."""
 
 WEIGHTINGS = ("examples", "tokens", "uniform")
 """What a client's weight may count."""
@@ -26,6 +28,39 @@ class Block:
     """First coordinate, row-major in the tensor."""
     values: Tensor
     """float32 (clients, n); (clients, *shape) where a rule wants whole tensors."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One tensor of one client, in memory or in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    part: Callable[[int, int], Tensor]
+    """Returns coordinates [start, stop) of the flattened tensor, in its dtype."""
+
+    @classmethod
+    def of(cls, delta: Tensors, name: str) -> "Source":
+        """Return a source for one tensor of an update; nothing is read from files yet."""
+        if isinstance(delta, TensorFile):
+            return cls(delta.shape(name), delta.dtype(name), lambda start, stop: delta.part(name, start, stop))
+        tensor = delta[name]
+        flat = tensor.reshape(-1)
+        return cls(tuple(tensor.shape), tensor.dtype, lambda start, stop: flat[start:stop])
+
+    def whole(self) -> Tensor:
+        """Return the whole tensor in its shape."""
+        return self.part(0, math.prod(self.shape)).view(self.shape)
+
+    def parts(self, width: int = 1 << 20) -> Iterator[Tensor]:
+        """Yield the flattened tensor as float32, at most ``width`` coordinates at a time."""
+        size = math.prod(self.shape)
+        for start in range(0, size, width):
+            yield self.part(start, min(size, start + width)).float()
+
+    def __str__(self) -> str:
+        """Return dtype and shape, for messages."""
+        return f"{str(self.dtype).removeprefix('torch.')} {self.shape}"
 
 
 class Cohort:
@@ -44,6 +79,7 @@ class Cohort:
         self.updates = tuple(sorted(updates, key=lambda update: update.client_id))
         self.ids = tuple(update.client_id for update in self.updates)
         self.names = tuple(sorted(self.updates[0].delta))
+        self._scratch = Scratch()
         for before, after in zip(self.ids, self.ids[1:], strict=False):
             if before == after:
                 raise ClientError(f"client {after!r} sent two updates in one round; send one update per client")
@@ -55,50 +91,56 @@ class Cohort:
                     f"differ in {odd[0]!r}; give every client the same trainable parameters"
                 )
 
+    @property
+    def size(self) -> int:
+        """Coordinates per client."""
+        return sum(math.prod(Source.of(self.updates[0].delta, name).shape) for name in self.names)
+
     def __len__(self) -> int:
         return len(self.updates)
 
-    def read(self, name: str) -> list[Tensor]:
-        """Return one tensor of every client, as sent.
+    def read(self, name: str) -> list["Source"]:
+        """Return one tensor of every client, to be read in parts.
 
         Raises:
             ClientError: If a client's tensor has another shape or dtype than the first client's, or is no float tensor.
         """
-        tensors = [update.delta[name] for update in self.updates]
-        first = tensors[0]
-        for client, tensor in zip(self.ids, tensors, strict=True):
-            if tensor.shape != first.shape or tensor.dtype != first.dtype or not tensor.is_floating_point():
+        sources = [Source.of(update.delta, name) for update in self.updates]
+        first = sources[0]
+        for client, source in zip(self.ids, sources, strict=True):
+            if source.shape != first.shape or source.dtype != first.dtype or not source.dtype.is_floating_point:
                 raise ClientError(
-                    f"client {client!r}: tensor {name!r} must be {_describe(first)} in floating point like client "
-                    f"{self.ids[0]!r}'s, got {_describe(tensor)}; give every client the same trainable parameters"
+                    f"client {client!r}: tensor {name!r} must be {first} in floating point like client "
+                    f"{self.ids[0]!r}'s, got {source}; give every client the same trainable parameters"
                 )
-        return tensors
+        return sources
 
-    def blocks(self, name: str, tensors: Sequence[Tensor], *, whole: bool = False) -> Iterator[Block]:
-        """Yield a tensor of all clients in blocks of float32; a block is overwritten by the next.
+    def blocks(self, name: str, *, whole: bool = False) -> Iterator[Block]:
+        """Yield a tensor of all clients in blocks of float32; a block may be changed and is overwritten by the next.
 
         Args:
             name: The tensor's name.
-            tensors: What :meth:`read` returned for it.
             whole: Yield one block of shape (clients, *shape).
         """
+        sources = self.read(name)
         if whole:
-            yield Block(name, 0, torch.stack([tensor.float() for tensor in tensors]))
+            yield Block(name, 0, torch.stack([source.whole().float() for source in sources]))
             return
-        flat = [tensor.reshape(-1) for tensor in tensors]
-        size = flat[0].numel()
-        buffer = torch.empty(len(flat), min(size, BLOCK))
-        for start in range(0, size, BLOCK):
-            stop = min(size, start + BLOCK)
-            values = buffer if stop - start == buffer.shape[1] else torch.empty(len(flat), stop - start)
-            for row, tensor in zip(values, flat, strict=True):
-                row.copy_(tensor[start:stop])
+        size, width = math.prod(sources[0].shape), max(1024, BLOCK // len(sources))
+        for start in range(0, size, width):
+            rows = [source.part(start, min(size, start + width)) for source in sources]
+            values = self._scratch.take(len(rows), len(rows[0]))
+            if rows[0].dtype == values.dtype:
+                torch.stack(rows, out=values)
+            else:
+                values.copy_(torch.stack(rows))
             yield Block(name, start, values)
 
     def same_shapes(self) -> bool:
         """Return whether all clients' tensors have the same shapes."""
-        first = self.updates[0].delta
-        return all(update.delta[name].shape == first[name].shape for update in self.updates for name in self.names)
+        shapes = ([Source.of(update.delta, name).shape for name in self.names] for update in self.updates)
+        first = next(shapes)
+        return all(other == first for other in shapes)
 
     def require_extras(self, groups: Sequence[str], rule: str) -> None:
         """Raise a ClientError unless every update carries these groups of statistics."""
@@ -147,7 +189,3 @@ class Cohort:
                 )
         weights = torch.tensor(counts, dtype=torch.float64)
         return weights / weights.sum()
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

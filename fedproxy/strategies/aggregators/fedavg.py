@@ -15,9 +15,11 @@ from fedproxy.strategies.aggregators.survey import Survey
 class LinearAggregator(Aggregator):
     """Base of the rules that return a fixed weighted sum of the updates."""
 
+    reads_survey: ClassVar[bool] = False
     linear: ClassVar[bool] = True
     needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
+    combines_by_gram: ClassVar[bool] = True
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one weighted sum."""

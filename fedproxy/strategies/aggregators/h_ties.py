@@ -9,6 +9,7 @@ from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, Round
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
 from fedproxy.strategies.aggregators.trimming import SCOPES, plan_trimming
+from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.similarity import affinity_weights, heterogeneity, retention
 from fedproxy.strategies.functional.voting import ratio_vote_merge
 
@@ -61,11 +62,11 @@ class HTies(Aggregator, name="h_ties"):
         if len(cohort) == 1:
             return Plan(lambda block: block.values[0], weights, {"retention": {cohort.ids[0]: 1.0}})
         kept = retention(heterogeneity(survey.cosine), r0=self.r0, delta=self.delta).tolist()
-        trimmers = plan_trimming(cohort, kept, scope=self.trim_scope, size=survey.size)
-        factors = weights.float()
+        trimmers = plan_trimming(cohort, kept, scope=self.trim_scope)
+        factors, scratch = weights.float(), Scratch()
 
         def merge(block: Block) -> Tensor:
-            scaled = trimmers[block.name](block.values) * factors.unsqueeze(1)
-            return ratio_vote_merge(scaled, factors, rho=self.rho, eps=self.eps)
+            scaled = trimmers[block.name].trim_(block.values).mul_(factors.unsqueeze(1))
+            return ratio_vote_merge(scaled, factors, rho=self.rho, eps=self.eps, scratch=scratch)
 
         return Plan(merge, weights, {"retention": dict(zip(cohort.ids, kept, strict=True))})

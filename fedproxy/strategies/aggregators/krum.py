@@ -105,6 +105,7 @@ class Bulyan(ByzantineAggregator, name="bulyan"):
 
     reference: ClassVar[str] = "El Mhamdi et al. 2018, arXiv 1802.07927, Sec. 4"
     clients_per_byzantine: ClassVar[int] = 4
+    combines_by_gram: ClassVar[bool] = False
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Mark the picked clients with equal weights."""

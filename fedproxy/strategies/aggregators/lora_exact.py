@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from fedproxy.strategies.aggregators.base import (
 )
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, Pair, factor_names
-from fedproxy.strategies.aggregators.survey import take_survey
+from fedproxy.strategies.aggregators.survey import Surveyor
 from fedproxy.strategies.functional.lowrank import mean_residual, refactor, stack_pairs
 
 
@@ -53,11 +54,18 @@ class ExactLoraAggregator(Aggregator):
         raise NotImplementedError
 
     def aggregate(
-        self, updates: Sequence[ClientUpdate], memory: Memory | None = None, context: RoundContext | None = None
+        self,
+        updates: Sequence[ClientUpdate],
+        memory: Memory | None = None,
+        context: RoundContext | None = None,
+        *,
+        output: Path | None = None,
+        figures: bool = True,
     ) -> Aggregation:
         """Merge the round's LoRA modules; tensors outside LoRA are averaged.
 
-        A client of lower rank holds the first rows of A and the first columns of B.
+        A client of lower rank holds the first rows of A and the first columns of B. Factors are small, so the result is
+        kept in memory and always comes with its figures; ``output`` and ``figures`` change nothing.
 
         Raises:
             ClientError: If the updates do not fit the state, or one is not finite.
@@ -71,7 +79,7 @@ class ExactLoraAggregator(Aggregator):
             )
         cohort = Cohort(updates)
         weights = cohort.shares(self.weighting)
-        signs = take_survey(cohort) if cohort.same_shapes() else None
+        signs = Surveyor(cohort).run() if cohort.same_shapes() else None
         delta: dict[str, Tensor] = {}
         base: dict[str, Tensor] = {}
         loras = CohortPairs(cohort, state)
@@ -81,13 +89,14 @@ class ExactLoraAggregator(Aggregator):
             if residual is not None:
                 base.update({n: part.float() for n, part in zip(factor_names(module), residual, strict=True)})
         mean = weighted_sum(weights)
+        sink = loras.sink(delta)
         for name in loras.others:
-            delta[name] = merge_tensor(cohort, name, mean)
-        figures = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), delta)
-        figures["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
+            merge_tensor(cohort, name, mean, sink)
+        rows = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), sink)
+        rows["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
         if signs is None:
-            return Aggregation(delta, figures, base_change=base)
-        return Aggregation(delta, {**figures, **signs.sign_figures}, dict(signs.conflict), base_change=base)
+            return Aggregation(sink.tensors(), rows, base_change=base)
+        return Aggregation(sink.tensors(), {**rows, **signs.sign_figures}, signs.conflict, base_change=base)
 
 
 @dataclass(frozen=True)

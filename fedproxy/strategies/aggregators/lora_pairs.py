@@ -8,6 +8,7 @@ from torch import Tensor
 from fedproxy.errors import ClientError
 from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import check_finite
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX, lora_modules, product_gram, stack_pairs
 
@@ -63,10 +64,14 @@ class CohortPairs:
 
     def differences(self, module: str) -> list[Pair]:
         """Return factors of B_k A_k - B A for every client, float64, of twice the client's rank."""
+        return [self.difference(module, k) for k in range(len(self._cohort))]
+
+    def difference(self, module: str, client: int) -> Pair:
+        """Return one client's factors of B_k A_k - B A, by its place in the cohort."""
         b, a = self.start(module)
-        return [
-            stack_pairs([pair, (b[:, : len(pair[1])], a[: len(pair[1])])], [1.0, -1.0]) for pair in self.pairs(module)
-        ]
+        pair = _trained_pair(self._cohort.updates[client], module, (b, a))
+        rank = len(pair[1])
+        return stack_pairs([pair, (b[:, :rank], a[:rank])], [1.0, -1.0])
 
     def gram(self, scaling: float) -> Tensor:
         """Return the inner products of the clients' whole changes: s B A per module, plain tensors elsewhere.
@@ -79,11 +84,19 @@ class CohortPairs:
         for module in self.modules:
             gram += product_gram(self.differences(module)) * scaling**2
         for name in self.others:
-            rows = torch.stack([tensor.double().reshape(-1) for tensor in self._cohort.read(name)])
+            rows = torch.stack([source.whole().double().reshape(-1) for source in self._cohort.read(name)])
             part = rows @ rows.T
             check_finite(self._cohort, name, part)
             gram += part
         return gram
+
+    def sink(self, delta: Tensors) -> Sink:
+        """Return a sink in memory that holds the modules' merged factors already."""
+        sink = Sink()
+        for name, tensor in delta.items():
+            sink.open(name, tensor.shape, tensor.dtype)
+            sink.write(name, 0, tensor.reshape(-1))
+        return sink
 
     def change(self, module: str, new: Pair) -> dict[str, Tensor]:
         """Return what turns the broadcast factors into ``new``, in the state's dtypes."""

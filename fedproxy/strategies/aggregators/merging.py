@@ -38,7 +38,9 @@ class SCE(Aggregator, name="sce"):
         if self.density < 1.0:
             variance = flat.var(dim=0, correction=0)
             count = top_count(self.density, int(variance.count_nonzero()))
-            selected = Trimmer([find_threshold([variance], variance.numel(), count)])(variance.unsqueeze(0))
+            selected = Trimmer([find_threshold(lambda: [variance], variance.numel(), count)]).trim_(
+                variance.unsqueeze(0)
+            )
             flat = torch.where(selected > 0, flat, 0.0)
         energy = flat.double().square().sum(dim=1)
         total = energy.sum()

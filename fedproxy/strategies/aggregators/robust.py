@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext, weighted_sum
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Block, Cohort
+from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.span import SpanAggregator
 from fedproxy.strategies.aggregators.survey import Survey
 from fedproxy.strategies.functional.robust import geometric_median, median_of_sorted, sort_clients
@@ -121,7 +122,7 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
         for name, centre in memory.items():
             wide = centre.double().reshape(-1)
             gram[clients, clients] += wide @ wide
-            gram[clients, :clients] += torch.stack([t.double().reshape(-1) @ wide for t in cohort.read(name)])
+            gram[clients, :clients] += torch.stack([t.whole().double().reshape(-1) @ wide for t in cohort.read(name)])
         gram[:clients, clients] = gram[clients, :clients]
         point = torch.zeros(clients + 1, dtype=torch.float64)
         point[clients] = 1.0
@@ -141,7 +142,7 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
                 merged = merged.add(last, alpha=float(point[clients]))
             return merged
 
-        def remember(delta: dict[str, Tensor]) -> None:
-            new_memory.update({name: tensor.float().clone() for name, tensor in delta.items()})
+        def remember(sink: Sink) -> None:
+            new_memory.update({name: tensor.float().clone() for name, tensor in sink.tensors().items()})
 
         return Plan(merge, point[:clients], memory=new_memory, finish=remember)

@@ -15,6 +15,7 @@ class SpanAggregator(Aggregator):
     """Base of the rules that choose one coefficient per client; a subclass overrides :meth:`coefficients`."""
 
     coordinatewise: ClassVar[bool] = True
+    combines_by_gram: ClassVar[bool] = True
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Return c, float64 (clients,).

@@ -21,6 +21,7 @@ class Fisher(Aggregator, name="fisher"):
     coordinate. Choice: where no client has information, the mean weighted by p_k alone is taken.
     """
 
+    reads_survey: ClassVar[bool] = False
     reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832, Eq 4"
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
@@ -61,6 +62,7 @@ class RegMean(Aggregator, name="regmean"):
     that no input has (singular sum) get that mean too.
     """
 
+    reads_survey: ClassVar[bool] = False
     reference: ClassVar[str] = "Jin et al. 2023, arXiv 2212.09849, Eq 2"
     needs_extras: ClassVar[tuple[str, ...]] = ("gram",)
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError
-from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.cohort import BLOCK, Block, Cohort
+from fedproxy.strategies.aggregators.sink import Sink
+from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.similarity import cosine_matrix
 
 
@@ -15,9 +17,6 @@ from fedproxy.strategies.functional.similarity import cosine_matrix
 class Survey:
     """Facts about the untrimmed updates of one round, from one pass over their coordinates."""
 
-    ids: tuple[str, ...]
-    size: int
-    """Coordinates per client."""
     grams: Mapping[str, Tensor]
     """float64 (clients, clients) inner products, per tensor."""
     conflict: Mapping[str, Tensor]
@@ -43,43 +42,79 @@ class Survey:
         return cosine_matrix(self.gram)
 
 
-def take_survey(cohort: Cohort, *, ignore_unmoved: bool = False) -> Survey:
-    """Read every update once.
+class Surveyor:
+    """Builds a survey from blocks, which it leaves as they are.
 
     Args:
         cohort: The round's updates.
         ignore_unmoved: Give coordinates that nobody moved conflict 0 instead of Eq (7)'s 1.
-
-    Raises:
-        ClientError: If an update holds NaN or infinity; names client and tensor.
+        sink: Where the conflict map goes; memory if None.
     """
-    clients = len(cohort)
-    grams, conflict = {}, {}
-    size, moved, conflict_sum, agreement_sum = 0, 0, 0.0, 0.0
-    for name in cohort.names:
-        tensors = cohort.read(name)
-        gram = torch.zeros(clients, clients, dtype=torch.float64)
-        out = torch.empty(tensors[0].numel())
-        for block in cohort.blocks(name, tensors):
-            wide = block.values.double()
-            gram += wide @ wide.T
-            signs = block.values.sign()
-            lead = signs.sum(dim=0).abs_()
-            movers = signs.abs_().sum(dim=0)
-            part = out[block.start : block.start + len(lead)]
-            torch.mul(lead, -1.0 / clients, out=part).add_(1.0)
-            if ignore_unmoved or clients == 1:
-                part.mul_(movers > 0)
-            conflict_sum += float(part.sum(dtype=torch.float64))
-            moved += int(movers.count_nonzero())
-            agreement_sum += float(lead.div_(movers.clamp_(min=1.0)).sum(dtype=torch.float64))
-        check_finite(cohort, name, gram)
-        size += out.numel()
-        grams[name] = gram
-        conflict[name] = out.view(tensors[0].shape)
-    return Survey(
-        cohort.ids, size, grams, conflict, conflict_sum / max(1, size), agreement_sum / moved if moved else 1.0
-    )
+
+    def __init__(self, cohort: Cohort, *, ignore_unmoved: bool = False, sink: Sink | None = None) -> None:
+        self._cohort, self._sink = cohort, sink or Sink()
+        self._mask_unmoved = ignore_unmoved or len(cohort) == 1
+        self._ones = torch.ones(len(cohort))
+        self._doubles, self._signs = Scratch(torch.float64), Scratch()
+        self._grams: dict[str, Tensor] = {}
+        self._size, self._moved, self._conflict, self._agreement = 0, 0.0, 0.0, 0.0
+
+    def open(self, name: str) -> None:
+        """Begin a tensor."""
+        clients = len(self._cohort)
+        self._sink.open(name, self._cohort.read(name)[0].shape, torch.float32)
+        self._grams[name] = torch.zeros(clients, clients, dtype=torch.float64)
+
+    def see(self, block: Block) -> None:
+        """Take in the next block of the tensor that was opened last."""
+        values = block.values.reshape(len(self._cohort), -1)
+        width = max(1024, BLOCK // len(values))
+        for start in range(0, values.shape[1], width):
+            self._take_in(block.name, block.start + start, values[:, start : start + width])
+
+    def close(self, name: str) -> None:
+        """End a tensor.
+
+        Raises:
+            ClientError: If an update holds NaN or infinity; names client and tensor.
+        """
+        check_finite(self._cohort, name, self._grams[name])
+
+    def run(self) -> Survey:
+        """Read every update once and return the survey."""
+        for name in self._cohort.names:
+            self.open(name)
+            for block in self._cohort.blocks(name):
+                self.see(block)
+            self.close(name)
+        return self.survey()
+
+    def survey(self) -> Survey:
+        """Return what was seen."""
+        agreement = self._agreement / self._moved if self._moved else 1.0
+        return Survey(self._grams, self._sink.tensors(), self._conflict / max(1, self._size), agreement)
+
+    def _take_in(self, name: str, start: int, values: Tensor) -> None:
+        clients, count = values.shape
+        wide = self._doubles.take(clients, count).copy_(values)
+        self._grams[name] += wide @ wide.T
+        signs = torch.sign(values, out=self._signs.take(clients, count))
+        lead = (self._ones @ signs).abs_()
+        conflict = torch.mul(lead, -1.0 / clients).add_(1.0)
+        led = float(lead.sum())
+        self._size += count
+        if float(torch.dot(signs.view(-1), signs.view(-1))) == signs.numel():  # nobody stood still anywhere
+            self._moved += count
+            self._agreement += led / clients
+            self._conflict += count - led / clients
+        else:
+            movers = self._ones @ signs.abs_()
+            if self._mask_unmoved:
+                conflict.mul_(movers.sign())
+            self._moved += float(movers.sign().sum())
+            self._agreement += float(lead.div_(movers.clamp_(min=1.0)).sum())
+            self._conflict += float(conflict.sum())
+        self._sink.write(name, start, conflict)
 
 
 def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:

@@ -36,5 +36,5 @@ class Ties(VotingAggregator, name="ties"):
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Find every client's cut, then vote block by block."""
-        trimmers = plan_trimming(cohort, [self.density] * len(cohort), scope=self.trim_scope, size=survey.size)
-        return self.elect(cohort, lambda block: trimmers[block.name](block.values))
+        trimmers = plan_trimming(cohort, [self.density] * len(cohort), scope=self.trim_scope)
+        return self.elect(cohort, lambda block: trimmers[block.name].trim_(block.values))

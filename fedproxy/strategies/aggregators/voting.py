@@ -9,7 +9,9 @@ from torch import Tensor
 
 from fedproxy.strategies.aggregators.base import Aggregator, Plan
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
-from fedproxy.strategies.functional.voting import agreeing_mean, elect_sign
+from fedproxy.strategies.aggregators.sink import Sink
+from fedproxy.strategies.functional.scratch import Scratch
+from fedproxy.strategies.functional.voting import agreeing_mean, elect_sign, undecided
 
 Sparsify = Callable[[Block], Tensor]
 """Maps a block to its values with the dropped coordinates set to zero."""
@@ -19,6 +21,7 @@ Sparsify = Callable[[Block], Tensor]
 class VotingAggregator(Aggregator):
     """Base of the rules that sparsify each update and then elect signs as TIES does."""
 
+    reads_survey: ClassVar[bool] = False
     keeps_single: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
 
@@ -53,24 +56,23 @@ class _Election:
         self._votes = weights if rule.vote == "weighted" else None
         self._values = None if rule.divisor == "count" else weights
         self._counts = weights if rule.divisor == "weight" else None
-        self._majority = 0.0
+        self._majority, self._scratch = 0.0, Scratch()
         self._open: list[tuple[str, Tensor, Tensor]] = []
 
     def merge(self, block: Block) -> Tensor:
         sparse = self._sparsify(block).flatten(1)
         elected = elect_sign(sparse, self._votes)
-        self._majority += float(elected.sum(dtype=torch.float64))
-        undecided = ((elected == 0) & (sparse != 0).any(dim=0)).nonzero().squeeze(1)
-        if len(undecided):
-            self._open.append((block.name, undecided + block.start, sparse[:, undecided].clone()))
+        self._majority += float(elected.sum())
+        waiting = undecided(sparse, elected)
+        if len(waiting):
+            self._open.append((block.name, waiting + block.start, sparse[:, waiting]))
         return self._mean(sparse, elected)
 
-    def finish(self, delta: dict[str, Tensor]) -> None:
+    def finish(self, sink: Sink) -> None:
         sign = float((self._majority > 0) - (self._majority < 0))
         for name, index, sparse in self._open:
-            merged = self._mean(sparse, torch.full((len(index),), sign))
-            flat = delta[name].view(-1)
-            flat[index] = merged.to(flat.dtype)
+            sink.patch(name, index, self._mean(sparse, torch.full((len(index),), sign)))
 
     def _mean(self, sparse: Tensor, elected: Tensor) -> Tensor:
-        return agreeing_mean(sparse, elected, values=self._values, counts=self._counts).mul_(self._scale)
+        merged = agreeing_mean(sparse, elected, values=self._values, counts=self._counts, scratch=self._scratch)
+        return merged.mul_(self._scale)

@@ -142,3 +142,23 @@ def mean_residual(pairs: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float
         b, a = pairs[0]
         return b.new_zeros(b.shape[0], 0, dtype=torch.float64), a.new_zeros(0, a.shape[1], dtype=torch.float64)
     return stack_pairs(apart, list(shares)[:-1])
+
+
+def refactor_dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best factors of a given rank of a dense matrix, as :func:`refactor` does for a product.
+
+    The leading singular vectors come from the eigenvectors of the smaller Gram matrix.
+
+    Args:
+        matrix: (out, in).
+        rank: Rank of the result.
+
+    Returns:
+        float64 (out, rank) and (rank, in).
+    """
+    wide = matrix.double()
+    if wide.shape[0] > wide.shape[1]:
+        b, a = refactor_dense(wide.T, rank)
+        return a.T.contiguous(), b.T.contiguous()
+    vectors = torch.linalg.eigh(wide @ wide.T).eigenvectors.flip(1)[:, :rank]
+    return refactor((vectors, vectors.T @ wide), rank)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from fedproxy.strategies.functional.scratch import Scratch
+
 
 def sign_sum(deltas: Tensor) -> Tensor:
     """Return the sum over clients of sign(Delta_kp), with sign(0) = 0.
@@ -33,7 +35,9 @@ def conflict_map(deltas: Tensor, *, ignore_unmoved: bool = False) -> Tensor:
     return torch.where((deltas != 0).any(dim=0), conflict, 0.0) if ignore_unmoved else conflict
 
 
-def ratio_vote_merge(scaled: Tensor, weights: Tensor, *, rho: float, eps: float) -> Tensor:
+def ratio_vote_merge(
+    scaled: Tensor, weights: Tensor, *, rho: float, eps: float, scratch: Scratch | None = None
+) -> Tensor:
     """Merge scaled updates by H-TIES' ratio vote (PAPER Eqs 12-14).
 
     gamma_p is +1 where pos_p / (neg_p + eps) >= rho, -1 where neg_p / (pos_p + eps) >= rho, else 0;
@@ -46,34 +50,42 @@ def ratio_vote_merge(scaled: Tensor, weights: Tensor, *, rho: float, eps: float)
         weights: float32 (clients,), w_k, positive.
         rho: Least ratio of winning to losing mass, >= 1.
         eps: Guard of the ratio.
+        scratch: Memory to work in.
 
     Returns:
         float32 (n,).
     """
-    total, mass = scaled.sum(dim=0), scaled.abs().sum(dim=0)
+    ones, work = torch.ones(len(weights)), (scratch or Scratch()).take(*scaled.shape)
+    # The sums run over products that are already rounded, so that equal and opposite values cancel to the bit.
+    total, mass = ones @ scaled, ones @ torch.abs(scaled, out=work)
     elected = total.sign()
-    winning, losing = (mass + total.abs()).mul_(0.5), (mass - total.abs()).mul_(0.5)
-    wins = total.abs() - (rho - 1.0) * losing >= rho * eps
-    share = weights @ scaled.sign().mul_(elected).clamp_(min=0.0)
-    return torch.where(wins, winning.mul_(elected).div_(share), 0.0)
+    share = weights @ torch.sign(scaled, out=work).mul_(elected).clamp_(min=0.0)
+    losing = (mass - total.abs()).mul_(0.5)
+    wins = total.abs().sub_(losing, alpha=rho - 1.0) >= rho * eps
+    winning = mass.add_(total.abs_()).mul_(0.5).mul_(elected)
+    return winning.div_(share).masked_fill_(~wins, 0.0)
 
 
 def elect_sign(deltas: Tensor, weights: Tensor | None = None) -> Tensor:
     """Return sign(sum over clients of w_k Delta_kp): TIES' election by mass (Yadav et al. 2023, Sec. 3, step 2).
 
     Args:
-        deltas: float32 (clients, *shape).
+        deltas: float32 (clients, n).
         weights: float32 (clients,), or None for one vote per unit of magnitude.
 
     Returns:
-        float32 (*shape) of -1, 0 and 1.
+        float32 (n,) of -1, 0 and 1.
     """
-    total = deltas.sum(dim=0) if weights is None else torch.tensordot(weights, deltas, dims=1)
-    return total.sign()
+    return ((torch.ones(len(deltas)) if weights is None else weights) @ deltas).sign_()
 
 
 def agreeing_mean(
-    deltas: Tensor, elected: Tensor, *, values: Tensor | None = None, counts: Tensor | None = None
+    deltas: Tensor,
+    elected: Tensor,
+    *,
+    values: Tensor | None = None,
+    counts: Tensor | None = None,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """Return the mean of the non-zero entries whose sign was elected (TIES, step 3); 0 where no entry agrees.
 
@@ -82,12 +94,25 @@ def agreeing_mean(
         elected: float32 (n,) of -1, 0 and 1.
         values: float32 (clients,), factor of each client in the sum; None is 1.
         counts: float32 (clients,), what each agreeing client adds to the divisor; None is 1.
+        scratch: Memory to work in.
 
     Returns:
         float32 (n,).
     """
-    agree = deltas.sign().mul_(elected).clamp_(min=0.0)
-    divisor = agree.sum(dim=0) if counts is None else counts @ agree
-    agree.mul_(deltas)
-    total = agree.sum(dim=0) if values is None else values @ agree
-    return total.div_(torch.where(divisor > 0, divisor, 1.0))
+    ones, work = torch.ones(len(deltas)), (scratch or Scratch()).take(*deltas.shape)
+    agree = torch.sign(deltas, out=work).mul_(elected).clamp_(min=0.0)
+    divisor = (ones if counts is None else counts) @ agree
+    total = (ones if values is None else values) @ agree.mul_(deltas)
+    # Without an agreeing entry the sum is 0, and any divisor but 0 does.
+    return total.div_(divisor.add_(divisor == 0))
+
+
+def undecided(deltas: Tensor, elected: Tensor) -> Tensor:
+    """Return the indices, int64, of coordinates that have entries but elect no sign.
+
+    Args:
+        deltas: float32 (clients, n).
+        elected: float32 (n,) of -1, 0 and 1.
+    """
+    silent = (elected == 0).nonzero().squeeze(1)
+    return silent[(deltas[:, silent] != 0).any(dim=0)] if len(silent) else silent

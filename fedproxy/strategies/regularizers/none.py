@@ -17,6 +17,8 @@ class NoRegularizer(Regularizer, name="none"):
 
     reference: ClassVar[str] = "the task loss alone"
 
-    def loss(self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None) -> Tensor:
+    def loss(
+        self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None
+    ) -> Tensor:
         """Return zero without reading anything."""
         return torch.zeros(())

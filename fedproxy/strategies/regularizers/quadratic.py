@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedproxy.protocol import Tensors
-from fedproxy.strategies.regularizers.base import Regularizer, matching
+from fedproxy.strategies.regularizers.base import Regularizer, add_to_gradients, inner, matching, moved_from, total
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,23 @@ class Proximal(Regularizer, name="proximal"):
         """Check the options."""
         self.require("strength", self.strength >= 0.0, ">= 0")
 
-    def loss(self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None) -> Tensor:
+    def loss(
+        self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None
+    ) -> Tensor:
         """Return mu / 2 times the squared distance to the anchor."""
         squares = [
             (param.float() - start).square().sum()
             for param, start in zip(params.values(), matching(params, anchor, "anchor"), strict=True)
         ]
-        return _total(squares).mul(0.5 * self.strength)
+        return total(squares).mul(0.5 * self.strength)
 
-    def add_gradient(self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None) -> Tensor:
+    def add_gradient(
+        self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None
+    ) -> Tensor:
         """Add mu (phi - phi^t) to the gradients."""
-        moved = _moved(params, anchor)
-        _add_to_gradients(params, moved, self.strength)
-        return _inner(moved, moved).mul_(0.5 * self.strength)
+        moved = moved_from(params, anchor)
+        add_to_gradients(params, moved, self.strength)
+        return inner(moved, moved).mul_(0.5 * self.strength)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,9 @@ class Conflict(Regularizer, name="conflict"):
         """Check the options."""
         self.require("strength", self.strength >= 0.0, ">= 0")
 
-    def loss(self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None) -> Tensor:
+    def loss(
+        self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None
+    ) -> Tensor:
         """Return lambda times the conflict-weighted squared distance to the anchor; zero without a conflict map."""
         if conflict is None:
             return torch.zeros(())
@@ -62,41 +68,15 @@ class Conflict(Regularizer, name="conflict"):
             ((param.float() - start).square() * weight).sum()
             for param, start, weight in zip(params.values(), starts, weights, strict=True)
         ]
-        return _total(squares).mul(self.strength)
+        return total(squares).mul(self.strength)
 
-    def add_gradient(self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None) -> Tensor:
+    def add_gradient(
+        self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None
+    ) -> Tensor:
         """Add 2 lambda C (phi - phi^t) to the gradients; nothing without a conflict map."""
         if conflict is None:
             return torch.zeros(())
-        moved = _moved(params, anchor)
+        moved = moved_from(params, anchor)
         pulled = list(torch._foreach_mul(moved, matching(params, conflict, "conflict")))
-        _add_to_gradients(params, pulled, 2.0 * self.strength)
-        return _inner(moved, pulled).mul_(self.strength)
-
-
-def _moved(params: Mapping[str, Tensor], anchor: Tensors) -> list[Tensor]:
-    """Return phi - phi^t in float32."""
-    now = [param.detach().float() for param in params.values()]
-    return list(torch._foreach_sub(now, [start.float() for start in matching(params, anchor, "anchor")]))
-
-
-def _add_to_gradients(params: Mapping[str, Tensor], pulls: list[Tensor], factor: float) -> None:
-    present, added = [], []
-    for param, pull in zip(params.values(), pulls, strict=True):
-        if not param.requires_grad:
-            continue
-        if param.grad is None:
-            param.grad = (pull * factor).to(param.dtype)
-        else:
-            present.append(param.grad)
-            added.append(pull.to(param.dtype))
-    if present:
-        torch._foreach_add_(present, added, alpha=factor)
-
-
-def _inner(left: list[Tensor], right: list[Tensor]) -> Tensor:
-    return _total([torch.dot(a.reshape(-1), b.reshape(-1)) for a, b in zip(left, right, strict=True)])
-
-
-def _total(parts: list[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum() if parts else torch.zeros(())
+        add_to_gradients(params, pulled, 2.0 * self.strength)
+        return inner(moved, pulled).mul_(self.strength)

@@ -20,6 +20,8 @@ class ServerOptimizer(Component, family="server_optimizer"):
 
     stateful: ClassVar[bool] = False
     """Keeps memory across rounds."""
+    partner: ClassVar[str] = ""
+    """Name of the regularizer that is the other half of the method, if it has one."""
     reference: ClassVar[str] = ""
     """Where the optimizer is from."""
     slots: ClassVar[tuple[str, ...]] = ()

@@ -1,0 +1,114 @@
+"""From lm-eval's logged samples and results to plain scores, small records per question, and a results.json."""
+
+import json
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedproxy.evaluation.answer_metrics import choice_margin, score_answers
+from fedproxy.evaluation.loaded_task import LoadedTask
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What one evaluation of one model found."""
+
+    scores: dict[str, dict[str, float]]
+    """By task: lm-eval's metrics and standard errors, ``n`` questions, and the metrics of ``answer_metrics``."""
+    mean: dict[str, float]
+    """Mean over tasks of every score that all tasks have; ``n`` is the sum, a ``_stderr`` that of the mean."""
+    samples: list[dict[str, Any]]
+    """By question: task, doc_id, hashes, gold, log-likelihood per choice, acc, acc_norm, gold-answer NLL."""
+    lm_eval: dict[str, Any]
+    """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json."""
+    seconds: float
+    """Wall time, loading of tasks included."""
+
+
+def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over tasks of every key that all tasks have.
+
+    ``n`` is summed; a standard error is that of the mean of independent tasks, sqrt(sum se^2) / tasks.
+    """
+    rows = list(scores.values())
+    mean = {}
+    for key in rows[0] if rows else ():
+        values = [row[key] for row in rows if key in row]
+        if len(values) < len(rows):
+            continue
+        if key == "n":
+            mean[key] = sum(values)
+        elif key.endswith("_stderr"):
+            mean[key] = math.sqrt(sum(value**2 for value in values)) / len(values)
+        else:
+            mean[key] = sum(values) / len(values)
+    return mean
+
+
+def question_samples(
+    task: LoadedTask, logged: Sequence[Mapping[str, Any]], answer_tokens: Mapping[tuple[str, str], int]
+) -> list[dict[str, Any]]:
+    """Return one small record per question from lm-eval's logged samples."""
+    samples = []
+    for entry in logged:
+        if entry["filter"] != logged[0]["filter"]:
+            continue
+        sample = {"task": task.name, **{key: entry[key] for key in ("doc_id", "doc_hash", "prompt_hash")}}
+        sample |= {name: entry[name] for name in entry["metrics"] if isinstance(entry[name], (int, float))}
+        gold = task.gold(entry["doc"]) if task.multiple_choice else None
+        if gold is not None:
+            choices = len(task.requests(entry["doc"]))
+            loglikelihoods = [float(response[0]) for response in entry["filtered_resps"][:choices]]
+            tokens = answer_tokens[tuple(entry["arguments"][gold][:2])]
+            sample |= {
+                "gold": gold,
+                "loglikelihoods": loglikelihoods,
+                "answer_tokens": tokens,
+                "answer_nll": -loglikelihoods[gold] / tokens,
+                "margin": float(choice_margin(torch.tensor(loglikelihoods, dtype=torch.float64), gold)),
+            }
+        samples.append(sample)
+    return samples
+
+
+def missing_stderrs(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the standard error of accuracies where lm-eval gave none because another metric would need a bootstrap.
+
+    The formula is lm-eval's own: sample standard deviation over the square root of the number of questions.
+    """
+    found = {}
+    for metric in ("acc", "acc_norm"):
+        values = torch.tensor([float(sample[metric]) for sample in samples if metric in sample], dtype=torch.float64)
+        if results.get(f"{metric}_stderr,none") == "N/A" and len(values) > 1:
+            found[f"{metric}_stderr,none"] = float(values.std()) / math.sqrt(len(values))
+    return found
+
+
+def task_scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return lm-eval's numbers for one task, and ours from the same log-likelihoods."""
+    scores: dict[str, float] = {}
+    for key, value in results.items():
+        metric, _, kind = key.partition(",")
+        if kind and isinstance(value, (int, float)) and not isinstance(value, bool):
+            scores[metric if kind == "none" else f"{metric}:{kind}"] = float(value)
+    scores["n"] = len(samples)
+    if samples and all("gold" in sample for sample in samples):
+        scores |= score_answers([(s["loglikelihoods"], s["gold"], s["answer_tokens"]) for s in samples])
+    return scores
+
+
+def plain_results(raw: dict[str, Any], settings: dict[str, Any], tasks: Mapping[str, LoadedTask]) -> dict[str, Any]:
+    """Return lm-eval's results as plain JSON values, free of this machine's paths."""
+    import lm_eval
+    import transformers
+    from lm_eval.utils import handle_non_serializable
+
+    raw = {**raw, "config": settings, "date": time.time()}
+    raw |= {"lm_eval_version": lm_eval.__version__, "transformers_version": transformers.__version__}
+    raw["configs"] = {name: tasks[name].public_config(config) for name, config in raw["configs"].items()}
+    plain: dict[str, Any] = json.loads(json.dumps(raw, default=handle_non_serializable))
+    return plain

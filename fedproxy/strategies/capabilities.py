@@ -1,0 +1,98 @@
+"""Which components go together: class facts checked before anything is loaded."""
+
+from collections.abc import Collection, Sequence
+
+from fedproxy.errors import ConfigError
+from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.server_optimizers import ServerOptimizer
+
+
+def check_capabilities(
+    aggregator: Aggregator,
+    regularizer: Regularizer,
+    server_optimizer: ServerOptimizer,
+    *,
+    clients_per_round: int,
+    space: str = "factors",
+    ranks: Sequence[int] = (),
+    secure_aggregation: bool = False,
+    client_statistics: Collection[str] = (),
+) -> None:
+    """Refuse a recipe that asks a component for what it cannot do.
+
+    Args:
+        aggregator: With its options.
+        regularizer: With its options.
+        server_optimizer: With its options.
+        clients_per_round: Updates that a round will bring.
+        space: ``federation.space``, ``factors`` or ``product``.
+        ranks: LoRA ranks of the clients, where they differ; empty if all are the server's.
+        secure_aggregation: The server sees only the sum of the updates.
+        client_statistics: Groups of ``extras`` that the client code sends.
+
+    Raises:
+        ConfigError: One line that names key, rule and way out.
+    """
+    _check_space(aggregator, space)
+    if len(set(ranks)) > 1 and not aggregator.mixed_ranks:
+        raise ConfigError(
+            f"trainable.r: aggregator {aggregator.name!r} needs the same LoRA rank at every client, got "
+            f"{sorted(set(ranks))}; use one rank or {_with('mixed_ranks')}"
+        )
+    if secure_aggregation:
+        _check_secure(aggregator, regularizer)
+    _check_clients(aggregator, clients_per_round)
+    missing = sorted(set(aggregator.needs_extras).difference(client_statistics))
+    if missing:
+        raise ConfigError(
+            f"aggregator.name: {aggregator.name!r} needs clients that send {missing[0]!r} statistics, which they do "
+            "not; choose another aggregator or a client that sends them"
+        )
+    if regularizer.needs_conflict and not aggregator.aggregates:
+        raise ConfigError(
+            f"regularizer.name: {regularizer.name!r} needs the conflict between clients, which aggregator "
+            f"{aggregator.name!r} never sees; use regularizer.name=none"
+        )
+    if server_optimizer.partner not in ("", regularizer.name) or regularizer.partner not in ("", server_optimizer.name):
+        named = server_optimizer.partner or regularizer.partner
+        raise ConfigError(
+            f"server_optimizer.name: regularizer {regularizer.name!r} and server optimizer {server_optimizer.name!r} "
+            f"do not go together, {named!r} is one method in two halves; name it in both or in neither"
+        )
+
+
+def _check_space(aggregator: Aggregator, space: str) -> None:
+    if space not in ("factors", "product"):
+        raise ConfigError(f"federation.space must be one of factors, product, got {space!r}")
+    if aggregator.aggregates and aggregator.space not in ("any", space):
+        raise ConfigError(
+            f"federation.space: aggregator {aggregator.name!r} is defined in {aggregator.space} space, got {space!r}; "
+            f"use federation.space={aggregator.space} or another aggregator"
+        )
+
+
+def _check_secure(aggregator: Aggregator, regularizer: Regularizer) -> None:
+    if not aggregator.linear:
+        raise ConfigError(
+            f"aggregator.name: {aggregator.name!r} needs each client's update and cannot run under secure aggregation; "
+            f"use {_with('linear')}"
+        )
+    if regularizer.needs_conflict:
+        raise ConfigError(
+            f"regularizer.name: {regularizer.name!r} needs the signs of each client's update, which secure aggregation "
+            "hides; use regularizer.name=proximal or none"
+        )
+
+
+def _check_clients(aggregator: Aggregator, clients_per_round: int) -> None:
+    if clients_per_round < aggregator.min_clients:
+        raise ConfigError(
+            f"federation.clients_per_round: aggregator {aggregator.name!r} needs at least {aggregator.min_clients} "
+            f"clients a round with these options, got {clients_per_round}; take more clients or another aggregator"
+        )
+
+
+def _with(fact: str) -> str:
+    names = [name for name in Aggregator.names() if getattr(Aggregator.by_name(name), fact)]
+    return f"one of {', '.join(names)}"

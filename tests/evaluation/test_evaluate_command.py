@@ -1,0 +1,58 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedproxy import evaluate
+from fedproxy.errors import ConfigError, EvaluationError
+
+
+@pytest.fixture
+def checkpoint(tmp_path, model, tokenizer):
+    folder = tmp_path / "checkpoint"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_result_files(cache, checkpoint, tmp_path, capsys):
+    arguments = [f"model={checkpoint}", "tasks=[arc_easy,boolq]", "limit=2", "seed=7", f"output_dir={tmp_path}/found"]
+    evaluate.main(arguments)
+    scores = json.loads((tmp_path / "found" / "scores.json").read_text())
+    samples = [json.loads(line) for line in (tmp_path / "found" / "samples.jsonl").read_text().splitlines()]
+    results = json.loads((tmp_path / "found" / "results.json").read_text())
+    assert set(scores["scores"]) == {"arc_easy", "boolq", "mean"}
+    assert scores["scores"]["mean"]["n"] == len(samples) == 4
+    assert scores["settings"]["seed"] == 7
+    right = [sample["acc"] for sample in samples if sample["task"] == "arc_easy"]
+    assert scores["scores"]["arc_easy"]["acc"] == sum(right) / 2 == results["results"]["arc_easy"]["acc,none"]
+    printed = capsys.readouterr().out
+    assert f"{100 * sum(right) / 2:.1f} ± " in printed
+    with pytest.raises(ConfigError, match="already holds scores; add overwrite=true or choose another output_dir"):
+        evaluate.main(arguments)
+    evaluate.main([*arguments, "overwrite=true"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["model=x", "tasks"], ConfigError, "'tasks' is no key=value argument; write, for example, limit=100"),
+        (["modl=x"], ConfigError, r"unknown argument 'modl'; did you mean 'model'\?"),
+        (["tasks=[arc_easy]"], ConfigError, "model is missing; write, for example, model=asset:smollm2-135m"),
+        (["model=x"], ConfigError, "tasks is missing; write, for example, "),
+        (["model=x", "tasks=[arc_easy]", "limit=many"], ConfigError, "limit: Value 'many' of type 'str'"),
+        (["model=x", "tasks=[arc_easy]", "limit=99"], EvaluationError, "evaluation.limit 99 is above the 5 questions"),
+    ],
+)
+def test_errors_are_one_line(cache, tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message) as raised:
+        evaluate.main([*arguments, f"output_dir={tmp_path}/none"] if "tasks" not in arguments else arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_error_ends_with_exit_code_2():
+    command = [sys.executable, "-m", "fedproxy.evaluate", "modl=x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: unknown argument 'modl'; did you mean 'model'?"]

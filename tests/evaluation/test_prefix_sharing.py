@@ -1,0 +1,185 @@
+"""Every answer of PrefixSharingLM is compared with stock HFLM's on the same model and requests."""
+
+import pytest
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.3}
+BLOCKS = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
+FAMILIES = {
+    "llama": BLOCKS,
+    "qwen2": BLOCKS,
+    "mistral": {**BLOCKS, "sliding_window": None},
+    "gemma": {**BLOCKS, "head_dim": 8},
+    "gemma2": {**BLOCKS, "head_dim": 8, "final_logit_softcapping": 5.0, "sliding_window": 128},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 256, "initializer_range": 0.3},
+    "opt": {**SMALL, "ffn_dim": 64, "max_position_embeddings": 256, "init_std": 0.3, "word_embed_proj_dim": 32},
+    "gpt_neox": {**SMALL, "intermediate_size": 64, "max_position_embeddings": 256},
+}
+UNSHARED = {  # a bias by distance that ignores position ids; a recurrent state
+    "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "initializer_range": 0.3},
+}
+CONTEXT = "Question: Where would you put a cup?\nAnswer:"
+REQUESTS = [
+    *[(CONTEXT, f" {choice}") for choice in ("in the oven", "under the bed", "on the table", "on the table.")],
+    *[(CONTEXT, choice) for choice in (" a", " b")],  # one token each
+    ("Question: Where would you put a cup of snow?\nAnswer:", " in the oven"),
+    ("The cup was on the table because the cup", " is white."),
+    ("The cup was on the table because the table", " is white."),  # the context depends on the choice
+    ("", "snow is white"),
+    ("", "<s> snow"),  # a continuation that begins with the prefix token
+    ("grass is ", "green"),  # the trailing space belongs to the continuation
+    ("gre", "en"),  # the boundary lies inside a token
+    ("the sky is blue in the morning " * 8, "and the grass is green"),
+    (CONTEXT, " in the oven"),  # asked twice
+]
+
+
+def build(family, options, tokenizer, **more):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**options, **more})
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def instances(requests, kind="loglikelihood"):
+    return [Instance(request_type=kind, doc={}, arguments=arguments, idx=0) for arguments in requests]
+
+
+def both(model, tokenizer, requests=REQUESTS, **options):
+    ours = PrefixSharingLM(model, tokenizer, batch_size=4, batch_tokens=200, **options)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **options)
+    asked = instances(requests)
+    return ours, ours.loglikelihood(asked, disable_tqdm=True), stock.loglikelihood(asked, disable_tqdm=True)
+
+
+def assert_equal(found, expected):
+    for (value, greedy), (wanted, wanted_greedy) in zip(found, expected, strict=True):
+        assert value == pytest.approx(wanted, abs=1e-3)
+        assert greedy == wanted_greedy
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_stock_hflm(family, tokenizer):
+    ours, found, expected = both(build(family, FAMILIES[family], tokenizer), tokenizer)
+    assert ours.sharing, ours.obstacle
+    assert_equal(found, expected)
+    assert abs(found[2][0] - found[3][0]) > 0.1  # the model tells answers apart
+
+
+@pytest.mark.parametrize("family", UNSHARED)
+def test_a_model_that_cannot_share_falls_back(family, tokenizer):
+    ours, found, expected = both(build(family, UNSHARED[family], tokenizer), tokenizer)
+    assert not ours.sharing
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_kernels_agree(implementation, tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    model.set_attn_implementation(implementation)
+    ours, found, expected = both(model, tokenizer)
+    assert ours.sharing, ours.obstacle
+    assert_equal(found, expected)
+
+
+def test_long_contexts_are_cut_from_the_left_like_hflm_cuts_them(tokenizer):
+    ours, found, expected = both(build("llama", FAMILIES["llama"], tokenizer), tokenizer, max_length=12)
+    assert ours.sharing
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize(("family", "window"), [("mistral", 16), ("gemma2", 16), ("mistral", 200)])
+def test_sequences_beyond_a_sliding_window_go_through_hflm(family, window, tokenizer):
+    model = build(family, FAMILIES[family], tokenizer, sliding_window=window)
+    ours, found, expected = both(model, tokenizer)
+    encoded = [(None, *ours._encode_pair(context, answer)) for context, answer in REQUESTS if context]
+    longest = [len(context) + len(answer) - 1 for _, context, answer in encoded]
+    assert set(ours._queries(encoded)) == {i for i, length in enumerate(longest) if length <= window}
+    assert ours._queries(encoded)
+    assert_equal(found, expected)
+
+
+def test_the_window_matters_to_this_model(tokenizer):
+    # Guards the test above: with the window ignored, the long request would get another value.
+    narrow = build("mistral", FAMILIES["mistral"], tokenizer, sliding_window=16)
+    wide = build("mistral", FAMILIES["mistral"], tokenizer, sliding_window=None)
+    wide.load_state_dict(narrow.state_dict())
+    values = [both(model, tokenizer, REQUESTS[13:14])[1][0][0] for model in (narrow, wide)]
+    assert abs(values[0] - values[1]) > 0.01
+
+
+def test_bfloat16_answers_stay_within_its_precision(tokenizer):
+    model = build("llama", {**FAMILIES["llama"], "initializer_range": 0.1}, tokenizer).to(torch.bfloat16)
+    ours, found, expected = both(model, tokenizer)
+    assert ours.sharing, ours.obstacle
+    for (value, _), (wanted, _) in zip(found, expected, strict=True):
+        assert value == pytest.approx(wanted, rel=0.02)
+
+
+def count_tokens(model):
+    """Record the number of tokens of every forward."""
+    counts = []
+
+    def note(_, inputs, kwargs):
+        tokens = kwargs["input_ids"] if "input_ids" in kwargs else inputs[0]
+        counts.append(tokens.numel())
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    return counts
+
+
+def test_every_prefix_is_run_once(tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    examples = "Question: What is blue?\nAnswer: the sky\n\n" * 3  # solved examples that the sampler repeats
+    questions = ["Question: What is green?\nAnswer:", "Question: Which of these is red?\nAnswer:"]
+    requests = [(examples + question, f" {choice}") for question in questions for choice in ("grass", "snow", "a cup")]
+    ours = PrefixSharingLM(model, tokenizer, batch_tokens=2000)
+    encoded = [ours._encode_pair(*pair) for pair in requests]
+    sequences = [(context + answer)[:-1] for context, answer in encoded]
+    prefixes = {tuple(tokens[:end]) for tokens in sequences for end in range(1, len(tokens) + 1)}
+    counts = count_tokens(model)
+    ours.loglikelihood(instances(requests), disable_tqdm=True)
+    assert counts == [len(prefixes)]
+    assert 3 * len(prefixes) < sum(map(len, sequences))
+
+
+def test_other_request_types_are_hflms(tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    ours = PrefixSharingLM(model, tokenizer, batch_size=2)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    rolling = instances([("the sky is blue",), ("snow is white " * 40,)], "loglikelihood_rolling")
+    assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == stock.loglikelihood_rolling(
+        rolling, disable_tqdm=True
+    )
+    settings = {"until": ["."], "max_gen_toks": 5, "do_sample": False}
+    generate = instances([("the sky", settings), (CONTEXT, settings)], "generate_until")
+    assert ours.generate_until(generate, disable_tqdm=True) == stock.generate_until(generate, disable_tqdm=True)
+
+
+def test_progress_ends_at_the_number_of_requests(tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    seen = []
+    ours = PrefixSharingLM(
+        model, tokenizer, batch_tokens=50, on_progress=lambda done, total: seen.append((done, total))
+    )
+    ours.loglikelihood(instances(REQUESTS), disable_tqdm=True)
+    assert len(seen) > 3
+    assert seen == sorted(seen)
+    assert seen[-1] == (len(REQUESTS), len(REQUESTS))
+
+
+def test_a_peft_model_shares_prefixes(tokenizer):
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(build("llama", FAMILIES["llama"], tokenizer), LoraConfig(target_modules=["q_proj"]))
+    for name, weights in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weights)
+    ours, found, expected = both(model.eval(), tokenizer)
+    assert ours.sharing, ours.obstacle
+    assert_equal(found, expected)

@@ -1,0 +1,65 @@
+"""Impossible combinations end in one line before anything is loaded."""
+
+import pytest
+
+from fedproxy.errors import ConfigError
+from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.capabilities import check_capabilities
+from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.server_optimizers import ServerOptimizer
+
+
+def check(aggregator="fedavg", regularizer="none", server_optimizer="none", options=None, **facts):
+    check_capabilities(
+        Aggregator.by_name(aggregator)(**(options or {})),
+        Regularizer.by_name(regularizer)(),
+        ServerOptimizer.by_name(server_optimizer)(),
+        **{"clients_per_round": 8, **facts},
+    )
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"aggregator": "h_ties", "regularizer": "conflict"},
+        {"aggregator": "fedavg", "secure_aggregation": True},
+        {"aggregator": "flexlora", "space": "product", "ranks": [4, 8]},
+        {"aggregator": "config", "space": "product"},
+        {"aggregator": "none"},
+        {"aggregator": "none", "space": "product"},
+        {"regularizer": "feddyn", "server_optimizer": "feddyn"},
+        {"regularizer": "scaffold", "server_optimizer": "sgd"},
+        {"aggregator": "fisher", "client_statistics": ["fisher"]},
+        {"aggregator": "krum", "clients_per_round": 5},
+    ],
+)
+def test_what_goes_together_passes(facts):
+    check(**facts)
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"aggregator": "krum", "secure_aggregation": True}, r"'krum' needs each client's update .* use one of fedavg"),
+        ({"aggregator": "ties", "secure_aggregation": True}, "'ties' needs each client's update"),
+        (
+            {"regularizer": "conflict", "secure_aggregation": True},
+            "regularizer.name: 'conflict' needs the signs of each client's update, which secure aggregation hides",
+        ),
+        ({"ranks": [4, 8]}, r"'fedavg' needs the same LoRA rank at every client, got \[4, 8\]; .* flexlora, flora"),
+        ({"aggregator": "ffa_lora", "space": "product"}, "'ffa_lora' is defined in factors space, got 'product'"),
+        ({"aggregator": "flexlora"}, "'flexlora' is defined in product space, got 'factors'"),
+        ({"space": "tangent"}, "federation.space must be one of factors, product, got 'tangent'"),
+        ({"aggregator": "krum", "clients_per_round": 4}, "'krum' needs at least 5 clients a round .* got 4"),
+        ({"aggregator": "bulyan", "options": {"byzantine": 2}}, "'bulyan' needs at least 11 clients a round .* got 8"),
+        ({"aggregator": "regmean"}, "'regmean' needs clients that send 'gram' statistics"),
+        ({"aggregator": "none", "regularizer": "conflict"}, "'conflict' needs the conflict between clients"),
+        ({"regularizer": "feddyn"}, "'feddyn' and server optimizer 'none' do not go together"),
+        ({"server_optimizer": "feddyn"}, "regularizer 'none' and server optimizer 'feddyn' do not go together"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(facts, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        check(**facts)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,109 @@
+"""Product space: any rule on s B A, against the same rule on dense matrices."""
+
+import pytest
+import torch
+
+from fedproxy.errors import ConfigError
+from fedproxy.protocol import ClientUpdate
+from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.aggregators.product import aggregate_products
+from fedproxy.strategies.functional.lowrank import refactor, refactor_dense
+
+A, B = "m.lora_A.weight", "m.lora_B.weight"
+OUT, IN, RANK, SCALING, CLIENTS = 6, 5, 2, 2.0, 5
+
+
+def case(ranks=(RANK,) * CLIENTS):
+    rng = torch.Generator().manual_seed(0)
+    state = {
+        A: torch.randn(RANK, IN, generator=rng),
+        B: torch.randn(OUT, RANK, generator=rng),
+        "norm": torch.randn(4, generator=rng),
+    }
+    updates = [
+        ClientUpdate(
+            f"c{k}",
+            {
+                A: torch.randn(rank, IN, generator=rng),
+                B: torch.randn(OUT, rank, generator=rng),
+                "norm": torch.randn(4, generator=rng),
+            },
+            num_examples=k + 1,
+        )
+        for k, rank in enumerate(ranks)
+    ]
+    return state, updates, RoundContext(state=state, scaling=SCALING)
+
+
+def dense_updates(state, updates):
+    start = state[B].double() @ state[A].double()
+    dense = []
+    for update in updates:
+        rank = update.delta[A].shape[0]
+        b, a = (state[B][:, :rank] + update.delta[B]).double(), (state[A][:rank] + update.delta[A]).double()
+        kept = state[B][:, :rank].double() @ state[A][:rank].double()
+        change = SCALING * (b @ a - (start if rank == RANK else kept))
+        dense.append(
+            ClientUpdate(update.client_id, {"m": change.float(), "norm": update.delta["norm"]}, update.num_examples)
+        )
+    return dense
+
+
+def best_of_rank(matrix):
+    u, s, vh = torch.linalg.svd(matrix)
+    return u[:, :RANK] @ torch.diag(s[:RANK]) @ vh[:RANK]
+
+
+ANY = [n for n in Aggregator.names() if Aggregator.by_name(n).space == "any" and Aggregator.by_name(n).aggregates]
+
+
+@pytest.mark.parametrize("name", [n for n in ANY if not Aggregator.by_name(n).needs_extras and n != "bulyan"])
+def test_every_rule_equals_itself_on_dense_products(name):
+    state, updates, context = case()
+    rule = Aggregator.by_name(name)()
+    result = aggregate_products(rule, updates, None, context)
+    dense = rule.aggregate(dense_updates(state, updates), None, context)
+    target = state[B].double() @ state[A].double() + dense.delta["m"].double() / SCALING
+    new = {key: (state[key] + result.delta[key]).double() for key in state}
+    torch.testing.assert_close(new[B] @ new[A], best_of_rank(target), rtol=1e-4, atol=2e-4)
+    torch.testing.assert_close(result.delta["norm"], dense.delta["norm"], rtol=1e-4, atol=1e-5)
+    for figure in ("update_norms", "heterogeneity"):
+        assert result.diagnostics[figure] == pytest.approx(dense.diagnostics[figure], rel=1e-4, abs=1e-6)
+    # the conflict map is that of the factors, which the regularizer acts on
+    assert {key: tensor.shape for key, tensor in result.conflict.items()} == {k: t.shape for k, t in state.items()}
+
+
+def test_mixed_ranks_in_product_space():
+    state, updates, context = case(ranks=(2, 1, 2, 1, 2))
+    rule = Aggregator.by_name("fedavg")()
+    result = aggregate_products(rule, updates, None, context)
+    dense = rule.aggregate(dense_updates(state, updates))
+    target = state[B].double() @ state[A].double() + dense.delta["m"].double() / SCALING
+    new = {key: (state[key] + result.delta[key]).double() for key in state}
+    torch.testing.assert_close(new[B] @ new[A], best_of_rank(target), rtol=1e-4, atol=2e-4)
+    assert result.conflict is None
+
+
+def test_exact_rules_are_applied_as_they_are():
+    _, updates, context = case()
+    rule = Aggregator.by_name("flexlora")()
+    one, other = aggregate_products(rule, updates, None, context), rule.aggregate(updates, None, context)
+    assert torch.equal(one.delta[B], other.delta[B])
+
+
+def test_dense_refactoring_is_the_truncated_svd():
+    for shape in ((7, 4), (4, 7)):
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        b, a = refactor_dense(matrix, RANK)
+        torch.testing.assert_close(b @ a, best_of_rank(matrix))
+        by_qr = refactor((matrix, torch.eye(shape[1], dtype=torch.float64)), RANK)
+        torch.testing.assert_close(by_qr[0] @ by_qr[1], b @ a)
+        torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
+
+
+def test_what_cannot_be_done_is_refused():
+    _, updates, context = case()
+    with pytest.raises(ConfigError, match="aggregator 'ffa_lora' works on LoRA factors and cannot merge products"):
+        aggregate_products(Aggregator.by_name("ffa_lora")(), updates, None, context)
+    with pytest.raises(ConfigError, match="product needs the broadcast state, got none"):
+        aggregate_products(Aggregator.by_name("fedavg")(), updates)

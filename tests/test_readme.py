@@ -1,0 +1,80 @@
+"""Every command of the README runs, on the tiny recipe and with small budgets."""
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+SMALL = ["data.rows_per_task=16", "evaluation.limit=4", "federation.rounds=1"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands():
+    """Return the words of every `python -m fedproxy.X ...` line, comments cut off, continued lines joined."""
+    text = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if "python -m fedproxy" in line]
+
+
+def translated(words):
+    """Return a command's module and arguments with SmolLM2's recipe, model and tasks replaced by tiny ones."""
+    words = words[words.index("-m") + 1 :]
+    module, arguments = words[0], words[1:]
+    swap = {
+        "target.path=/models/my-llm": "target.path=asset:tiny-llama",
+        "tasks=[arc_easy]": "tasks=[tiny_sums]",
+        "evaluation.tasks=[arc_easy]": "evaluation.tasks=[tiny_sums]",
+        "limit=100": "limit=4",
+    }
+    arguments = [swap.get(argument, argument) for argument in arguments]
+    if module == "fedproxy.fit":
+        if "recipe=fedproxy_llama" in arguments:
+            arguments = ["output_dir=runs/fedproxy_llama", "overwrite=true", *arguments]
+        arguments = [argument.replace("recipe=fedproxy_llama", "recipe=fedproxy_tiny") for argument in arguments]
+        arguments += [option for option in SMALL if not any(a.startswith(option.split("=")[0]) for a in arguments)]
+        if "plugins=[my_rule]" in arguments:
+            arguments.append("output_dir=runs/plugin")
+    if module == "fedproxy.recipes" and arguments[0] == "cp":
+        arguments[1] = "fedproxy_tiny"
+    return module, arguments
+
+
+def test_readme_names_the_commands_that_exist():
+    modules = {words[words.index("-m") + 1] for words in commands()}
+    assert modules == {"fedproxy.fit", "fedproxy.recipes", "fedproxy.evaluate", "fedproxy.report"}
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
+        assert f"\n{target}:" in makefile
+
+
+def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"prompt": f"Question: How much is {n}?\nAnswer:", "target": " one"} for n in ("one", "two", "three")]
+    Path("ward_a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("ward_b.csv").write_text("prompt,target\n" + "".join(f"Say {n}:,one\n" for n in ("one", "two", "three")))
+    Path("my_rule.py").write_text(next(block for block in blocks("python") if "my_rule.py" in block))
+    found = commands()
+    assert len(found) >= 9
+    for words in found:
+        module, arguments = translated(words)
+        importlib.import_module(module).main(arguments)
+    printed = capsys.readouterr().out
+    assert "runs/fedproxy_tiny/report.md" in printed
+    assert "runs/mine/report.md" in printed
+    assert "runs/plugin/report.md" in printed
+    assert Path("runs/arc/scores.json").is_file()
+
+
+def test_unknown_words_of_recipes_are_one_line():
+    from fedproxy.errors import ConfigError
+    from fedproxy.recipes import main
+
+    with pytest.raises(ConfigError, match=r"recipes: expected ls, show NAME, .* got 'list'"):
+        main(["list"])
