@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+_BASES = (nn.Linear, Conv1D)
+
 
 def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> None:
     """Let LoRA layers run fused wherever that is exact, and as PEFT's own otherwise.
@@ -26,7 +28,7 @@ def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> N
 
     Args:
         model: The model that the layers are in; its mode and weights are left as they are.
-        layers: Its LoRA layers, in any order. Others than plain linear ones are skipped.
+        layers: Its LoRA layers, in any order, of one rank and scale. Others than plain linear ones are skipped.
         adapter: PEFT's name of the adapter.
     """
     if model.device.type == "meta":
@@ -80,9 +82,6 @@ class _Group:
             self.read = x
             self.waiting = {id(other): output for other, output in zip(layers[1:], outputs[1:], strict=True)}
         return outputs[0]
-
-
-_BASES = (nn.Linear, Conv1D)
 
 
 def _fusible(layer: LoraLinear, x: Tensor, adapter: str) -> bool:
