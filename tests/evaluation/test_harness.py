@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
-from plain_loop import plain_scores
 
 from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation import hub_tasks, offline_tasks
 from fedproxy.evaluation.harness import check_tasks, evaluate_model, render_rows, task_names
 from fedproxy.evaluation.results import mean_scores
+
+from .plain_loop import plain_scores
 
 
 def rows_of(cache, file):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
-from plain_loop import plain_scores
 
 from fedproxy.data.assets import fetch
 from fedproxy.evaluation.harness import evaluate_model
@@ -14,6 +13,8 @@ from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_loading import load_task
 from fedproxy.models import load_model, load_tokenizer
+
+from .plain_loop import plain_scores
 
 pytestmark = pytest.mark.real_model
 LIMIT = 3

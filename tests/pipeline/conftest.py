@@ -7,7 +7,13 @@ import pytest
 from fedproxy.config import load_config
 from fedproxy.pipeline.run import run
 
-SMALL = ("recipe=fedproxy_tiny", "data.rows_per_task=32", "evaluation.limit=12", "client.batch_size=8")
+SMALL = (
+    "recipe=fedproxy_tiny",
+    "data.rows_per_task=32",
+    "client.batch_size=8",
+    "federation.rounds=2",
+    "evaluation.limit=12",
+)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ print(json.dumps(resident))
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads resident memory from /proc")
 def test_twenty_rounds_stay_within_two_per_cent(tmp_path):
-    arguments = ["recipe=fedproxy_tiny", "federation.rounds=20", "evaluation.models=[]", f"output_dir={tmp_path / 'r'}"]
+    small = ["data.rows_per_task=64", "federation.rounds=20", "evaluation.models=[]"]
+    arguments = ["recipe=fedproxy_tiny", *small, f"output_dir={tmp_path / 'r'}"]
     done = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True, check=True)
     resident = [int(value) for value in done.stdout.splitlines()[-1].strip("[]").split(",")]
     assert len(resident) == 20

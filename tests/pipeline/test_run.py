@@ -188,7 +188,7 @@ def centralised_reference(folder: Path) -> dict[str, torch.Tensor]:
     examples = tokenise(rows, tokenizer, max_input_tokens=96, max_target_tokens=16)
     base = load_model(resolve("asset:tiny-llama"))
     modules = list(config.trainable.modules)  # type: ignore[attr-defined]
-    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=modules))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=modules))
     draw = generator(config.seed, "trainable")
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for name in sorted(named, key=lambda n: n.replace(".default.", ".")):

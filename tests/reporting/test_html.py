@@ -4,11 +4,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from report_samples import full_report, save_samples
 
 from fedproxy.reporting import RoundReport, RunInfo, RunReport
 from fedproxy.reporting.html import cell, to_html
 from fedproxy.reporting.plots import draw_plots
+
+from .report_samples import full_report, save_samples
 
 
 def plain(report):

@@ -1,13 +1,14 @@
 import json
 
 import pytest
-from report_samples import TASKS, answers, lm_eval_results, question, save_samples
 
 from fedproxy.errors import EvaluationError
 from fedproxy.reporting.pairing import against_target, between_runs, paired_table
 from fedproxy.reporting.run_comparison import comparison_page
 from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation, task_settings
 from fedproxy.reporting.statistics import holm, mcnemar_exact
+
+from .report_samples import TASKS, answers, lm_eval_results, question, save_samples
 
 
 def two(tmp_path, first, second, results=(None, None)):

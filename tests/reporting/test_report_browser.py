@@ -8,7 +8,8 @@ import subprocess
 import zlib
 
 import pytest
-from report_samples import full_report, save_samples
+
+from .report_samples import full_report, save_samples
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = [

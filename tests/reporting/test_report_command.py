@@ -4,11 +4,12 @@ import sys
 import time
 
 import pytest
-from report_samples import full_report, lm_eval_results, save_samples
 
 from fedproxy.command import run_command
 from fedproxy.errors import ConfigError
 from fedproxy.report import USAGE, main
+
+from .report_samples import full_report, lm_eval_results, save_samples
 
 
 def test_pages_are_made_again_from_the_json(tmp_path, capsys):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from golden_cases import assert_golden, assert_golden_delta, flatten, golden_cases, golden_updates
 
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.functional.robust import krum_scores, squared_distances
+
+from .golden_cases import assert_golden, assert_golden_delta, flatten, golden_cases, golden_updates
 
 ALL_RULES = (
     "config",
