@@ -4,8 +4,8 @@
     python benchmarks/aggregation.py --size 40           # a 7B model's LoRA
     python benchmarks/aggregation.py --stream /tmp/s --size 250   # from files
 
-Contenders take turns, the best of the rounds counts, and every time is given as a multiple of one plain weighted sum over
-the same tensors. Peers that are not installed are left out (benchmarks/peers.py says how to get them).
+Contenders take turns, the best of the rounds counts, and every time is given as a multiple of one plain weighted sum
+over the same tensors. Peers that are not installed are left out (benchmarks/peers.py says how to get them).
 """
 
 import argparse

@@ -229,11 +229,11 @@ def merge_tensor(
         whole: Give ``merge`` the whole tensor of all clients at once.
         watch: Sees every block before it is merged; without it blocks are only checked to be finite.
     """
-    first = cohort.read(name)[0]
-    sink.open(name, first.shape, first.dtype)
+    sources = cohort.read(name)
+    sink.open(name, sources[0].shape, sources[0].dtype)
     if watch is not None:
-        watch.open(name)
-    for block in cohort.blocks(name, whole=whole):
+        watch.open(name, sources[0].shape)
+    for block in cohort.blocks(name, sources, whole=whole):
         if watch is not None:
             watch.see(block)
         elif not math.isfinite(float(block.values.sum())):
