@@ -1,6 +1,5 @@
 """The aggregator family: how a round's client updates become one change of the shared state."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,9 @@ from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.passes import merge_tensor
 from fedproxy.strategies.aggregators.sink import FileSink, Sink
-from fedproxy.strategies.aggregators.survey import Survey, Surveyor, check_finite
+from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
 Memory = Mapping[str, Tensor]
@@ -189,7 +189,15 @@ class Aggregator(Component, family="aggregator"):
         sink = _sink(cohort, output, "delta")
         watch = None if self._surveys_first else surveyor
         for name in cohort.names:
-            merge_tensor(cohort, name, plan.merge, sink, whole=not self.coordinatewise, watch=watch)
+            merge_tensor(
+                cohort,
+                name,
+                plan.merge,
+                sink,
+                whole=not self.coordinatewise,
+                watch=watch,
+                surveyed=self._surveys_first,
+            )
         if plan.finish is not None:
             plan.finish(sink)
         if surveyor is None:
@@ -210,57 +218,11 @@ class Aggregator(Component, family="aggregator"):
         return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=conflict)
 
 
-def merge_tensor(
-    cohort: Cohort,
-    name: str,
-    merge: Callable[[Block], Tensor],
-    sink: Sink,
-    *,
-    whole: bool = False,
-    watch: Surveyor | None = None,
-) -> None:
-    """Merge one tensor into the sink, in the clients' shape and dtype.
-
-    Args:
-        cohort: The round's updates.
-        name: The tensor.
-        merge: Maps a block to merged float32 values.
-        sink: Where they go.
-        whole: Give ``merge`` the whole tensor of all clients at once.
-        watch: Sees every block before it is merged; without it blocks are only checked to be finite.
-    """
-    first = cohort.read(name)[0]
-    sink.open(name, first.shape, first.dtype)
-    if watch is not None:
-        watch.open(name)
-    for block in cohort.blocks(name, whole=whole):
-        if watch is not None:
-            watch.see(block)
-        elif not math.isfinite(float(block.values.sum())):
-            wide = block.values.double().reshape(len(cohort), -1)
-            check_finite(cohort, name, wide @ wide.T)
-        merged = merge(block).reshape(-1)
-        sink.nonzero += int(merged.sign().abs_().sum())
-        sink.write(name, block.start, merged)
-    if watch is not None:
-        watch.close(name)
-
-
 def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:
     if output is None:
         return Sink()
     firsts = ((tensor, cohort.read(tensor)[0]) for tensor in cohort.names)
     return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
-
-
-def weighted_sum(coefficients: Tensor) -> Callable[[Block], Tensor]:
-    """Return the merge sum_k c_k Delta_k for float64 (clients,) coefficients."""
-    factors = coefficients.float()
-
-    def merge(block: Block) -> Tensor:
-        return torch.mv(block.values.T, factors)
-
-    return merge
 
 
 def diagnose(ids: Sequence[str], gram: Tensor, merged: Sink) -> dict[str, Any]:

@@ -115,14 +115,15 @@ class Cohort:
                 )
         return sources
 
-    def blocks(self, name: str, *, whole: bool = False) -> Iterator[Block]:
+    def blocks(self, name: str, sources: Sequence["Source"] | None = None, *, whole: bool = False) -> Iterator[Block]:
         """Yield a tensor of all clients in blocks of float32; a block may be changed and is overwritten by the next.
 
         Args:
             name: The tensor's name.
+            sources: What :meth:`read` returned for it, to spare a second look.
             whole: Yield one block of shape (clients, *shape).
         """
-        sources = self.read(name)
+        sources = sources or self.read(name)
         if whole:
             yield Block(name, 0, torch.stack([source.whole().float() for source in sources]))
             return

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
+from fedproxy.strategies.aggregators.passes import WeightedSum
 from fedproxy.strategies.aggregators.survey import Survey
 
 
@@ -24,7 +25,7 @@ class LinearAggregator(Aggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one weighted sum."""
         weights = self.weigh(cohort, survey)
-        return Plan(weighted_sum(weights), weights)
+        return Plan(WeightedSum(weights), weights)
 
 
 @dataclass(frozen=True)

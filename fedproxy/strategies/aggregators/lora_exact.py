@@ -16,11 +16,10 @@ from fedproxy.strategies.aggregators.base import (
     Memory,
     RoundContext,
     diagnose,
-    merge_tensor,
-    weighted_sum,
 )
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, Pair, factor_names
+from fedproxy.strategies.aggregators.passes import WeightedSum, merge_tensor
 from fedproxy.strategies.aggregators.survey import Surveyor
 from fedproxy.strategies.functional.lowrank import mean_residual, refactor, stack_pairs
 
@@ -88,7 +87,7 @@ class ExactLoraAggregator(Aggregator):
             delta.update(loras.change(module, new))
             if residual is not None:
                 base.update({n: part.float() for n, part in zip(factor_names(module), residual, strict=True)})
-        mean = weighted_sum(weights)
+        mean = WeightedSum(weights)
         sink = loras.sink(delta)
         for name in loras.others:
             merge_tensor(cohort, name, mean, sink)

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Block, Cohort
 from fedproxy.strategies.aggregators.fedavg import LinearAggregator
+from fedproxy.strategies.aggregators.passes import WeightedSum
 from fedproxy.strategies.aggregators.survey import Survey
 
 
@@ -37,7 +38,7 @@ class PartialAggregator(LinearAggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Average what is trained, zero what is frozen."""
         weights = cohort.shares(self.weighting)
-        mean = weighted_sum(weights)
+        mean = WeightedSum(weights)
 
         def merge(block: Block) -> Tensor:
             return mean(block) if self.trains(block.name, context.round) else block.values[0] * 0.0

@@ -18,11 +18,10 @@ from fedproxy.strategies.aggregators.base import (
     Memory,
     RoundContext,
     diagnose,
-    merge_tensor,
-    weighted_sum,
 )
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs
+from fedproxy.strategies.aggregators.passes import WeightedSum, merge_tensor
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.functional.lowrank import refactor, refactor_dense, stack_pairs
 
@@ -80,7 +79,7 @@ def _merge_by_coefficients(
     for module in loras.modules:
         pairs = [loras.start(module), *loras.differences(module)]
         delta.update(loras.change(module, refactor(stack_pairs(pairs, [1.0, *coefficients]), len(pairs[0][1]))))
-    mean = weighted_sum(plan.weights)
+    mean = WeightedSum(plan.weights)
     sink = loras.sink(delta)
     for name in loras.others:
         merge_tensor(cohort, name, mean, sink)

@@ -6,8 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Block, Cohort
+from fedproxy.strategies.aggregators.passes import WeightedSum
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.span import SpanAggregator
 from fedproxy.strategies.aggregators.survey import Survey
@@ -133,7 +134,7 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
             point = point * (1.0 - pulls.sum())
             point[:clients] += pulls
         new_memory: dict[str, Tensor] = {}
-        from_updates = weighted_sum(point[:clients])
+        from_updates = WeightedSum(point[:clients])
 
         def merge(block: Block) -> Tensor:
             merged = from_updates(block)

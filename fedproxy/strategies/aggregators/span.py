@@ -5,8 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext, weighted_sum
+from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.passes import WeightedSum
 from fedproxy.strategies.aggregators.survey import Survey
 
 
@@ -30,4 +31,4 @@ class SpanAggregator(Aggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one combination; the coefficients are reported as weights."""
         chosen = self.coefficients(survey.gram, cohort, context)
-        return Plan(weighted_sum(chosen), chosen)
+        return Plan(WeightedSum(chosen), chosen)

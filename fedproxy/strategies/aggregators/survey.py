@@ -59,10 +59,10 @@ class Surveyor:
         self._grams: dict[str, Tensor] = {}
         self._size, self._moved, self._conflict, self._agreement = 0, 0.0, 0.0, 0.0
 
-    def open(self, name: str) -> None:
-        """Begin a tensor."""
+    def open(self, name: str, shape: tuple[int, ...]) -> None:
+        """Begin a tensor of this shape."""
         clients = len(self._cohort)
-        self._sink.open(name, self._cohort.read(name)[0].shape, torch.float32)
+        self._sink.open(name, shape, torch.float32)
         self._grams[name] = torch.zeros(clients, clients, dtype=torch.float64)
 
     def see(self, block: Block) -> None:
@@ -83,8 +83,9 @@ class Surveyor:
     def run(self) -> Survey:
         """Read every update once and return the survey."""
         for name in self._cohort.names:
-            self.open(name)
-            for block in self._cohort.blocks(name):
+            sources = self._cohort.read(name)
+            self.open(name, sources[0].shape)
+            for block in self._cohort.blocks(name, sources):
                 self.see(block)
             self.close(name)
         return self.survey()

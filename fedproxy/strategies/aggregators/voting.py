@@ -11,7 +11,7 @@ from fedproxy.strategies.aggregators.base import Aggregator, Plan
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.functional.scratch import Scratch
-from fedproxy.strategies.functional.voting import agreeing_mean, elect_sign, undecided
+from fedproxy.strategies.functional.voting import agreeing_mean, elect_sign, plain_ties, undecided
 
 Sparsify = Callable[[Block], Tensor]
 """Maps a block to its values with the dropped coordinates set to zero."""
@@ -61,12 +61,16 @@ class _Election:
 
     def merge(self, block: Block) -> Tensor:
         sparse = self._sparsify(block).flatten(1)
-        elected = elect_sign(sparse, self._votes)
+        if self._votes is None and self._values is None:
+            merged, elected, waiting = plain_ties(sparse, scratch=self._scratch)
+            merged.mul_(self._scale)
+        else:
+            elected = elect_sign(sparse, self._votes)
+            merged, waiting = self._mean(sparse, elected), undecided(sparse, elected)
         self._majority += float(elected.sum())
-        waiting = undecided(sparse, elected)
         if len(waiting):
             self._open.append((block.name, waiting + block.start, sparse[:, waiting]))
-        return self._mean(sparse, elected)
+        return merged
 
     def finish(self, sink: Sink) -> None:
         sign = float((self._majority > 0) - (self._majority < 0))

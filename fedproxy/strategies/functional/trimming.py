@@ -118,13 +118,17 @@ class Trimmer:
         """
         if all(cut.magnitude == 0.0 for cut in self._cuts):
             return deltas
-        for client, left in self._ties.items():
+        bounds = tuple(self._below)
+        for client, left in tuple(self._ties.items()):
             equal = deltas[client].abs() == self._cuts[client].magnitude
             found = int(equal.sum())
             if found > left:
                 deltas[client][equal & (equal.cumsum(0) > left)] = 0.0
-            self._ties[client] = max(0, left - found)
-        for row, bound in zip(deltas, self._below, strict=True):
+            self._ties[client] = left - found
+            if found >= left:  # from here on all that equals the cut goes
+                del self._ties[client]
+                self._below[client] = self._cuts[client].magnitude
+        for row, bound in zip(deltas, bounds, strict=True):
             if bound > 0.0:
                 torch.nn.functional.hardshrink(row, bound, out=row)
         return deltas

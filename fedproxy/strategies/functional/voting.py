@@ -107,6 +107,30 @@ def agreeing_mean(
     return total.div_(divisor.add_(divisor == 0))
 
 
+def plain_ties(deltas: Tensor, *, scratch: Scratch | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Elect signs by mass and average the agreeing entries, all clients counting alike, from sums alone.
+
+    With s the sum and m the sum of magnitudes, the agreeing entries sum to sign(s) (m + |s|) / 2; their number is
+    (entries + sign(s) sum of signs) / 2, which is exact in whole numbers.
+
+    Args:
+        deltas: float32 (clients, n), trimmed.
+        scratch: Memory to work in.
+
+    Returns:
+        float32 (n,) merged values, 0 where no sign is elected; float32 (n,) elected signs; int64 (m,) indices of
+        coordinates that have entries but elect no sign.
+    """
+    ones, work = torch.ones(len(deltas)), (scratch or Scratch()).take(*deltas.shape)
+    total, mass = ones @ deltas, ones @ torch.abs(deltas, out=work)
+    elected = total.sign()
+    lead = ones @ torch.sign(deltas, out=work)
+    entries = ones @ work.abs_()
+    waiting = (mass.sign() - elected.abs()).nonzero().squeeze(1)
+    count = entries.add_(lead.mul_(elected)).mul_(0.5).clamp_(min=1.0)
+    return mass.add_(total.abs_()).mul_(0.5).mul_(elected).div_(count), elected, waiting
+
+
 def undecided(deltas: Tensor, elected: Tensor) -> Tensor:
     """Return the indices, int64, of coordinates that have entries but elect no sign.
 
