@@ -41,8 +41,6 @@ def page() -> str:
         sections.append(f"## `{path}`\n\n{first_line(family)}\n")
         for name in family.names():
             member = family.by_name(name)
-            if not member.__module__.startswith("fedproxy."):
-                continue  # a plugin's
             rows = leaves(member, f"{path}.")
             sections.append(f"`{path}.name={name}`: {first_line(member)}\n" + (f"\n{table(rows)}" if rows else ""))
     return "\n".join(sections)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedproxy.registry import Component
+
 # Tiny matrices gain nothing from a second thread, and lose much where other processes want the core.
 torch.set_num_threads(1)
 
@@ -69,3 +71,20 @@ def make_batch():
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     return make
+
+
+def _families(cls=Component):
+    for child in cls.__subclasses__():
+        if "_members" in child.__dict__:
+            yield child
+        yield from _families(child)
+
+
+@pytest.fixture(autouse=True)
+def _registry_as_it_was():
+    """Forget components that a test registered."""
+    before = {family: dict(family._members) for family in _families()}
+    yield
+    for family, members in before.items():
+        family._members.clear()
+        family._members.update(members)
