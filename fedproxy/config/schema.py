@@ -120,8 +120,8 @@ class FederationConfig:
     rounds: int = 10
     clients_per_round: int | str = "all"
     """How many clients are drawn each round, or ``all``."""
-    space: Literal["factors"] = "factors"
-    """Coordinates that are merged: LoRA's A and B."""
+    space: Literal["factors", "product"] = "factors"
+    """What is merged: LoRA's A and B as they are, or the products s B A, exactly, re-factored to the same rank."""
 
     def __post_init__(self) -> None:
         _require("federation.rounds", self.rounds, self.rounds >= 0, "at least 0")

@@ -16,7 +16,8 @@ from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
-from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
+from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
@@ -38,6 +39,8 @@ class Federation:
     lora_scaling: float | None
     """alpha / r of the state's LoRA pairs; None where the state holds none."""
     seed: int
+    space: str = "factors"
+    """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
 
     @property
     def clients_in_round(self) -> int:
@@ -86,7 +89,7 @@ class Federation:
         updates.sort(key=lambda update: update.client_id)
         trained = time.perf_counter()
         context = RoundContext(number, self.seed, before.state, self.lora_scaling or 1.0)
-        merged = self.aggregator.aggregate(updates, before.aggregator_memory, context)
+        merged = self._aggregate(updates, before.aggregator_memory, context)
         state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
         clients = [update.client_id for update in updates]
         examples = [update.num_examples for update in updates]
@@ -106,6 +109,13 @@ class Federation:
         return Progress(
             number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
         )
+
+    def _aggregate(
+        self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext
+    ) -> Aggregation:
+        if self.space == "product":
+            return aggregate_products(self.aggregator, updates, memory, context)
+        return self.aggregator.aggregate(updates, memory, context)
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
         if self.lora_scaling is None or len(updates) < 2:

@@ -135,6 +135,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         send_conflict=config.regularizer.needs_conflict,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
+        space=config.federation.space,
     )
     left = config.federation.rounds - progress.round
     loggers = round_loggers(config.loggers, run.folder.root)

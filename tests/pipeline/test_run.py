@@ -219,3 +219,16 @@ def test_strong_conflict_regularizer_holds_disputed_coordinates_back(run_tiny):
     assert len(high) > 100
     assert len(low) > 100
     assert high.mean() < 0.5 * low.mean()
+
+
+@pytest.mark.parametrize(
+    ("rule", "space"), [("fedavg", "product"), ("flexlora", "product"), ("ffa_lora", "factors"), ("median", "product")]
+)
+def test_lora_rules_run_in_their_space(run_tiny, rule, space):
+    report, folder = run_tiny(
+        f"aggregator.name={rule}", f"federation.space={space}", "regularizer.name=none", "evaluation.models=[]"
+    )
+    assert len(report.rounds) == 2
+    state = load_file(folder / "checkpoints/round_0002/state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
