@@ -56,8 +56,8 @@ class Bar:
     def __init__(self, progress: Progress, task: Any) -> None:
         self._progress, self._task = progress, task
 
-    def step(self, label: str) -> None:
-        """One part is done; the bar now shows ``label``."""
+    def step(self, label: str | None = None) -> None:
+        """One part is done; the bar now shows ``label``, if there is one."""
         self._progress.update(self._task, advance=1, description=label)
 
     def set(self, done: int, total: int) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import catalog
+from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError, FedProxyError
-from fedproxy.evaluation.harness import check_tasks
+from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
 from fedproxy.models import LayerMap
 from fedproxy.modules.trainer import check_trainer_options
@@ -49,6 +49,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     display = display or Display()
     check_trainer_options(config.trainer)
     check_components(config)
+    fetch_assets(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
@@ -74,6 +75,18 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
+
+
+def fetch_assets(config: RunConfig) -> None:
+    """Bring every asset that the recipe names into the cache, so that the rest of the run needs no network.
+
+    Raises:
+        AssetError: If an asset is unknown or cannot be fetched.
+    """
+    for name in missing_assets([*config.data.tasks, *config.evaluation_tasks]):
+        fetch(name)
+    for path in (config.target.path, config.compression.calibration.path):
+        resolve(path)
 
 
 def check_components(config: RunConfig) -> None:

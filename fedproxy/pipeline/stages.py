@@ -1,7 +1,7 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +19,13 @@ from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, save_model
 from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
-from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
+from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -67,7 +68,8 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
     batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
-    scores = config.compression.score(Decoder.of(target), batches)
+    with run.display.bar("reading calibration text", len(batches)) as bar:
+        scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     kept = len(layer_map.proxy_to_target)
     run.display.say(f"compressed: {kept} of {len(Decoder.of(target))} blocks kept ({config.compression.name})")
@@ -216,6 +218,13 @@ def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints
                 f"the checkpoint in {checkpoints.folder} has no tensor {name} of shape {tuple(parameter.shape)}; "
                 f"start again with overwrite=true"
             )
+
+
+def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
+    """Pass batches on and move the bar with each."""
+    for batch in batches:
+        yield batch
+        bar.step()
 
 
 def _limit(model: PreTrainedModel, wanted: int) -> int:

@@ -232,3 +232,36 @@ def test_lora_rules_run_in_their_space(run_tiny, rule, space):
     state = load_file(folder / "checkpoints/round_0002/state.safetensors")
     assert all(tensor.isfinite().all() for tensor in state.values())
     assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
+
+
+def test_distillation_brings_the_proxy_nearer_and_delta_still_leaves_the_target(run_tiny):
+    distil = ("distillation.steps=30", "distillation.rows=32", "distillation.lr=0.001", "federation.rounds=0")
+    _, plain = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    _, folder = run_tiny(*distil, "fusion.mode=delta", "evaluation.models=[]")
+    target = load_model(resolve("asset:tiny-llama"))
+    ids = load_tokenizer(resolve("asset:tiny-llama"))("The sky is blue and grass is green.", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        wanted = target(ids).logits.log_softmax(-1)
+        kl = [
+            float((wanted.exp() * (wanted - load_model(run / "proxy")(ids).logits.log_softmax(-1))).sum(-1).mean())
+            for run in (plain, folder)
+        ]
+    assert kl[1] < 0.8 * kl[0]
+    assert state_sha256(load_model(folder / "fused")) == state_sha256(target)
+
+
+def test_loggers_get_every_round(run_tiny):
+    _, folder = run_tiny("loggers=[csv,tensorboard]", "evaluation.models=[]")
+    header, *lines = (folder / "logs/csv/metrics.csv").read_text().splitlines()
+    assert len(lines) == 2
+    assert {"round/train_loss", "round/conflict_mean", "weights/tiny_sums"} <= set(header.split(","))
+    assert list((folder / "logs/tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_missing_assets_are_fetched_before_anything_else(run_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPROXY_CACHE", str(tmp_path / "cache"))
+    report, _ = run_tiny("federation.rounds=0", "evaluation.models=[target]", "evaluation.limit=2")
+    assert report.run.status == "completed"
+    assert {path.name for path in (tmp_path / "cache").iterdir()} >= {"tiny-llama", "tiny-qa", "tiny-calibration"}
