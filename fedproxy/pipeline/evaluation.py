@@ -1,6 +1,6 @@
 """Scores of target, proxy, tuned proxy and fused model; each is kept on disk as soon as it is known."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from fedproxy.pipeline.stages import Run, TunedProxy
 from fedproxy.plain_json import write_json
 from fedproxy.reporting.samples import save_evaluation
 
-Scores = dict[str, dict[str, dict[str, float]]]
+Scores = dict[str, dict[str, float]]
 
 
-def evaluate(run: Run, tuned: TunedProxy, rounds: int) -> Scores:
-    """Score the models that the recipe lists, in its order; results of an earlier session are reused.
+def evaluate(run: Run, tuned: TunedProxy, rounds: int) -> Iterator[tuple[str, Scores]]:
+    """Score the models that the recipe lists, one after another; results of an earlier session are reused.
 
-    Returns:
-        Model to task to metric to value, without means.
+    Yields:
+        Model, and its scores: task to metric to value, without means.
     """
     _, tokenizer = run.target()
     models: Mapping[str, Callable[[], PreTrainedModel]] = {
@@ -30,14 +30,12 @@ def evaluate(run: Run, tuned: TunedProxy, rounds: int) -> Scores:
         "proxy_tuned": tuned.model,
         "fused": lambda: load_model(run.folder.fused, dtype=run.config.target.dtype),
     }
-    scores: Scores = {}
     for name in run.config.evaluation.models:
         settings = evaluation_settings(run.config, rounds if name in ("proxy_tuned", "fused") else 0)
         kept = read_json(scores_file(run.folder, name))
         if kept is None or kept["settings"] != settings:
             kept = _score(run, name, models[name](), tokenizer, settings)
-        scores[name] = kept["scores"]
-    return scores
+        yield name, kept["scores"]
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:

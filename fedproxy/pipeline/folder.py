@@ -44,7 +44,7 @@ class RunFolder:
                 what to do about it.
             CheckpointError: If it cannot be written.
         """
-        if self.config.is_file():
+        if self.config.is_file() and self.server.is_dir():
             self._claim_existing(config)
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
             raise ConfigError(f"output_dir {self.root} holds files that are no run; choose another output_dir")

@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.data.rows import Row
-from fedproxy.errors import ConfigError, FedProxyError
+from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
 from fedproxy.models import LayerMap
@@ -64,9 +65,11 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         compress(current, clients)
         model, progress = federate(current, clients)
         tuned = fuse(current, model, progress.round)
-        scores = evaluate(current, tuned, progress.round)
+        for name, score in evaluate(current, tuned, progress.round):
+            scores[name] = score
     except BaseException as error:
-        _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
+        with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
+            _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(RESUME_HINT) from None
         raise

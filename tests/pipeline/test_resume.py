@@ -74,6 +74,7 @@ def test_a_folder_with_a_run_is_refused_unless_told_what_to_do(run_tiny):
 
 def test_foreign_files_are_never_deleted(run_tiny, tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
+    (tmp_path / "config.yaml").write_text("mine: true")
     for way in ("overwrite=true", "resume=auto"):
         with pytest.raises(ConfigError, match="holds files that are no run; choose another output_dir"):
             run_tiny(way, folder=tmp_path)
