@@ -66,7 +66,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         model, progress = federate(current, clients)
         tuned = fuse(current, model, progress.round)
         for name, score in evaluate(current, tuned, progress.round):
-            scores[name] = score
+            scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
     except BaseException as error:
         with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
             _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
