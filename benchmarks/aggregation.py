@@ -23,8 +23,8 @@ from fedproxy.strategies.aggregators import Aggregator
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import flower_rules, mergekit_rule, peft_rules
 
-TENSOR = 40_960
-"""Coordinates of a LoRA factor in the benchmark: rank 10 at 4096 inputs."""
+TENSOR = 131_072
+"""Coordinates of a tensor in the benchmark: a LoRA factor of rank 32 at 4096 inputs, as in the paper's runs."""
 
 
 def make_updates(clients, size):
@@ -136,7 +136,10 @@ def compare(clients, size, rounds, clock):
             extra[name] = max(extra[name], resident("VmHWM") - before)
             del result
     unit = best["plain weighted sum"]
-    print(f"{clients} clients x {size / 1e6:g} M float32, {torch.get_num_threads()} threads, {clock.__name__}")
+    print(
+        f"{clients} clients x {size / 1e6:g} M float32 in tensors of {TENSOR}, "
+        f"{torch.get_num_threads()} threads, {clock.__name__}"
+    )
     print(f"{'':28}{'seconds':>9}{'x plain':>9}{'x floor':>9}{'extra memory / inputs':>24}")
     for name, seconds in best.items():
         floor = seconds / best["read inputs once"]

@@ -105,6 +105,17 @@ def test_file_backed_updates_give_the_same_bits(name, tmp_path):
     assert one.diagnostics == other.diagnostics
 
 
+@pytest.mark.parametrize("name", MERGING)
+def test_leaving_out_the_figures_changes_no_bit_and_still_checks(name):
+    updates, context = make_updates(), make_context()
+    rule = Aggregator.by_name(name)()
+    bare = rule.aggregate(updates, None, context, figures=False)
+    assert_same(bare.delta, rule.aggregate(updates, None, context).delta)
+    updates[2].delta["norm"][7] = float("nan")
+    with pytest.raises(ClientError, match="client 'c2': tensor 'norm' must be finite"):
+        rule.aggregate(updates, None, context, figures=False)
+
+
 @pytest.mark.parametrize("name", [n for n in MERGING if Aggregator.by_name(n).homogeneous])
 def test_four_times_the_updates_give_four_times_the_result(name):
     one, four = aggregate(name, make_updates()), aggregate(name, make_updates(factor=4.0))

@@ -98,7 +98,8 @@ class Surveyor:
     def _take_in(self, name: str, start: int, values: Tensor) -> None:
         clients, count = values.shape
         wide = self._doubles.take(clients, count).copy_(values)
-        self._grams[name] += wide @ wide.T
+        gram = self._grams[name]
+        torch.addmm(gram, wide, wide.T, out=gram)
         signs = torch.sign(values, out=self._signs.take(clients, count))
         lead = (self._ones @ signs).abs_()
         conflict = torch.mul(lead, -1.0 / clients).add_(1.0)
