@@ -1,11 +1,12 @@
 """One client's work in one round: start from the broadcast state, tune on its own rows, send back the change."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
@@ -30,6 +31,8 @@ class Job:
     max_grad_norm: float | None
     regularizer: Mapping[str, Any]
     """Name and options of the client-side term."""
+    frozen: Sequence[str] = ()
+    """Tensors of the state that rest in this round."""
 
 
 class LocalClient:
@@ -61,6 +64,8 @@ class LocalClient:
         started = time.perf_counter()
         job = Job(**broadcast.job)
         self.model.load_state(broadcast.state)
+        parameters = self.model.parameters()
+        trained = {name: parameter for name, parameter in parameters.items() if name not in job.frozen}
         loader = ExampleLoader(
             self.examples[client_id],
             job.batch_size,
@@ -71,7 +76,7 @@ class LocalClient:
             self.model.model,
             lr=job.lr,
             weight_decay=job.weight_decay,
-            parameters=self.model.parameters(),
+            parameters=trained,
             regularizer=_regularizer(job.regularizer),
             anchor=broadcast.state,
             conflict=broadcast.conflict,
@@ -79,7 +84,8 @@ class LocalClient:
         trainer = make_trainer(
             self.trainer, max_epochs=job.epochs, accumulate=job.accumulate, max_grad_norm=job.max_grad_norm
         )
-        fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
+        with _resting(parameters[name] for name in job.frozen):
+            fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
         return ClientUpdate(
             client_id,
             _difference(self.model.state(), broadcast.state),
@@ -89,6 +95,18 @@ class LocalClient:
             regularizer_loss=module.regularizer_loss,
             seconds=time.perf_counter() - started,
         )
+
+
+@contextmanager
+def _resting(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    resting = list(parameters)
+    for parameter in resting:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in resting:
+            parameter.requires_grad_(True)
 
 
 def _difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

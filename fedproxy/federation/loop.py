@@ -81,7 +81,8 @@ class Federation:
         number = before.round + 1
         chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number)
         conflict = before.conflict if self.send_conflict and before.conflict else None
-        broadcast = Broadcast(number, before.state, conflict, self.job)
+        resting = [name for name in before.state if not self.aggregator.trains(name, number)]
+        broadcast = Broadcast(number, before.state, conflict, {**self.job, "frozen": resting})
         updates: list[ClientUpdate] = []
         for update in engine.run(broadcast, chosen):
             on_client(number, update)

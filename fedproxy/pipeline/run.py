@@ -112,10 +112,22 @@ def check_components(config: RunConfig) -> None:
             f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
             "choose a rule that merges, or data.partition.name=pooled"
         )
-    if config.regularizer.keeps_client_memory or config.regularizer.keeps_shared_memory:
+    _refuse_what_the_loop_lacks(config)
+
+
+def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
+    """Refuse rules that are exact by themselves but need more from the round loop than it gives."""
+    rule, term = config.aggregator, config.regularizer
+    if rule.moves_base or not rule.shares("module.lora_B.weight"):
+        what = "changes the frozen weights" if rule.moves_base else "leaves B with each client"
         raise ConfigError(
-            f"regularizer.name: {config.regularizer.name!r} needs memory of every client between rounds, which the "
-            "round loop does not keep yet; choose none, proximal or conflict"
+            f"aggregator.name: {rule.name!r} {what}, which the round loop does not support; "
+            "choose flexlora or federation.space=product for exact products, ffa_lora for one shared factor"
+        )
+    if term.keeps_client_memory or term.keeps_shared_memory:
+        raise ConfigError(
+            f"regularizer.name: {term.name!r} needs memory of every client between rounds, which the round loop does "
+            "not keep; choose none, proximal or conflict"
         )
 
 

@@ -46,6 +46,8 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),
         ("aggregator.name=none", ConfigError, r"aggregator.name: 'none' keeps one state per client"),
         ("regularizer.name=scaffold", ConfigError, r"regularizer.name: 'scaffold' needs memory of every client"),
+        ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' (changes the frozen weights|is defined in product)"),
+        ("aggregator.name=fedsa_lora", ConfigError, r"aggregator.name: 'fedsa_lora' leaves B with each client"),
         ("aggregator.name=fisher", ConfigError, r"aggregator.name: 'fisher' needs clients that send 'fisher'"),
     ],
 )

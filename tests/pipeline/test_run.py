@@ -234,6 +234,15 @@ def test_lora_rules_run_in_their_space(run_tiny, rule, space):
     assert any(tensor.any() for name, tensor in state.items() if "lora_B" in name)
 
 
+def test_ffa_lora_trains_b_alone_and_its_mean_of_factors_is_exact(run_tiny):
+    report, folder = run_tiny("aggregator.name=ffa_lora", "regularizer.name=proximal", "evaluation.models=[]")
+    _, untuned = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    start, end = (load_file(run / "adapter/adapter_model.safetensors") for run in (untuned, folder))
+    assert all(torch.equal(start[name], end[name]) for name in start if "lora_A" in name)
+    assert not any(torch.equal(start[name], end[name]) for name in start if "lora_B" in name)
+    assert [line.factor_mean_error for line in report.rounds] == pytest.approx([0, 0], abs=1e-7)
+
+
 def test_distillation_brings_the_proxy_nearer_and_delta_still_leaves_the_target(run_tiny):
     distil = ("distillation.steps=30", "distillation.rows=32", "distillation.lr=0.001", "federation.rounds=0")
     _, plain = run_tiny("federation.rounds=0", "evaluation.models=[]")

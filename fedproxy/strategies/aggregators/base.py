@@ -102,6 +102,8 @@ class Aggregator(Component, family="aggregator"):
     """Updates c times as large give a result c times as large."""
     keeps_single: ClassVar[bool] = True
     """A single client's update is returned as it is."""
+    moves_base: ClassVar[bool] = False
+    """Part of the result goes into every party's frozen weights (:attr:`Aggregation.base_change`)."""
     needs_extras: ClassVar[tuple[str, ...]] = ()
     """Groups that every update must carry in ``extras``."""
     reference: ClassVar[str] = ""

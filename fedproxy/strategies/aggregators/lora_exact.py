@@ -107,6 +107,7 @@ class FedExLora(ExactLoraAggregator, name="fedex_lora"):
     """
 
     reference: ClassVar[str] = "Singhal et al. 2025, arXiv 2410.09432, Eqs 10-12"
+    moves_base: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
         """Average the factors and keep what that misses."""
@@ -126,6 +127,7 @@ class Flora(ExactLoraAggregator, name="flora"):
     """
 
     reference: ClassVar[str] = "Wang et al. 2024, arXiv 2409.05976, Eq 3"
+    moves_base: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
