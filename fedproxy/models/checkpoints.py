@@ -31,7 +31,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-    _refuse_other_kinds(path)
+    check_model(path)
     try:
         with without_bars():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -48,7 +48,14 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     return frozen
 
 
-def _refuse_other_kinds(path: str | Path) -> None:
+def check_model(path: str | Path) -> None:
+    """Check, from its configuration alone, that there is a decoder-only causal LM at ``path``.
+
+    Raises:
+        ModelError: If there is none.
+    """
+    if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
+        raise ModelError(f"{path} is no folder; give an asset, a from_pretrained folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:

@@ -15,13 +15,13 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
-from fedproxy.models import LayerMap
-from fedproxy.modules.trainer import check_trainer_options
+from fedproxy.models import LayerMap, check_model
+from fedproxy.modules.trainer import make_trainer
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.stages import Run, compress, federate, fuse
+from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
@@ -48,8 +48,8 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
             ``failed`` and why, and all finished rounds stay.
     """
     display = display or Display()
-    check_trainer_options(config.trainer)
     check_components(config)
+    make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
@@ -85,11 +85,12 @@ def fetch_assets(config: RunConfig) -> None:
 
     Raises:
         AssetError: If an asset is unknown or cannot be fetched.
+        ModelError: If the target is no decoder-only causal LM.
     """
     for name in missing_assets([*config.data.tasks, *config.evaluation_tasks]):
         fetch(name)
-    for path in (config.target.path, config.compression.calibration.path):
-        resolve(path)
+    check_model(resolve(config.target.path) or config.target.path)
+    resolve(config.compression.calibration.path)
 
 
 def check_components(config: RunConfig) -> None:
@@ -118,6 +119,12 @@ def check_components(config: RunConfig) -> None:
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
     """Refuse rules that are exact by themselves but need more from the round loop than it gives."""
     rule, term = config.aggregator, config.regularizer
+    devices = config.trainer.get("devices", "auto")
+    if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigError(
+            f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
+            "a client of the engine in_process trains on one device"
+        )
     if rule.moves_base or not rule.shares("module.lora_B.weight"):
         what = "changes the frozen weights" if rule.moves_base else "leaves B with each client"
         raise ConfigError(

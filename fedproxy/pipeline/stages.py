@@ -59,6 +59,12 @@ class Run:
         return self._target
 
 
+def one_device(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return Trainer options in which ``devices: auto`` is one device, whatever the machine has."""
+    devices = trainer.get("devices", "auto")
+    return {**trainer, "devices": 1 if devices == "auto" else devices}
+
+
 def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     """Stage (i): write ``proxy/`` and, last, the server's layer map."""
     if run.folder.layer_map.is_file():
@@ -105,7 +111,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
         batches,
         settings=settings,
         layer_map=layer_map,
-        trainer=run.config.trainer,
+        trainer=one_device(run.config.trainer),
         generator=generator(run.config.seed, "distillation"),
     )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
@@ -125,7 +131,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
     examples = _tokenised(clients, tokenizer, config)
 
     def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=config.trainer)
+        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer))
 
     engine = config.engine.start(make_client)
     federation = Federation(

@@ -116,7 +116,7 @@ def test_checkpoints_of_other_kinds_are_refused_in_one_line(tmp_path, make_model
     ).save_pretrained(tmp_path / "t5")
     with pytest.raises(ModelError, match=r"t5 is an encoder-decoder model \(t5\)"):
         load_model(tmp_path / "t5")
-    with pytest.raises(ModelError, match="nowhere is no model"):
+    with pytest.raises(ModelError, match="nowhere is no folder"):
         load_model(tmp_path / "nowhere")
 
 
