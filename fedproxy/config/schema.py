@@ -29,6 +29,7 @@ class TargetConfig:
     path: str
     """``asset:NAME``, a ``from_pretrained`` folder or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of target, proxy and fused model; adapters and fusion compute in float32."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class DataConfig:
     files: dict[str, str] = field(default_factory=dict)
     """Further sources, name to file, folder or hub id: rows with a prompt and a target column."""
     prompt_column: str = "prompt"
+    """Column of data.files that the model is given."""
     target_column: str = "target"
+    """Column of data.files that it should answer."""
     rows_per_task: int | None = None
     """Rows sampled per source before the partition; null takes all."""
     max_input_tokens: int = 256
@@ -68,12 +71,17 @@ class DistillationConfig:
     rows: int = 1000
     """Rows of compression.calibration.path to distil on."""
     batch_size: int = 16
+    """Texts per step."""
     lr: float = 1e-4
+    """Learning rate of AdamW, constant."""
     temperature: float = 1.0
+    """Softens the distributions of both models."""
     kl_weight: float = 1.0
+    """Weight of KL(target || proxy) over next tokens."""
     hidden_weight: float = 0.0
+    """Weight of the distance between kept blocks' hidden states, RMS-normalised."""
     cache_teacher: bool = False
-    """Keep the teacher's outputs for further epochs (see docs for its size)."""
+    """Keep the target's hidden states in memory, so that further epochs need not run it."""
 
     def __post_init__(self) -> None:
         for key, low in (("steps", 0), ("rows", 1), ("batch_size", 1)):
@@ -95,12 +103,15 @@ class ClientConfig:
     """Local training of one client in one round; the optimiser is a fresh AdamW with a constant learning rate."""
 
     lr: float = 5e-5
+    """Learning rate."""
     batch_size: int = 16
+    """Rows per batch."""
     accumulate: int = 1
     """Batches per optimiser step."""
     epochs: int = 1
     """Passes over the client's rows per round."""
     weight_decay: float = 0.0
+    """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
 
@@ -118,6 +129,7 @@ class FederationConfig:
     """The round loop."""
 
     rounds: int = 10
+    """Rounds; 0 fuses the untuned proxy."""
     clients_per_round: int | str = "all"
     """How many clients are drawn each round, or ``all``."""
     space: Literal["factors", "product"] = "factors"
@@ -138,9 +150,11 @@ class EvaluationConfig:
     tasks: list[str] | None = None
     """lm-eval tasks; null takes data.tasks."""
     models: list[str] = field(default_factory=lambda: list(MODELS))
+    """Which models are scored: target, proxy, proxy_tuned, fused."""
     limit: int | None = None
     """Score the first ``limit`` documents of each task; null scores all."""
     num_fewshot: int = 0
+    """Solved examples before each question, from the train split."""
     batch_tokens: int = 4096
     """Tokens per forward pass, padding included."""
     seed: int = 1234
@@ -162,10 +176,13 @@ class RunConfig:
     target: TargetConfig
     data: DataConfig
     recipe: str = "custom"
+    """Name of the recipe that was read."""
     method: str = "custom"
     """A label for reports; nothing branches on it."""
     seed: int = 42
+    """Seed of every random draw of the run, few-shot examples excepted."""
     output_dir: str = "runs/${recipe}"
+    """Folder of the run."""
     resume: Literal["auto", "never"] = "never"
     """``auto`` goes on from the last whole checkpoint of output_dir."""
     overwrite: bool = False

@@ -81,6 +81,7 @@ class Iid(Partition, name="iid"):
     """Equal random shares: the paper's homogeneous setting."""
 
     clients: int = 4
+    """Number of clients."""
 
     def __post_init__(self) -> None:
         self.require("clients", self.clients >= 1, "at least 1")
@@ -101,6 +102,7 @@ class DirichletSkew(Partition, name="dirichlet"):
     """Shares of each category drawn from Dir(alpha): smaller alpha, more skew (Hsu et al. 2019, arXiv 1909.06335)."""
 
     clients: int = 4
+    """Number of clients."""
     alpha: float = 0.5
     """Concentration; 0.1 is strong skew, 100 is nearly IID."""
     by: Literal["label", "length", "source"] = "label"
