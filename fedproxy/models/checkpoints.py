@@ -156,5 +156,16 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
+    """Hold a model on ``device`` for the length of the context, then bring it back."""
+    home = model.device
+    model.to(device)
+    try:
+        yield model
+    finally:
+        model.to(home)
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
-from fedproxy.models import load_model
+from fedproxy.models import load_model, placed
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.stages import Run, TunedProxy
 from fedproxy.plain_json import write_json
@@ -54,7 +54,7 @@ def _score(
     run: Run, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> dict[str, Any]:
     evaluation = run.config.evaluation
-    with run.display.counter(f"evaluating {name}") as advance:
+    with run.display.counter(f"evaluating {name}") as advance, placed(model, run.device):
         result: EvaluationResult = evaluate_model(
             model,
             tokenizer,

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,7 +17,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
-from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, save_model
+from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
@@ -51,6 +52,12 @@ class Run:
         """Keep a finished stage's wall time."""
         self.note(seconds={**self.facts["seconds"], stage: seconds})
 
+    @property
+    def device(self) -> torch.device:
+        """Where forward passes outside of training run: on the accelerator, unless the trainer stays on the CPU."""
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if found is None or self.config.trainer.get("accelerator") == "cpu" else found
+
     def target(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Return the target and its tokenizer, loaded when first asked for."""
         if self._target is None:
@@ -74,7 +81,7 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
     batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
-    with run.display.bar("reading calibration text", len(batches)) as bar:
+    with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     kept = len(layer_map.proxy_to_target)
@@ -105,15 +112,16 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
     limit = _limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
-    loss = fit(
-        proxy,
-        target,
-        batches,
-        settings=settings,
-        layer_map=layer_map,
-        trainer=one_device(run.config.trainer),
-        generator=generator(run.config.seed, "distillation"),
-    )
+    with placed(target, run.device):
+        loss = fit(
+            proxy,
+            target,
+            batches,
+            settings=settings,
+            layer_map=layer_map,
+            trainer=one_device(run.config.trainer),
+            generator=generator(run.config.seed, "distillation"),
+        )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
