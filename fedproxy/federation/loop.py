@@ -99,7 +99,7 @@ class Federation:
             "clients": clients,
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
-            **{name: _by_client(value, clients) for name, value in merged.diagnostics.items()},
+            **merged.diagnostics,
             "factor_mean_error": self._factor_error(before.state, updates),
             "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(updates),
@@ -125,11 +125,6 @@ class Federation:
         weights = [update.num_examples / total for update in updates]
         states = [{name: state[name] + update.delta[name] for name in state} for update in updates]
         return factor_mean_error(states, weights, self.lora_scaling)
-
-
-def _by_client(value: Any, clients: Sequence[str]) -> Any:
-    """Return per-client figures as a list in the order of the record's clients."""
-    return [value.get(client) for client in clients] if isinstance(value, Mapping) else value
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

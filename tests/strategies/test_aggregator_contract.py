@@ -181,7 +181,7 @@ def test_figures_are_those_of_the_report(name):
     known = {"heterogeneity", "weights", "retention", "conflict_mean", "cosine", "sign_agreement", "kept_density"}
     result = aggregate(name, make_updates())
     assert set(result.diagnostics) <= known | {"update_norms"}
-    assert list(result.diagnostics["update_norms"]) == [f"c{k}" for k in range(CLIENTS)]
+    assert len(result.diagnostics["update_norms"]) == CLIENTS
     assert result.conflict is not None
     assert {n: t.shape for n, t in result.conflict.items()} == {n: torch.Size(s) for n, s in SHAPES.items()}
 

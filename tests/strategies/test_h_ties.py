@@ -47,13 +47,13 @@ def test_figures_of_orthogonal_and_parallel_clients():
     # c0 = c1 (cosine 1), c2 orthogonal: sums of |S| are 1, 1, 0; h = 1 - 1/2, 1 - 1/2, 1
     result = aggregate([1.0, 0.0], [2.0, 0.0], [0.0, 1.0], r0=0.9, delta=0.4)
     e = math.e
-    assert list(result.diagnostics["weights"].values()) == pytest.approx(
+    assert result.diagnostics["weights"] == pytest.approx(
         [e / (2 * e + 1), e / (2 * e + 1), 1 / (2 * e + 1)]
     )
-    assert result.diagnostics["heterogeneity"] == {"c0": 0.5, "c1": 0.5, "c2": 1.0}
-    assert result.diagnostics["retention"] == pytest.approx({"c0": 0.9, "c1": 0.9, "c2": 0.5})
+    assert result.diagnostics["heterogeneity"] == [0.5, 0.5, 1.0]
+    assert result.diagnostics["retention"] == pytest.approx([0.9, 0.9, 0.5])
     assert result.diagnostics["cosine"] == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
-    assert result.diagnostics["update_norms"] == {"c0": 1.0, "c1": 2.0, "c2": 1.0}
+    assert result.diagnostics["update_norms"] == [1.0, 2.0, 1.0]
 
 
 def test_absolute_similarity_favours_an_opposing_client_and_positive_does_not():
@@ -79,7 +79,7 @@ def test_parallel_clients_all_keep_r0():
     # the span of h is rounding noise, below 1e-12, so nobody is trimmed more
     base = torch.linspace(-1, 1, 999)
     result = aggregate(base.tolist(), (3 * base).tolist(), (0.7 * base).tolist(), r0=0.8, delta=0.5)
-    assert set(result.diagnostics["retention"].values()) == {0.8}
+    assert set(result.diagnostics["retention"]) == {0.8}
 
 
 def test_retention_is_clipped_and_falls_with_heterogeneity():
@@ -109,9 +109,9 @@ def test_one_client_returns_itself():
     result = aggregate([1.0, 0.0, -2.0], r0=0.5, delta=0.5)
     assert result.delta["w"].tolist() == [1.0, 0.0, -2.0]
     assert result.conflict["w"].tolist() == [0.0, 0.0, 0.0]
-    assert result.diagnostics["weights"] == {"c0": 1.0}
-    assert result.diagnostics["retention"] == {"c0": 1.0}
-    assert result.diagnostics["heterogeneity"] == {"c0": 0.0}
+    assert result.diagnostics["weights"] == [1.0]
+    assert result.diagnostics["retention"] == [1.0]
+    assert result.diagnostics["heterogeneity"] == [0.0]
 
 
 @pytest.mark.parametrize(

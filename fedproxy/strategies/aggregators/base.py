@@ -28,8 +28,7 @@ class Aggregation:
     delta: Tensors
     """Change of the shared state, in the updates' shapes and dtypes."""
     diagnostics: dict[str, Any] = field(default_factory=dict)
-    """Round figures of the report; figures per client are mappings from client_id, ``cosine`` is a list of rows in
-    sorted client order."""
+    """Round figures of the report; figures per client are lists in sorted client order, ``cosine`` a list of rows."""
     conflict: Tensors | None = None
     """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
     memory: Memory = field(default_factory=dict)
@@ -205,9 +204,9 @@ class Aggregator(Component, family="aggregator"):
         if surveyor is None:
             return Aggregation(sink.tensors(), memory=plan.memory)
         survey = surveyor.survey()
-        rows = {**diagnose(cohort.ids, survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
+        rows = {**diagnose(survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
         if plan.weights is not None:
-            rows["weights"] = dict(zip(cohort.ids, plan.weights.tolist(), strict=True))
+            rows["weights"] = plan.weights.tolist()
         return Aggregation(sink.tensors(), rows, survey.conflict, plan.memory)
 
     @property
@@ -227,18 +226,17 @@ def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | N
     return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
 
 
-def diagnose(ids: Sequence[str], gram: Tensor, merged: Sink) -> dict[str, Any]:
+def diagnose(gram: Tensor, merged: Sink) -> dict[str, Any]:
     """Return the round figures that every rule gives.
 
     Args:
-        ids: Clients, sorted.
         gram: float64 (clients, clients), inner products of whole updates.
         merged: What the merged update was written into.
     """
     cosine = cosine_matrix(gram)
     return {
-        "heterogeneity": dict(zip(ids, heterogeneity(cosine).tolist(), strict=True)),
+        "heterogeneity": heterogeneity(cosine).tolist(),
         "cosine": cosine.tolist(),
         "kept_density": merged.nonzero / max(1, merged.size),
-        "update_norms": dict(zip(ids, gram.diagonal().clamp(min=0.0).sqrt().tolist(), strict=True)),
+        "update_norms": gram.diagonal().clamp(min=0.0).sqrt().tolist(),
     }

@@ -60,7 +60,7 @@ class HTies(Aggregator, name="h_ties"):
         """Weights and retention from the Gram matrix, then exact cuts."""
         weights = affinity_weights(survey.cosine, similarity=self.similarity)
         if len(cohort) == 1:
-            return Plan(lambda block: block.values[0], weights, {"retention": {cohort.ids[0]: 1.0}})
+            return Plan(lambda block: block.values[0], weights, {"retention": [1.0]})
         kept = retention(heterogeneity(survey.cosine), r0=self.r0, delta=self.delta).tolist()
         trimmers = plan_trimming(cohort, kept, scope=self.trim_scope)
         factors, scratch = weights.float(), Scratch()
@@ -69,4 +69,4 @@ class HTies(Aggregator, name="h_ties"):
             scaled = trimmers[block.name].trim_(block.values).mul_(factors.unsqueeze(1))
             return ratio_vote_merge(scaled, factors, rho=self.rho, eps=self.eps, scratch=scratch)
 
-        return Plan(merge, weights, {"retention": dict(zip(cohort.ids, kept, strict=True))})
+        return Plan(merge, weights, {"retention": kept})

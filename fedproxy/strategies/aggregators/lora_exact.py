@@ -91,8 +91,8 @@ class ExactLoraAggregator(Aggregator):
         sink = loras.sink(delta)
         for name in loras.others:
             merge_tensor(cohort, name, mean, sink)
-        rows = diagnose(cohort.ids, loras.gram((context or RoundContext()).scaling), sink)
-        rows["weights"] = dict(zip(cohort.ids, weights.tolist(), strict=True))
+        rows = diagnose(loras.gram((context or RoundContext()).scaling), sink)
+        rows["weights"] = weights.tolist()
         if signs is None:
             return Aggregation(sink.tensors(), rows, base_change=base)
         return Aggregation(sink.tensors(), {**rows, **signs.sign_figures}, signs.conflict, base_change=base)

@@ -83,8 +83,8 @@ def _merge_by_coefficients(
     sink = loras.sink(delta)
     for name in loras.others:
         merge_tensor(cohort, name, mean, sink)
-    figures = diagnose(cohort.ids, gram, sink)
-    figures["weights"] = dict(zip(cohort.ids, coefficients, strict=True))
+    figures = diagnose(gram, sink)
+    figures["weights"] = coefficients
     return Aggregation(sink.tensors(), {**figures, **plan.diagnostics}, memory=plan.memory)
 
 
