@@ -47,9 +47,7 @@ def test_figures_of_orthogonal_and_parallel_clients():
     # c0 = c1 (cosine 1), c2 orthogonal: sums of |S| are 1, 1, 0; h = 1 - 1/2, 1 - 1/2, 1
     result = aggregate([1.0, 0.0], [2.0, 0.0], [0.0, 1.0], r0=0.9, delta=0.4)
     e = math.e
-    assert result.diagnostics["weights"] == pytest.approx(
-        [e / (2 * e + 1), e / (2 * e + 1), 1 / (2 * e + 1)]
-    )
+    assert result.diagnostics["weights"] == pytest.approx([e / (2 * e + 1), e / (2 * e + 1), 1 / (2 * e + 1)])
     assert result.diagnostics["heterogeneity"] == [0.5, 0.5, 1.0]
     assert result.diagnostics["retention"] == pytest.approx([0.9, 0.9, 0.5])
     assert result.diagnostics["cosine"] == [[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]]
