@@ -136,12 +136,12 @@ class ClientUpdate:
     """Answer tokens trained on."""
     train_loss: float | None = None
     """Mean task loss over the client's local steps (nats per answer token)."""
-    regularizer_loss: float | None = None
-    """Mean of the regularizer's term over the same steps."""
     seconds: float = 0.0
     """Wall time of local training."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
     """Further statistics that a rule asks for (control variates, Fisher, Gram), by group."""
+    regularizer_loss: float | None = None
+    """Mean of the regularizer's term over the steps of ``train_loss``."""
 
     def save(self, path: str | Path) -> None:
         """Write the update as one safetensors file."""

@@ -20,7 +20,7 @@ def assert_same(left, right):
 
 
 def test_update_survives_the_trip_and_stays_in_its_file(tmp_path):
-    sent = ClientUpdate("bank", STATE, 7, 70, 1.25, 0.5, 3.0, extras={"fisher": {"b": torch.tensor(2.0)}})
+    sent = ClientUpdate("bank", STATE, 7, 70, 1.25, 3.0, {"fisher": {"b": torch.tensor(2.0)}}, regularizer_loss=0.5)
     sent.save(tmp_path / "u.safetensors")
     got = ClientUpdate.load(tmp_path / "u.safetensors")
     assert (got.client_id, got.num_examples, got.num_tokens) == ("bank", 7, 70)

@@ -96,8 +96,12 @@ class Trainable(Component, ABC, family="trainable"):
         return None
 
     @abstractmethod
-    def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> TrainableModel:
+    def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> TrainableModel:
         """Freeze the proxy, add what is trained, initialise it from the generator, and return the handle to it.
+
+        Args:
+            proxy: The model; it is changed in place.
+            generator: CPU generator of the initial state; None is a fresh one of seed 0, the same for every caller.
 
         Raises:
             ConfigError: If the proxy lacks something that the options name.

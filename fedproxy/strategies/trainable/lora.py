@@ -69,7 +69,7 @@ class Lora(Trainable, name="lora"):
         """Scale alpha / r."""
         return self.alpha / self.r
 
-    def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> "LoraModel":
+    def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
         chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)
         adapted = self._check_modules(proxy)
@@ -88,7 +88,7 @@ class Lora(Trainable, name="lora"):
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(proxy, config, adapter_name=_ADAPTER)
         model = LoraModel(proxy, wrapped)
-        model.initialise(generator)
+        model.initialise(generator or torch.Generator().manual_seed(0))
         fuse(proxy, list(model.layers().values()), _ADAPTER)
         return model
 

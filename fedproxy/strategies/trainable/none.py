@@ -26,7 +26,7 @@ class FrozenModel(TrainableModel):
 class Nothing(Trainable, name="none"):
     """Trains nothing; for runs with federation.rounds = 0."""
 
-    def attach(self, proxy: PreTrainedModel, generator: torch.Generator) -> FrozenModel:
+    def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> FrozenModel:
         """Freeze the proxy."""
         proxy.requires_grad_(False)
         return FrozenModel(proxy, {})
