@@ -44,6 +44,8 @@ class DataConfig:
     """Column of data.files that the model is given."""
     target_column: str = "target"
     """Column of data.files that it should answer."""
+    label_column: str | None = None
+    """Column of data.files whose values ``partition: {name: dirichlet, by: label}`` skews; null for none."""
     rows_per_task: int | None = None
     """Rows sampled per source before the partition; null takes all."""
     max_input_tokens: int = 256

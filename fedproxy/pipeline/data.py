@@ -27,7 +27,7 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
     rows: list[Row] = []
     for task in config.tasks:
         rows += render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
-    columns = Columns(config.prompt_column, config.target_column)
+    columns = Columns(config.prompt_column, config.target_column, config.label_column)
     for name, path in config.files.items():
         own = read_rows(name, path, columns=columns)
         rows += _sample(own, config.rows_per_task, seed=seed, source=name)

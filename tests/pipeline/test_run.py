@@ -269,6 +269,25 @@ def test_loggers_get_every_round(run_tiny):
     assert list((folder / "logs/tensorboard").glob("events.out.tfevents.*"))
 
 
+def test_files_of_ones_own_are_split_by_a_column(run_tiny, tmp_path):
+    lines = [
+        {"ask": f"Question: {topic} {i}?\nAnswer:", "say": " one", "topic": topic}
+        for topic in ("sky", "sea")
+        for i in range(20)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    columns = ("data.prompt_column=ask", "data.target_column=say", "data.label_column=topic")
+    partition = ("data.partition.name=dirichlet", "data.partition.clients=2", "data.partition.alpha=0.5")
+    _, folder = run_tiny(
+        "data.tasks=[]", f"data.files.own={tmp_path / 'rows.jsonl'}", "data.rows_per_task=null", *columns, *partition,
+        "evaluation.tasks=[tiny_sums]", "federation.rounds=1", "evaluation.models=[]",
+    )  # fmt: skip
+    content = json.loads((folder / "partition.json").read_text())
+    assert sum(len(keys) for keys in content["clients"].values()) == 40
+    assert set(content["clients"]) == {"client_00", "client_01"}
+    assert content["heterogeneity"]["label"] > 0.05
+
+
 def test_missing_assets_are_fetched_before_anything_else(run_tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDPROXY_CACHE", str(tmp_path / "cache"))
     report, _ = run_tiny("federation.rounds=0", "evaluation.models=[target]", "evaluation.limit=2")
