@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedproxy.command import run_command
-from fedproxy.errors import ConfigError, nearest
+from fedproxy.errors import ConfigError
+from fedproxy.recipe_files import find_recipe, recipe_names, recipes_folder
 
 USAGE = """
 usage: python -m fedproxy.recipes ls | show NAME | cp NAME [FILE] | plan NAME [key=value ...]
@@ -20,39 +21,6 @@ examples:
   python -m fedproxy.recipes cp fedproxy_llama my_recipe.yaml
   python -m fedproxy.recipes plan paper/fedproxy_llama2_7b_heterogeneous trainable.r=16
 """
-
-_SHIPPED = Path(__file__).parent / "_recipes"
-_CHECKOUT = Path(__file__).parent.parent / "recipes"
-
-
-def recipes_folder() -> Path:
-    """Return the folder of shipped recipes: inside the installed package, or beside it in a checkout."""
-    return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
-
-
-def recipe_names() -> tuple[str, ...]:
-    """Return the names of all shipped recipes, e.g. ``paper/fedproxy_llama2_7b_homogeneous``."""
-    folder = recipes_folder()
-    return tuple(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")))
-
-
-def find_recipe(name: str) -> Path:
-    """Return the file of a recipe.
-
-    Args:
-        name: A shipped recipe's name, or the path of a ``.yaml`` file.
-
-    Raises:
-        ConfigError: If there is none; the message names the nearest.
-    """
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"recipe={name}: no such file; `python -m fedproxy.recipes ls` lists the shipped recipes")
-        return path.resolve()
-    if name not in recipe_names():
-        raise ConfigError(f"recipe={name}: unknown recipe{nearest(name, recipe_names())}")
-    return recipes_folder() / f"{name}.yaml"
 
 
 def main(arguments: Sequence[str]) -> None:

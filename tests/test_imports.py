@@ -20,7 +20,7 @@ ALLOWED = {
     "federation": (*STRATEGIES, "federation"),
     "evaluation": (*STRATEGIES, "evaluation"),
     "reporting": (*FOUNDATION, "reporting"),
-    "config": (*STRATEGIES, "federation", "config", "recipes"),
+    "config": (*STRATEGIES, "federation", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
 }
 

@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from fedproxy.config.schema import RunConfig
 from fedproxy.errors import ConfigError, nearest
-from fedproxy.recipes import find_recipe
+from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
 

@@ -7,7 +7,7 @@ import pytest
 from fedproxy.config import load_config, to_dict, to_yaml
 from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import check_trainer_options
-from fedproxy.recipes import recipe_names, recipes_folder
+from fedproxy.recipe_files import recipe_names, recipes_folder
 
 LLAMA = "recipe=fedproxy_llama"
 
