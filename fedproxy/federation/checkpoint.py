@@ -70,7 +70,7 @@ class CheckpointFolder:
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
             _flush([self.folder])
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk comes as either
             raise CheckpointError(
                 f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
             ) from error

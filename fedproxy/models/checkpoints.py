@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -110,7 +111,7 @@ def save_model(
         (part / "README.md").write_text(card)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
         shutil.rmtree(part, ignore_errors=True)
         raise CheckpointError(
             f"{folder} cannot be written: {error}; free disk space or choose another output_dir"

@@ -65,3 +65,18 @@ def test_a_truncated_file_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="is damaged"):
         folder.load_latest()
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    folder = CheckpointFolder(tmp_path)
+    folder.save(progress(1))
+
+    def full(*_):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fedproxy.federation.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match=r"round_0002 cannot be written: I/O error: No space left"):
+        folder.save(progress(2))
+    assert folder.rounds() == [1]

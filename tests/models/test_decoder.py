@@ -11,8 +11,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedproxy.errors import ModelError
-from fedproxy.models import Decoder, load_model, state_sha256
+from fedproxy.errors import CheckpointError, ModelError
+from fedproxy.models import Decoder, load_model, save_model, state_sha256
 from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 
 FAMILIES = ["llama", "qwen2", "gemma2", "granite", "cohere", "opt", "gpt2"]
@@ -137,3 +137,20 @@ def test_meta_models_can_be_planned_with():
         decoder = Decoder.of(AutoModelForCausalLM.from_config(config))
     assert len(decoder) == 4
     assert decoder.subset_config([0, 1]).num_hidden_layers == 2
+
+
+def test_a_full_disk_leaves_the_older_model_and_no_half_one(tmp_path, make_model, monkeypatch):
+    from safetensors import SafetensorError
+
+    (tmp_path / "proxy").mkdir()
+    (tmp_path / "proxy" / "README.md").write_text("older")
+    model = make_model("llama")
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", full)
+    with pytest.raises(CheckpointError, match=r"proxy cannot be written: I/O error: No space left"):
+        save_model(model, model, tmp_path / "proxy", card="")
+    assert [path.name for path in tmp_path.iterdir()] == ["proxy"]
+    assert (tmp_path / "proxy" / "README.md").read_text() == "older"
