@@ -25,7 +25,7 @@ class LinearAggregator(Aggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one weighted sum."""
         weights = self.weigh(cohort, survey)
-        return Plan(WeightedSum(weights), weights)
+        return Plan(WeightedSum(weights), weights, threaded=True)
 
 
 @dataclass(frozen=True)

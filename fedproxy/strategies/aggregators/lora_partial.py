@@ -43,7 +43,7 @@ class PartialAggregator(LinearAggregator):
         def merge(block: Block) -> Tensor:
             return mean(block) if self.trains(block.name, context.round) else block.values[0] * 0.0
 
-        return Plan(merge, weights)
+        return Plan(merge, weights, threaded=True)
 
 
 @dataclass(frozen=True)

@@ -146,4 +146,4 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
         def remember(sink: Sink) -> None:
             new_memory.update({name: tensor.float().clone() for name, tensor in sink.tensors().items()})
 
-        return Plan(merge, point[:clients], memory=new_memory, finish=remember)
+        return Plan(merge, point[:clients], memory=new_memory, finish=remember, threaded=True)
