@@ -34,7 +34,7 @@ class Block:
 
     @cached_property
     def values(self) -> Tensor:
-        """A copy of the rows, float32 (clients, n) or (clients, *shape), free to change; the next block overwrites it."""
+        """A copy of the rows, float32 (clients, n) or (clients, *shape), free to change until the next block."""
         first = self.rows[0]
         return torch.stack(tuple(self.rows), out=self.scratch.take(len(self.rows), *first.shape))
 
