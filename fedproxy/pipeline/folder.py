@@ -30,6 +30,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.server = self.root / "server"
         self.layer_map = self.server / "layer_map.json"
+        self.undistilled = self.server / "proxy_undistilled"
         self.proxy = self.root / "proxy"
         self.adapter = self.root / "adapter"
         self.fused = self.root / "fused"

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import resolve
+from fedproxy.data.assets import cache_root, resolve
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
@@ -88,6 +88,8 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     run.display.say(f"compressed: {describe(layer_map, depth)} ({config.compression.name})")
     compressed = time.perf_counter()
     if config.distillation.steps:
+        # Kept by the server, so that what distillation and what tuning changed can be told apart later.
+        save_model(proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True)
         distil(run, proxy, layer_map, clients)
     run.note(
         target_parameters=parameter_count(target),
@@ -130,6 +132,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
             layer_map=layer_map,
             trainer=one_device(run.config.trainer),
             generator=generator(run.config.seed, "distillation"),
+            cache=cache_root() / "teacher",
         )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
