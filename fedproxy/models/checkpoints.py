@@ -145,6 +145,21 @@ def state_sha256(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Check that every token of a tokenizer has a place in the model's vocabulary.
+
+    Raises:
+        ModelError: If one has not.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; "
+            "put the model's own tokenizer into its folder"
+        )
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Hold back transformers' progress bars, which flood a log with lines about a fraction of a second."""
@@ -159,8 +174,18 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Hold a model on ``device`` for the length of the context, then bring it back."""
+    """Hold a model on ``device`` for the length of the context, then bring it back.
+
+    A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
+    forward passes.
+    """
+    from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
+
     home = model.device
+    if home != device and not fits(model, device):
+        with streamed(model, device):
+            yield model
+        return
     model.to(device)
     try:
         yield model

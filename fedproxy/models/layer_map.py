@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError
+from fedproxy.plain_json import write_text
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class LayerMap:
         return tuple(sorted(own.values()))
 
     def save(self, path: str | Path) -> None:
-        """Write the map as JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        """Write the map as JSON, whole or not at all.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerMap":

@@ -36,6 +36,7 @@ class RunFolder:
         self.fused = self.root / "fused"
         self.evaluation = self.root / "evaluation"
         self.report = self.root / "report.json"
+        self.influence_plot = self.root / "block_influence.png"
 
     def open(self, config: RunConfig) -> None:
         """Claim the folder for a run and write ``config.yaml`` before any work.

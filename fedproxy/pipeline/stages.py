@@ -17,7 +17,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
-from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
+from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
@@ -62,7 +62,9 @@ class Run:
         """Return the target and its tokenizer, loaded when first asked for."""
         if self._target is None:
             path = resolve(self.config.target.path) or self.config.target.path
-            self._target = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
+            model, tokenizer = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
+            check_tokenizer(model, tokenizer, self.config.target.path)
+            self._target = model, tokenizer
         return self._target
 
 
@@ -80,7 +82,7 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     target, tokenizer = run.target()
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
-    batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
+    batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
@@ -121,7 +123,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     calibration = run.config.compression.calibration
     target, tokenizer = run.target()
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
-    limit = _limit(target, calibration.max_tokens)
+    limit = positions_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
         loss = fit(
@@ -254,7 +256,7 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
         bar.step()
 
 
-def _limit(model: PreTrainedModel, wanted: int) -> int:
+def positions_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
     return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 
