@@ -14,7 +14,7 @@ target and proxy where evaluation.models lists them. fit with resume=auto on the
 
 examples:
   python -m fedproxy.compress recipe=fedproxy_tiny output_dir=runs/tiny_proxy
-  python -m fedproxy.compress recipe=fedproxy_llama compression.name=angular evaluation.models=[] output_dir=runs/angular
+  python -m fedproxy.compress recipe=fedproxy_llama compression.name=angular evaluation.models=[] output_dir=runs/run
   python -m fedproxy.compress recipe=fedproxy_llama target.path=./my_llm compression.ratio=0.5 output_dir=runs/mine
   python -m fedproxy.compress recipe=fedproxy_llama compression.keep=[0,1,2,27,28,29] output_dir=runs/by_hand
 
