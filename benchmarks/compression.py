@@ -26,10 +26,10 @@ import torch
 from fedproxy.data.assets import resolve
 from fedproxy.data.sources import read_texts
 from fedproxy.models import Decoder, load_model, load_tokenizer
+from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.distillation import distil
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.pipeline.data import text_batches
-from fedproxy.pipeline.stages import positions_limit
 from fedproxy.reporting.provenance import hardware, versions
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.compression.block_influence import block_influence
@@ -38,7 +38,7 @@ COMPRESSORS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "block_influence": ("block_influence", {}),
     "block_influence, iterative": ("block_influence", {"iterative": True}),
     "angular": ("angular", {}),
-    "uniform": ("uniform", {}),
+    "uniform": ("uniform", {"first": 1, "last": 1}),
     "random": ("random", {}),
     "cluster": ("cluster", {}),
     "ffn_width": ("ffn_width", {}),

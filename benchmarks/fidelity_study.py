@@ -29,13 +29,12 @@ from fedproxy.data.assets.store import cache_root
 from fedproxy.data.sources import read_texts
 from fedproxy.evaluation.harness import evaluate_model, missing_assets
 from fedproxy.models import Decoder, load_model, load_tokenizer
-from fedproxy.models.decoder import parameter_count
+from fedproxy.models.decoder import parameter_count, positions_limit
 from fedproxy.modules.distillation import distil
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import text_batches
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.stages import positions_limit
 from fedproxy.plain_json import write_json, write_text
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression import Compressor
@@ -209,7 +208,7 @@ def write_tables(folder: Path) -> None:
                 seeds = [name for name in RULES if name == rule or (rule == "random" and name.startswith("random"))]
                 rows = [found[f"{name}_{count}{tail}"] for name in seeds if f"{name}_{count}{tail}" in found]
                 if rows:
-                    lines.append(line(f"{rule}{' (3 seeds)' if len(rows) > 1 else ''}{label}", rows))
+                    lines.append(line(f"{rule}{f' ({len(rows)} seeds)' if len(rows) > 1 else ''}{label}", rows))
         lines.append("")
     lines += fused_table(found)
     write_text(folder.with_suffix(".md"), "\n".join(lines).rstrip() + "\n")

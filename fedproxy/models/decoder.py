@@ -135,6 +135,11 @@ def disclosed_count(proxy: PreTrainedModel, layer_map: LayerMap) -> int:
     return parameter_count(proxy) - sum(parameter_count(block) for block in copies)
 
 
+def positions_limit(model: PreTrainedModel, wanted: int) -> int:
+    """Return the longest text that both the recipe and the model's positions allow."""
+    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
+
+
 @torch.no_grad()
 def set_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
     """Replace named parameters and buffers by new tensors, without touching the old ones (others may hold them)."""

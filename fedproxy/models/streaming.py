@@ -19,7 +19,8 @@ def fits(model: PreTrainedModel, device: torch.device) -> bool:
     if device.type != "cuda":
         return True
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(tensor.nbytes for tensor in model.parameters()) <= _SPARE * free
+    needed: int = sum(tensor.nbytes for tensor in model.parameters())
+    return needed <= int(_SPARE * free)
 
 
 @contextmanager

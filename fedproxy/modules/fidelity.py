@@ -57,7 +57,8 @@ def compare(target: PreTrainedModel, proxy: PreTrainedModel, batches: Iterable[M
             started = time.perf_counter()
             logits.append(_logits(model, batch)[predicts])
             seconds[which] += time.perf_counter() - started
-        for p, q, goal in zip(*(part.split(_CHUNK) for part in (*logits, following)), strict=True):
+        for start in range(0, len(following), _CHUNK):
+            p, q, goal = (part[start : start + _CHUNK] for part in (*logits, following))
             sums += _sums(p, q, goal.to(p.device)).cpu()
         tokens, real = tokens + len(following), real + int(mask.sum())
     if not tokens:

@@ -16,6 +16,8 @@ from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
 _TAIL_WORDS = 10
+CALIBRATION_BATCH = 16
+"""Texts per pass over calibration text."""
 
 
 def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
@@ -90,7 +92,7 @@ def _tail(text: str) -> tuple[str, ...]:
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, batch_size: int = 16
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, batch_size: int = CALIBRATION_BATCH
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts, cut long ones from the right, and pad them in batches of similar length.
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from fedproxy.data.rows import Row
 from fedproxy.models import Decoder, LayerMap, load_model, placed
+from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches
-from fedproxy.pipeline.stages import Run, positions_limit
+from fedproxy.pipeline.stages import Run
 from fedproxy.reporting import CompressionReport
 from fedproxy.reporting.block_plot import write_influence_plot
 from fedproxy.strategies.compression.block_influence import block_influence

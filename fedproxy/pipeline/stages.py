@@ -18,7 +18,7 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
-from fedproxy.models.decoder import disclosed_count, parameter_count, set_weights, share_weights
+from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
@@ -254,11 +254,6 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
     for batch in batches:
         yield batch
         bar.step()
-
-
-def positions_limit(model: PreTrainedModel, wanted: int) -> int:
-    """Return the longest text that both the recipe and the model's positions allow."""
-    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:

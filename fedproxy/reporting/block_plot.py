@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 from fedproxy.errors import CheckpointError
 from fedproxy.reporting.run_report import CompressionReport
@@ -37,7 +38,9 @@ def influence_png(found: CompressionReport) -> bytes:
     axes = figure.add_subplot()
     for is_kept, label in ((True, "kept"), (False, "removed")):
         blocks = [block for block in range(len(found.scores)) if (block in kept) is is_kept]
-        style = {"color": _KEPT} if is_kept else {"color": "white", "edgecolor": _REMOVED, "hatch": "////"}
+        style: dict[str, Any] = (
+            {"color": _KEPT} if is_kept else {"color": "white", "edgecolor": _REMOVED, "hatch": "////"}
+        )
         if blocks:
             axes.bar(blocks, [found.scores[block] or 0.0 for block in blocks], label=label, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

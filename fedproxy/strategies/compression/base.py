@@ -52,7 +52,11 @@ class Compressor(Component, family="compression"):
             ConfigError: If the options do not fit the target.
             ModelError: If the target cannot be compressed in this way.
         """
-        return decoder.subset_config(range(len(decoder)))
+        return decoder.subset_config(self.places(decoder))
+
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return a layer map's blocks of the same number and sharing as the proxy's, known without scores."""
+        return range(len(decoder))
 
     def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return what the selection needs to know of the target, float64 on the CPU, or None where it needs nothing."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,10 +30,10 @@ class Cluster(BlockRemoval, name="cluster"):
     share: bool = False
     """Repeat a cluster's centre at the places of its removed blocks, so that depth is kept."""
 
-    def outline(self, decoder: Decoder) -> Any:
-        """Return the configuration of a proxy of as many blocks as will be there."""
-        config = super().outline(decoder)
-        return decoder.subset_config(range(len(decoder))) if self.share else config
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return as many blocks as there will be centres, each repeated where it is shared."""
+        chosen = super().places(decoder)
+        return shared_by_nearest(chosen, len(decoder)) if self.share else chosen
 
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return the linear CKA between the outputs of all pairs of blocks, float64 (blocks, blocks)."""

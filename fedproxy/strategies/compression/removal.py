@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -33,10 +33,10 @@ class BlockRemoval(Compressor):
             ok = bool(self.keep) and ascending and self.keep[0] >= 0
             self.require("keep", ok, "ascending block indices from 0 without repeats")
 
-    def outline(self, decoder: Decoder) -> Any:
-        """Return the configuration of a proxy of as many blocks as will stay."""
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return as many blocks as will stay; those themselves where ``keep`` names them."""
         count = self.kept_count(decoder)
-        return decoder.subset_config(self.keep or range(count))
+        return self.keep or range(count)
 
     def kept_count(self, decoder: Decoder) -> int:
         """Return how many blocks stay.

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -30,10 +29,9 @@ class Uniform(BlockRemoval, name="uniform"):
         self.require("first", self.first >= 0, "at least 0")
         self.require("last", self.last >= 0, "at least 0")
 
-    def outline(self, decoder: Decoder) -> Any:
-        """Return the configuration of a proxy of as many blocks as will stay."""
-        self.select(decoder, None)
-        return super().outline(decoder)
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return the blocks that stay."""
+        return self.select(decoder, None)
 
     def choose(self, depth: int, count: int, scores: Tensor | None) -> Sequence[int]:
         """Return the protected blocks and the evenly spaced ones between them.
