@@ -60,6 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     path = resolve(options.target)
     target, tokenizer = load_model(path), load_tokenizer(path)
+    for parameter in target.parameters():
+        parameter.data = parameter.data.clone()  # weights that still lie in the file would count as the work's memory
     limit = positions_limit(target, LONG)
     texts = read_texts(options.calibration, options.rows, 0)
     batches = text_batches(texts, tokenizer, max_tokens=limit)

@@ -132,8 +132,13 @@ def _strip_origin(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     for path in folder.glob("*config.json"):
         fields: dict[str, Any] = json.loads(path.read_text())
-        kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
-        path.write_text(json.dumps(kept, indent=2) + "\n")
+        path.write_text(json.dumps(_without_origin(fields), indent=2) + "\n")
+
+
+def _without_origin(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without keys that tell where it comes from, those of configurations inside it included."""
+    kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
+    return {key: _without_origin(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def state_sha256(model: PreTrainedModel) -> str:
