@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import shutil
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,18 +16,21 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
-from fedproxy.models import LayerMap, check_model
+from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.trainer import make_trainer
+from fedproxy.pipeline.checks import check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
+from fedproxy.pipeline.fidelity import measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
+from fedproxy.pipeline.stages import Run, TunedProxy, compress, federate, fuse, one_device
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
     Cost,
     Exposure,
+    FidelityReport,
     RoundReport,
     RunInfo,
     RunReport,
@@ -51,6 +55,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     check_components(config)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
+    check_compression(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
@@ -77,6 +82,50 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     report.save(folder.root)
     _write_cards(current, report)
     current.note(finished=_goal(config))
+    return report
+
+
+def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:
+    """Make the proxy, measure its fidelity and return the report; :func:`run` with resume=auto goes on from there.
+
+    An error leaves nothing of a folder that was not there before.
+
+    Raises:
+        FedProxyError: If something that a user or a file causes ends it.
+    """
+    evaluation = config.evaluation
+    early = [name for name in evaluation.models if name in ("target", "proxy")]
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
+    make_trainer(one_device(config.trainer))
+    fetch_assets(config)
+    check_compression(config)
+    if early:
+        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+    folder = RunFolder(config.output_dir)
+    is_new = not folder.root.exists()
+    folder.open(config)
+    try:
+        return _compress_only(Run(config, folder, display or Display()))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        raise
+
+
+def _compress_only(current: Run) -> RunReport:
+    folder = current.folder
+    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
+    clients = _clients(current)
+    compress(current, clients)
+    measure_fidelity(current, clients)
+    scores: dict[str, Any] = {}
+    if current.config.evaluation.models:
+        proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
+        scores = dict(evaluate(current, TunedProxy(proxy, {}), rounds=0))
+    report = _report(current, scores, status="completed", error=None)
+    report.save(folder.root)
+    card = model_card("proxy", report.scores, parameters=report.cost.proxy_parameters)
+    write_text(folder.proxy / "README.md", card)
     return report
 
 
@@ -157,6 +206,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
+    disclosed = facts.get("disclosed_parameters", proxy)
     return RunReport(
         run=RunInfo(
             recipe=config.recipe,
@@ -179,10 +229,11 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             evaluation_seconds=evaluated,
             peak_memory_bytes=_peak_memory_bytes(),
         ),
-        exposure=Exposure.measure(named, proxy / target) if target and proxy else Exposure(),
+        exposure=Exposure.measure(named, disclosed / target) if target and disclosed else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),
+        fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
         notes=_notes(config),
     )
 

@@ -52,6 +52,7 @@ class View:
     repeat: Sequence[str]
     provenance: Table
     paired: Table | None
+    fidelity: Table | None = None
 
 
 def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
@@ -89,6 +90,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         repeat=_repeat(Path(folder)),
         provenance=_provenance(report),
         paired=paired_table(paired) if paired else None,
+        fidelity=_fidelity(report),
     )
 
 
@@ -194,6 +196,19 @@ def _cost(report: RunReport) -> Table:
         ("Peak memory", show.size(cost.peak_memory_bytes), "resident, one process"),
     ]
     return Table(["what", "amount", ""], [row for row in rows if row[1] != show.NONE])
+
+
+def _fidelity(report: RunReport) -> Table | None:
+    found = report.fidelity
+    if found is None:
+        return None
+    rows = [
+        ("KL(target || proxy), nats per token", "0", show.fixed(found.kl)),
+        ("perplexity", show.number(found.target_perplexity, 4), show.number(found.proxy_perplexity, 4)),
+        ("tokens per second", f"{found.target_tokens_per_second:.0f}", f"{found.proxy_tokens_per_second:.0f}"),
+        ("parameters", show.count(report.cost.target_parameters), show.count(report.cost.proxy_parameters)),
+    ]
+    return Table([f"on {found.tokens:,} held-out tokens", "target", "proxy"], rows)
 
 
 def _exposure(report: RunReport) -> list[str]:

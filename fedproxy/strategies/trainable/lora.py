@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.models import LayerMap
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 from fedproxy.strategies.trainable.fused_lora import fuse
 
@@ -42,7 +43,8 @@ class Lora(Trainable, name="lora"):
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers inside a block that get an adapter."""
     blocks: Any = "all"
-    """``all``, ``ends`` (the ``first`` and ``last`` ones), ``last``, or a list of block indices of the proxy."""
+    """``all``, ``ends`` (the ``first`` and ``last`` ones), ``last``, ``centres`` (of shared blocks, the one that fusion
+    plugs back), or a list of block indices of the proxy."""
     first: int = 2
     """Leading blocks of ``blocks: ends``."""
     last: int = 2
@@ -59,15 +61,20 @@ class Lora(Trainable, name="lora"):
         if not isinstance(self.blocks, str):
             indices = tuple(sorted(set(self.blocks))) if isinstance(self.blocks, list | tuple) else ()
             ok = bool(indices) and all(type(index) is int and index >= 0 for index in indices)
-            self.require("blocks", ok, "all, ends, last or a list of block indices")
+            self.require("blocks", ok, "all, ends, last, centres or a list of block indices")
             object.__setattr__(self, "blocks", indices)
         else:
-            self.require("blocks", self.blocks in {"all", "ends", "last"}, "all, ends, last or a list of block indices")
+            known = self.blocks in {"all", "ends", "last", "centres"}
+            self.require("blocks", known, "all, ends, last, centres or a list of block indices")
 
     @property
     def lora_scaling(self) -> float:
         """Scale alpha / r."""
         return self.alpha / self.r
+
+    def placed(self, layer_map: LayerMap) -> "Lora":
+        """Return the same options with ``centres`` spelt out as the block indices of this map."""
+        return replace(self, blocks=layer_map.centres) if self.blocks == "centres" else self
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
@@ -99,6 +106,8 @@ class Lora(Trainable, name="lora"):
             return sorted({*range(min(self.first, total)), *range(max(0, total - self.last), total)})
         if self.blocks == "last":
             return list(range(max(0, total - self.last), total))
+        if self.blocks == "centres":
+            raise ConfigError("trainable.blocks=centres needs the server's layer map; run the recipe with fedproxy.fit")
         beyond = [index for index in self.blocks if index >= total]
         if beyond:
             raise ConfigError(f"trainable.blocks names block {beyond[0]}, but the proxy has blocks 0 to {total - 1}")
