@@ -19,9 +19,10 @@ from fedproxy.models import LayerMap, check_model
 from fedproxy.modules.trainer import make_trainer
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import evaluate, scores_file
+from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
+from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.stages import Run, compress, federate, one_device
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
@@ -63,8 +64,9 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     try:
         clients = _clients(current)
         compress(current, clients)
+        check_vocabulary(current)
         model, progress = federate(current, clients)
-        tuned = fuse(current, model, progress.round)
+        tuned = fuse(current, model, progress, clients)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
     except BaseException as error:
@@ -108,11 +110,6 @@ def check_components(config: RunConfig) -> None:
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
     )
-    if not config.aggregator.aggregates and config.federation.rounds and clients > 1:
-        raise ConfigError(
-            f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
-            "choose a rule that merges, or data.partition.name=pooled"
-        )
     _refuse_what_the_loop_lacks(config)
 
 
@@ -183,7 +180,8 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),
-        notes=_notes(config),
+        notes=_notes(current),
+        client_scores=client_scores(current.folder, scores),
     )
 
 
@@ -192,8 +190,14 @@ def _write_cards(current: Run, report: RunReport) -> None:
     cost, folder = report.cost, current.folder
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
-    fused = model_card("fused", report.scores, method=method, parameters=cost.target_parameters, notes=report.notes)
-    write_text(folder.fused / "README.md", fused)
+    wrapper = current.config.fusion.adds_logits
+    for path in folder.fused_folders():
+        client = path.relative_to(folder.fused).name
+        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        card = model_card(
+            "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
+        )
+        write_text(path / "README.md", card)
 
 
 def _compression(current: Run) -> CompressionReport | None:
@@ -203,9 +207,14 @@ def _compression(current: Run) -> CompressionReport | None:
     return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
 
 
-def _notes(config: RunConfig) -> list[str]:
-    asset = catalog().get(config.target.path.removeprefix("asset:"))
-    return [] if asset is None else [f"The target is {asset.about}."]
+def _notes(current: Run) -> list[str]:
+    asset = catalog().get(current.config.target.path.removeprefix("asset:"))
+    notes = [] if asset is None else [f"The target is {asset.about}."]
+    if not current.config.aggregator.aggregates:
+        notes.append("No client was merged with another: scores are means over the clients' own models.")
+    for folder, fusion in current.facts.get("fusion", {}).items():
+        notes.append(f"Fusion of {folder}, chosen on public text without training: scale {fusion['scale']}.")
+    return notes
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

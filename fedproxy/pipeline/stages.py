@@ -18,11 +18,12 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
-from fedproxy.models.decoder import parameter_count, set_weights, share_weights
+from fedproxy.models.decoder import parameter_count
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.tuned import final_states, first_progress
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -80,7 +81,7 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     target, tokenizer = run.target()
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
-    batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
+    batches = text_batches(texts, tokenizer, max_tokens=text_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
@@ -110,7 +111,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     calibration = run.config.compression.calibration
     target, tokenizer = run.target()
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
-    limit = _limit(target, calibration.max_tokens)
+    limit = text_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
         loss = fit(
@@ -126,13 +127,14 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
 
 
 def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy in its final state."""
+    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it."""
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
     model = config.trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or Progress(0, model.state())
-    _check_state(progress.state, model, checkpoints)
+    progress = checkpoints.load_latest() or first_progress(config, model, clients)
+    for state in final_states(config, progress, clients).values():
+        _check_state(state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
     run.note(trainable_parameters=model.num_parameters)
@@ -173,44 +175,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
-    model.load_state(progress.state)
     return model, progress
-
-
-@dataclass
-class TunedProxy:
-    """The proxy after federation, taken apart: weights as broadcast, and those that tuning changed."""
-
-    proxy: PreTrainedModel
-    """The plain proxy as broadcast."""
-    merged: dict[str, Tensor]
-    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
-
-    def model(self) -> PreTrainedModel:
-        """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
-        tuned = share_weights(self.proxy)
-        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
-        return tuned
-
-
-def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
-    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy."""
-    started = time.perf_counter()
-    done = run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir()
-    if not done:
-        model.save_adapter(run.folder.adapter)
-    merged = dict(model.merged_weights())
-    tuned = TunedProxy(model.detach(), merged)
-    if done:
-        return tuned
-    target, tokenizer = run.target()
-    before = tuned.proxy.state_dict()
-    fused = run.config.fusion.fuse(target, before, {**before, **merged}, LayerMap.load(run.folder.layer_map))
-    card = model_card("fused", {}, method=run.config.method, parameters=run.facts["target_parameters"])
-    save_model(fused, tokenizer, run.folder.fused, card=card)
-    run.note(fused_after_round=rounds)
-    run.note_seconds("fusion", time.perf_counter() - started)
-    return tuned
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
@@ -241,7 +206,7 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
         bar.step()
 
 
-def _limit(model: PreTrainedModel, wanted: int) -> int:
+def text_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
     return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 

@@ -1,8 +1,9 @@
 """The family of fusion operators."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -13,14 +14,30 @@ from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.registry import Component
 
 Weights = Mapping[str, Tensor]
+Judge = Callable[[PreTrainedModel], float]
+"""Gives a model's mean negative log-likelihood on public text, nats per token: lower is better."""
 
 
 @dataclass(frozen=True)
 class Fusion(Component, family="fusion"):
     """Builds the fused model from the target and the proxy before and after federated tuning.
 
-    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`fuse`.
+    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`join`.
     """
+
+    adds_logits: ClassVar[bool] = False
+    """The fused model adds logits of target and proxy, so that both must have one vocabulary."""
+
+    @property
+    def judged_texts(self) -> int:
+        """How many public texts :meth:`settle` needs to judge models on; 0 where nothing is left open."""
+        return 0
+
+    def settle(
+        self, target: PreTrainedModel, before: PreTrainedModel, after: Weights, layer_map: LayerMap, judge: Judge
+    ) -> Self:
+        """Return this operator with every option fixed that is chosen on public text; itself where none is."""
+        return self
 
     @abstractmethod
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -59,7 +76,17 @@ class Fusion(Component, family="fusion"):
                 f"fusion: the target's weights ({found[:12]}...) are not those that were compressed "
                 f"({layer_map.target_sha256[:12]}...); give the target of that run or compress this one"
             )
-        moved = dict(self._moved(target, _weights(before), _weights(after), layer_map))
+        return self.join(target, before, after, layer_map)
+
+    def join(
+        self,
+        target: PreTrainedModel,
+        before: PreTrainedModel | Weights,
+        after: PreTrainedModel | Weights,
+        layer_map: LayerMap,
+    ) -> PreTrainedModel:
+        """Return the fused model of inputs that :meth:`fuse` has checked."""
+        moved = dict(self._moved(target, state_of(before), state_of(after), layer_map))
         fused = share_weights(target)
         set_weights(fused, moved)
         return fused
@@ -82,5 +109,11 @@ class Fusion(Component, family="fusion"):
                 yield goal, value.to(weight.dtype)
 
 
-def _weights(model: PreTrainedModel | Weights) -> Weights:
+def has_moved(before: Tensor, after: Tensor) -> bool:
+    """Return whether two weights are more than two views of one tensor."""
+    return before.data_ptr() != after.data_ptr()
+
+
+def state_of(model: PreTrainedModel | Weights) -> Weights:
+    """Return a model's state dict, or the state dict itself."""
     return model.state_dict() if isinstance(model, PreTrainedModel) else model
