@@ -243,7 +243,7 @@ def _config(target: PreTrainedModel, alpha: float) -> LogitOffsetConfig:
 
 def _place(model: PreTrainedModel, role: str, folder: Path) -> str:
     origin: str = model.name_or_path
-    if not origin:
+    if origin in ("", "None"):  # what transformers notes for a model that was built in memory
         model.save_pretrained(folder / role)
         return f"./{role}"
     if not Path(origin).is_dir():
