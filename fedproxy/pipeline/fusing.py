@@ -36,7 +36,8 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
         for client, state in states.items():
             model.load_state(state)
             model.save_adapter(run.folder.adapter / client)
-    tuned = TunedProxies(model.detach(), config.trainable, states, seed=config.seed)
+    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    tuned = TunedProxies(model.detach(), trainable, states, seed=config.seed)
     if done:
         return tuned
     for client in states:

@@ -88,8 +88,8 @@ def plan(arguments: Sequence[str]) -> Plan:
         target = AutoModelForCausalLM.from_config(target_config(config))
         decoder = Decoder.of(target)
         depth = len(decoder)
-        kept = len(config.compression.select(depth, torch.arange(depth, device="cpu", dtype=torch.float64)))
-        proxy = AutoModelForCausalLM.from_config(decoder.subset_config(range(kept)))
+        proxy = AutoModelForCausalLM.from_config(config.compression.outline(decoder))
+        kept = len(Decoder.of(proxy))
     totals = parameter_count(target), parameter_count(proxy)
     trainable = config.trainable.attach(proxy, generator(config.seed)).num_parameters
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))

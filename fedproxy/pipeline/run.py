@@ -154,6 +154,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
+    disclosed = facts.get("disclosed_parameters", proxy)
     return RunReport(
         run=RunInfo(
             recipe=config.recipe,
@@ -176,7 +177,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             evaluation_seconds=evaluated,
             peak_memory_bytes=_peak_memory_bytes(),
         ),
-        exposure=Exposure.measure(named, proxy / target) if target and proxy else Exposure(),
+        exposure=Exposure.measure(named, disclosed / target) if target and disclosed else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),

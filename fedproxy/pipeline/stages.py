@@ -18,7 +18,7 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
-from fedproxy.models.decoder import parameter_count
+from fedproxy.models.decoder import disclosed_count, parameter_count
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
@@ -85,22 +85,31 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
-    kept = len(layer_map.proxy_to_target)
-    run.display.say(f"compressed: {kept} of {len(Decoder.of(target))} blocks kept ({config.compression.name})")
+    depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
+    run.display.say(f"compressed: {describe(layer_map, depth)} ({config.compression.name})")
     compressed = time.perf_counter()
     if config.distillation.steps:
         distil(run, proxy, layer_map, clients)
     run.note(
         target_parameters=parameter_count(target),
         proxy_parameters=parameter_count(proxy),
+        disclosed_parameters=disclosed_count(proxy, layer_map),
         target_sha256=layer_map.target_sha256,
-        block_scores=None if scores is None else scores.tolist(),
+        block_scores=None if shown is None else shown.tolist(),
     )
     run.note_seconds("compression", compressed - started)
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
     save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
     layer_map.save(run.folder.layer_map)
+
+
+def describe(layer_map: LayerMap, depth: int) -> str:
+    """Return in words what of a target of ``depth`` blocks is in the proxy."""
+    words = f"{len(layer_map.centres)} of {depth} blocks kept"
+    if len(layer_map.centres) < len(layer_map.proxy_to_target):
+        words += f", in {len(layer_map.proxy_to_target)} places"
+    return words if layer_map.neurons is None else f"{words}, {len(layer_map.neurons[0])} neurons in each"
 
 
 def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mapping[str, Sequence[Row]]) -> None:
@@ -130,7 +139,8 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
     """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it."""
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    model = config.trainable.attach(proxy, generator(config.seed, "trainable"))
+    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
     progress = checkpoints.load_latest() or first_progress(config, model, clients)
     for state in final_states(config, progress, clients).values():

@@ -1,7 +1,7 @@
 """The family of fusion operators."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.models.feed_forward import FeedForward
 from fedproxy.registry import Component
 
 Weights = Mapping[str, Tensor]
@@ -23,6 +24,8 @@ class Fusion(Component, family="fusion"):
     """Builds the fused model from the target and the proxy before and after federated tuning.
 
     A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`join`.
+    Of blocks that share one target block the centre's weights move (:attr:`LayerMap.centres`); of narrowed blocks the
+    neurons that are left, each back to its own place.
     """
 
     adds_logits: ClassVar[bool] = False
@@ -44,7 +47,7 @@ class Fusion(Component, family="fusion"):
         """Return a target weight's new value.
 
         Args:
-            target: The target's weight, float32.
+            target: The target's weight, float32; of a narrowed block, its part for the neurons that the proxy has.
             before: The proxy's weight before federated tuning, float32, same shape.
             after: The same after it, float32.
         """
@@ -68,8 +71,6 @@ class Fusion(Component, family="fusion"):
         Raises:
             ModelError: If the target is not the one that the map was made from, or a weight is missing or misshapen.
         """
-        if layer_map.neurons is not None:
-            raise ModelError(f"fusion.name={self.name} moves whole blocks, but this proxy's blocks lost neurons")
         found = state_sha256(target)
         if found != layer_map.target_sha256:
             raise ModelError(
@@ -96,17 +97,41 @@ class Fusion(Component, family="fusion"):
     ) -> Iterator[tuple[str, Tensor]]:
         decoder = Decoder.of(target)
         own = target.state_dict()
-        for new, old in enumerate(layer_map.proxy_to_target):
+        for new in layer_map.centres:
+            old = layer_map.proxy_to_target[new]
+            places = _Places.of(decoder, old, layer_map.neurons[new] if layer_map.neurons is not None else None)
             for name in decoder.weight_names(old):
                 source, goal = decoder.full_name(new, name), decoder.full_name(old, name)
                 weight = own[goal]
+                part = places.gather(name, weight)
                 for which, weights in (("before", before), ("after", after)):
-                    if source not in weights or weights[source].shape != weight.shape:
+                    if source not in weights or weights[source].shape != part.shape:
                         raise ModelError(
-                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(weight.shape)}"
+                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(part.shape)}"
                         )
-                value = self.combine(weight.float(), before[source].float(), after[source].float())
-                yield goal, value.to(weight.dtype)
+                value = self.combine(part.float(), before[source].float(), after[source].float())
+                yield goal, places.scatter(name, weight, value.to(weight.dtype))
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Which part of a target block's weights the proxy has: all of it, or some feed-forward neurons."""
+
+    layer: FeedForward | None
+    neurons: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, decoder: Decoder, block: int, neurons: Sequence[int] | None) -> "_Places":
+        if neurons is None:
+            return cls(None)
+        hidden = decoder.model.config.get_text_config().hidden_size
+        return cls(FeedForward.of(decoder.blocks[block], hidden), neurons)
+
+    def gather(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.layer is None else self.layer.gather(name, weight, self.neurons)
+
+    def scatter(self, name: str, weight: Tensor, part: Tensor) -> Tensor:
+        return part if self.layer is None else self.layer.scatter(name, weight, self.neurons, part)
 
 
 def has_moved(before: Tensor, after: Tensor) -> bool:

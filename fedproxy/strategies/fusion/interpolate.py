@@ -1,6 +1,6 @@
 """The clients' change, carried on to the blocks that compression removed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -39,8 +39,9 @@ class Interpolate(Fusion, name="interpolate"):
         if not self.strength:
             return
         decoder, own = Decoder.of(target), target.state_dict()
-        for index in sorted(set(range(len(decoder))) - set(layer_map.proxy_to_target)):
-            shares = neighbours(layer_map.proxy_to_target, index)
+        blocks = {layer_map.proxy_to_target[block]: block for block in layer_map.centres}
+        for index in sorted(set(range(len(decoder))) - set(blocks)):
+            shares = neighbours(blocks, index)
             for name in decoder.weight_names(index):
                 goal = decoder.full_name(index, name)
                 value = own[goal].float()
@@ -52,17 +53,16 @@ class Interpolate(Fusion, name="interpolate"):
                 yield goal, value.to(own[goal].dtype)
 
 
-def neighbours(kept: Sequence[int], index: int) -> list[tuple[int, float]]:
+def neighbours(blocks: Mapping[int, int], index: int) -> list[tuple[int, float]]:
     """Return the proxy blocks next to a removed place, with their shares, which add up to 1.
 
     Args:
-        kept: The target's index of every proxy block.
+        blocks: Kept place in the target to block of the proxy.
         index: A place of the target that is not kept.
     """
-    below = max(((place, block) for block, place in enumerate(kept) if place < index), default=None)
-    above = min(((place, block) for block, place in enumerate(kept) if place > index), default=None)
+    below = max((place for place in blocks if place < index), default=None)
+    above = min((place for place in blocks if place > index), default=None)
     if below is None or above is None:
-        nearest = below or above
-        return [] if nearest is None else [(nearest[1], 1.0)]
-    width = above[0] - below[0]
-    return [(below[1], (above[0] - index) / width), (above[1], (index - below[0]) / width)]
+        return [(blocks[place], 1.0) for place in (below, above) if place is not None]
+    width = above - below
+    return [(blocks[below], (above - index) / width), (blocks[above], (index - below) / width)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
+from fedproxy.models import LayerMap
 from fedproxy.registry import Component
 
 
@@ -94,6 +95,10 @@ class Trainable(Component, ABC, family="trainable"):
     def lora_scaling(self) -> float | None:
         """Scale alpha / r where the state holds LoRA pairs, else None."""
         return None
+
+    def placed(self, layer_map: LayerMap) -> "Trainable":
+        """Return these options with every choice that depends on the server's layer map spelt out as block indices."""
+        return self
 
     @abstractmethod
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> TrainableModel:

@@ -1,9 +1,10 @@
 """Which blocks of the proxy are trained: an option that several trainables share."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from fedproxy.errors import ConfigError
+from fedproxy.models import LayerMap
 from fedproxy.strategies.trainable.base import Trainable
 
 
@@ -29,6 +30,10 @@ class BlockwiseTrainable(Trainable):
         indices = tuple(sorted(set(self.blocks))) if isinstance(self.blocks, list | tuple) else ()
         self.require("blocks", bool(indices) and all(type(index) is int and index >= 0 for index in indices), rule)
         object.__setattr__(self, "blocks", indices)
+
+    def placed(self, layer_map: LayerMap) -> Self:
+        """Return the same options with ``centres`` spelt out as the block indices of this map."""
+        return replace(self, blocks=layer_map.centres) if self.blocks == "centres" else self
 
     def block_indices(self, total: int) -> list[int]:
         """Return the chosen blocks of a proxy of ``total`` blocks, ascending.
