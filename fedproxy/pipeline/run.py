@@ -110,7 +110,31 @@ def check_components(config: RunConfig) -> None:
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
     )
+    _check_trainable(config)
     _refuse_what_the_loop_lacks(config)
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """Refuse rounds and rules that ask more of what is trained than it gives."""
+    trained, rule, space = config.trainable, config.aggregator, config.federation.space
+    if not trained.trains and config.federation.rounds:
+        raise ConfigError(
+            f"trainable.name={trained.name} trains nothing in {config.federation.rounds} rounds; use "
+            "federation.rounds=0, or trainable.name=lora"
+        )
+    if trained.needs_float32 and config.target.dtype != "float32":
+        raise ConfigError(
+            f"trainable.name={trained.name} trains the proxy's own weights, and in {config.target.dtype} small steps "
+            "are lost; use target.dtype=float32 or trainable.name=lora"
+        )
+    if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
+        key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
+        raise ConfigError(f"{key} needs pairs of LoRA factors, and trainable.name={trained.name} has none; use lora")
+    if not rule.aggregates and space == "product":
+        raise ConfigError(
+            f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "
+            "use federation.space=factors"
+        )
 
 
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -62,6 +63,8 @@ class FullBlocks(BlockwiseTrainable, name="full"):
     size is lost in rounding.
     """
 
+    needs_float32: ClassVar[bool] = True
+
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> WeightsModel:
         """Freeze all but the chosen blocks."""
         return _train(proxy, _block_parameters(proxy, self.block_indices(len(Decoder.of(proxy)))), self.name)
@@ -73,6 +76,8 @@ class Biases(BlockwiseTrainable, name="bias"):
 
     Families whose blocks have no bias (Llama, Mistral, SmolLM2) cannot be trained so.
     """
+
+    needs_float32: ClassVar[bool] = True
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> WeightsModel:
         """Freeze all but the biases of the chosen blocks.
