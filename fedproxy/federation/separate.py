@@ -29,8 +29,8 @@ def spread(state: Tensors, clients: Iterable[str]) -> dict[str, Tensor]:
 
 def own(tensors: Tensors, client: str) -> dict[str, Tensor]:
     """Return one client's tensors under their plain names."""
-    # Names of tensors have no slash; a client's may.
-    return {key.rpartition("/")[2]: tensor for key, tensor in tensors.items() if key.rpartition("/")[0] == client}
+    # A client's name, which is also its folder's, has no slash; a tensor's may (an optimizer's "momentum/weight").
+    return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.partition("/")[0] == client}
 
 
 def separate_round(before: Progress, chosen: Sequence[str], one_round: OneRound, on_client: OnClient) -> Progress:
