@@ -1,6 +1,5 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,6 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     config, states = run.config, final_states(run.config, progress, clients)
     done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
     if not done:
-        shutil.rmtree(run.folder.fused, ignore_errors=True)
         for client, state in states.items():
             model.load_state(state)
             model.save_adapter(run.folder.adapter / client)
@@ -56,7 +54,7 @@ def plug_in(run: Run, tuned: TunedProxy, folder: Path, clients: Mapping[str, Seq
     if fusion.judged_texts:
         fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, clients))
         chosen = to_dict(fusion)
-        run.display.say(f"fusion chosen on public text: {chosen}")
+        run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
         run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
     fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
     parameters = run.facts["target_parameters"]

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedproxy.config import RunConfig, load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ModelError
-from fedproxy.models import Decoder
+from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.decoder import parameter_count
 from fedproxy.reporting.formatting import size
 from fedproxy.seeding import generator
+from fedproxy.strategies.compression.removal import BlockRemoval
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _STATE_BYTES = 4  # adapters, conflict and optimiser moments are float32
@@ -91,7 +92,8 @@ def plan(arguments: Sequence[str]) -> Plan:
         proxy = AutoModelForCausalLM.from_config(config.compression.outline(decoder))
         kept = len(Decoder.of(proxy))
     totals = parameter_count(target), parameter_count(proxy)
-    trainable = config.trainable.attach(proxy, generator(config.seed)).num_parameters
+        trained = config.trainable.placed(_map_of_that_size(config, decoder, kept))
+    trainable = trained.attach(proxy, generator(config.seed)).num_parameters
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
     drawn = config.federation.clients_per_round
     return Plan(
@@ -103,6 +105,13 @@ def plan(arguments: Sequence[str]) -> Plan:
         clients_in_round=clients if drawn == "all" else int(drawn),
         sends_conflict=config.regularizer.needs_conflict,
     )
+
+
+def _map_of_that_size(config: RunConfig, decoder: Decoder, blocks: int) -> LayerMap:
+    """Return a map with as many places and centres as compression will give; which they are changes no count."""
+    removal = config.compression
+    centres = removal.kept_count(decoder) if isinstance(removal, BlockRemoval) else blocks
+    return LayerMap(tuple(min(index, centres - 1) for index in range(blocks)), "")
 
 
 def target_config(config: RunConfig) -> Any:

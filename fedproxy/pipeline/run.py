@@ -238,7 +238,7 @@ def _notes(current: Run) -> list[str]:
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
     for folder, fusion in current.facts.get("fusion", {}).items():
-        notes.append(f"Fusion of {folder}, chosen on public text without training: scale {fusion['scale']}.")
+        notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
     return notes
 
 

@@ -12,6 +12,7 @@ from fedproxy.config import load_config, to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.run import check_components, run
 from fedproxy.recipe_files import recipe_names
 
@@ -30,6 +31,15 @@ TABLE = {
     "no_h_ties": ("block_influence", "lora", "all", "conflict", "fedavg", "plug_in", "by_task"),
     "random_blocks": ("random", "lora", "all", "conflict", "h_ties", "plug_in", "by_task"),
     "no_plug_in": ("block_influence", "lora", "all", "conflict", "h_ties", "none", "by_task"),
+}
+# LoRA of rank 32 on one 7B block: q, k, v, o 4 * 32 * (4096 + 4096), gate, up, down 3 * 32 * (4096 + 11008)
+BLOCK_7B = 32 * (4 * 8192 + 3 * 15104)
+TRAINED_7B = {
+    ("all", "none"): 32 * BLOCK_7B,
+    ("all", "block_influence"): 16 * BLOCK_7B,
+    ("all", "random"): 16 * BLOCK_7B,
+    ("ends", "uniform"): 4 * BLOCK_7B,
+    ("centres", "cluster"): 16 * BLOCK_7B,
 }
 TINY = (
     "target.path=asset:tiny-llama", "data.tasks=[tiny_sums,tiny_places]", "data.rows_per_task=8",
@@ -84,6 +94,8 @@ def test_a_method_is_its_row_of_the_table_on_smollm2_and_at_paper_scale(name):
     assert components(paper) == TABLE[name]
     assert paper.method == name
     assert paper.compression.calibration.path == "tatsu-lab/alpaca"
+    if name != "zero_shot":
+        assert plan([f"recipe=paper/{large}"]).trainable_parameters == TRAINED_7B[TABLE[name][2], TABLE[name][0]]
     if config.compression.name != "none":
         assert config.compression.ratio == 0.27
         assert paper.compression.ratio == 0.5
