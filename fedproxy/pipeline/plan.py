@@ -92,7 +92,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         proxy = AutoModelForCausalLM.from_config(config.compression.outline(decoder))
         kept = len(Decoder.of(proxy))
     totals = parameter_count(target), parameter_count(proxy)
-        trained = config.trainable.placed(_map_of_that_size(config, decoder, kept))
+    trained = config.trainable.placed(_map_of_that_size(config, decoder, kept))
     trainable = trained.attach(proxy, generator(config.seed)).num_parameters
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
     drawn = config.federation.clients_per_round
