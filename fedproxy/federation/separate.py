@@ -23,8 +23,8 @@ _LISTS = ("clients", "update_norms")
 
 
 def spread(state: Tensors, clients: Iterable[str]) -> dict[str, Tensor]:
-    """Return a state that starts every client from the same tensors, which are not copied."""
-    return {f"{client}/{name}": tensor for client in sorted(clients) for name, tensor in state.items()}
+    """Return a state in which every client has its own copy of the same tensors."""
+    return {f"{client}/{name}": tensor.clone() for client in sorted(clients) for name, tensor in state.items()}
 
 
 def own(tensors: Tensors, client: str) -> dict[str, Tensor]:
