@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.sampling import sample_clients
+from fedproxy.federation.separate import separate_round
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
@@ -68,11 +69,23 @@ class Federation:
         """
         _write_journal(journal, progress.records)
         while progress.round < rounds:
-            progress = self._round(progress, engine, on_client)
+            advance = self._round if self.aggregator.aggregates else self._separate_round
+            progress = advance(progress, engine, on_client)
             checkpoints.save(progress)
             _append(journal, progress.records[-1])
             on_round(progress.records[-1])
         return progress
+
+    def _separate_round(
+        self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
+    ) -> Progress:
+        """Run a round in which no client's update meets another's."""
+        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=before.round + 1)
+
+        def one_round(client: str, own: Progress, note: Callable[[int, ClientUpdate], None]) -> Progress:
+            return replace(self, clients=[client], clients_per_round="all")._round(own, engine, note)
+
+        return separate_round(before, chosen, one_round, on_client)
 
     def _round(
         self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]

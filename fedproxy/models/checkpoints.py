@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
+from fedproxy.models.logit_offset import is_logit_offset, join_from
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """Load a causal language model, frozen and in evaluation mode.
 
     Args:
-        path: A ``from_pretrained`` folder or a hub id.
+        path: A ``from_pretrained`` folder, one that fusion by logit_offset wrote, or a hub id.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -32,6 +33,8 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if is_logit_offset(path):
+        return join_from(path, lambda part: load_model(part, dtype=dtype))
     check_model(path)
     try:
         with without_bars():

@@ -66,6 +66,11 @@ class Decoder:
         """Return the model-wide name of a block's weight."""
         return f"{self.prefix}.{index}.{name}"
 
+    def block_index(self, name: str) -> int | None:
+        """Return which block a weight's model-wide name lies in, or None if in none."""
+        rest = name.removeprefix(f"{self.prefix}.")
+        return None if rest == name else int(rest.partition(".")[0])
+
     def subset(self, kept: Sequence[int]) -> PreTrainedModel:
         """Build a model of the same class from the blocks ``kept``, in that order, with copied weights.
 

@@ -58,6 +58,12 @@ class RunFolder:
                 f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
             ) from error
 
+    def fused_folders(self) -> list[Path]:
+        """Return the folders of fused models: ``fused`` itself, or one for each client."""
+        if (self.fused / "config.json").is_file():
+            return [self.fused]
+        return sorted(path.parent for path in self.fused.glob("*/config.json"))
+
     def rounds(self) -> list[dict[str, Any]]:
         """Return the lines of rounds.jsonl."""
         return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.is_file() else []

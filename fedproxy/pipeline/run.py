@@ -21,10 +21,12 @@ from fedproxy.modules.trainer import make_trainer
 from fedproxy.pipeline.checks import check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import evaluate, scores_file
+from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.stages import Run, TunedProxy, compress, federate, fuse, one_device
+from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.stages import Run, compress, federate, one_device
+from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
@@ -68,8 +70,9 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     try:
         clients = _clients(current)
         compress(current, clients)
+        check_vocabulary(current)
         model, progress = federate(current, clients)
-        tuned = fuse(current, model, progress.round)
+        tuned = fuse(current, model, progress, clients)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
     except BaseException as error:
@@ -121,7 +124,8 @@ def _compress_only(current: Run) -> RunReport:
     scores: dict[str, Any] = {}
     if current.config.evaluation.models:
         proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
-        scores = dict(evaluate(current, TunedProxy(proxy, {}), rounds=0))
+        untuned = TunedProxies(proxy, current.config.trainable, {}, seed=current.config.seed)
+        scores = dict(evaluate(current, untuned, rounds=0))
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
     card = model_card("proxy", report.scores, parameters=report.cost.proxy_parameters)
@@ -157,12 +161,31 @@ def check_components(config: RunConfig) -> None:
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
     )
-    if not config.aggregator.aggregates and config.federation.rounds and clients > 1:
-        raise ConfigError(
-            f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
-            "choose a rule that merges, or data.partition.name=pooled"
-        )
+    _check_trainable(config)
     _refuse_what_the_loop_lacks(config)
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """Refuse rounds and rules that ask more of what is trained than it gives."""
+    trained, rule, space = config.trainable, config.aggregator, config.federation.space
+    if not trained.trains and config.federation.rounds:
+        raise ConfigError(
+            f"trainable.name={trained.name} trains nothing in {config.federation.rounds} rounds; use "
+            "federation.rounds=0, or trainable.name=lora"
+        )
+    if trained.needs_float32 and config.target.dtype != "float32":
+        raise ConfigError(
+            f"trainable.name={trained.name} trains the proxy's own weights, and in {config.target.dtype} small steps "
+            "are lost; use target.dtype=float32 or trainable.name=lora"
+        )
+    if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
+        key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
+        raise ConfigError(f"{key} needs pairs of LoRA factors, and trainable.name={trained.name} has none; use lora")
+    if not rule.aggregates and space == "product":
+        raise ConfigError(
+            f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "
+            "use federation.space=factors"
+        )
 
 
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
@@ -234,7 +257,8 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),
         fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
-        notes=_notes(config),
+        notes=_notes(current),
+        client_scores=client_scores(current.folder, scores),
     )
 
 
@@ -243,8 +267,14 @@ def _write_cards(current: Run, report: RunReport) -> None:
     cost, folder = report.cost, current.folder
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
-    fused = model_card("fused", report.scores, method=method, parameters=cost.target_parameters, notes=report.notes)
-    write_text(folder.fused / "README.md", fused)
+    wrapper = current.config.fusion.adds_logits
+    for path in folder.fused_folders():
+        client = path.relative_to(folder.fused).name
+        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        card = model_card(
+            "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
+        )
+        write_text(path / "README.md", card)
 
 
 def _compression(current: Run) -> CompressionReport | None:
@@ -254,9 +284,14 @@ def _compression(current: Run) -> CompressionReport | None:
     return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
 
 
-def _notes(config: RunConfig) -> list[str]:
-    asset = catalog().get(config.target.path.removeprefix("asset:"))
-    return [] if asset is None else [f"The target is {asset.about}."]
+def _notes(current: Run) -> list[str]:
+    asset = catalog().get(current.config.target.path.removeprefix("asset:"))
+    notes = [] if asset is None else [f"The target is {asset.about}."]
+    if not current.config.aggregator.aggregates:
+        notes.append("No client was merged with another: scores are means over the clients' own models.")
+    for folder, fusion in current.facts.get("fusion", {}).items():
+        notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
+    return notes
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

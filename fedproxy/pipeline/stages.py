@@ -18,11 +18,12 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
-from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit, set_weights, share_weights
+from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.tuned import final_states, first_progress
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -140,14 +141,15 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
 
 
 def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy in its final state."""
+    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it."""
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or Progress(0, model.state())
-    _check_state(progress.state, model, checkpoints)
+    progress = checkpoints.load_latest() or first_progress(config, model, clients)
+    for state in final_states(config, progress, clients).values():
+        _check_state(state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
     run.note(trainable_parameters=model.num_parameters)
@@ -188,44 +190,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
-    model.load_state(progress.state)
     return model, progress
-
-
-@dataclass
-class TunedProxy:
-    """The proxy after federation, taken apart: weights as broadcast, and those that tuning changed."""
-
-    proxy: PreTrainedModel
-    """The plain proxy as broadcast."""
-    merged: dict[str, Tensor]
-    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
-
-    def model(self) -> PreTrainedModel:
-        """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
-        tuned = share_weights(self.proxy)
-        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
-        return tuned
-
-
-def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
-    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy."""
-    started = time.perf_counter()
-    done = run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir()
-    if not done:
-        model.save_adapter(run.folder.adapter)
-    merged = dict(model.merged_weights())
-    tuned = TunedProxy(model.detach(), merged)
-    if done:
-        return tuned
-    target, tokenizer = run.target()
-    before = tuned.proxy.state_dict()
-    fused = run.config.fusion.fuse(target, before, {**before, **merged}, LayerMap.load(run.folder.layer_map))
-    card = model_card("fused", {}, method=run.config.method, parameters=run.facts["target_parameters"])
-    save_model(fused, tokenizer, run.folder.fused, card=card)
-    run.note(fused_after_round=rounds)
-    run.note_seconds("fusion", time.perf_counter() - started)
-    return tuned
 
 
 def _job(config: RunConfig) -> dict[str, Any]:

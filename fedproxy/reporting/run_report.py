@@ -163,11 +163,14 @@ class RunReport:
     """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
+    client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(default_factory=dict)
+    """Where clients are never merged: client to ``scores`` of its own models, whose means ``scores`` has; left out
+    where empty."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "fidelity", "notes"):
+        for key in ("compression", "fidelity", "notes", "client_scores"):
             if not data[key]:
                 del data[key]
         return data

@@ -46,7 +46,6 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("trainable.modules=[q_prj]", ConfigError, r"trainable.modules: .* 'q_prj'; did you mean 'q_proj'\?"),
         ("compression.calibration.path=missing.jsonl", DataError, r"missing.jsonl"),
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),
-        ("aggregator.name=none", ConfigError, r"aggregator.name: 'none' keeps one state per client"),
         ("regularizer.name=scaffold", ConfigError, r"regularizer.name: 'scaffold' needs memory of every client"),
         ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' (changes the frozen weights|is defined in product)"),
         ("aggregator.name=fedsa_lora", ConfigError, r"aggregator.name: 'fedsa_lora' leaves B with each client"),

@@ -1,8 +1,9 @@
 """The family of fusion operators."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,16 +15,32 @@ from fedproxy.models.feed_forward import FeedForward
 from fedproxy.registry import Component
 
 Weights = Mapping[str, Tensor]
+Judge = Callable[[PreTrainedModel], float]
+"""Gives a model's mean negative log-likelihood on public text, nats per token: lower is better."""
 
 
 @dataclass(frozen=True)
 class Fusion(Component, family="fusion"):
     """Builds the fused model from the target and the proxy before and after federated tuning.
 
-    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`fuse`.
+    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`join`.
     Of blocks that share one target block the centre's weights move (:attr:`LayerMap.centres`); of narrowed blocks the
     neurons that are left, each back to its own place.
     """
+
+    adds_logits: ClassVar[bool] = False
+    """The fused model adds logits of target and proxy, so that both must have one vocabulary."""
+
+    @property
+    def judged_texts(self) -> int:
+        """How many public texts :meth:`settle` needs to judge models on; 0 where nothing is left open."""
+        return 0
+
+    def settle(
+        self, target: PreTrainedModel, before: PreTrainedModel, after: Weights, layer_map: LayerMap, judge: Judge
+    ) -> Self:
+        """Return this operator with every option fixed that is chosen on public text; itself where none is."""
+        return self
 
     @abstractmethod
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
@@ -60,7 +77,17 @@ class Fusion(Component, family="fusion"):
                 f"fusion: the target's weights ({found[:12]}...) are not those that were compressed "
                 f"({layer_map.target_sha256[:12]}...); give the target of that run or compress this one"
             )
-        moved = dict(self._moved(target, _weights(before), _weights(after), layer_map))
+        return self.join(target, before, after, layer_map)
+
+    def join(
+        self,
+        target: PreTrainedModel,
+        before: PreTrainedModel | Weights,
+        after: PreTrainedModel | Weights,
+        layer_map: LayerMap,
+    ) -> PreTrainedModel:
+        """Return the fused model of inputs that :meth:`fuse` has checked."""
+        moved = dict(self._moved(target, state_of(before), state_of(after), layer_map))
         fused = share_weights(target)
         set_weights(fused, moved)
         return fused
@@ -107,5 +134,11 @@ class _Places:
         return part if self.layer is None else self.layer.scatter(name, weight, self.neurons, part)
 
 
-def _weights(model: PreTrainedModel | Weights) -> Weights:
+def has_moved(before: Tensor, after: Tensor) -> bool:
+    """Return whether two weights are more than two views of one tensor."""
+    return before.data_ptr() != after.data_ptr()
+
+
+def state_of(model: PreTrainedModel | Weights) -> Weights:
+    """Return a model's state dict, or the state dict itself."""
     return model.state_dict() if isinstance(model, PreTrainedModel) else model

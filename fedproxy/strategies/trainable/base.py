@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,11 @@ class TrainableModel(ABC):
 @dataclass(frozen=True)
 class Trainable(Component, ABC, family="trainable"):
     """Base of what clients train; a member's fields are its options."""
+
+    trains: ClassVar[bool] = True
+    """False for a member that trains nothing."""
+    needs_float32: ClassVar[bool] = False
+    """The proxy's own weights are trained, which in half precision would lose small steps."""
 
     @property
     def lora_scaling(self) -> float | None:

@@ -5,9 +5,8 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,8 +17,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError, nearest
-from fedproxy.models import LayerMap
-from fedproxy.strategies.trainable.base import Trainable, TrainableModel
+from fedproxy.strategies.trainable.base import TrainableModel
+from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
 from fedproxy.strategies.trainable.fused_lora import fuse
 
 _ADAPTER = "default"
@@ -27,7 +26,7 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Lora(Trainable, name="lora"):
+class Lora(BlockwiseTrainable, name="lora"):
     """LoRA (Hu et al. 2022, arXiv 2106.09685): W + (alpha / r) B A with A random, B zero at the start.
 
     A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) but from the given generator, so that all clients of a
@@ -42,43 +41,23 @@ class Lora(Trainable, name="lora"):
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers inside a block that get an adapter."""
-    blocks: Any = "all"
-    """``all``, ``ends`` (the ``first`` and ``last`` ones), ``last``, ``centres`` (of shared blocks, the one that fusion
-    plugs back), or a list of block indices of the proxy."""
-    first: int = 2
-    """Leading blocks of ``blocks: ends``."""
-    last: int = 2
-    """Trailing blocks of ``blocks: ends`` and ``blocks: last``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("r", self.r >= 1, ">= 1")
         self.require("alpha", self.alpha > 0, "> 0")
         self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        self.require("first", self.first >= 0, ">= 0")
-        self.require("last", self.last >= 1, ">= 1")
         object.__setattr__(self, "modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
         self.require("modules", bool(self.modules), "at least one module name")
-        if not isinstance(self.blocks, str):
-            indices = tuple(sorted(set(self.blocks))) if isinstance(self.blocks, list | tuple) else ()
-            ok = bool(indices) and all(type(index) is int and index >= 0 for index in indices)
-            self.require("blocks", ok, "all, ends, last, centres or a list of block indices")
-            object.__setattr__(self, "blocks", indices)
-        else:
-            known = self.blocks in {"all", "ends", "last", "centres"}
-            self.require("blocks", known, "all, ends, last, centres or a list of block indices")
 
     @property
     def lora_scaling(self) -> float:
         """Scale alpha / r."""
         return self.alpha / self.r
 
-    def placed(self, layer_map: LayerMap) -> "Lora":
-        """Return the same options with ``centres`` spelt out as the block indices of this map."""
-        return replace(self, blocks=layer_map.centres) if self.blocks == "centres" else self
-
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
-        chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)
+        chosen = self.block_indices(proxy.config.get_text_config().num_hidden_layers)
         adapted = self._check_modules(proxy)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -98,20 +77,6 @@ class Lora(Trainable, name="lora"):
         model.initialise(generator or torch.Generator().manual_seed(0))
         fuse(proxy, list(model.layers().values()), _ADAPTER)
         return model
-
-    def _block_indices(self, total: int) -> list[int]:
-        if self.blocks == "all":
-            return list(range(total))
-        if self.blocks == "ends":
-            return sorted({*range(min(self.first, total)), *range(max(0, total - self.last), total)})
-        if self.blocks == "last":
-            return list(range(max(0, total - self.last), total))
-        if self.blocks == "centres":
-            raise ConfigError("trainable.blocks=centres needs the server's layer map; run the recipe with fedproxy.fit")
-        beyond = [index for index in self.blocks if index >= total]
-        if beyond:
-            raise ConfigError(f"trainable.blocks names block {beyond[0]}, but the proxy has blocks 0 to {total - 1}")
-        return list(self.blocks)
 
     def _check_modules(self, proxy: PreTrainedModel) -> nn.Module:
         """Return one of the layers to adapt.
