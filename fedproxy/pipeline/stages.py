@@ -16,7 +16,9 @@ from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.loop import Federation
+from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -135,11 +137,13 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
     _check_state(progress.state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
+    store = ClientStore(run.folder.checkpoints)
+    store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     examples = _tokenised(clients, tokenizer, config)
 
     def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer))
+        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer), store=store)
 
     engine = config.engine.start(make_client)
     federation = Federation(
@@ -148,9 +152,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         aggregator=config.aggregator,
         server_optimizer=config.server_optimizer,
         job=_job(config),
-        send_conflict=config.regularizer.needs_conflict,
+        regularizer=config.regularizer,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
+        store=store,
         space=config.federation.space,
     )
     left = config.federation.rounds - progress.round
@@ -173,7 +178,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
-    model.load_state(progress.state)
+    run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress
 
 
@@ -200,7 +205,7 @@ def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
     if not done:
         model.save_adapter(run.folder.adapter)
     merged = dict(model.merged_weights())
-    tuned = TunedProxy(model.detach(), merged)
+    tuned = TunedProxy(_as_broadcast(run, model), merged)
     if done:
         return tuned
     target, tokenizer = run.target()
@@ -211,6 +216,12 @@ def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
     run.note(fused_after_round=rounds)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
+
+
+def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
+    """Return the proxy as it was before tuning, read again if its frozen weights were moved."""
+    proxy, moved = model.detach(), model.frozen_round
+    return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
 def _job(config: RunConfig) -> dict[str, Any]:

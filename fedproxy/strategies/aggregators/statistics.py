@@ -22,6 +22,7 @@ class Fisher(Aggregator, name="fisher"):
     """
 
     reads_survey: ClassVar[bool] = False
+    space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832, Eq 4"
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
@@ -63,6 +64,7 @@ class RegMean(Aggregator, name="regmean"):
     """
 
     reads_survey: ClassVar[bool] = False
+    space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Jin et al. 2023, arXiv 2212.09849, Eq 2"
     needs_extras: ClassVar[tuple[str, ...]] = ("gram",)
 
