@@ -21,7 +21,7 @@ def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
     """Return the mean forward divergence KL(teacher || student) in nats per token, 0-dim float32.
 
     Both sides are softened by the temperature and the result is multiplied by its square, so that gradients keep
-    their size (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
+    their size (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
         student: Logits (tokens, vocabulary).

@@ -117,6 +117,7 @@ def check_components(config: RunConfig) -> None:
             "choose a rule that merges, or data.partition.name=pooled"
         )
     _refuse_what_the_loop_lacks(config)
+    _check_own(config)
 
 
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
@@ -126,6 +127,14 @@ def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
             "a client of the engine in_process trains on one device"
+        )
+
+
+def _check_own(config: RunConfig) -> None:
+    if getattr(config.aggregator, "fused_b", "mean") != "mean":
+        raise ConfigError(
+            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
+            "use aggregator.fused_b=mean"
         )
 
 

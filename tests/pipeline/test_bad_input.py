@@ -47,10 +47,17 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("compression.calibration.path=missing.jsonl", DataError, r"missing.jsonl"),
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),
         ("aggregator.name=none", ConfigError, r"aggregator.name: 'none' keeps one state per client"),
-        ("regularizer.name=scaffold", ConfigError, r"regularizer.name: 'scaffold' needs memory of every client"),
-        ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' (changes the frozen weights|is defined in product)"),
-        ("aggregator.name=fedsa_lora", ConfigError, r"aggregator.name: 'fedsa_lora' leaves B with each client"),
-        ("aggregator.name=fisher", ConfigError, r"aggregator.name: 'fisher' needs clients that send 'fisher'"),
+        (
+            "regularizer.name=feddyn",
+            ConfigError,
+            r"regularizer 'feddyn' and server optimizer 'none' do not go together",
+        ),
+        (
+            "aggregator={name: fedsa_lora, fused_b: own}",
+            ConfigError,
+            r"aggregator.fused_b: .*use aggregator.fused_b=mean",
+        ),
+        ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' is defined in product space, got 'factors'"),
     ],
 )
 def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):

@@ -15,7 +15,7 @@ from fedproxy.strategies.aggregators.survey import Survey
 
 @dataclass(frozen=True)
 class Fisher(Aggregator, name="fisher"):
-    """Fisher merging (Matena and Raffel 2022, arXiv 2111.09832, Eq 4): sum_k p_k F_k Delta_k / sum_k p_k F_k.
+    """Fisher merging (Matena and Raffel 2022, arXiv 2111.09832): sum_k p_k F_k Delta_k / sum_k p_k F_k.
 
     F_k is the diagonal Fisher information that client k sends as ``extras["fisher"]``, one non-negative value per
     coordinate. Choice: where no client has information, the mean weighted by p_k alone is taken.
@@ -23,7 +23,7 @@ class Fisher(Aggregator, name="fisher"):
 
     reads_survey: ClassVar[bool] = False
     space: ClassVar[str] = "factors"
-    reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832, Eq 4"
+    reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832"
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
