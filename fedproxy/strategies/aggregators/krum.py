@@ -74,7 +74,7 @@ class Krum(ByzantineAggregator, name="krum"):
 
 @dataclass(frozen=True)
 class MultiKrum(ByzantineAggregator, name="multi_krum"):
-    """Mean of the ``keep`` updates of least Krum score (Blanchard et al. 2017, arXiv 1703.02757). Needs K >= 2 f + 3."""
+    """Mean of the ``keep`` updates of least Krum score (Blanchard et al. 2017, arXiv 1703.02757); K >= 2 f + 3."""
 
     reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, arXiv 1703.02757"
 
