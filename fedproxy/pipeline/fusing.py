@@ -1,5 +1,6 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,13 +11,13 @@ from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.federation.checkpoint import Progress
-from fedproxy.models import LayerMap, load_tokenizer, placed, save_model
+from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import TunedProxies, TunedProxy, final_states
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.fusion.base import Judge
@@ -32,11 +33,16 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     config, states = run.config, final_states(run.config, progress, clients)
     done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
     if not done:
+        shutil.rmtree(run.folder.fused, ignore_errors=True)
         for client, state in states.items():
-            model.load_state(state)
+            if client != MERGED:  # the one model of merged clients comes as federation left it
+                model.load_state(state)
             model.save_adapter(run.folder.adapter / client)
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
-    tuned = TunedProxies(model.detach(), trainable, states, seed=config.seed)
+    merged = dict(model.merged_weights()) if MERGED in states else None
+    proxy = _as_broadcast(run, model)
+    known = None if merged is None else TunedProxy(proxy, merged)
+    tuned = TunedProxies(proxy, trainable, states, seed=config.seed, known=known)
     if done:
         return tuned
     for client in states:
@@ -44,6 +50,12 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
+
+
+def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
+    """Return the proxy as it was before tuning, read again if its frozen weights were moved."""
+    proxy, moved = model.detach(), model.frozen_round
+    return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
 def plug_in(run: Run, tuned: TunedProxy, folder: Path, clients: Mapping[str, Sequence[Row]]) -> None:

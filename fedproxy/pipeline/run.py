@@ -16,6 +16,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
+from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.trainer import make_trainer
 from fedproxy.pipeline.checks import check_compression
@@ -160,9 +161,12 @@ def check_components(config: RunConfig) -> None:
         config.server_optimizer,
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
+        client_statistics=STATISTICS,
+        clients=clients,
     )
     _check_trainable(config)
     _refuse_what_the_loop_lacks(config)
+    _check_own(config)
 
 
 def _check_trainable(config: RunConfig) -> None:
@@ -189,24 +193,20 @@ def _check_trainable(config: RunConfig) -> None:
 
 
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
-    """Refuse rules that are exact by themselves but need more from the round loop than it gives."""
-    rule, term = config.aggregator, config.regularizer
+    """Refuse what a client of the engine cannot do."""
     devices = config.trainer.get("devices", "auto")
     if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigError(
             f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
             "a client of the engine in_process trains on one device"
         )
-    if rule.moves_base or not rule.shares("module.lora_B.weight"):
-        what = "changes the frozen weights" if rule.moves_base else "leaves B with each client"
+
+
+def _check_own(config: RunConfig) -> None:
+    if getattr(config.aggregator, "fused_b", "mean") != "mean":
         raise ConfigError(
-            f"aggregator.name: {rule.name!r} {what}, which the round loop does not support; "
-            "choose flexlora or federation.space=product for exact products, ffa_lora for one shared factor"
-        )
-    if term.keeps_client_memory or term.keeps_shared_memory:
-        raise ConfigError(
-            f"regularizer.name: {term.name!r} needs memory of every client between rounds, which the round loop does "
-            "not keep; choose none, proximal or conflict"
+            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
+            "use aggregator.fused_b=mean"
         )
 
 
@@ -245,7 +245,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             target_parameters=target,
             proxy_parameters=proxy,
             trainable_parameters=facts.get("trainable_parameters"),
-            upload_bytes=sum(line["upload_bytes"] for line in rounds),
+            upload_bytes=sum(line["upload_bytes"] for line in rounds) + facts.get("collected_bytes", 0),
             download_bytes=sum(line["download_bytes"] for line in rounds),
             client_seconds=sum(line["client_seconds"] for line in rounds),
             server_seconds=server,

@@ -16,7 +16,9 @@ from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.loop import Federation
+from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -152,11 +154,13 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         _check_state(state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
+    store = ClientStore(run.folder.checkpoints)
+    store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     examples = _tokenised(clients, tokenizer, config)
 
     def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer))
+        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer), store=store)
 
     engine = config.engine.start(make_client)
     federation = Federation(
@@ -165,9 +169,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         aggregator=config.aggregator,
         server_optimizer=config.server_optimizer,
         job=_job(config),
-        send_conflict=config.regularizer.needs_conflict,
+        regularizer=config.regularizer,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
+        store=store,
         space=config.federation.space,
     )
     left = config.federation.rounds - progress.round
@@ -190,6 +195,8 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
+    if config.aggregator.aggregates:
+        run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress
 
 

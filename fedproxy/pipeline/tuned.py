@@ -68,13 +68,20 @@ class TunedProxies(Mapping[str, TunedProxy]):
         trainable: What was trained in it.
         states: The trained states, by client or under :data:`MERGED`.
         seed: Seed of the run.
+        known: The one under :data:`MERGED`, which is more than its state where frozen weights moved.
     """
 
     def __init__(
-        self, proxy: PreTrainedModel, trainable: Trainable, states: Mapping[str, Mapping[str, Tensor]], *, seed: int
+        self,
+        proxy: PreTrainedModel,
+        trainable: Trainable,
+        states: Mapping[str, Mapping[str, Tensor]],
+        *,
+        seed: int,
+        known: TunedProxy | None = None,
     ) -> None:
         self.proxy, self._trainable, self._states, self._seed = proxy, trainable, states, seed
-        self._last: tuple[str, TunedProxy] | None = None
+        self._last = None if known is None else (MERGED, known)
 
     @property
     def separate(self) -> bool:

@@ -29,6 +29,8 @@ class TrainableModel(ABC):
     def __init__(self, model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model = model
         self._parameters = {name: parameters[name] for name in sorted(parameters)}
+        self.frozen_round = 0
+        """Last round whose change is in the frozen weights (:meth:`add_to_frozen`); 0 where they are as loaded."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the live trainable parameters by state name, sorted."""
@@ -64,6 +66,17 @@ class TrainableModel(ABC):
                 )
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
+
+    def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
+        """Add what an aggregator moved into the frozen weights: factors of a product, times s, by LoRA's names.
+
+        Raises:
+            ModelError: If a factor belongs to no layer that is trained.
+        """
+        if change:
+            raise ModelError(
+                f"there is no layer that {min(change)} could be added to; use trainable.name=lora with this aggregator"
+            )
 
     @abstractmethod
     def merged_weights(self) -> Mapping[str, Tensor]:
