@@ -18,7 +18,6 @@ from fedproxy.evaluation.offline_tasks import missing_assets, task_names
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import (
     EvaluationResult,
-    mean_scores,
     missing_stderrs,
     plain_results,
     question_samples,
@@ -27,6 +26,7 @@ from fedproxy.evaluation.results import (
 from fedproxy.evaluation.task_checks import check_metrics, check_rows, check_settings, check_task
 from fedproxy.evaluation.task_loading import load_task, needed_splits
 from fedproxy.seeding import generator
+from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,7 +11,8 @@ from fedproxy.reporting.run_report import (
     RunInfo,
     RunReport,
 )
-from fedproxy.reporting.scores import mean_scores, with_means
+from fedproxy.reporting.scores import with_means
+from fedproxy.task_means import mean_scores
 
 __all__ = [
     "CompressionReport",
