@@ -14,6 +14,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.sampling import sample_clients
+from fedproxy.federation.validation import RoundValidation
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
@@ -41,6 +42,8 @@ class Federation:
     seed: int
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
+    validation: RoundValidation | None = None
+    """Scores the state between rounds."""
 
     @property
     def clients_in_round(self) -> int:
@@ -69,7 +72,7 @@ class Federation:
         _write_journal(journal, progress.records)
         while progress.round < rounds:
             progress = self._round(progress, engine, on_client)
-            checkpoints.save(progress)
+            checkpoints.save(progress, pinned=self._validate(progress))
             _append(journal, progress.records[-1])
             on_round(progress.records[-1])
         return progress
@@ -110,6 +113,13 @@ class Federation:
         return Progress(
             number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
         )
+
+    def _validate(self, progress: Progress) -> int | None:
+        """Add the state's scores to the last record, and return the round whose checkpoint must stay."""
+        if self.validation is None:
+            return None
+        progress.records[-1] |= self.validation.record(progress.round, progress.state)
+        return self.validation.pinned(progress.records)
 
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext

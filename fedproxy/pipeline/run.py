@@ -22,6 +22,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
+from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
@@ -62,8 +63,9 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     scores: dict[str, Any] = {}
     try:
         clients = _clients(current)
+        questions = held_out(config, clients)
         compress(current, clients)
-        model, progress = federate(current, clients)
+        model, progress = federate(current, clients, questions)
         tuned = fuse(current, model, progress.round)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
@@ -108,6 +110,11 @@ def check_components(config: RunConfig) -> None:
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
     )
+    if not config.aggregator.aggregates and config.federation.validation.every:
+        raise ConfigError(
+            f"federation.validation.every must be 0 with aggregator.name={config.aggregator.name}: there is no one "
+            "state to score"
+        )
     if not config.aggregator.aggregates and config.federation.rounds and clients > 1:
         raise ConfigError(
             f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
@@ -155,6 +162,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     seconds = facts["seconds"]
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
+    evaluated += sum(line.get("validation_seconds", 0.0) for line in rounds)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
     return RunReport(
@@ -183,6 +191,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),
+        validation=validation_report(current),
         notes=_notes(config),
     )
 

@@ -14,6 +14,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
+from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.loop import Federation
@@ -23,6 +24,7 @@ from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.validation import round_validation
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -125,8 +127,16 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
-def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy in its final state."""
+def federate(
+    run: Run, clients: Mapping[str, Sequence[Row]], questions: Sequence[Question] = ()
+) -> tuple[TrainableModel, Progress]:
+    """Stage (ii): run the rounds that are left and return the proxy in its final state, or that of the best round.
+
+    Args:
+        run: The run.
+        clients: Each client's rows.
+        questions: Held-out rows to score the state on between rounds, where the recipe asks for it.
+    """
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
     model = config.trainable.attach(proxy, generator(config.seed, "trainable"))
@@ -152,6 +162,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
         space=config.federation.space,
+        validation=round_validation(run, model, tokenizer, questions),
     )
     left = config.federation.rounds - progress.round
     loggers = round_loggers(config.loggers, run.folder.root)
@@ -173,6 +184,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
+    if federation.validation is not None:
+        progress = federation.validation.chosen(progress, checkpoints)
+    if progress.round < config.federation.rounds:
+        run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
     model.load_state(progress.state)
     return model, progress
 

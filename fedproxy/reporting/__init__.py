@@ -10,6 +10,7 @@ from fedproxy.reporting.run_report import (
     RoundReport,
     RunInfo,
     RunReport,
+    ValidationReport,
 )
 from fedproxy.reporting.scores import with_means
 from fedproxy.task_means import mean_scores
@@ -22,6 +23,7 @@ __all__ = [
     "RoundReport",
     "RunInfo",
     "RunReport",
+    "ValidationReport",
     "mean_scores",
     "model_card",
     "provenance",

@@ -108,6 +108,8 @@ class RoundReport:
     upload_bytes: int | None = None
     download_bytes: int | None = None
     seconds: float | None = None
+    validation: Mapping[str, Mapping[str, float | None]] | None = None
+    """Source, and ``mean``, to metric to value, on held-out training rows; left out of rounds without."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,21 @@ class CompressionReport:
 
 
 @dataclass(frozen=True)
+class ValidationReport:
+    """How rounds were scored on rows that no client owns and no final score uses."""
+
+    model: str
+    """``proxy`` or ``fused``."""
+    metric: str
+    """Mean score by which rounds are compared."""
+    select: str
+    """``last`` or ``best``."""
+    questions: int
+    fused_after_round: int
+    """Round whose state was fused."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything report.json holds; see docs/reports.md for the keys."""
 
@@ -146,13 +163,18 @@ class RunReport:
     """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
+    validation: ValidationReport | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "notes"):
+        for key in ("compression", "notes", "validation"):
             if not data[key]:
                 del data[key]
+        for line in data["rounds"]:
+            if line["validation"] is None:
+                del line["validation"]
         return data
 
     @classmethod

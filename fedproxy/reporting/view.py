@@ -47,6 +47,7 @@ class View:
     cost: Table
     exposure: Sequence[str]
     rounds: Table | None
+    rounds_hint: str
     clients: Table | None
     clients_round: int | None
     repeat: Sequence[str]
@@ -84,6 +85,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         cost=_cost(report),
         exposure=_exposure(report),
         rounds=rounds_table(report.rounds),
+        rounds_hint=_rounds_hint(report),
         clients=clients_table(report.rounds[-1]) if report.rounds else None,
         clients_round=report.rounds[-1].round if report.rounds else None,
         repeat=_repeat(Path(folder)),
@@ -214,6 +216,17 @@ def _exposure(report: RunReport) -> list[str]:
         "proxy, or a client's rows from its update."
     )
     return lines
+
+
+def _rounds_hint(report: RunReport) -> str:
+    found = report.validation
+    if found is None:
+        return ""
+    why = f"the best by mean {found.metric}" if found.select == "best" else "the last"
+    return (
+        f"Validation: the {'fused model' if found.model == 'fused' else 'tuned proxy'} on {found.questions} training "
+        f"rows that no client owns. The state after round {found.fused_after_round} was fused, {why}."
+    )
 
 
 def _repeat(folder: Path) -> list[str]:
