@@ -14,7 +14,7 @@ from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
 
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
-LOGGERS = ("csv", "tensorboard")
+LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
 
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
@@ -233,7 +233,7 @@ class RunConfig:
     )
     """Options of lightning.Trainer, for clients and distillation alike."""
     loggers: list[str] = field(default_factory=list)
-    """Where round metrics also go: csv, tensorboard."""
+    """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 
     def __post_init__(self) -> None:
         for name in self.loggers:

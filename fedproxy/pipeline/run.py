@@ -21,6 +21,7 @@ from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
 from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.plain_json import write_text
@@ -50,6 +51,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     """
     display = display or Display()
     check_components(config)
+    check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
@@ -69,9 +71,13 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         tuned = fuse(current, model, progress.round)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
+        current.loggers.scores(with_means(scores), config.federation.rounds)
+        current.loggers.close("success")
     except BaseException as error:
         with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
             _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
+        with suppress(FedProxyError):
+            current.loggers.close("failed")
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(RESUME_HINT) from None
         raise

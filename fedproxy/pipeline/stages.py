@@ -23,7 +23,7 @@ from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
@@ -44,6 +44,7 @@ class Run:
         self._facts = self.folder.server / "facts.json"
         self.facts: dict[str, Any] = read_json(self._facts) or {"seconds": {}}
         self._target: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
 
     def note(self, **facts: Any) -> None:
         """Keep facts for the report, on disk, so that a continued run knows them too."""
@@ -165,12 +166,12 @@ def federate(
         validation=round_validation(run, model, tokenizer, questions),
     )
     left = config.federation.rounds - progress.round
-    loggers = round_loggers(config.loggers, run.folder.root)
+    run.loggers.rounds(progress.records)
     with run.display.bar("clients", left * federation.clients_in_round) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)
-            log_round(loggers, record)
+            run.loggers.rounds([record])
 
         try:
             progress = federation.run(
