@@ -53,6 +53,9 @@ def task_questions(task: str, rows: int, owned: Collection[Row], seed: int) -> l
     with quiet():
         (loaded,) = load_task(task, None, ("train",))
         docs = loaded.docs("train")
+        left = len(docs) - sum(row.source == task for row in owned)
+        if left < rows:  # told before every row is rendered
+            raise too_few(task, rows, left)
         found: list[Question] = []
         for index in _order(len(docs), seed, task):
             row = loaded.row(docs[index], "train", index)

@@ -10,7 +10,7 @@ from fedproxy.config import RunConfig
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
-from fedproxy.federation.validation import RoundValidation, Scores, best_round
+from fedproxy.federation.validation import RoundValidation, Scores
 from fedproxy.models import LayerMap, load_model, placed
 from fedproxy.pipeline.data import file_rows
 from fedproxy.reporting import ValidationReport
@@ -67,17 +67,16 @@ def round_validation(
 
 def validation_report(run: "Run") -> ValidationReport | None:
     """Return what the report says of validation: how rounds were scored, and which one's state was fused."""
-    settings, records = run.config.federation.validation, run.folder.rounds()
-    scored = [record["validation"] for record in records if "validation" in record]
+    settings = run.config.federation.validation
+    scored = [record["validation"] for record in run.folder.rounds() if "validation" in record]
     if not scored:
         return None
-    best = best_round(records, settings.metric) if settings.select == "best" else None
     return ValidationReport(
         model=settings.model,
         metric=settings.metric,
         select=settings.select,
         questions=int(scored[-1]["mean"]["n"]),
-        fused_after_round=records[-1]["round"] if best is None else best,
+        fused_after_round=run.facts.get("fused_after_round"),
     )
 
 

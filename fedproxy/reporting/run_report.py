@@ -144,8 +144,8 @@ class ValidationReport:
     select: str
     """``last`` or ``best``."""
     questions: int
-    fused_after_round: int
-    """Round whose state was fused."""
+    fused_after_round: int | None = None
+    """Round whose state was fused; None where the run did not come to it."""
 
 
 @dataclass(frozen=True)

@@ -222,11 +222,12 @@ def _rounds_hint(report: RunReport) -> str:
     found = report.validation
     if found is None:
         return ""
+    scored = "fused model" if found.model == "fused" else "tuned proxy"
+    text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    if found.fused_after_round is None:
+        return text
     why = f"the best by mean {found.metric}" if found.select == "best" else "the last"
-    return (
-        f"Validation: the {'fused model' if found.model == 'fused' else 'tuned proxy'} on {found.questions} training "
-        f"rows that no client owns. The state after round {found.fused_after_round} was fused, {why}."
-    )
+    return f"{text} The state after round {found.fused_after_round} was fused, {why}."
 
 
 def _repeat(folder: Path) -> list[str]:
