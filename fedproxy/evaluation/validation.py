@@ -10,7 +10,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.quiet import quiet
-from fedproxy.evaluation.task_loading import load_task
+from fedproxy.evaluation.task_loading import load_task, needed_splits
 from fedproxy.seeding import generator
 from fedproxy.task_means import mean_scores
 
@@ -43,23 +43,26 @@ class Question:
 def task_questions(task: str, rows: int, owned: Collection[Row], seed: int) -> list[Question]:
     """Return ``rows`` questions of a task's train split that are not among ``owned``, drawn by seed.
 
-    A row counts as owned if its key or its text is: train splits hold some questions twice.
+    A row counts as owned if its key or its text is: train splits hold some questions twice. Neither is a question asked
+    that the scored split asks too: official splits share a few.
 
     Raises:
         DataError: If fewer are left.
         EvaluationError: If the task has no local train split, or is not multiple choice.
     """
     keys, texts = {row.key for row in owned}, {(row.prompt, row.target) for row in owned}
+    split = needed_splits(task, None, 0)[0]
     with quiet():
-        (loaded,) = load_task(task, None, ("train",))
+        (loaded,) = load_task(task, None, ("train", split))
         docs = loaded.docs("train")
         left = len(docs) - sum(row.source == task for row in owned)
         if left < rows:  # told before every row is rendered
             raise too_few(task, rows, left)
+        scored = {context for doc in loaded.docs(split) for context, _ in loaded.requests(doc)}
         found: list[Question] = []
         for index in _order(len(docs), seed, task):
             row = loaded.row(docs[index], "train", index)
-            if row.key not in keys and (row.prompt, row.target) not in texts:
+            if row.key not in keys and (row.prompt, row.target) not in texts and row.prompt not in scored:
                 found.append(_question(loaded, docs[index], row))
             if len(found) == rows:
                 return found

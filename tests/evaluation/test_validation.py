@@ -11,8 +11,19 @@ from fedproxy.errors import DataError
 from fedproxy.evaluation.harness import render_rows
 from fedproxy.evaluation.validation import row_questions, score_questions, task_questions
 
-from .conftest import ARC
+from .conftest import ARC, write_rows
 from .plain_loop import plain_scores
+
+
+@pytest.fixture
+def cache(cache):
+    """The shared cache, whose train rows are all scored too; here the scored ones are others."""
+    other = {"id": "9", "question": "What is late?", "choices": {"text": ["snow", "the cup"], "label": ["A", "B"]}}
+    write_rows(cache / "qa/arc_easy/test.jsonl", [{**other, "answerKey": "B"}])
+    sentence = "The sky was blue because the _ was red."
+    blank = {"sentence": sentence, "option1": "cup", "option2": "bed", "answer": "1"}
+    write_rows(cache / "qa/winogrande/validation.jsonl", [blank])
+    return cache
 
 
 def test_questions_are_rows_that_nobody_owns(cache):
@@ -29,6 +40,21 @@ def test_a_row_with_an_owned_text_is_owned_whatever_its_key(cache):
     row = render_rows("arc_easy")[2]
     twin = Row(row.prompt, row.target, "elsewhere", "elsewhere/train/7")
     assert row.key not in {question.key for question in task_questions("arc_easy", 5, [twin], seed=1)}
+
+
+def test_a_question_of_the_scored_split_is_not_asked(cache):
+    question, texts, gold = ARC[2]
+    row = {
+        "id": "2",
+        "question": question,
+        "choices": {"text": texts, "label": list("ABCD")},
+        "answerKey": "ABCD"[gold],
+    }
+    write_rows(cache / "qa/arc_easy/test.jsonl", [row])
+    found = task_questions("arc_easy", 5, [], seed=1)
+    assert all(question not in context for asked in found for context, _ in asked.requests)
+    with pytest.raises(DataError, match="clients leave 5 training rows of 'arc_easy' without an owner"):
+        task_questions("arc_easy", 6, [], seed=1)
 
 
 def test_too_few_rows_without_an_owner_are_told_in_one_line(cache):
