@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,18 +141,19 @@ def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path)
 def score_table(result: "EvaluationResult") -> str:
     """Return the accuracies in percent with standard errors and the answer NLL in nats per token, a line per task."""
     lines = [f"{'task':<16} {'n':>6} {'acc':>14} {'acc_norm':>14} {'answer NLL':>11}"]
-    for name, scores in [*result.scores.items(), ("mean", result.mean)]:
-        cells = [_percent(scores, "acc"), _percent(scores, "acc_norm")]
-        nll = f"{scores['answer_nll']:.3f}" if "answer_nll" in scores else "-"
-        lines.append(f"{name:<16} {scores.get('n', 0):>6.0f} {cells[0]:>14} {cells[1]:>14} {nll:>11}")
+    rows: list[tuple[str, Mapping[str, float | None]]] = [*result.scores.items(), ("mean", result.mean)]
+    for name, scores in rows:
+        nll = scores.get("answer_nll")
+        cells = [_percent(scores, "acc"), _percent(scores, "acc_norm"), "-" if nll is None else f"{nll:.3f}"]
+        lines.append(f"{name:<16} {scores.get('n') or 0:>6.0f} {cells[0]:>14} {cells[1]:>14} {cells[2]:>11}")
     return "\n".join(lines)
 
 
-def _percent(scores: dict[str, float], metric: str) -> str:
-    if metric not in scores:
+def _percent(scores: Mapping[str, float | None], metric: str) -> str:
+    value, stderr = scores.get(metric), scores.get(f"{metric}_stderr")
+    if value is None:
         return "-"
-    error = f" ± {100 * scores[f'{metric}_stderr']:.1f}" if f"{metric}_stderr" in scores else ""
-    return f"{100 * scores[metric]:.1f}{error}"
+    return f"{100 * value:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
 
 
 if __name__ == "__main__":

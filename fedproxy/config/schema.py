@@ -15,7 +15,7 @@ from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
 
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
-LOGGERS = ("csv", "tensorboard")
+LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
 
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
@@ -92,6 +92,28 @@ class ClientConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Scores between rounds, on training rows that no client owns."""
+
+    every: int = 0
+    """Rounds from one validation to the next; 0 for none."""
+    rows: int = 64
+    """Held-out rows per task or file of data."""
+    model: Literal["proxy", "fused"] = "proxy"
+    """What is scored: the tuned proxy, or the target after fusion (slower, and nearer to what a run ends with)."""
+    metric: Literal["answer_nll", "acc", "acc_norm"] = "answer_nll"
+    """Mean over tasks by which rounds are compared; answer_nll moves where accuracy on few rows does not."""
+    select: Literal["last", "best"] = "last"
+    """Which round's state is fused and scored at the end."""
+
+    def __post_init__(self) -> None:
+        _require("federation.validation.every", self.every, self.every >= 0, "at least 0")
+        _require("federation.validation.rows", self.rows, self.rows >= 1, "at least 1")
+        ok = self.select == "last" or self.every > 0
+        _require("federation.validation.every", self.every, ok, "at least 1 with select=best")
+
+
+@dataclass(frozen=True)
 class FederationConfig:
     """The round loop."""
 
@@ -101,6 +123,7 @@ class FederationConfig:
     """How many clients are drawn each round, or ``all``."""
     space: Literal["factors", "product"] = "factors"
     """What is merged: LoRA's A and B as they are, or the products s B A, exactly, re-factored to the same rank."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
         _require("federation.rounds", self.rounds, self.rounds >= 0, "at least 0")
@@ -108,6 +131,9 @@ class FederationConfig:
         _require(
             "federation.clients_per_round", n, n == "all" or (isinstance(n, int) and n >= 1), "'all' or at least 1"
         )
+        every, rounds = self.validation.every, self.rounds
+        ok = self.validation.select == "last" or not rounds or every <= rounds
+        _require("federation.validation.every", every, ok, f"at most the {rounds} rounds with select=best")
 
 
 @dataclass(frozen=True)
@@ -172,7 +198,7 @@ class RunConfig:
     )
     """Options of lightning.Trainer, for clients and distillation alike."""
     loggers: list[str] = field(default_factory=list)
-    """Where round metrics also go: csv, tensorboard."""
+    """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 
     def __post_init__(self) -> None:
         for name in self.loggers:

@@ -7,18 +7,16 @@ always lm-eval's own; for the tasks of :func:`task_names` the documents come fro
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedproxy.data.rows import Row
-from fedproxy.errors import EvaluationError
-from fedproxy.evaluation.loaded_task import LoadedTask, Split
+from fedproxy.evaluation.loaded_task import Split
 from fedproxy.evaluation.offline_tasks import missing_assets, task_names
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import (
     EvaluationResult,
-    mean_scores,
     missing_stderrs,
     plain_results,
     question_samples,
@@ -27,6 +25,7 @@ from fedproxy.evaluation.results import (
 from fedproxy.evaluation.task_checks import check_metrics, check_rows, check_settings, check_task
 from fedproxy.evaluation.task_loading import load_task, needed_splits
 from fedproxy.seeding import generator
+from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,19 +153,11 @@ def render_rows(task: str, split: str = "train", limit: int | None = None, seed:
         (loaded,) = load_task(task, None, (split,))
         docs = loaded.docs(split)
         order = range(len(docs)) if seed is None else _permutation(len(docs), seed, task, split)
-        return [_render(loaded, docs[index], f"{task}/{split}/{index}") for index in order[:limit]]
+        return [loaded.row(docs[index], split, index) for index in order[:limit]]
 
 
 def _permutation(rows: int, seed: int, task: str, split: str) -> list[int]:
     return [int(i) for i in torch.randperm(rows, generator=generator(seed, "rows", task, split))]
-
-
-def _render(task: LoadedTask, doc: dict[str, Any], key: str) -> Row:
-    gold = task.gold(doc)
-    if gold is None:
-        raise EvaluationError(f"row {key} has no single gold choice; remove it or use another task")
-    prompt, target = task.requests(doc)[gold]
-    return Row(prompt=prompt, target=target, source=task.name, key=key, label=gold)
 
 
 @contextlib.contextmanager

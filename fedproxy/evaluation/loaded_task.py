@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation.offline_tasks import OfflineTask
 
@@ -59,6 +60,18 @@ class LoadedTask:
         if isinstance(gold, str):
             gold = choices.index(gold) if gold in choices else None
         return gold if isinstance(gold, int) and 0 <= gold < len(choices) else None
+
+    def row(self, doc: dict[str, Any], split: str, index: int) -> Row:
+        """Return a document as a training row: the context of the gold choice, and its continuation as the target.
+
+        Raises:
+            EvaluationError: If the document has not exactly one gold choice.
+        """
+        key, gold = f"{self.name}/{split}/{index}", self.gold(doc)
+        if gold is None:
+            raise EvaluationError(f"row {key} has no single gold choice; remove it or use another task")
+        prompt, target = self.requests(doc)[gold]
+        return Row(prompt=prompt, target=target, source=self.name, key=key, label=gold)
 
     def public_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return lm-eval's dump of the task's configuration without this machine's paths."""

@@ -19,34 +19,14 @@ class EvaluationResult:
 
     scores: dict[str, dict[str, float]]
     """By task: lm-eval's metrics and standard errors, ``n`` questions, and the metrics of ``answer_metrics``."""
-    mean: dict[str, float]
-    """Mean over tasks of every score that all tasks have; ``n`` is the sum, a ``_stderr`` that of the mean."""
+    mean: dict[str, float | None]
+    """Mean over tasks (:func:`fedproxy.task_means.mean_scores`); None where a task has no finite value."""
     samples: list[dict[str, Any]]
     """By question: task, doc_id, hashes, gold, log-likelihood per choice, acc, acc_norm, gold-answer NLL."""
     lm_eval: dict[str, Any]
     """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json."""
     seconds: float
     """Wall time, loading of tasks included."""
-
-
-def mean_scores(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean over tasks of every key that all tasks have.
-
-    ``n`` is summed; a standard error is that of the mean of independent tasks, sqrt(sum se^2) / tasks.
-    """
-    rows = list(scores.values())
-    mean = {}
-    for key in rows[0] if rows else ():
-        values = [row[key] for row in rows if key in row]
-        if len(values) < len(rows):
-            continue
-        if key == "n":
-            mean[key] = sum(values)
-        elif key.endswith("_stderr"):
-            mean[key] = math.sqrt(sum(value**2 for value in values)) / len(values)
-        else:
-            mean[key] = sum(values) / len(values)
-    return mean
 
 
 def question_samples(

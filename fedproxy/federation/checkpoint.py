@@ -50,8 +50,12 @@ class CheckpointFolder:
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, progress: Progress) -> None:
-        """Write a checkpoint into a temporary folder, flush it to disk, and rename it.
+    def save(self, progress: Progress, *, pinned: int | None = None) -> None:
+        """Write a checkpoint into a temporary folder, flush it to disk, and rename it; older ones are deleted.
+
+        Args:
+            progress: What to keep.
+            pinned: A round whose checkpoint stays, however old it is.
 
         Raises:
             CheckpointError: If it cannot be written.
@@ -79,7 +83,8 @@ class CheckpointFolder:
                 f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
             ) from error
         for old in self.rounds()[: -self.keep]:
-            shutil.rmtree(self.folder / f"round_{old:04d}")
+            if old != pinned:
+                shutil.rmtree(self.folder / f"round_{old:04d}")
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a whole checkpoint, ascending."""

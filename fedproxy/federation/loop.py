@@ -18,6 +18,7 @@ from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.federation.separate import separate_round
 from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
+from fedproxy.federation.validation import RoundValidation
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
@@ -48,6 +49,8 @@ class Federation:
     """The clients' side of the run folder, where rounds that were not used are undone."""
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
+    validation: RoundValidation | None = None
+    """Scores the state between rounds."""
 
     @property
     def clients_in_round(self) -> int:
@@ -77,7 +80,7 @@ class Federation:
         while progress.round < rounds:
             advance = self._round if self.aggregator.aggregates else self._separate_round
             progress = advance(progress, engine, on_client)
-            checkpoints.save(progress)
+            checkpoints.save(progress, pinned=self._validate(progress))
             _append(journal, progress.records[-1])
             on_round(progress.records[-1])
         return progress
@@ -145,6 +148,13 @@ class Federation:
     def _bytes_for_the_rest(self, extras: Mapping[str, Tensors], served: int) -> int:
         """Return the bytes that go to clients outside the round: a change of the frozen weights reaches everybody."""
         return nbytes(extras.get(FROZEN_CHANGE, {})) * (len(self.clients) - served)
+
+    def _validate(self, progress: Progress) -> int | None:
+        """Add the state's scores to the last record, and return the round whose checkpoint must stay."""
+        if self.validation is None:
+            return None
+        progress.records[-1] |= self.validation.record(progress.round, progress.state)
+        return self.validation.pinned(progress.records)
 
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext

@@ -29,11 +29,15 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
     rows: list[Row] = []
     for task in config.tasks:
         rows += render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
-    columns = Columns(config.prompt_column, config.target_column, config.label_column)
-    for name, path in config.files.items():
-        own = read_rows(name, path, columns=columns)
-        rows += _sample(own, config.rows_per_task, seed=seed, source=name)
+    for name in config.files:
+        rows += _sample(file_rows(config, name), config.rows_per_task, seed=seed, source=name)
     return config.partition.split(rows, seed)
+
+
+def file_rows(config: DataConfig, name: str) -> list[Row]:
+    """Return all rows of one of ``data.files``."""
+    columns = Columns(config.prompt_column, config.target_column, config.label_column)
+    return read_rows(name, config.files[name], columns=columns)
 
 
 def _sample(rows: Sequence[Row], count: int | None, *, seed: int, source: str) -> list[Row]:

@@ -38,8 +38,11 @@ class Display:
             yield bar.set
 
     def round(self, record: Mapping[str, Any], rounds: int) -> None:
-        """Print a round's line: loss, heterogeneity, conflict, seconds, bytes."""
+        """Print a round's line: loss, validation NLL, heterogeneity, conflict, seconds, bytes."""
         parts = [f"round {record['round']}/{rounds}", f"loss {record['train_loss']:.3f}"]
+        validated = record.get("validation", {}).get("mean", {})
+        if validated.get("answer_nll") is not None:
+            parts.append(f"validation {validated['answer_nll']:.3f}")
         heterogeneity = record.get("heterogeneity")
         if heterogeneity:
             parts.append(f"heterogeneity {sum(heterogeneity) / len(heterogeneity):.2f}")

@@ -26,8 +26,10 @@ from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.stages import Run, compress, federate, one_device
 from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
@@ -56,6 +58,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     """
     display = display or Display()
     check_components(config)
+    check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
     check_compression(config)
@@ -70,15 +73,20 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     scores: dict[str, Any] = {}
     try:
         clients = _clients(current)
+        questions = held_out(config, clients)
         compress(current, clients)
         check_vocabulary(current)
-        model, progress = federate(current, clients)
+        model, progress = federate(current, clients, questions)
         tuned = fuse(current, model, progress, clients)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
+        current.loggers.scores(with_means(scores), config.federation.rounds)
+        current.loggers.close("success")
     except BaseException as error:
         with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
             _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
+        with suppress(FedProxyError):
+            current.loggers.close("failed")
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(RESUME_HINT) from None
         raise
@@ -165,6 +173,7 @@ def check_components(config: RunConfig) -> None:
         clients=clients,
     )
     _check_trainable(config)
+    _check_validation(config)
     _refuse_what_the_loop_lacks(config)
     _check_own(config)
 
@@ -189,6 +198,16 @@ def _check_trainable(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "
             "use federation.space=factors"
+        )
+
+
+def _check_validation(config: RunConfig) -> None:
+    """Refuse validation between rounds where the state alone is not the model that would be fused."""
+    rule = config.aggregator
+    one_state = rule.aggregates and not rule.moves_base and rule.shares("module.lora_B.weight")
+    if config.federation.validation.every and not one_state:
+        raise ConfigError(
+            f"federation.validation.every must be 0 with aggregator.name={rule.name}: there is no one state to score"
         )
 
 
@@ -227,6 +246,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     seconds = facts["seconds"]
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
+    evaluated += sum(line.get("validation_seconds", 0.0) for line in rounds)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
     disclosed = facts.get("disclosed_parameters", proxy)
@@ -259,6 +279,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
         notes=_notes(current),
         client_scores=client_scores(current.folder, scores),
+        validation=validation_report(current),
     )
 
 

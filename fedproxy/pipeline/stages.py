@@ -14,6 +14,7 @@ from fedproxy.data.assets import cache_root, resolve
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
+from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.client_store import ClientStore
@@ -24,8 +25,9 @@ from fedproxy.models.decoder import disclosed_count, parameter_count, positions_
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.tuned import final_states, first_progress
+from fedproxy.pipeline.validation import round_validation
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -45,6 +47,7 @@ class Run:
         self._facts = self.folder.server / "facts.json"
         self.facts: dict[str, Any] = read_json(self._facts) or {"seconds": {}}
         self._target: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+        self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
 
     def note(self, **facts: Any) -> None:
         """Keep facts for the report, on disk, so that a continued run knows them too."""
@@ -142,8 +145,19 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
-def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it."""
+def federate(
+    run: Run, clients: Mapping[str, Sequence[Row]], questions: Sequence[Question] = ()
+) -> tuple[TrainableModel, Progress]:
+    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it.
+
+    Args:
+        run: The run.
+        clients: Each client's rows.
+        questions: Held-out rows to score the state on between rounds, where the recipe asks for it.
+
+    Returns:
+        The proxy in its final state, or that of the best round, and the progress that it has.
+    """
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
@@ -174,14 +188,15 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         seed=config.seed,
         store=store,
         space=config.federation.space,
+        validation=round_validation(run, model, tokenizer, questions),
     )
     left = config.federation.rounds - progress.round
-    loggers = round_loggers(config.loggers, run.folder.root)
+    run.loggers.rounds(progress.records)
     with run.display.bar("clients", left * federation.clients_in_round) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)
-            log_round(loggers, record)
+            run.loggers.rounds([record])
 
         try:
             progress = federation.run(
@@ -195,6 +210,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
+    if federation.validation is not None:
+        progress = federation.validation.chosen(progress, checkpoints)
+    if progress.round < config.federation.rounds:
+        run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
     if config.aggregator.aggregates:
         run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress

@@ -11,8 +11,10 @@ from fedproxy.reporting.run_report import (
     RoundReport,
     RunInfo,
     RunReport,
+    ValidationReport,
 )
-from fedproxy.reporting.scores import mean_scores, with_means
+from fedproxy.reporting.scores import with_means
+from fedproxy.task_means import mean_scores
 
 __all__ = [
     "CompressionReport",
@@ -23,6 +25,7 @@ __all__ = [
     "RoundReport",
     "RunInfo",
     "RunReport",
+    "ValidationReport",
     "mean_scores",
     "model_card",
     "provenance",

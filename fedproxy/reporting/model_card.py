@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 from fedproxy.reporting.markdown import markdown_table
-from fedproxy.reporting.scores import Metrics
 from fedproxy.reporting.view import score_table
+from fedproxy.task_means import Metrics
 
 _HEADS = {
     "proxy": (

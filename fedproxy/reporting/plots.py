@@ -18,7 +18,12 @@ _NUMBERED_CELLS, _NAMED_CLIENTS = 12, 40
 
 def draw_plots(report: RunReport) -> list[Plot]:
     """Return every plot that the report has data for; ``report`` must be plain (from :meth:`RunReport.from_dict`)."""
-    found = (_accuracy(report), _loss(report.rounds), _conflict(report.rounds), _cosine(report.rounds), _blocks(report))
+    rounds = report.rounds
+    found = (
+        _accuracy(report), _loss(rounds), _validation(rounds, "answer_nll"),
+        _validation(rounds, "acc_norm") or _validation(rounds, "acc"),
+        _conflict(rounds), _cosine(rounds), _blocks(report),
+    )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 
 
@@ -77,6 +82,38 @@ def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
         _legend(axes, 3)
 
     return plot("Training loss per round", f"Mean over clients. {_by_round(known)}.", draw)
+
+
+_VALIDATION = {
+    "answer_nll": ("Validation loss per round", "answer NLL, nats per token", 1.0),
+    "acc": ("Validation accuracy per round", "acc, per cent", 100.0),
+    "acc_norm": ("Validation accuracy per round", "acc_norm, per cent", 100.0),
+}
+"""By metric: title, label of the axis, and what a value is multiplied by."""
+
+
+def _validation(rounds: Sequence[RoundReport], metric: str) -> Plot | None:
+    scored = [line for line in rounds if line.validation]
+    title, label, scale = _VALIDATION[metric]
+    sources = [name for name in (scored[0].validation or {} if scored else {}) if name != "mean"]
+
+    def curve(source: str) -> list[tuple[int, float | None]]:
+        values = [(line.round, (line.validation or {}).get(source, {}).get(metric)) for line in scored]
+        return [(number, None if value is None else scale * value) for number, value in values]
+
+    mean = curve("mean")
+    if all(value is None for _, value in mean):
+        return None
+
+    def draw(axes: "Axes") -> None:
+        if 1 < len(sources) < len(SERIES):
+            for number, source in enumerate(sources, start=1):
+                _line(axes, curve(source), SERIES[number], _short(source), width=1.1)
+        _line(axes, mean, INK, "mean", width=2.2)
+        _round_axis(axes, scored, label)
+        _legend(axes, 3)
+
+    return plot(title, f"Mean over tasks of held-out rows that no client owns, {label}. {_by_round(mean)}.", draw)
 
 
 def _of_client(rounds: Sequence[RoundReport], client: str) -> list[tuple[int, float | None]]:

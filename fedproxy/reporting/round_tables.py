@@ -26,11 +26,19 @@ def mean_of(numbers: Numbers) -> float | None:
     return math.fsum(known) / len(known) if known else None
 
 
+def validated(line: RoundReport, metric: str) -> float | None:
+    """Return a round's mean validation score, or None where it has none."""
+    return (line.validation or {}).get("mean", {}).get(metric)
+
+
 Column = tuple[str, Callable[[RoundReport], str]]
 _ROUND_COLUMNS: tuple[Column, ...] = (
     ("round", lambda line: str(line.round)),
     ("clients", lambda line: str(len(line.clients))),
     ("train loss", lambda line: show.fixed(mean_of(line.train_loss))),
+    ("validation NLL", lambda line: show.fixed(validated(line, "answer_nll"))),
+    ("validation acc", lambda line: show.percent(validated(line, "acc"))),
+    ("validation acc_norm", lambda line: show.percent(validated(line, "acc_norm"))),
     ("regularizer loss", lambda line: show.number(mean_of(line.regularizer_loss), 2)),
     ("heterogeneity", lambda line: show.fixed(mean_of(line.heterogeneity))),
     ("conflict", lambda line: show.fixed(line.conflict_mean)),

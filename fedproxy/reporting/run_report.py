@@ -108,6 +108,8 @@ class RoundReport:
     upload_bytes: int | None = None
     download_bytes: int | None = None
     seconds: float | None = None
+    validation: Mapping[str, Mapping[str, float | None]] | None = None
+    """Source, and ``mean``, to metric to value, on held-out training rows; left out of rounds without."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,21 @@ class FidelityReport:
 
 
 @dataclass(frozen=True)
+class ValidationReport:
+    """How rounds were scored on rows that no client owns and no final score uses."""
+
+    model: str
+    """``proxy`` or ``fused``."""
+    metric: str
+    """Mean score by which rounds are compared."""
+    select: str
+    """``last`` or ``best``."""
+    questions: int
+    fused_after_round: int | None = None
+    """Round whose state was fused; None where the run did not come to it."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything report.json holds; see docs/reports.md for the keys."""
 
@@ -166,13 +183,18 @@ class RunReport:
     client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(default_factory=dict)
     """Where clients are never merged: client to ``scores`` of its own models, whose means ``scores`` has; left out
     where empty."""
+    validation: ValidationReport | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "fidelity", "notes", "client_scores"):
+        for key in ("compression", "fidelity", "notes", "client_scores", "validation"):
             if not data[key]:
                 del data[key]
+        for line in data["rounds"]:
+            if line["validation"] is None:
+                del line["validation"]
         return data
 
     @classmethod

@@ -1,44 +1,13 @@
-"""Means over tasks, and the headline: what fusion gains over the untuned target."""
+"""Scores with their means over tasks, and the headline: what fusion gains over the untuned target."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedproxy.task_means import Metrics, mean_scores
+
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
 """Models of a report, in the order in which a run makes them."""
-
-Metrics = Mapping[str, float | None]
-"""Metric name to value: ``acc``, ``acc_stderr``, ..., and ``n``, the number of questions."""
-
-
-def mean_scores(scores_by_task: Mapping[str, Metrics]) -> dict[str, float | None]:
-    """Return the unweighted mean over tasks of every metric that all of them have.
-
-    ``n`` is summed. A mean's standard error is sqrt(sum of squared standard errors) / number of tasks, as the tasks'
-    questions are independent samples. A metric that is None or NaN in a task is None in the mean.
-
-    Args:
-        scores_by_task: Task to metrics; an entry called ``mean`` is ignored.
-    """
-    tasks = [metrics for task, metrics in scores_by_task.items() if task != "mean"]
-    if not tasks:
-        return {}
-    mean: dict[str, float | None] = {}
-    for key in tasks[0]:
-        if all(key in metrics for metrics in tasks):
-            mean[key] = _combine(key, [metrics[key] for metrics in tasks])
-    return mean
-
-
-def _combine(key: str, values: list[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None and math.isfinite(value)]
-    if len(numbers) < len(values):
-        return None
-    if key == "n":
-        return sum(numbers)
-    if key.endswith("_stderr"):
-        return math.sqrt(math.fsum(value**2 for value in numbers)) / len(numbers)
-    return math.fsum(numbers) / len(numbers)
 
 
 def with_means(scores: Mapping[str, Mapping[str, Metrics]]) -> dict[str, dict[str, dict[str, float | None]]]:

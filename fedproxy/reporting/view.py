@@ -9,8 +9,9 @@ from fedproxy.reporting import formatting as show
 from fedproxy.reporting.pairing import PairedDifference, paired_table
 from fedproxy.reporting.round_tables import clients_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
-from fedproxy.reporting.scores import MODELS, Value, headline_metric, mean_scores, task_metric, task_names, value_of
+from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.tables import Table
+from fedproxy.task_means import mean_scores
 
 MODEL_WORDS = {
     "target": "the owner's model, untouched",
@@ -48,6 +49,7 @@ class View:
     cost: Table
     exposure: Sequence[str]
     rounds: Table | None
+    rounds_hint: str
     clients: Table | None
     clients_round: int | None
     repeat: Sequence[str]
@@ -87,6 +89,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         cost=_cost(report),
         exposure=_exposure(report),
         rounds=rounds_table(report.rounds),
+        rounds_hint=_rounds_hint(report),
         clients=clients_table(report.rounds[-1]) if report.rounds else None,
         clients_round=report.rounds[-1].round if report.rounds else None,
         repeat=_repeat(Path(folder)),
@@ -248,6 +251,18 @@ def _exposure(report: RunReport) -> list[str]:
         "proxy, or a client's rows from its update."
     )
     return lines
+
+
+def _rounds_hint(report: RunReport) -> str:
+    found = report.validation
+    if found is None:
+        return ""
+    scored = "fused model" if found.model == "fused" else "tuned proxy"
+    text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    if found.fused_after_round is None:
+        return text
+    why = f"the best by mean {found.metric}" if found.select == "best" else "the last"
+    return f"{text} The state after round {found.fused_after_round} was fused, {why}."
 
 
 def _repeat(folder: Path) -> list[str]:

@@ -12,7 +12,6 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation import hub_tasks, offline_tasks
 from fedproxy.evaluation.harness import check_tasks, evaluate_model, render_rows, task_names
-from fedproxy.evaluation.results import mean_scores
 
 from .plain_loop import plain_scores
 
@@ -61,13 +60,6 @@ def test_several_tasks_limit_and_mean(cache, model, tokenizer):
     assert "acc_norm" not in result.mean  # boolq has none
     assert result.mean["acc"] == pytest.approx(np.mean([scores["acc"] for scores in result.scores.values()]))
     assert result.mean["n"] == 6
-
-
-def test_mean_scores_combine_standard_errors_of_independent_tasks():
-    scores = {"a": {"acc": 0.2, "acc_stderr": 0.03, "n": 10}, "b": {"acc": 0.4, "acc_stderr": 0.04, "n": 20, "f1": 1.0}}
-    # sqrt(0.03^2 + 0.04^2) / 2 = 0.025
-    assert mean_scores(scores) == pytest.approx({"acc": 0.3, "acc_stderr": 0.025, "n": 30})
-    assert mean_scores({}) == {}
 
 
 def test_solved_examples_come_from_train_by_seed(cache, model, tokenizer):

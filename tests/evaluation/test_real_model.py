@@ -1,6 +1,7 @@
 """lm-eval's numbers for our local tasks against an independent plain loop on the same rows, and stock HFLM."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -34,6 +35,20 @@ def texts(row):
     return row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
 
 
+def untagged(text):
+    """HellaSwag's WikiHow rows hold tags: a title ends a sentence, every other one goes."""
+    text = re.sub(r"\[[^\]]*\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+GLUE = {  # task: (prompt, answers) written anew from the task's description; the label is the answer's index
+    "sst2": ("{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:", ["negative", "positive"]),
+    "mrpc": (
+        "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nQuestion: Do both sentences mean the same thing?\nAnswer:",
+        ["no", "yes"],
+    ),
+    "rte": ("{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:", ["True", "False"]),
+}
 TASKS = {  # task: split that lm-eval scores, folder, (prompt, answers, gold) written anew from the task's description
     "arc_easy": ("test", "arc_easy", lambda r: (asked(r), *texts(r))),
     "arc_challenge": ("test", "arc_challenge", lambda r: (asked(r), *texts(r))),
@@ -71,6 +86,15 @@ TASKS = {  # task: split that lm-eval scores, folder, (prompt, answers, gold) wr
         ),
     ),
     "piqa": ("validation", "piqa", lambda r: (f"Question: {r['goal']}\nAnswer:", [r["sol1"], r["sol2"]], r["label"])),
+    "hellaswag": (
+        "validation",
+        "hellaswag",
+        lambda r: (
+            untagged(f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"),
+            [untagged(ending) for ending in r["endings"]],
+            int(r["label"]),
+        ),
+    ),
     "boolq": (
         "validation",
         "boolq",
@@ -91,6 +115,17 @@ def test_local_task_equals_a_plain_loop(task, smollm2):
         assert (sample["gold"], sample["acc"], sample["answer_tokens"]) == (gold, acc, tokens)
         assert sample.get("acc_norm", acc_norm) == acc_norm
     assert result.scores[task]["acc"] == pytest.approx(np.mean([acc for _, acc, _, _ in plain]))
+
+
+@pytest.mark.parametrize("task", GLUE)
+def test_local_glue_task_equals_a_plain_loop(task, smollm2):
+    prompt, answers = GLUE[task]
+    rows = [json.loads(line) for line in (fetch("glue") / task / "validation.jsonl").read_text().splitlines()[:LIMIT]]
+    plain = plain_scores(*smollm2, [(prompt.format(**row), answers, row["label"]) for row in rows])
+    result = evaluate_model(*smollm2, [task], limit=LIMIT)
+    for sample, (values, acc, _, _), row in zip(result.samples, plain, rows, strict=True):
+        assert sample["loglikelihoods"] == pytest.approx(values, abs=1e-3)
+        assert (sample["gold"], sample["acc"]) == (row["label"], acc)
 
 
 def test_winogrande_equals_a_plain_loop(smollm2):

@@ -6,7 +6,7 @@ import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.plain_json import plain
-from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, mean_scores, with_means
+from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, with_means
 
 
 def report(**changes):
@@ -134,24 +134,6 @@ def test_unwritable_folder_is_one_line_and_leaves_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"cannot write .*report\.json"):
         report().save(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.json"]
-
-
-def test_mean_has_only_metrics_that_every_task_has():
-    # stderr of the mean: sqrt(.03^2 + .04^2) / 2 = .025
-    mean = mean_scores(
-        {
-            "a": {"acc": 0.4, "acc_stderr": 0.03, "acc_norm": 0.5, "n": 100},
-            "b": {"acc": 0.6, "acc_stderr": 0.04, "n": 50},
-            "mean": {"acc": 9.0},
-        }
-    )
-    assert mean == {"acc": pytest.approx(0.5), "acc_stderr": pytest.approx(0.025), "n": 150}
-    assert mean_scores({}) == {}
-
-
-def test_mean_of_an_unknown_value_is_unknown():
-    assert mean_scores({"a": {"acc": 0.4}, "b": {"acc": math.nan}}) == {"acc": None}
-    assert mean_scores({"a": {"acc": 0.4}, "b": {"acc": None}}) == {"acc": None}
 
 
 def test_exposure_measures_the_gap_to_what_clients_hold_before_and_after():

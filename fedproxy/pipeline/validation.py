@@ -1,0 +1,94 @@
+"""Validation between rounds: held-out rows that no client owns, scored in the process that holds the models."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedproxy.config import RunConfig
+from fedproxy.data.rows import Row
+from fedproxy.errors import ConfigError
+from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
+from fedproxy.federation.validation import RoundValidation, Scores
+from fedproxy.models import LayerMap, load_model, placed
+from fedproxy.pipeline.data import file_rows
+from fedproxy.reporting import ValidationReport
+from fedproxy.seeding import derive_seed
+from fedproxy.strategies.trainable.base import TrainableModel
+
+if TYPE_CHECKING:
+    from fedproxy.pipeline.stages import Run
+
+
+def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Question]:
+    """Return the validation questions of a run: for every task and file the same number, none of them a client's.
+
+    Raises:
+        DataError: If clients leave too few rows.
+        ConfigError: If a source cannot be scored by the metric that chooses the best round.
+    """
+    settings = config.federation.validation
+    if not settings.every:
+        return []
+    owned = [row for own in clients.values() for row in own]
+    seed = derive_seed(config.seed, "validation")
+    questions: list[Question] = []
+    for task in config.data.tasks:
+        questions += task_questions(task, settings.rows, owned, seed)
+    for name in config.data.files:
+        questions += row_questions(name, file_rows(config.data, name), settings.rows, owned, seed)
+    for question in questions:
+        if settings.metric not in ("answer_nll", *question.accuracies):
+            raise ConfigError(
+                f"federation.validation.metric: {question.source!r} has no {settings.metric}; "
+                f"choose {' or '.join((*question.accuracies, 'answer_nll'))}"
+            )
+    return questions
+
+
+def round_validation(
+    run: "Run", model: TrainableModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+) -> RoundValidation | None:
+    """Return what scores the state between rounds, or None where the recipe asks for nothing."""
+    settings = run.config.federation.validation
+    if not settings.every:
+        return None
+    fused = _fused(run, model)
+
+    def score(state: Mapping[str, Tensor]) -> Scores:
+        model.load_state(state)
+        candidate = model.model if settings.model == "proxy" else fused()
+        with placed(candidate, run.device):
+            return score_questions(candidate, tokenizer, questions)
+
+    return RoundValidation(score, settings.every, settings.metric, settings.select == "best")
+
+
+def validation_report(run: "Run") -> ValidationReport | None:
+    """Return what the report says of validation: how rounds were scored, and which one's state was fused."""
+    settings = run.config.federation.validation
+    scored = [record["validation"] for record in run.folder.rounds() if "validation" in record]
+    if not scored:
+        return None
+    return ValidationReport(
+        model=settings.model,
+        metric=settings.metric,
+        select=settings.select,
+        questions=int(scored[-1]["mean"]["n"]),
+        fused_after_round=run.facts.get("fused_after_round"),
+    )
+
+
+def _fused(run: "Run", model: TrainableModel) -> Callable[[], PreTrainedModel]:
+    """Return what fuses the proxy as it stands into the target; the plain proxy is loaded once, when first needed."""
+    plain: dict[str, Tensor] = {}
+
+    def fuse() -> PreTrainedModel:
+        if not plain:
+            plain.update(load_model(run.folder.proxy, dtype=run.config.target.dtype).state_dict())
+        target, _ = run.target()
+        after = {**plain, **model.merged_weights()}
+        return run.config.fusion.fuse(target, plain, after, LayerMap.load(run.folder.layer_map))
+
+    return fuse
