@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
+from fedproxy.federation.realigner import GROUP as EMULATOR
+from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -64,6 +66,7 @@ class LocalClient:
         started = time.perf_counter()
         job = Job(**broadcast.job)
         self.model.load_state(broadcast.state)
+        receive(self.model, broadcast.extras.get(EMULATOR, {}))
         parameters = self.model.parameters()
         trained = {name: parameter for name, parameter in parameters.items() if name not in job.frozen}
         loader = ExampleLoader(

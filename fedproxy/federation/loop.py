@@ -13,6 +13,8 @@ from torch import Tensor
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.engines.base import RunningEngine
+from fedproxy.federation.realigner import GROUP as EMULATOR
+from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -41,6 +43,8 @@ class Federation:
     seed: int
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
+    realigner: Realigner | None = None
+    """Aligns the frozen blocks before every broadcast."""
 
     @property
     def clients_in_round(self) -> int:
@@ -82,7 +86,9 @@ class Federation:
         chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number)
         conflict = before.conflict if self.send_conflict and before.conflict else None
         resting = [name for name in before.state if not self.aggregator.trains(name, number)]
-        broadcast = Broadcast(number, before.state, conflict, {**self.job, "frozen": resting})
+        aligned = None if self.realigner is None else self.realigner.align(before)
+        extras = {} if aligned is None else {EMULATOR: aligned.weights}
+        broadcast = Broadcast(number, before.state, conflict, {**self.job, "frozen": resting}, extras)
         updates: list[ClientUpdate] = []
         for update in engine.run(broadcast, chosen):
             on_client(number, update)
@@ -101,14 +107,21 @@ class Federation:
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
             "factor_mean_error": self._factor_error(before.state, updates),
+            "realignment_loss": None if aligned is None else aligned.loss,
             "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(updates),
             "client_seconds": sum(update.seconds for update in updates),
-            "server_seconds": time.perf_counter() - trained,
+            "server_seconds": time.perf_counter() - trained + (0.0 if aligned is None else aligned.seconds),
             "seconds": time.perf_counter() - started,
         }
         return Progress(
-            number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
+            number,
+            state,
+            dict(merged.conflict or {}),
+            memory,
+            dict(merged.memory),
+            emulator={} if aligned is None else aligned.weights,
+            records=[*before.records, record],
         )
 
     def _aggregate(

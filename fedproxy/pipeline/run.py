@@ -21,6 +21,7 @@ from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
@@ -64,7 +65,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
         clients = _clients(current)
         compress(current, clients)
         model, progress = federate(current, clients)
-        tuned = fuse(current, model, progress.round)
+        tuned = fuse(current, model, progress.round, progress.emulator)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
     except BaseException as error:
@@ -113,6 +114,7 @@ def check_components(config: RunConfig) -> None:
             f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
             "choose a rule that merges, or data.partition.name=pooled"
         )
+    check_realignment(config)
     _refuse_what_the_loop_lacks(config)
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.realignment import realigner
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -80,7 +81,7 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     target, tokenizer = run.target()
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
-    batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
+    batches = text_batches(texts, tokenizer, max_tokens=text_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
@@ -112,7 +113,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     calibration = run.config.compression.calibration
     target, tokenizer = run.target()
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
-    limit = _limit(target, calibration.max_tokens)
+    limit = text_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
         loss = fit(
@@ -155,6 +156,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
         space=config.federation.space,
+        realigner=realigner(run, model, clients),
     )
     left = config.federation.rounds - progress.round
     loggers = round_loggers(config.loggers, run.folder.root)
@@ -176,6 +178,8 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
+    if federation.realigner is not None:
+        federation.realigner.restore()
     model.load_state(progress.state)
     return model, progress
 
@@ -188,22 +192,26 @@ class TunedProxy:
     """The plain proxy as broadcast."""
     merged: dict[str, Tensor]
     """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
+    emulator: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frozen blocks as last re-aligned: part of the tuned proxy that clients hold, but never plugged in."""
 
     def model(self) -> PreTrainedModel:
         """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
         tuned = share_weights(self.proxy)
-        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
+        set_weights(
+            tuned, {name: weight.to(self.proxy.dtype) for name, weight in {**self.emulator, **self.merged}.items()}
+        )
         return tuned
 
 
-def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
+def fuse(run: Run, model: TrainableModel, rounds: int, emulator: Mapping[str, Tensor]) -> TunedProxy:
     """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy."""
     started = time.perf_counter()
     done = run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir()
     if not done:
         model.save_adapter(run.folder.adapter)
     merged = dict(model.merged_weights())
-    tuned = TunedProxy(model.detach(), merged)
+    tuned = TunedProxy(model.detach(), merged, emulator)
     if done:
         return tuned
     target, tokenizer = run.target()
@@ -244,7 +252,7 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
         bar.step()
 
 
-def _limit(model: PreTrainedModel, wanted: int) -> int:
+def text_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
     return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 
