@@ -13,7 +13,6 @@ from fedproxy.protocol import Broadcast
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.realignment.emulator import EmulatorRealignment
 from fedproxy.strategies.trainable.lora import Lora
-
 from tests.strategies.test_realignment import text
 
 PI = (0, 2, 4)

@@ -10,6 +10,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError
 from fedproxy.federation.engines.in_process import _Running
 from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.plan import plan
 
 OPTIONS = (
     "trainable.blocks=last",
@@ -58,6 +59,14 @@ def test_every_broadcast_carries_the_emulator_and_nothing_else_of_the_server(ali
     assert not torch.equal(second[name], first[name])
     losses = [json.loads(line)["realignment_loss"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
     assert losses[1] < losses[0]
+
+
+def test_plan_predicts_the_bytes(aligned):
+    report, _, _ = aligned
+    predicted = plan(["recipe=fedproxy_tiny", *OPTIONS])
+    first, second = report.rounds
+    assert first.download_bytes == 4 * (predicted.upload_bytes + predicted.emulator_bytes)
+    assert second.download_bytes == 4 * predicted.download_bytes
 
 
 def test_the_plug_in_touches_adapter_blocks_alone(aligned):

@@ -18,8 +18,9 @@ from fedproxy.strategies.trainable.base import TrainableModel
 class EmulatorRealignment(Realignment, name="emulator"):
     """Minimises sum_l ||E_l - E*_l||^2 / RMS(E_l)^2 + kl_weight * KL(M || M*) over the emulator's weights.
 
-    FedBiOT (Wu et al. 2024, KDD). E_l is the target's hidden state behind kept block l, E*_l the proxy's; M is the
-    target and M* the proxy, both with the current adapter (the blocks that clients train), which is not changed.
+    FedBiOT (Wu et al. 2024, KDD, arXiv 2406.17706). E_l is the target's hidden state behind kept block l, E*_l the
+    proxy's; M is the target and M* the proxy, both with the current adapter (the blocks that clients train), which is
+    not changed.
 
     Choice: the squared distance is a mean over hidden units, and the root mean square is taken per token, as in
     :func:`fedproxy.modules.losses.hidden_distance`; the optimiser is a fresh AdamW every round.
