@@ -31,10 +31,10 @@ class Progress:
     """Per-coordinate conflict of the last round; empty before the first."""
     server_memory: dict[str, Tensor] = field(default_factory=dict)
     aggregator_memory: dict[str, Tensor] = field(default_factory=dict)
-    emulator: dict[str, Tensor] = field(default_factory=dict)
-    """Frozen blocks as they were last re-aligned and broadcast; empty where nothing is re-aligned."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
+    emulator: dict[str, Tensor] = field(default_factory=dict)
+    """Frozen blocks as they were last re-aligned and broadcast; empty where nothing is re-aligned."""
 
 
 class CheckpointFolder:

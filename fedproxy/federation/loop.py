@@ -120,8 +120,8 @@ class Federation:
             dict(merged.conflict or {}),
             memory,
             dict(merged.memory),
-            emulator={} if aligned is None else aligned.weights,
-            records=[*before.records, record],
+            [*before.records, record],
+            {} if aligned is None else aligned.weights,
         )
 
     def _aggregate(

@@ -70,6 +70,7 @@ class EmulatorRealignment(Realignment, name="emulator"):
         check_tokens(proxy, material.batches)
         require_float32(proxy, "realignment.name=emulator", "realignment.name=none")
         pairs = [(own, layer_map.proxy_to_target[own]) for own in emulator]
+        home = material.target.device
         whole = with_adapter(material.target, model, emulator, layer_map.proxy_to_target)
         teacher = Teacher(whole, sorted({other for _, other in pairs}), distributions=self.kl_weight > 0)
         blocks = Decoder.of(proxy).blocks
@@ -92,6 +93,7 @@ class EmulatorRealignment(Realignment, name="emulator"):
             runner = make_trainer(material.trainer, max_epochs=-1, max_steps=self.steps, max_grad_norm=1.0)
             fit(runner, module, ShuffledBatches(material.batches, generator), seed=seed)
         finally:
+            whole.to(home)  # it shares tensors with the target, and Lightning brings back the proxy alone
             for parameter in proxy.parameters():
                 parameter.requires_grad_(id(parameter) in training)
         return module.last_loss
