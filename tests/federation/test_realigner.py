@@ -74,7 +74,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
     plain, aligned = Broadcast(1, state, job=JOB), Broadcast(1, state, job=JOB, extras={GROUP: weights})
     assert aligned.bytes - plain.bytes == sum(tensor.numel() * 4 for tensor in weights.values())
     aligned.save(tmp_path / "broadcast.safetensors")
-    examples = {"a": [Example([5, 6, 7, 8], 2), Example([9, 8, 7], 1)]}
+    examples = {"a": [Example((5, 6, 7, 8), 2, "x"), Example((9, 8, 7), 1, "y")]}
 
     def train(broadcast, model):
         return LocalClient(model, examples, pad_id=0, trainer={"accelerator": "cpu"}).train(broadcast, "a").delta
