@@ -10,6 +10,7 @@ from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.fusion import Fusion
+from fedproxy.strategies.realignment import Realignment
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
@@ -191,6 +192,7 @@ class RunConfig:
     engine: Engine = field(default_factory=lambda: Engine.by_name("in_process")())
     aggregator: Aggregator = field(default_factory=lambda: Aggregator.by_name("fedavg")())
     server_optimizer: ServerOptimizer = field(default_factory=lambda: ServerOptimizer.by_name("none")())
+    realignment: Realignment = field(default_factory=lambda: Realignment.by_name("none")())
     fusion: Fusion = field(default_factory=lambda: Fusion.by_name("plug_in")())
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: dict[str, Any] = field(

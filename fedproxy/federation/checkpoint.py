@@ -16,7 +16,7 @@ from torch import Tensor
 from fedproxy.errors import CheckpointError
 
 _NAME = re.compile(r"round_(\d{4,})")
-_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change")
+_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change", "emulator")
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Progress:
     """LoRA factors of what the last round moved into the frozen weights; sent with the next broadcast."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
+    emulator: dict[str, Tensor] = field(default_factory=dict)
+    """Frozen blocks as they were last re-aligned and broadcast; empty where nothing is re-aligned."""
 
 
 class CheckpointFolder:

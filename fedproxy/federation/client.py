@@ -14,6 +14,8 @@ from fedproxy.data.tokenisation import Example
 from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
+from fedproxy.federation.realigner import GROUP as EMULATOR
+from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
@@ -78,6 +80,7 @@ class LocalClient:
         memory = self._receive(broadcast, client_id)
         state = {**broadcast.state, **{name: memory.own.get(name, self.initial[name]) for name in job.own}}
         self.model.load_state(state)
+        receive(self.model, broadcast.extras.get(EMULATOR, {}))
         parameters = self.model.parameters()
         trained = {name: parameter for name, parameter in parameters.items() if name not in job.frozen}
         loader = ExampleLoader(

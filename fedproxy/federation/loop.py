@@ -15,6 +15,8 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
+from fedproxy.federation.realigner import GROUP as EMULATOR
+from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.federation.separate import separate_round
 from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
@@ -51,6 +53,8 @@ class Federation:
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
     validation: RoundValidation | None = None
     """Scores the state between rounds."""
+    realigner: Realigner | None = None
+    """Aligns the frozen blocks before every broadcast."""
 
     @property
     def clients_in_round(self) -> int:
@@ -108,6 +112,9 @@ class Federation:
         sent = {name: tensor for name, tensor in before.state.items() if name not in own}
         job = {**self.job, "frozen": resting, "own": own, "statistics": list(self.aggregator.needs_extras)}
         extras = broadcast_extras(before, self.aggregator, self.regularizer)
+        aligned = None if self.realigner is None else self.realigner.align(before)
+        if aligned is not None:
+            extras[EMULATOR] = aligned.weights
         broadcast = Broadcast(number, sent, conflict, job, extras)
         updates: list[ClientUpdate] = []
         for update in engine.run(broadcast, chosen):
@@ -128,10 +135,11 @@ class Federation:
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
             "factor_mean_error": None if own else self._factor_error(before.state, updates),
+            "realignment_loss": None if aligned is None else aligned.loss,
             "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(updates) + self._bytes_for_the_rest(extras, len(updates)),
             "client_seconds": sum(update.seconds for update in updates),
-            "server_seconds": time.perf_counter() - trained,
+            "server_seconds": time.perf_counter() - trained + (0.0 if aligned is None else aligned.seconds),
             "seconds": time.perf_counter() - started,
         }
         return Progress(
@@ -143,6 +151,7 @@ class Federation:
             merge_shared(before, self.regularizer, updates, len(self.clients)),
             merged.base_change,
             [*before.records, record],
+            {} if aligned is None else aligned.weights,
         )
 
     def _bytes_for_the_rest(self, extras: Mapping[str, Tensors], served: int) -> int:

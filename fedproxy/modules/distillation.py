@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedproxy.data.batching import ShuffledBatches
-from fedproxy.errors import ModelError
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models.decoder import Decoder, set_weights
 from fedproxy.models.layer_map import LayerMap
 from fedproxy.modules.distillation_config import DistillationConfig
@@ -149,6 +149,8 @@ def distil(
     """
     check_pair(proxy, target, layer_map.proxy_to_target)
     check_tokens(proxy, batches)
+    if settings.train == "full":
+        require_float32(proxy, "distillation.train=full", "distillation.train=lora")
     target.requires_grad_(False).eval()
     pairs = tuple(enumerate(layer_map.proxy_to_target)) if settings.hidden_weight else ()
     kept = None
@@ -246,6 +248,25 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, proxy_to_targ
         raise ModelError(
             f"the layer map {list(proxy_to_target)} does not fit a proxy of {blocks} and a target of {depth} blocks; "
             "use the map that the proxy was compressed with"
+        )
+
+
+def require_float32(model: PreTrainedModel, option: str, instead: str) -> None:
+    """Check that a model's own weights can be trained.
+
+    Args:
+        model: The model.
+        option: What asks for it, as ``key=value``.
+        instead: What does without.
+
+    Raises:
+        ConfigError: If it is in half precision, where a step of usual size is lost in rounding.
+    """
+    if model.dtype != torch.float32:
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise ConfigError(
+            f"{option} trains the proxy's own weights, and in {dtype} small steps are lost; use {instead} or "
+            "target.dtype=float32"
         )
 
 

@@ -41,7 +41,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
-    known = None if merged is None else TunedProxy(proxy, merged)
+    known = None if merged is None else TunedProxy(proxy, merged, progress.emulator)
     tuned = TunedProxies(proxy, trainable, states, seed=config.seed, known=known)
     if done:
         return tuned

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedproxy.config import RunConfig, load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ModelError
+from fedproxy.federation.realigner import emulator_weights
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.decoder import parameter_count, positions_limit
 from fedproxy.models.feed_forward import WIDTH_KEYS
@@ -39,6 +40,8 @@ class Plan:
     sends_conflict: bool
     activation_bytes: int = 0
     """What the largest batch of calibration text needs while a block runs."""
+    emulator_parameters: int = 0
+    """Frozen parameters that are re-aligned and sent every round."""
 
     @property
     def compression_bytes(self) -> int:
@@ -52,8 +55,13 @@ class Plan:
 
     @property
     def download_bytes(self) -> int:
-        """Bytes that one client receives per round, from the second on: state and, if needed, conflict."""
-        return self.upload_bytes * (2 if self.sends_conflict else 1)
+        """Bytes that one client receives per round, from the second on: state and, if needed, conflict and emulator."""
+        return self.upload_bytes * (2 if self.sends_conflict else 1) + self.emulator_bytes
+
+    @property
+    def emulator_bytes(self) -> int:
+        """Bytes of the re-aligned frozen blocks in every broadcast."""
+        return self.emulator_parameters * self.weight_bytes
 
     @property
     def server_bytes(self) -> int:
@@ -68,6 +76,7 @@ class Plan:
 
     def __str__(self) -> str:
         kept, depth = self.blocks
+        first = self.upload_bytes + self.emulator_bytes
         share = 100 * self.proxy_parameters / self.target_parameters
         rows = [
             ("target", f"{self.target_parameters:,} parameters, {depth} blocks"),
@@ -76,7 +85,7 @@ class Plan:
             ("clients", f"{self.clients_in_round} of {self.clients} in each round"),
             ("proxy, sent once", f"{size(self.proxy_parameters * self.weight_bytes)} to each client"),
             ("up per client and round", size(self.upload_bytes)),
-            ("down per client and round", f"{size(self.download_bytes)} (first round {size(self.upload_bytes)})"),
+            ("down per client and round", f"{size(self.download_bytes)} (first round {size(first)})"),
             ("all clients, per round", f"up {size(self.upload_bytes * self.clients_in_round)}, "
                                        f"down {size(self.download_bytes * self.clients_in_round)}"),
             ("server memory", f"{size(self.server_bytes)} of weights"),
@@ -103,18 +112,20 @@ def plan(arguments: Sequence[str]) -> Plan:
         places = tuple(config.compression.places(decoder))
     totals = parameter_count(target), parameter_count(proxy)
     options = config.trainable.placed(LayerMap(places, ""))
-    trainable = options.attach(proxy, generator(config.seed)).num_parameters
+    trainable = options.attach(proxy, generator(config.seed))
+    aligned = emulator_weights(trainable) if any(config.realignment.reads) else {}
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
     drawn = config.federation.clients_per_round
     return Plan(
         *totals,
-        trainable_parameters=trainable,
+        trainable_parameters=trainable.num_parameters,
         blocks=(kept, depth),
         weight_bytes=_BYTES[config.target.dtype],
         clients=clients,
         clients_in_round=clients if drawn == "all" else int(drawn),
         sends_conflict=config.regularizer.needs_conflict,
         activation_bytes=activation_bytes(decoder, config),
+        emulator_parameters=sum(parameter.numel() for parameter in aligned.values()),
     )
 
 

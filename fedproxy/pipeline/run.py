@@ -27,6 +27,7 @@ from fedproxy.pipeline.fidelity import measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.loggers import check_loggers
+from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.pipeline.stages import Run, compress, federate, one_device
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out, validation_report
@@ -174,6 +175,7 @@ def check_components(config: RunConfig) -> None:
     )
     _check_trainable(config)
     _check_validation(config)
+    check_realignment(config)
     _refuse_what_the_loop_lacks(config)
     _check_own(config)
 

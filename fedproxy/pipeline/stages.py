@@ -26,6 +26,7 @@ from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import RunLoggers
+from fedproxy.pipeline.realignment import realigner
 from fedproxy.pipeline.tuned import final_states, first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.plain_json import write_json
@@ -189,6 +190,7 @@ def federate(
         store=store,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
+        realigner=realigner(run, model, clients),
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
@@ -214,6 +216,8 @@ def federate(
         progress = federation.validation.chosen(progress, checkpoints)
     if progress.round < config.federation.rounds:
         run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
+    if federation.realigner is not None:
+        federation.realigner.restore()
     if config.aggregator.aggregates:
         run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress

@@ -1,7 +1,7 @@
 """What federation leaves: the tuned proxy, one for all clients, or one each where clients are never merged."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -52,11 +52,14 @@ class TunedProxy:
     """The plain proxy as broadcast."""
     merged: dict[str, Tensor]
     """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
+    emulator: Mapping[str, Tensor] = field(default_factory=dict)
+    """Frozen blocks as last re-aligned: part of the tuned proxy that clients hold, but never plugged in."""
 
     def model(self) -> PreTrainedModel:
         """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
         tuned = share_weights(self.proxy)
-        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
+        changed = {**self.emulator, **self.merged}
+        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in changed.items()})
         return tuned
 
 
