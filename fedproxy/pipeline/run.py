@@ -21,6 +21,7 @@ from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluate, scores_file
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
@@ -40,8 +41,13 @@ RESUME_HINT = "go on with the same command and resume=auto"
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
 
-def run(config: RunConfig, display: Display | None = None) -> RunReport:
+def run(config: RunConfig, display: Display | None = None, shared: SharedWork | None = None) -> RunReport:
     """Do everything a recipe says and return the report; a finished run is only read.
+
+    Args:
+        config: The recipe.
+        display: Where progress is shown.
+        shared: What this run may take over from runs that did the same, and leaves to others.
 
     Raises:
         FedProxyError: If something that a user, a client or a file causes ends the run. The report then says
@@ -54,7 +60,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
-    current = Run(config, folder, display)
+    current = Run(config, folder, display, shared)
     if current.facts.get("finished") == _goal(config) and folder.report.is_file():
         display.say("this run is finished; nothing left to do")
         return RunReport.load(folder.report)
@@ -62,7 +68,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     scores: dict[str, Any] = {}
     try:
         clients = _clients(current)
-        compress(current, clients)
+        _compress(current, clients)
         model, progress = federate(current, clients)
         tuned = fuse(current, model, progress.round)
         for name, score in evaluate(current, tuned, progress.round):
@@ -146,6 +152,13 @@ def _clients(current: Run) -> dict[str, list[Row]]:
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in clients.items())
     current.display.say(f"{len(clients)} clients ({sizes} rows); distance from the pooled data by {figures}")
     return clients
+
+
+def _compress(current: Run, clients: dict[str, list[Row]]) -> None:
+    if current.shared is None:
+        compress(current, clients)
+    else:
+        current.shared.compress(current, clients, lambda: compress(current, clients))
 
 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
