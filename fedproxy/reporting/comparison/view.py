@@ -20,8 +20,8 @@ from fedproxy.reporting.tables import Table
 _SCORES = """Sent: upload and download of all clients and rounds. Client time: local training, summed over clients.
 Answer NLL: nats per answer token, lower is better."""
 _GAINS = """Points on the same questions, answers averaged over seeds; 95 % interval of a paired bootstrap over
-questions, stratified by task; p of a sign-flip randomisation test, Holm-corrected over the methods of its column. Seeds are taken
-as they are: the interval says what other questions would do, “± seeds” what other seeds did."""
+questions, stratified by task; p of a sign-flip randomisation test, Holm-corrected over the methods of its column. Seeds
+are taken as they are: the interval says what other questions would do, “± seeds” what other seeds did."""
 _COSTS = """Means over seeds. Proxy alone and tuned proxy alone: what clients hold at the beginning and at the end.
 Reduced exposure is no guarantee: nothing here proves that a target cannot be rebuilt from its proxy."""
 _EQUAL_BYTES = """Examples seen differ. A run of fewer rounds is the beginning of the longer one: the learning rate is
