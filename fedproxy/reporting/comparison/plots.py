@@ -1,11 +1,13 @@
 """The comparison's plots: accuracy against bytes, loss per round, conflict and cosines, Block Influence."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis
+from fedproxy.reporting.comparison.answers import METRICS
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.tables import sent
 from fedproxy.reporting.plots import draw_plots
@@ -26,7 +28,7 @@ Curve = Sequence[tuple[int, float | None]]
 def comparison_plots(found: Analysis, runs: Runs) -> list[Plot]:
     """Return every plot that the runs have data for; rounds are those of each method's first seed."""
     rounds = {label: records[0].report.rounds for label, records in runs.items() if records}
-    drawn = [_accuracy_against_bytes(found), _losses(rounds), _conflict(rounds)]
+    drawn = [_accuracy_against_bytes(found), _losses(rounds), _validation(rounds), _conflict(rounds)]
     drawn += [_cosine(label, lines) for label, lines in rounds.items() if label in (found.reference, _first(rounds))]
     return [one for one in [*drawn, _block_influence(runs)] if one is not None]
 
@@ -85,6 +87,22 @@ def _losses(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
     return _curves("Training loss per round", "loss, nats per answer token", curves)
 
 
+def _validation(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
+    """Return mean accuracy per round on validation rows, where the recipes ask for it."""
+    for metric in METRICS:
+        curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
+        drawn = _curves("Validation accuracy per round", f"mean {metric}, 0 to 1", curves)
+        if drawn is not None:
+            return drawn
+    return None
+
+
+def _validated(line: RoundReport, metric: str) -> float | None:
+    means = (dataclasses.asdict(line).get("validation") or {}).get("mean") or {}
+    value: float | None = means.get(metric)
+    return value
+
+
 def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
     curves = {label: curve for label, curve in curves.items() if any(value is not None for _, value in curve)}
     if not curves:
@@ -109,7 +127,7 @@ def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
         )  # fmt: skip
 
     words = "; ".join(f"{label}: {_values(curve)}" for label, curve in curves.items())
-    return plot(title, f"Lines, mean over clients. {words}.", draw, height=2.9 + 0.16 * (len(curves) // 3))
+    return plot(title, f"Lines. {words}.", draw, height=2.9 + 0.16 * (len(curves) // 3))
 
 
 def _values(curve: Curve) -> str:
