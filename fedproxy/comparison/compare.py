@@ -1,6 +1,7 @@
 """From a study to its report: check, run, analyse, write."""
 
 import shlex
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from fedproxy.comparison.arguments import Study
 from fedproxy.comparison.equal_bytes import byte_budget, equal_byte_cells, same_rounds
 from fedproxy.comparison.execution import Cell, Outcome, cells, do_runs, only_one
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
+from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.run import check_components
 from fedproxy.reporting.comparison.analysis import Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.comparison.records import Record, require_same_questions
@@ -44,6 +47,8 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
     todo = cells(study)
     first = {cell.method.label: cell.config for cell in todo if cell.seed == study.seeds[0]}
     check_fair(first, budget=study.budget)
+    for label, config in first.items():
+        _check_components(label, config)
     with only_one(study):
         outcomes = do_runs(todo, study, display)
         runs = _records(outcomes, study)
@@ -64,8 +69,18 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
             notes=[*_target_notes(runs), *_budget_note(study, {label: passes(own) for label, own in first.items()})],
         )
         files = write_comparison(found, runs, study.output_dir)
+        if not study.keep_runs and all(outcome.record for outcome in outcomes):
+            shutil.rmtree(study.work_dir / "shared" / "proxies", ignore_errors=True)
     failed = [f"{outcome.cell.name}: {outcome.error}" for outcome in outcomes if outcome.error]
     return Finished(found, files, failed)
+
+
+def _check_components(label: str, config: RunConfig) -> None:
+    """Refuse a method whose components do not go together before the first run, not hours later."""
+    try:
+        check_components(config)
+    except ConfigError as error:
+        raise ConfigError(f"{label}: {error}") from None
 
 
 def _records(outcomes: Sequence[Outcome], study: Study) -> Runs:
@@ -104,14 +119,9 @@ def _equal_bytes(
         if outcome.record is not None:
             second[outcome.cell.method.label].append(outcome.record)
     _check_records([*outcomes, *(Outcome(cell, record) for cell in todo for record in runs[cell.method.label])])
-    return EqualBytes(_analyse_known(study, second), budget.bytes, budget.rounds), outcomes
-
-
-def _analyse_known(study: Study, runs: Runs) -> Analysis:
-    scored = {method.label: method.scored for method in study.methods if method.scored}
-    if not any(runs.values()):
-        raise ConfigError(f"equal_bytes={study.equal_bytes}: no method can afford a round; use equal_bytes=most")
-    return analyse(runs, scored=scored, reference=study.reference)
+    if not any(second.values()):
+        return None, outcomes  # not run yet
+    return EqualBytes(_analyse(study, second), budget.bytes, budget.rounds), outcomes
 
 
 def _questions(runs: Mapping[str, Sequence[Record]], found: Analysis) -> int:

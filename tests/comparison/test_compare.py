@@ -132,12 +132,19 @@ def test_unfair_recipes_are_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_method_whose_parts_do_not_fit_is_refused_before_the_first_run(compare_tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"h_ties: .*aggregator 'krum' needs at least \d clients"):
+        compare_tiny(tmp_path / "out", "aggregator.name=krum", "regularizer.name=none")
+    assert not (tmp_path / "out").exists()
+
+
 def test_killed_in_the_middle_it_goes_on_without_repeating(finished, recipes, compare_tiny, tmp_path):
     folder = tmp_path / "killed"
     words = [recipes, *SMALL, f"output_dir={folder}", "reference=h_ties", "seeds=[7]"]
     command = [sys.executable, "-m", "fedproxy.compare", *words]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True)
+        threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the tests have: sums in the same order
+        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=threads)
     first, deadline = folder / "records/h_ties/seed_7.json", time.monotonic() + 400
     while not first.is_file():
         assert process.poll() is None, (tmp_path / "log").read_text()

@@ -104,7 +104,7 @@ def _answers(evaluation: Evaluation) -> dict[str, Answers]:
         keys = sorted(questions)
         metrics = [metric for metric in _METRICS if all(questions[key].get(metric) is not None for key in keys)]
         digest = hashlib.sha256("".join(f"{key}\x00{questions[key].get('prompt_hash')}\x00" for key in keys).encode())
-        values = {metric: [_short(questions[key][metric]) for key in keys] for metric in metrics}
+        values = {metric: tuple(_short(questions[key][metric]) for key in keys) for metric in metrics}
         found[task] = Answers(evaluation.settings[task], digest.hexdigest(), values)
     return found
 
