@@ -172,10 +172,16 @@ def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str
             "class": type(model).__qualname__,
             "weights": state_sha256(model),
             "config": json.loads(json.dumps(config, default=str)),
-            "tokenizer": [type(tokenizer).__qualname__, backend.to_str(), switches, tokenizer.padding_side],
+            "tokenizer": [type(tokenizer).__qualname__, _stateless(backend.to_str()), switches, tokenizer.padding_side],
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
     )
+
+
+def _stateless(backend: str) -> dict[str, Any]:
+    """Return a fast tokenizer's JSON without what its last call left in it; every call sets that anew."""
+    content: dict[str, Any] = json.loads(backend)
+    return {name: value for name, value in content.items() if name not in ("truncation", "padding")}
 
 
 def questions_sha256(tasks: Sequence[str], num_fewshot: int) -> str | None:

@@ -82,6 +82,8 @@ class Analysis:
     metric: str
     zero_shot: Mapping[str, Score]
     """The untouched target."""
+    zero_shot_nll: Score | None
+    """Its answer NLL, nats per answer token, mean over tasks."""
     ceiling: str | None
     reference: str | None
     methods: Sequence[MethodResult] = field(default_factory=tuple)
@@ -136,7 +138,14 @@ def analyse(
         )
         for label, method in methods.items()
     ]
-    return Analysis(metric, zero_shot.scores, top.label if top else None, chosen.label if chosen else None, rows)
+    return Analysis(
+        metric=metric,
+        zero_shot=zero_shot.scores,
+        zero_shot_nll=zero_shot.nll(),
+        ceiling=top.label if top else None,
+        reference=chosen.label if chosen else None,
+        methods=rows,
+    )
 
 
 def _with_target(records: Sequence[Record]) -> list[Record]:

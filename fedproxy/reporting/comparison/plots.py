@@ -50,6 +50,8 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
     lines += [(row.label, 100 * row.scores["mean"].value) for row in found.methods if row.label == found.ceiling]
 
     def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         for label, height in lines:
             axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 2)))
             place: dict[str, Any] = {"xy": (1, height), "xycoords": ("axes fraction", "data")}
@@ -64,6 +66,9 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
                 label, (x, height), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
             )
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.35)
         axes.set_xlabel("sent by all clients and rounds, both ways, MiB (log scale)")
         axes.set_ylabel("mean accuracy, per cent")

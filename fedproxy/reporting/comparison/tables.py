@@ -19,10 +19,12 @@ def score_table(found: Analysis) -> Table:
     seeds = any(score.stderr_seeds is not None for row in found.methods for score in row.scores.values())
     head = ["method", *tasks, "mean", *(["± seeds"] if seeds else []), *(["answer NLL"] if with_nll else [])]
     head += ["sent", "trained", "client time"]
-    rows = [["target, untouched", *_scores(found.zero_shot, tasks, seeds), *([""] if with_nll else []), "", "", ""]]
+    rows = [
+        ["target, untouched", *_scores(found.zero_shot, tasks, seeds), *_nll(found.zero_shot_nll, with_nll), "", "", ""]
+    ]
     for row in found.methods:
         cells = [_name(row, found), *_scores(row.scores, tasks, seeds)]
-        cells += [show.fixed(row.answer_nll.value) if row.answer_nll else show.NONE] if with_nll else []
+        cells += _nll(row.answer_nll, with_nll)
         rows.append([*cells, show.size(sent(row)), show.count(row.cost["trainable_parameters"]), _time(row)])
     return Table(head, rows)
 
@@ -31,6 +33,10 @@ def _scores(scores: Mapping[str, Score], tasks: Sequence[str], seeds: bool) -> l
     cells = [_score(scores[task]) for task in [*tasks, "mean"]]
     spread = scores["mean"].stderr_seeds
     return cells + ([show.NONE if spread is None else f"{100 * spread:.1f}"] if seeds else [])
+
+
+def _nll(score: Score | None, wanted: bool) -> list[str]:
+    return [show.fixed(score.value if score else None)] if wanted else []
 
 
 def _score(score: Score) -> str:

@@ -66,6 +66,20 @@ def test_differences_are_means_over_tasks_of_answers_averaged_over_seeds(runs, r
     assert rows["central"].recovered.estimate == pytest.approx(1)
 
 
+def test_answer_nll_stands_beside_accuracy_for_the_target_too(runs):
+    found = analyse(runs)
+    for score, model, label in (
+        (found.zero_shot_nll, "target", "fedproxy"),
+        (found.methods[2].answer_nll, "fused", "fedproxy"),
+    ):
+        values = [
+            np.mean(record.answers[model][task].values["answer_nll"])
+            for record in runs[label]
+            for task in ("easy", "hard")
+        ]
+        assert score.value == pytest.approx(np.mean(values))
+
+
 def test_p_values_are_corrected_over_the_methods_of_a_column(rows):
     plain = {label: row.against_zero_shot.p_value for label, row in rows.items()}
     assert {label: row.against_zero_shot.holm_p_value for label, row in rows.items()} == holm(plain)
