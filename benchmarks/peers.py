@@ -35,6 +35,42 @@ def peft_rules():
     return importlib.import_module("peft.utils.merge_utils")
 
 
+def flower_yogi(rounds, **options):
+    """Run Flower's FedYogi from zeros over rounds of [(update arrays, num_examples)]; return the arrays after each."""
+    common = importlib.import_module("flwr.common")
+    strategy = importlib.import_module("flwr.server.strategy").FedYogi(
+        initial_parameters=common.ndarrays_to_parameters([array * 0 for array in rounds[0][0][0]]), **options
+    )
+    status = common.Status(common.Code.OK, "")
+    after = []
+    for number, results in enumerate(rounds, start=1):
+        start = strategy.current_weights
+        fits = []
+        for arrays, examples in results:
+            tuned = [array + change for array, change in zip(start, arrays, strict=True)]
+            fits.append((None, common.FitRes(status, common.ndarrays_to_parameters(tuned), examples, {})))
+        merged, _ = strategy.aggregate_fit(number, fits, [])
+        after.append(common.parameters_to_ndarrays(merged))
+    return after
+
+
+def mergekit_keep_probabilities(tensor, density, epsilon):
+    """Return the probabilities with which mergekit's DELLA keeps coordinates: what it hands to torch.bernoulli."""
+    sparsify = importlib.import_module("mergekit.sparsify")
+    seen = []
+
+    def note(probabilities):
+        seen.append(probabilities)
+        return torch.ones_like(probabilities)
+
+    real, torch.bernoulli = torch.bernoulli, note
+    try:
+        sparsify.della_magprune(tensor, density, epsilon)
+    finally:
+        torch.bernoulli = real
+    return seen[0].reshape(tensor.shape)
+
+
 def inputs(clients=7, shapes=((6, 5), (11,))):
     """Return small updates without ties in magnitude, one list of tensors per client."""
     rng = torch.Generator().manual_seed(11)
@@ -74,6 +110,13 @@ def main(path):
     add("flwr", "multi_krum", {"byzantine": 2, "keep": 3}, flower.aggregate_krum(results(equal), 2, 3))
     bulyan = flower.aggregate_bulyan(results(equal), 1, flower.aggregate_krum, to_keep=0)
     add("flwr", "bulyan", {"byzantine": 1}, bulyan)
+    factors = [1.0, -0.5, 0.25]
+    yogi = {"eta": 0.05, "beta_1": 0.8, "beta_2": 0.9, "tau": 0.02}
+    rounds = [[([a * f for a in arrays], n) for arrays, n in results(examples)] for f in factors]
+    states = [[array.tolist() for array in state] for state in flower_yogi(rounds, **yogi)]
+    optimizers = [{"peer": "flwr", "rule": "yogi", "options": yogi, "factors": factors, "expected": states}]
+    della = {"density": 0.4, "epsilon": 0.15}
+    kept = [[mergekit_keep_probabilities(t, **della).tolist() for t in update] for update in updates]
     versions = {name: version(name) for name in ("mergekit", "flwr", "torch")}
     page = {
         "made_by": "benchmarks/peers.py",
@@ -81,6 +124,8 @@ def main(path):
         "num_examples": examples,
         "updates": [[t.tolist() for t in update] for update in updates],
         "cases": cases,
+        "server_optimizers": optimizers,
+        "keep_probabilities": {"peer": "mergekit", "rule": "della", "options": della, "expected": kept},
     }
     Path(path).write_text(json.dumps(page) + "\n")
 

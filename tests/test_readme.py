@@ -33,7 +33,7 @@ def translated(words):
         "limit=100": "limit=4",
     }
     arguments = [swap.get(argument, argument) for argument in arguments]
-    if module == "fedproxy.fit":
+    if module in ("fedproxy.fit", "fedproxy.compress"):
         if "recipe=fedproxy_llama" in arguments:
             arguments = ["output_dir=runs/fedproxy_llama", "overwrite=true", *arguments]
         arguments = [argument.replace("recipe=fedproxy_llama", "recipe=fedproxy_tiny") for argument in arguments]
@@ -47,7 +47,7 @@ def translated(words):
 
 def test_readme_names_the_commands_that_exist():
     modules = {words[words.index("-m") + 1] for words in commands()}
-    assert modules == {"fedproxy.fit", "fedproxy.recipes", "fedproxy.evaluate", "fedproxy.report"}
+    assert modules == {"fedproxy.fit", "fedproxy.compress", "fedproxy.recipes", "fedproxy.evaluate", "fedproxy.report"}
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
         assert f"\n{target}:" in makefile

@@ -4,12 +4,12 @@ from fedproxy.config.loading import load_config, to_dict, to_yaml
 from fedproxy.config.schema import (
     ClientConfig,
     DataConfig,
-    DistillationConfig,
     EvaluationConfig,
     FederationConfig,
     RunConfig,
     TargetConfig,
 )
+from fedproxy.modules.distillation_config import DistillationConfig
 
 __all__ = [
     "ClientConfig",

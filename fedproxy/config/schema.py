@@ -6,6 +6,7 @@ from typing import Any, Literal
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
+from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.fusion import Fusion
@@ -62,42 +63,6 @@ class DataConfig:
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
         _require("data.rows_per_task", rows, rows is None or rows >= 1, "at least 1, or null for all")
-
-
-@dataclass(frozen=True)
-class DistillationConfig:
-    """Knowledge distillation from target into proxy on calibration text, before any client sees the proxy."""
-
-    steps: int = 0
-    """Optimiser steps; 0 skips distillation."""
-    rows: int = 1000
-    """Rows of compression.calibration.path to distil on."""
-    batch_size: int = 16
-    """Texts per step."""
-    lr: float = 1e-4
-    """Learning rate of AdamW, constant."""
-    temperature: float = 1.0
-    """Softens the distributions of both models."""
-    kl_weight: float = 1.0
-    """Weight of KL(target || proxy) over next tokens."""
-    hidden_weight: float = 0.0
-    """Weight of the distance between kept blocks' hidden states, RMS-normalised."""
-    cache_teacher: bool = False
-    """Keep the target's hidden states in memory, so that further epochs need not run it."""
-
-    def __post_init__(self) -> None:
-        for key, low in (("steps", 0), ("rows", 1), ("batch_size", 1)):
-            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) >= low, f"at least {low}")
-        for key in ("lr", "temperature"):
-            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) > 0, "positive")
-        for key in ("kl_weight", "hidden_weight"):
-            _require(f"distillation.{key}", getattr(self, key), getattr(self, key) >= 0, "at least 0")
-        _require(
-            "distillation.kl_weight",
-            self.kl_weight,
-            self.kl_weight + self.hidden_weight > 0,
-            "positive if hidden_weight is 0",
-        )
 
 
 @dataclass(frozen=True)

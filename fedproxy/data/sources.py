@@ -88,6 +88,11 @@ def read_texts(path: str, rows: int, seed: int) -> list[str]:
     return [texts[index] for index in order.tolist()]
 
 
+def count_texts(path: str) -> int:
+    """Return how many texts :func:`read_texts` can draw from."""
+    return sum(1 for _ in _records(path, "train"))
+
+
 def _records(path: str, split: str) -> Iterator[Record]:
     """Yield every record of a path with its place in words."""
     local = resolve(path)

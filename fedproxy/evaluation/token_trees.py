@@ -185,7 +185,7 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
         hidden = inputs[0].flatten(0, 1)
         return (hidden[where.to(hidden.device)][None], *inputs[1:])
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(keep_scored)
+    handles = [head.register_forward_pre_hook(keep_scored) for head in output_heads(model)]
     try:
         output = model(
             input_ids=tokens.to(device),
@@ -194,11 +194,18 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
             use_cache=False,
         )
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     logits: Tensor = output.logits
     if logits.shape[:2] != (1, len(where)):
         raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(where)} scored tokens")
     return logits[0]
+
+
+def output_heads(model: Any) -> list[Any]:
+    """Return the model's vocabulary heads: one, or as many as a wrapper of several models says it has."""
+    own = getattr(model, "output_heads", None)
+    return [model.get_output_embeddings()] if own is None else list(own())
 
 
 def _pick(logits: Tensor, which: Tensor, targets: Tensor, dtype: torch.dtype | None) -> tuple[list[float], list[bool]]:

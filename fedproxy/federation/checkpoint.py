@@ -16,7 +16,7 @@ from torch import Tensor
 from fedproxy.errors import CheckpointError
 
 _NAME = re.compile(r"round_(\d{4,})")
-_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory")
+_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change")
 
 
 @dataclass
@@ -31,6 +31,10 @@ class Progress:
     """Per-coordinate conflict of the last round; empty before the first."""
     server_memory: dict[str, Tensor] = field(default_factory=dict)
     aggregator_memory: dict[str, Tensor] = field(default_factory=dict)
+    shared_memory: dict[str, Tensor] = field(default_factory=dict)
+    """The server's half of a regularizer's memory, sent with every broadcast."""
+    frozen_change: dict[str, Tensor] = field(default_factory=dict)
+    """LoRA factors of what the last round moved into the frozen weights; sent with the next broadcast."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
 
@@ -98,8 +102,8 @@ class CheckpointFolder:
         hint = f"delete {path} to go on from the round before, or start again with overwrite=true"
         try:
             content = json.loads((path / "progress.json").read_text())
-            groups = {group: load_file(path / f"{group}.safetensors") for group in _GROUPS}
             listed: dict[str, list[str]] = content["tensors"]
+            groups = {group: load_file(path / f"{group}.safetensors") for group in listed}
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(f"checkpoint {path} is damaged ({error}); {hint}") from error
         for group, tensors in groups.items():

@@ -6,13 +6,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
+from fedproxy.federation.client_memory import Memory
+from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -33,6 +37,10 @@ class Job:
     """Name and options of the client-side term."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
+    own: Sequence[str] = ()
+    """Tensors of the state that every client keeps to itself; they are in no broadcast and no update."""
+    statistics: Sequence[str] = ()
+    """Groups of :data:`fedproxy.federation.statistics.STATISTICS` to send with the update."""
 
 
 class LocalClient:
@@ -43,6 +51,7 @@ class LocalClient:
         examples: Each client's tokenised rows.
         pad_id: Token that fills up short examples.
         trainer: Options of lightning.Trainer.
+        store: Where clients keep what they remember between rounds; only rules that need it use it.
     """
 
     def __init__(
@@ -52,8 +61,11 @@ class LocalClient:
         *,
         pad_id: int,
         trainer: Mapping[str, Any],
+        store: ClientStore,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
+        self.store = store
+        self.initial = model.state()
 
     def train(self, broadcast: Broadcast, client_id: str) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
@@ -63,7 +75,9 @@ class LocalClient:
         """
         started = time.perf_counter()
         job = Job(**broadcast.job)
-        self.model.load_state(broadcast.state)
+        memory = self._receive(broadcast, client_id)
+        state = {**broadcast.state, **{name: memory.own.get(name, self.initial[name]) for name in job.own}}
+        self.model.load_state(state)
         parameters = self.model.parameters()
         trained = {name: parameter for name, parameter in parameters.items() if name not in job.frozen}
         loader = ExampleLoader(
@@ -72,28 +86,57 @@ class LocalClient:
             pad_id=self.pad_id,
             generator=generator(job.seed, broadcast.round, client_id, "batches"),
         )
+        regularizer = _regularizer(job.regularizer)
+        shared = broadcast.extras.get(regularizer.name, {})
         module = CausalLMModule(
             self.model.model,
             lr=job.lr,
             weight_decay=job.weight_decay,
             parameters=trained,
-            regularizer=_regularizer(job.regularizer),
-            anchor=broadcast.state,
-            conflict=broadcast.conflict,
+            regularizer=regularizer,
+            anchor=state,
+            conflict=_with_own(broadcast.conflict, state, job.own),
+            pull=regularizer.pull(memory.regularizer, shared, state),
         )
         trainer = make_trainer(
             self.trainer, max_epochs=job.epochs, accumulate=job.accumulate, max_grad_norm=job.max_grad_norm
         )
         with _resting(parameters[name] for name in job.frozen):
             fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
+        tuned = self.model.state()
+        own = {name: tuned[name].clone() for name in job.own}
+        delta = _difference(tuned, state)
+        remembered, upload = regularizer.finish(memory.regularizer, shared, delta, steps=trainer.global_step, lr=job.lr)
+        extras: dict[str, Tensors] = {regularizer.name: upload} if upload else {}
+        extras |= self._statistics(job, client_id, trainer.strategy.root_device)
+        tokens = loader.num_tokens * job.epochs
+        if own or remembered:
+            kept = Memory(own, remembered, len(self.examples[client_id]), tokens)
+            self.store.memory.save(client_id, broadcast.round, kept)
         return ClientUpdate(
             client_id,
-            _difference(self.model.state(), broadcast.state),
+            {name: tensor for name, tensor in delta.items() if name not in own},
             num_examples=len(self.examples[client_id]),
-            num_tokens=loader.num_tokens * job.epochs,
+            num_tokens=tokens,
             train_loss=module.task_loss,
             regularizer_loss=module.regularizer_loss,
             seconds=time.perf_counter() - started,
+            extras=extras,
+        )
+
+    def _receive(self, broadcast: Broadcast, client_id: str) -> Memory:
+        """Take in what a broadcast says about the frozen weights, and return what this client remembers."""
+        if FROZEN_CHANGE in broadcast.extras:
+            self.store.frozen.receive(self.model, broadcast.round - 1, broadcast.extras[FROZEN_CHANGE])
+        return self.store.memory.load(client_id, before=broadcast.round)
+
+    def _statistics(self, job: Job, client_id: str, device: torch.device) -> Mapping[str, Tensors]:
+        if not job.statistics:
+            return {}
+        from fedproxy.federation.statistics import client_statistics
+
+        return client_statistics(
+            job.statistics, self.model, self.examples[client_id], pad_id=self.pad_id, device=device
         )
 
 
@@ -107,6 +150,11 @@ def _resting(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in resting:
             parameter.requires_grad_(True)
+
+
+def _with_own(conflict: Tensors | None, state: Tensors, own: Sequence[str]) -> Tensors | None:
+    """Complete a conflict map: what a client keeps to itself conflicts with nothing."""
+    return conflict and {**conflict, **{name: torch.zeros_like(state[name]) for name in own}}
 
 
 def _difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
+from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
 from fedproxy.federation.sampling import sample_clients
+from fedproxy.federation.separate import separate_round
+from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
 from fedproxy.plain_json import plain, write_text
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
+from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -34,11 +39,13 @@ class Federation:
     server_optimizer: ServerOptimizer
     job: Mapping[str, Any]
     """What clients are asked to do (:class:`fedproxy.federation.client.Job`), sent with every broadcast."""
-    send_conflict: bool
-    """Whether the clients' regularizer needs last round's conflict."""
+    regularizer: Regularizer
+    """The clients' term, of which the server may keep a half."""
     lora_scaling: float | None
     """alpha / r of the state's LoRA pairs; None where the state holds none."""
     seed: int
+    store: ClientStore
+    """The clients' side of the run folder, where rounds that were not used are undone."""
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
 
@@ -68,11 +75,23 @@ class Federation:
         """
         _write_journal(journal, progress.records)
         while progress.round < rounds:
-            progress = self._round(progress, engine, on_client)
+            advance = self._round if self.aggregator.aggregates else self._separate_round
+            progress = advance(progress, engine, on_client)
             checkpoints.save(progress)
             _append(journal, progress.records[-1])
             on_round(progress.records[-1])
         return progress
+
+    def _separate_round(
+        self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
+    ) -> Progress:
+        """Run a round in which no client's update meets another's."""
+        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=before.round + 1)
+
+        def one_round(client: str, own: Progress, note: Callable[[int, ClientUpdate], None]) -> Progress:
+            return replace(self, clients=[client], clients_per_round="all")._round(own, engine, note)
+
+        return separate_round(before, chosen, one_round, on_client)
 
     def _round(
         self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
@@ -80,19 +99,24 @@ class Federation:
         started = time.perf_counter()
         number = before.round + 1
         chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number)
-        conflict = before.conflict if self.send_conflict and before.conflict else None
+        conflict = before.conflict if self.regularizer.needs_conflict and before.conflict else None
         resting = [name for name in before.state if not self.aggregator.trains(name, number)]
-        broadcast = Broadcast(number, before.state, conflict, {**self.job, "frozen": resting})
+        own = own_tensors(before.state, self.aggregator)
+        sent = {name: tensor for name, tensor in before.state.items() if name not in own}
+        job = {**self.job, "frozen": resting, "own": own, "statistics": list(self.aggregator.needs_extras)}
+        extras = broadcast_extras(before, self.aggregator, self.regularizer)
+        broadcast = Broadcast(number, sent, conflict, job, extras)
         updates: list[ClientUpdate] = []
         for update in engine.run(broadcast, chosen):
             on_client(number, update)
             updates.append(update)
         updates.sort(key=lambda update: update.client_id)
         trained = time.perf_counter()
-        context = RoundContext(number, self.seed, before.state, self.lora_scaling or 1.0)
-        merged = self._aggregate(updates, before.aggregator_memory, context)
-        state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
         clients = [update.client_id for update in updates]
+        self.store.memory.drop(set(chosen).difference(clients), number)
+        context = RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
+        merged = self._aggregate(updates, before.aggregator_memory, context)
+        state, memory = self.server_optimizer.step(sent, merged.delta, before.server_memory)
         examples = [update.num_examples for update in updates]
         record: Record = {
             "round": number,
@@ -100,16 +124,27 @@ class Federation:
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
-            "factor_mean_error": self._factor_error(before.state, updates),
+            "factor_mean_error": None if own else self._factor_error(before.state, updates),
             "upload_bytes": sum(update.bytes for update in updates),
-            "download_bytes": broadcast.bytes * len(updates),
+            "download_bytes": broadcast.bytes * len(updates) + self._bytes_for_the_rest(extras, len(updates)),
             "client_seconds": sum(update.seconds for update in updates),
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
         return Progress(
-            number, state, dict(merged.conflict or {}), memory, dict(merged.memory), [*before.records, record]
+            number,
+            {**before.state, **state},
+            dict(merged.conflict or {}),
+            memory,
+            dict(merged.memory),
+            merge_shared(before, self.regularizer, updates, len(self.clients)),
+            merged.base_change,
+            [*before.records, record],
         )
+
+    def _bytes_for_the_rest(self, extras: Mapping[str, Tensors], served: int) -> int:
+        """Return the bytes that go to clients outside the round: a change of the frozen weights reaches everybody."""
+        return nbytes(extras.get(FROZEN_CHANGE, {})) * (len(self.clients) - served)
 
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext

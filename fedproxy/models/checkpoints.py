@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
+from fedproxy.models.logit_offset import is_logit_offset, join_from
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -23,7 +24,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """Load a causal language model, frozen and in evaluation mode.
 
     Args:
-        path: A ``from_pretrained`` folder or a hub id.
+        path: A ``from_pretrained`` folder, one that fusion by logit_offset wrote, or a hub id.
         dtype: float32, bfloat16 or float16.
 
     Raises:
@@ -32,6 +33,8 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     """
     if dtype not in _DTYPES:
         raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+    if is_logit_offset(path):
+        return join_from(path, lambda part: load_model(part, dtype=dtype))
     check_model(path)
     try:
         with without_bars():
@@ -132,8 +135,13 @@ def _strip_origin(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     for path in folder.glob("*config.json"):
         fields: dict[str, Any] = json.loads(path.read_text())
-        kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
-        path.write_text(json.dumps(kept, indent=2) + "\n")
+        path.write_text(json.dumps(_without_origin(fields), indent=2) + "\n")
+
+
+def _without_origin(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration without keys that tell where it comes from, those of configurations inside it included."""
+    kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
+    return {key: _without_origin(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def state_sha256(model: PreTrainedModel) -> str:
@@ -143,6 +151,21 @@ def state_sha256(model: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Check that every token of a tokenizer has a place in the model's vocabulary.
+
+    Raises:
+        ModelError: If one has not.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if highest >= rows:
+        raise ModelError(
+            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; "
+            "put the model's own tokenizer into its folder"
+        )
 
 
 @contextmanager
@@ -159,8 +182,18 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Hold a model on ``device`` for the length of the context, then bring it back."""
+    """Hold a model on ``device`` for the length of the context, then bring it back.
+
+    A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
+    forward passes.
+    """
+    from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
+
     home = model.device
+    if home != device and not fits(model, device):
+        with streamed(model, device):
+            yield model
+        return
     model.to(device)
     try:
         yield model

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
 from fedproxy.models.checkpoints import without_bars
+from fedproxy.models.layer_map import LayerMap
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Decoder:
         """Return the model-wide name of a block's weight."""
         return f"{self.prefix}.{index}.{name}"
 
+    def block_index(self, name: str) -> int | None:
+        """Return which block a weight's model-wide name lies in, or None if in none."""
+        rest = name.removeprefix(f"{self.prefix}.")
+        return None if rest == name else int(rest.partition(".")[0])
+
     def subset(self, kept: Sequence[int]) -> PreTrainedModel:
         """Build a model of the same class from the blocks ``kept``, in that order, with copied weights.
 
@@ -76,21 +82,28 @@ class Decoder:
         for new, old in enumerate(kept):
             for name in self.weight_names(old):
                 state[self.full_name(new, name)] = source[self.full_name(old, name)].clone()
-        with without_bars():
-            shallow, info = type(self.model).from_pretrained(
-                None,
-                config=self.subset_config(kept),
-                state_dict=state,
-                dtype=self.model.dtype,
-                output_loading_info=True,
-            )
+        return self.rebuilt(self.subset_config(kept), state)
+
+    def rebuilt(self, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
+        """Build a model of the same class from a configuration and all of its weights, which become the model's own.
+
+        Raises:
+            ModelError: If configuration and weights do not fit each other.
+        """
+        kind = type(self.model)
+        try:
+            with without_bars():
+                built, info = kind.from_pretrained(
+                    None, config=config, state_dict=state, dtype=self.model.dtype, output_loading_info=True
+                )
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ModelError(f"{kind.__name__} cannot be rebuilt from parts of its weights: {reason}") from error
         lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
         if lost:
-            raise ModelError(
-                f"{type(self.model).__name__} cannot be rebuilt from {len(kept)} blocks: {lost[0]} was lost"
-            )
-        shallow.generation_config = copy.deepcopy(self.model.generation_config)
-        model: PreTrainedModel = shallow.to(self.model.device).eval()
+            raise ModelError(f"{kind.__name__} cannot be rebuilt from {len(state)} weights: {lost[0]} was lost")
+        built.generation_config = copy.deepcopy(self.model.generation_config)
+        model: PreTrainedModel = built.to(self.model.device).eval()
         return model
 
     def subset_config(self, kept: Sequence[int]) -> Any:
@@ -115,9 +128,21 @@ def hidden_state(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def parameter_count(model: nn.Module) -> int:
+def parameter_count(module: nn.Module) -> int:
     """Return the number of parameters, tied tensors counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def disclosed_count(proxy: PreTrainedModel, layer_map: LayerMap) -> int:
+    """Return the number of different target parameters in a proxy: blocks that are there more than once count once."""
+    blocks = Decoder.of(proxy).blocks
+    copies = (blocks[index] for index in range(len(blocks)) if index not in layer_map.centres)
+    return parameter_count(proxy) - sum(parameter_count(block) for block in copies)
+
+
+def positions_limit(model: PreTrainedModel, wanted: int) -> int:
+    """Return the longest text that both the recipe and the model's positions allow."""
+    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 
 
 @torch.no_grad()

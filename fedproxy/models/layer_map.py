@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError
+from fedproxy.plain_json import write_text
 
 
 @dataclass(frozen=True)
@@ -21,9 +22,23 @@ class LayerMap:
     neurons: tuple[tuple[int, ...], ...] | None = None
     """Kept feed-forward neurons per proxy block, where compression removed neurons; None where blocks are whole."""
 
+    @property
+    def centres(self) -> tuple[int, ...]:
+        """Proxy blocks that stand for a target block, one for each, ascending: all of them where none is repeated.
+
+        Of proxy blocks that share one target block it is the one in that block's own place, or else the first.
+        """
+        own = {target: new for new, target in reversed(list(enumerate(self.proxy_to_target)))}
+        own |= {target: new for new, target in enumerate(self.proxy_to_target) if new == target}
+        return tuple(sorted(own.values()))
+
     def save(self, path: str | Path) -> None:
-        """Write the map as JSON."""
-        Path(path).write_text(json.dumps(asdict(self)) + "\n")
+        """Write the map as JSON, whole or not at all.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        write_text(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerMap":

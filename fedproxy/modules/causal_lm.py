@@ -34,6 +34,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         regularizer: Client-side term, or None.
         anchor: The round's broadcast state phi^t, by state name.
         conflict: Per-coordinate conflict C of the previous round (Eq 7), or None in the first.
+        pull: The regularizer's constant gradient of this round (:meth:`Regularizer.pull`), or None.
 
     Raises:
         ConfigError: If ``lr`` or ``weight_decay`` is out of range.
@@ -50,6 +51,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         regularizer: "Regularizer | None" = None,
         anchor: Mapping[str, Tensor] | None = None,
         conflict: Mapping[str, Tensor] | None = None,
+        pull: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         if not lr > 0:
@@ -65,7 +67,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         missing = sorted(set(self.tuned) - set(anchor)) if regularizer is not None and anchor is not None else []
         if missing:
             raise ClientError(f"the broadcast state lacks {missing[0]}, which this client trains; send all of it")
-        self.regularizer, self.anchor, self.conflict = regularizer, anchor, conflict
+        self.regularizer, self.anchor, self.conflict, self.pull = regularizer, anchor, conflict, pull
         self.train_accuracy, self.train_perplexity = AnswerAccuracy(), AnswerPerplexity()
         self.val_accuracy, self.val_perplexity = AnswerAccuracy(), AnswerPerplexity()
         self._adds_gradient = False
@@ -84,20 +86,21 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self._task_losses.append(task.detach())
         if self.regularizer is None or self.anchor is None or self._adds_gradient:
             return task
-        penalty = self.regularizer.loss(self.tuned, self.anchor, self.conflict)
+        penalty = self.regularizer.loss(self.tuned, self.anchor, self.conflict, self.pull)
         self._note_penalty(penalty.detach())
         return task + penalty
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the regularizer's gradient, once per step and before the gradients are clipped."""
         if self.regularizer is not None and self.anchor is not None and self._adds_gradient:
-            self._note_penalty(self.regularizer.add_gradient(self.tuned, self.anchor, self.conflict))
+            self._note_penalty(self.regularizer.add_gradient(self.tuned, self.anchor, self.conflict, self.pull))
 
     def on_train_start(self) -> None:
-        """Switch dropout on, and bring anchor and conflict to the parameters' device, once."""
+        """Switch dropout on, and bring what the regularizer reads to the parameters' device, once."""
         self.train()
         if self.regularizer is not None:
-            self.anchor, self.conflict = (self._placed(tensors) for tensors in (self.anchor, self.conflict))
+            given = (self.anchor, self.conflict, self.pull)
+            self.anchor, self.conflict, self.pull = (self._placed(tensors) for tensors in given)
             # Strategies that shard parameters own the gradients; there the term goes through the loss.
             self._adds_gradient = isinstance(self.trainer.strategy, SingleDeviceStrategy | DDPStrategy)
 
@@ -112,7 +115,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     def on_train_end(self) -> None:
         """Leave the model ready to be evaluated, and let go of the broadcast."""
         self.eval()
-        self.anchor = self.conflict = None
+        self.anchor = self.conflict = self.pull = None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure one batch."""

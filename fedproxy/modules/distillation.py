@@ -2,162 +2,115 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from fedproxy.data.batching import ShuffledBatches
-from fedproxy.errors import ConfigError, ModelError
-from fedproxy.models.decoder import Decoder
+from fedproxy.errors import ModelError
+from fedproxy.models.decoder import Decoder, set_weights
 from fedproxy.models.layer_map import LayerMap
-from fedproxy.modules.losses import distillation_kl, hidden_distance
-from fedproxy.modules.teacher import TeacherCache, observe
+from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.modules.divergence import DivergenceName, mean_divergence
+from fedproxy.modules.losses import hidden_distance
+from fedproxy.modules.teacher import Head, Teacher, observe
+from fedproxy.modules.teacher_cache import TeacherCache
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.strategies.trainable.base import TrainableModel
+from fedproxy.strategies.trainable.lora import Lora
 
 _MAX_GRAD_NORM = 1.0
-
-
-class Settings(Protocol):
-    """The options of a recipe's ``distillation`` node that a fit needs."""
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps, >= 1."""
-        ...
-
-    @property
-    def lr(self) -> float:
-        """Learning rate of AdamW, constant."""
-        ...
-
-    @property
-    def temperature(self) -> float:
-        """Softens both distributions."""
-        ...
-
-    @property
-    def kl_weight(self) -> float:
-        """Weight of KL(target || proxy)."""
-        ...
-
-    @property
-    def hidden_weight(self) -> float:
-        """Weight of the hidden states' distance."""
-        ...
-
-    @property
-    def cache_teacher(self) -> bool:
-        """Keep the target's hidden states in memory for further epochs."""
-        ...
+_LAST_STEPS = 10
 
 
 class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
-    """Trains the proxy's blocks to imitate the target on public text.
+    """Trains weights of the proxy so that it imitates the target on public text.
 
-    Loss = ``kl_weight`` * KL(target || proxy) over next-token distributions + ``hidden_weight`` * the mean over the
-    proxy's blocks j of the distance between its block j and the target's block pi(j) (:func:`hidden_distance`;
-    FedBiOT's alignment over kept blocks). Both are means over real tokens.
-
-    Choice: the embedding, the final norm and the head stay as they are, since the plug-in keeps the target's own;
-    ``whole`` trains them too.
+    Loss = ``kl_weight`` * the divergence of next-token distributions + ``hidden_weight`` * the mean over ``pairs``
+    (own, other) of the distance between the proxy's block ``own`` and the target's block ``other``
+    (:func:`hidden_distance`; FedBiOT's alignment over kept blocks). Both are means over real tokens.
 
     Args:
-        student: The proxy.
-        teacher: The target; frozen, never part of the module's state or checkpoints.
-        proxy_to_target: pi, the target's block behind each block of the proxy.
-        lr: Learning rate of AdamW, > 0, constant.
-        kl_weight: Weight of the divergence, >= 0.
-        hidden_weight: Weight of the hidden states' distance, >= 0; one of the two weights must be positive.
-        temperature: Softens both distributions, > 0.
-        weight_decay: Decoupled weight decay, >= 0.
-        whole: Train every weight of the proxy.
-        teacher_cache: None runs the target on every batch; ``"memory"`` or a folder keeps its hidden states by text.
-
-    Raises:
-        ConfigError: If a number is out of range.
-        ModelError: If the two models do not fit each other.
+        student: The proxy, in the mode that it shall be trained in.
+        teacher: The target, asked about every batch; never part of the module's state or checkpoints.
+        parameters: The student's weights that are trained; none of its output head.
+        lr: Learning rate of AdamW, constant.
+        pairs: Blocks whose hidden states are compared; empty for none.
+        divergence: Which divergence (:mod:`fedproxy.modules.divergence`).
+        temperature: Softens both distributions; the teacher's must be the same.
+        kl_weight: Weight of the divergence, >= 0; 0 leaves the head out.
+        hidden_weight: Weight of the hidden states' distance, >= 0.
     """
 
     def __init__(
         self,
         student: PreTrainedModel,
-        teacher: PreTrainedModel,
-        proxy_to_target: Sequence[int],
+        teacher: Teacher,
+        parameters: Sequence[nn.Parameter],
         *,
         lr: float,
+        pairs: Sequence[tuple[int, int]] = (),
+        divergence: DivergenceName = "forward_kl",
+        temperature: float = 1.0,
         kl_weight: float = 1.0,
         hidden_weight: float = 0.0,
-        temperature: float = 1.0,
-        weight_decay: float = 0.0,
-        whole: bool = False,
-        teacher_cache: str | Path | None = None,
     ) -> None:
         super().__init__()
-        rules = {
-            "lr": (lr, lr > 0, "> 0"),
-            "temperature": (temperature, temperature > 0, "> 0"),
-            "kl_weight": (kl_weight, kl_weight >= 0, ">= 0"),
-            "hidden_weight": (hidden_weight, hidden_weight >= 0, ">= 0"),
-            "weight_decay": (weight_decay, weight_decay >= 0, ">= 0"),
-        }
-        for name, (value, ok, rule) in rules.items():
-            if not ok:
-                raise ConfigError(f"distillation.{name} must be {rule}, got {value}")
-        if kl_weight == hidden_weight == 0:
-            raise ConfigError("distillation needs kl_weight > 0 or hidden_weight > 0, got 0 for both")
-        check_pair(student, teacher, proxy_to_target)
         self.student = student
-        self.lr, self.weight_decay, self.temperature = lr, weight_decay, temperature
+        self.tuned = list(parameters)
+        self.lr, self.temperature = lr, temperature
         self.kl_weight, self.hidden_weight = kl_weight, hidden_weight
-        self.pairs = tuple(enumerate(proxy_to_target)) if hidden_weight else ()
-        # In a tuple, Lightning does not take the teacher for a part of this module.
-        self._teacher = (teacher.requires_grad_(False).eval(),)
-        self.teach = TeacherCache(teacher, sorted({target for _, target in self.pairs}), teacher_cache)
+        self.divergence: DivergenceName = divergence
+        self.pairs = tuple(pairs) if hidden_weight else ()
+        # In tuples, Lightning does not take the teacher and the heads for parts of this module.
+        self._teacher, self._head = (teacher,), (Head(student),)
         self.losses: list[Tensor] = []
         """Loss of every step so far, 0-dim, on the module's device."""
-        student.requires_grad_(whole)
-        if not whole:
-            Decoder.of(student).blocks.requires_grad_(True)
 
     def on_train_start(self) -> None:
-        """Switch the student to training and bring the teacher to its device."""
-        self.student.train()
-        self._teacher[0].to(self.device)
+        """Bring the teacher to the student's device."""
+        self._teacher[0].model.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of public text."""
-        wanted = self.teach(batch)
+        wanted = self._teacher[0](batch)
         got = observe(self.student, batch, [own for own, _ in self.pairs])
-        kl = (
-            distillation_kl(got["logits"], wanted["logits"], self.temperature)
-            if self.kl_weight
-            else got["head"].new_zeros(())
-        )
-        hidden = kl.new_zeros(())
+        loss = got["head"].new_zeros((), dtype=torch.float32)
+        if self.kl_weight:
+            assert wanted.distribution is not None
+            kl = mean_divergence(
+                got["head"],
+                self._head[0],
+                wanted.distribution,
+                vocabulary=self._head[0].vocabulary,
+                kind=self.divergence,
+                temperature=self.temperature,
+            )
+            self.log("distillation/divergence", kl.detach())
+            loss = loss + self.kl_weight * kl
         if self.pairs:
-            distances = [hidden_distance(got[f"block_{own}"], wanted[f"block_{target}"]) for own, target in self.pairs]
+            distances = [hidden_distance(got[f"block_{own}"], wanted.blocks[other]) for own, other in self.pairs]
             hidden = torch.stack(distances).mean()
-        self.log("distillation/kl", kl.detach())
-        self.log("distillation/hidden", hidden.detach())
-        loss = self.kl_weight * kl + self.hidden_weight * hidden
+            self.log("distillation/hidden", hidden.detach())
+            loss = loss + self.hidden_weight * hidden
         self.losses.append(loss.detach())
         return loss
 
-    def on_train_end(self) -> None:
-        """Leave the student frozen and ready to be used, and forget what the teacher said."""
-        self.student.eval().requires_grad_(False)
-        self.teach.forget()
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW over the trained weights with a constant learning rate."""
-        tuned = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        kind: dict[str, Any] = {"fused": True} if all(p.device.type == "cpu" for p in tuned) else {}
-        if "mixed" in str(self.trainer.precision):
-            kind = {}  # Lightning cannot clip in front of the fused kernel under mixed precision
-        return torch.optim.AdamW(tuned, lr=self.lr, weight_decay=self.weight_decay, **kind)
+        """Return AdamW without decay, with a constant learning rate."""
+        # Lightning cannot clip in front of the fused kernel under mixed precision.
+        fused = all(p.device.type == "cpu" for p in self.tuned) and "mixed" not in str(self.trainer.precision)
+        kind: dict[str, Any] = {"fused": True} if fused else {}
+        return torch.optim.AdamW(self.tuned, lr=self.lr, weight_decay=0.0, **kind)
+
+    @property
+    def last_loss(self) -> float:
+        """Mean loss of the last ten steps."""
+        return float(torch.stack(self.losses[-_LAST_STEPS:]).double().mean())
 
 
 def distil(
@@ -165,44 +118,114 @@ def distil(
     target: PreTrainedModel,
     batches: Sequence[dict[str, Tensor]],
     *,
-    settings: Settings,
+    settings: DistillationConfig,
     layer_map: LayerMap,
     trainer: Mapping[str, Any],
     generator: torch.Generator,
+    cache: Path | None = None,
 ) -> float:
     """Distil the target into the proxy, in place.
+
+    Choice: the embedding, the final norm and the head stay as they are, since the plug-in keeps the target's own.
 
     Args:
         proxy: The student.
         target: The teacher; left as it is but frozen.
         batches: ``input_ids`` and ``attention_mask`` of public text, int64 (batch, length), padded on the right; gone
             over in a new order per epoch until the steps are done.
-        settings: Steps, learning rate, weights of the losses.
+        settings: Steps, learning rate, losses; at least one step.
         layer_map: The map that the proxy was compressed with.
         trainer: Options of lightning.Trainer.
-        generator: CPU generator of the order and of dropout.
+        generator: CPU generator of LoRA's start, the order and dropout.
+        cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
 
     Returns:
         Mean loss of the last ten steps.
 
     Raises:
-        ConfigError: If an option is out of range.
+        ConfigError: If ``top_k`` is more than the vocabulary.
         ModelError: If the two models do not fit each other.
+        CheckpointError: If the cache cannot be written.
     """
+    check_pair(proxy, target, layer_map.proxy_to_target)
+    check_tokens(proxy, batches)
+    target.requires_grad_(False).eval()
+    pairs = tuple(enumerate(layer_map.proxy_to_target)) if settings.hidden_weight else ()
+    kept = None
+    if settings.cache_teacher and cache is not None:
+        kept = TeacherCache(
+            cache,
+            target_sha256=layer_map.target_sha256,
+            top_k=settings.top_k,
+            max_bytes=int(settings.cache_gib * 2**30),
+        )
+    teacher = Teacher(
+        target,
+        sorted({other for _, other in pairs}),
+        temperature=settings.temperature,
+        distributions=settings.kl_weight > 0,
+        cache=kept,
+    )
+    adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
+    tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     module = DistillationModule(
         proxy,
-        target,
-        layer_map.proxy_to_target,
+        teacher,
+        tuned,
         lr=settings.lr,
+        pairs=pairs,
+        divergence=settings.divergence,
+        temperature=settings.temperature,
         kl_weight=settings.kl_weight,
         hidden_weight=settings.hidden_weight,
-        temperature=settings.temperature,
-        teacher_cache="memory" if settings.cache_teacher else None,
     )
+    proxy.train()
     seed = int(torch.randint(2**62, (), generator=generator))
     runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM)
     fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
-    return float(torch.stack(module.losses[-10:]).double().mean())
+    if adapter is not None:
+        merged = {name: weight.to(proxy.dtype) for name, weight in adapter.merged_weights().items()}
+        set_weights(adapter.detach(), merged)
+    proxy.eval().requires_grad_(False)
+    return module.last_loss
+
+
+@torch.no_grad()
+def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    """Return KL(teacher || student) over next tokens, in nats per real token of all batches.
+
+    Args:
+        student: The proxy, say.
+        teacher: The target.
+        batches: ``input_ids`` and ``attention_mask``, int64 (batch, length), padded on the right.
+    """
+    ask, head = Teacher(teacher, ()), Head(student)
+    total, tokens = 0.0, 0
+    for batch in batches:
+        said = ask(batch).distribution
+        assert said is not None
+        hidden = observe(student, batch, ())["head"]
+        total += len(hidden) * float(mean_divergence(hidden, head, said, vocabulary=head.vocabulary))
+        tokens += len(hidden)
+    return total / tokens
+
+
+def _block_weights(model: PreTrainedModel) -> list[nn.Parameter]:
+    model.requires_grad_(False)
+    return list(Decoder.of(model).blocks.requires_grad_(True).parameters())
+
+
+def _lora(proxy: PreTrainedModel, settings: DistillationConfig, generator: torch.Generator) -> TrainableModel:
+    """Attach LoRA to every linear layer of the blocks."""
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in Decoder.of(proxy).blocks.named_modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        }
+    )
+    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=tuple(linear))
+    return lora.attach(proxy, generator)
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, proxy_to_target: Sequence[int]) -> None:
@@ -223,6 +246,23 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, proxy_to_targ
         raise ModelError(
             f"the layer map {list(proxy_to_target)} does not fit a proxy of {blocks} and a target of {depth} blocks; "
             "use the map that the proxy was compressed with"
+        )
+
+
+def check_tokens(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    """Check that a model knows every token of its text.
+
+    Raises:
+        ModelError: If a tokenizer of a larger vocabulary made the batches.
+    """
+    largest, known = (
+        max(int(batch["input_ids"].max()) for batch in batches),
+        model.get_input_embeddings().weight.shape[0],
+    )
+    if largest >= known:
+        raise ModelError(
+            f"the tokenizer gives the id {largest}, but the target's vocabulary has {known} entries; "
+            "put the target's own tokenizer into target.path"
         )
 
 

@@ -17,22 +17,6 @@ def answer_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
-def distillation_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return the mean forward divergence KL(teacher || student) in nats per token, 0-dim float32.
-
-    Both sides are softened by the temperature and the result is multiplied by its square, so that gradients keep
-    their size (Hinton et al. 2015, arXiv 1503.02531, Sec. 2).
-
-    Args:
-        student: Logits (tokens, vocabulary).
-        teacher: Logits (tokens, vocabulary), without gradient.
-        temperature: > 0.
-    """
-    log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    log_q = F.log_softmax(student.float() / temperature, dim=-1)
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * temperature**2
-
-
 def hidden_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean of ||E(x) - E*(x)||^2 / RMS(E(x))^2 per hidden unit, 0-dim float32.
 

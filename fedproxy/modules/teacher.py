@@ -1,22 +1,21 @@
-"""What distillation needs of a model's forward pass, and a cache of the teacher's."""
+"""What distillation needs of a model: hidden states of real tokens, its output head alone, and a teacher of both."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedproxy.errors import ConfigError
 from fedproxy.models.decoder import Decoder, hidden_state
+from fedproxy.modules.divergence import CHUNK_ELEMENTS, Distribution, log_outcomes
+from fedproxy.modules.teacher_cache import Entry, TeacherCache
 
-Outputs = dict[str, Tensor]
 
-
-def observe(model: PreTrainedModel, batch: Mapping[str, Tensor], blocks: Sequence[int]) -> Outputs:
-    """Run a model and return hidden states of its real tokens.
+def observe(model: PreTrainedModel, batch: Mapping[str, Tensor], blocks: Sequence[int]) -> dict[str, Tensor]:
+    """Run a model without its head and return hidden states of its real tokens.
 
     The last block's output is taken before the final norm, unlike the last of transformers' ``hidden_states``.
 
@@ -26,11 +25,11 @@ def observe(model: PreTrainedModel, batch: Mapping[str, Tensor], blocks: Sequenc
         blocks: Indices of the blocks to look at.
 
     Returns:
-        ``head``: what enters the output head, (tokens, hidden); ``block_<i>``: what block i puts out, (tokens, hidden);
-        ``logits`` (tokens, vocabulary). Tokens in row-major order, padding left out.
+        ``head``: what enters the output head, (tokens, hidden); ``block_<i>``: what block i puts out, (tokens, hidden).
+        Tokens in row-major order, padding left out.
     """
     real = batch["attention_mask"].bool()
-    seen: Outputs = {}
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
@@ -38,94 +37,159 @@ def observe(model: PreTrainedModel, batch: Mapping[str, Tensor], blocks: Sequenc
 
         return hook
 
-    def at_head(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        seen["head"] = inputs[0][real]
-        return seen["head"].unsqueeze(0), *inputs[1:]
-
-    stack = Decoder.of(model).blocks
-    handles = [stack[index].register_forward_hook(keep(f"block_{index}")) for index in blocks]
-    handles.append(model.get_output_embeddings().register_forward_pre_hook(at_head))
+    decoder = Decoder.of(model)
+    handles = [decoder.blocks[index].register_forward_hook(keep(f"block_{index}")) for index in blocks]
     try:
-        seen["logits"] = model(input_ids=batch["input_ids"], use_cache=False).logits[0]
+        # No real token of a causal model sees padding on the right, so no mask is needed.
+        seen["head"] = decoder.body(input_ids=batch["input_ids"], use_cache=False)[0][real]
     finally:
         for handle in handles:
             handle.remove()
     return seen
 
 
-def logits_of(model: PreTrainedModel, head: Tensor) -> Tensor:
-    """Return the logits (tokens, vocabulary) of hidden states that enter the head, (tokens, hidden).
+class Head:
+    """A model's output head with all that its family does around it (soft-capping, scaling, bias), by its own code.
 
-    The model runs over one token, and its head is handed the given states instead: whatever the family does to its
-    logits is done by its own code.
-    """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda _, inputs: (head.unsqueeze(0).to(inputs[0].dtype), *inputs[1:])
-    )
-    try:
-        token = torch.zeros((1, 1), dtype=torch.long, device=head.device)
-        logits: Tensor = model(input_ids=token, use_cache=False).logits[0]
-    finally:
-        hook.remove()
-    return logits
-
-
-class TeacherCache:
-    """A frozen teacher's hidden states, remembered by text, so that later epochs need not run it.
-
-    Texts are looked up one by one, whatever batch and order they come in. Logits are not kept (they are as wide as
-    the vocabulary) but computed again by the head.
+    The model's forward runs while its body is replaced by one that hands over given hidden states.
 
     Args:
-        teacher: The teacher, in evaluation mode.
-        blocks: Indices of the teacher's blocks to look at.
-        store: ``None`` remembers nothing, ``"memory"`` keeps hidden states on the CPU, a folder keeps them on disk.
+        model: A causal language model.
     """
 
-    def __init__(self, teacher: PreTrainedModel, blocks: Sequence[int], store: str | Path | None = None) -> None:
-        self.teacher, self.blocks = teacher, tuple(blocks)
-        self._folder = None if store in (None, "memory") else Path(str(store))
-        self._remembers = store is not None
-        self._memory: dict[str, Outputs] = {}
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self._body = Decoder.of(model).body
+        self._token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        with torch.no_grad():
+            self._output = self._body(input_ids=self._token, use_cache=False)
+
+    @property
+    def vocabulary(self) -> int:
+        """Entries of the vocabulary, padding entries included."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return logits (tokens, vocabulary) of hidden states that enter the head, (tokens, hidden)."""
+        output = self._output
+        output[next(iter(output))] = hidden.unsqueeze(0)
+        before = self._body.__dict__.get("forward")
+        self._body.forward = lambda *_, **__: output
+        try:
+            logits: Tensor = self.model(input_ids=self._token.to(hidden.device), use_cache=False).logits[0]
+        finally:
+            del self._body.forward
+            if before is not None:
+                self._body.forward = before
+            output[next(iter(output))] = hidden.new_zeros(())
+        return logits
+
+
+@dataclass(frozen=True)
+class TeacherOutputs:
+    """What the teacher says about one batch."""
+
+    distribution: Distribution | None
+    """Its next-token distributions; None where they are not wanted."""
+    blocks: Mapping[int, Tensor]
+    """Hidden states (tokens, hidden) by block."""
+
+
+class Teacher:
+    """A frozen model that is asked about batches; what it says may come from a cache.
+
+    Args:
+        model: The model, in evaluation mode.
+        blocks: Indices of its blocks to look at.
+        temperature: Softens its distributions, > 0.
+        distributions: Whether next-token distributions are wanted.
+        cache: Keeps the likeliest tokens and hidden states, or None. The same is said whether an entry was there or is
+            made now, so that a run does not depend on what its cache held.
+
+    Raises:
+        ConfigError: If the cache keeps more tokens than there are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        distributions: bool = True,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        self.model, self.blocks, self.temperature = model, tuple(blocks), temperature
+        self.distributions, self.cache = distributions, cache
+        self.head = Head(model)
+        self.runs = 0
+        """How often the model was run."""
+        if cache is not None and not 1 <= cache.top_k <= self.head.vocabulary:
+            raise ConfigError(
+                f"distillation.top_k must be in [1, {self.head.vocabulary}], the target's vocabulary, got {cache.top_k}"
+            )
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor]) -> Outputs:
-        """Return what :func:`observe` gives for the teacher, without gradient."""
-        if not self._remembers:
-            return observe(self.teacher, batch, self.blocks)
-        lengths = batch["attention_mask"].sum(dim=1).tolist()
-        keys = [_key(row[:length]) for row, length in zip(batch["input_ids"], lengths, strict=True)]
-        rows = [self._recall(key) for key in keys]
-        if any(row is None for row in rows):
-            outputs = observe(self.teacher, batch, self.blocks)
-            names = [name for name in outputs if name != "logits"]
-            parts = {name: torch.split(outputs[name], lengths) for name in names}
-            for index, key in enumerate(keys):
-                self._remember(key, {name: parts[name][index].cpu().clone() for name in names})
-            return outputs
-        device = batch["input_ids"].device
-        found = {name: torch.cat([row[name] for row in rows if row]).to(device) for name in rows[0] or {}}
-        return {**found, "logits": logits_of(self.teacher, found["head"])}
+    def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
+        """Return what the teacher says about a batch of ``input_ids`` and ``attention_mask``."""
+        if self.cache is None:
+            seen = self._observe(batch)
+            blocks = {index: seen[f"block_{index}"] for index in self.blocks}
+            return TeacherOutputs(
+                _Live(self.head, seen["head"], self.temperature) if self.distributions else None, blocks
+            )
+        key = self.cache.key(batch, self.blocks, self.temperature, self.distributions)
+        entry = self.cache.read(key)
+        if entry is None:
+            entry = self._entry(batch)
+            self.cache.write(key, entry)
+        entry = entry.to(batch["input_ids"].device)
+        stored = None if entry.log_p is None or entry.index is None else _Stored(entry.log_p, entry.index)
+        return TeacherOutputs(stored, {index: entry.hidden(index) for index in self.blocks})
 
-    def forget(self) -> None:
-        """Drop what is kept in memory; a folder stays."""
-        self._memory.clear()
+    def _observe(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.runs += 1
+        return observe(self.model, batch, self.blocks)
 
-    def _recall(self, key: str) -> Outputs | None:
-        if self._folder is None:
-            return self._memory.get(key)
-        path = self._folder / f"{key}.safetensors"
-        return load_file(path) if path.exists() else None
-
-    def _remember(self, key: str, outputs: Outputs) -> None:
-        if self._folder is None:
-            self._memory[key] = outputs
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{key}.part"
-        save_file(outputs, part)
-        part.rename(self._folder / f"{key}.safetensors")
+    def _entry(self, batch: Mapping[str, Tensor]) -> Entry:
+        assert self.cache is not None
+        seen = self._observe(batch)
+        log_p = index = None
+        if self.distributions:
+            index, log_p = _likeliest(self.head, seen["head"], self.cache.top_k, self.temperature)
+        return Entry.of(index, log_p, {block: seen[f"block_{block}"] for block in self.blocks})
 
 
-def _key(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()
+def _likeliest(head: Head, hidden: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` likeliest tokens, int64 (tokens, count), and their :func:`log_outcomes`."""
+    indices, values = [], []
+    for part in torch.split(hidden, max(1, CHUNK_ELEMENTS // head.vocabulary)):
+        logits = head(part)
+        index = logits.topk(count, dim=-1).indices
+        indices.append(index)
+        values.append(log_outcomes(logits, index, temperature))
+    return torch.cat(indices), torch.cat(values)
+
+
+@dataclass(frozen=True)
+class _Live:
+    """Distributions over the whole vocabulary, computed when read."""
+
+    head: Head
+    hidden: Tensor
+    temperature: float
+
+    @torch.no_grad()
+    def outcomes(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return log_outcomes(self.head(self.hidden[start:stop]), None, self.temperature), None
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Distributions over the likeliest tokens and the rest."""
+
+    log_p: Tensor
+    index: Tensor
+
+    def outcomes(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        return self.log_p[start:stop], self.index[start:stop].long()

@@ -9,13 +9,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import DataConfig
 from fedproxy.data.rows import Row
-from fedproxy.data.sources import Columns, read_rows, read_texts
+from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.errors import DataError
 from fedproxy.evaluation.harness import render_rows
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
 _TAIL_WORDS = 10
+CALIBRATION_BATCH = 16
+"""Texts per pass over calibration text."""
 
 
 def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
@@ -66,12 +68,31 @@ def public_texts(config: CalibrationConfig, clients: Mapping[str, Sequence[Row]]
     return public
 
 
+def held_out_texts(
+    config: CalibrationConfig, clients: Mapping[str, Sequence[Row]], *, used: int, rows: int, seed: int
+) -> list[str]:
+    """Return up to ``rows`` public texts beyond the ``used`` ones that compression and distillation read.
+
+    Raises:
+        DataError: If there is none.
+    """
+    available = count_texts(config.path)
+    seen = public_texts(config, clients, rows=min(used, available), seed=seed)
+    texts = public_texts(config, clients, rows=min(used + rows, available), seed=seed)[len(seen) :]
+    if not texts:
+        raise DataError(
+            f"compression.calibration.path={config.path} holds {available} texts and compression reads {used}; add "
+            "some, so that fidelity can be measured on others"
+        )
+    return texts
+
+
 def _tail(text: str) -> tuple[str, ...]:
     return tuple(text.lower().split()[-_TAIL_WORDS:])
 
 
 def text_batches(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, batch_size: int = 16
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int, batch_size: int = CALIBRATION_BATCH
 ) -> list[dict[str, Tensor]]:
     """Tokenise texts, cut long ones from the right, and pad them in batches of similar length.
 

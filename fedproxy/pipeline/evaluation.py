@@ -1,6 +1,6 @@
 """Scores of target, proxy, tuned proxy and fused model; each is kept on disk as soon as it is known."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,35 +8,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
+from fedproxy.evaluation.means import mean_over_models
 from fedproxy.models import load_model, placed
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.sharing import evaluation_key
-from fedproxy.pipeline.stages import Run, TunedProxy
+from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.tuned import MERGED, TunedProxies
 from fedproxy.plain_json import write_json
-from fedproxy.reporting.samples import save_evaluation
+from fedproxy.reporting.samples import load_samples, save_evaluation
 
 Scores = dict[str, dict[str, float]]
 
 
-def evaluate(run: Run, tuned: TunedProxy, rounds: int) -> Iterator[tuple[str, Scores]]:
+def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, Scores]]:
     """Score the models that the recipe lists, one after another; results of an earlier session are reused.
 
     Yields:
-        Model, and its scores: task to metric to value, without means.
+        Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
+        tuned models are means over clients.
     """
     _, tokenizer = run.target()
-    models: Mapping[str, Callable[[], PreTrainedModel]] = {
-        "target": lambda: run.target()[0],
-        "proxy": lambda: tuned.proxy,
-        "proxy_tuned": tuned.model,
-        "fused": lambda: load_model(run.folder.fused, dtype=run.config.target.dtype),
+    models: Mapping[str, Callable[[str], PreTrainedModel]] = {
+        "target": lambda client: run.target()[0],
+        "proxy": lambda client: tuned.proxy,
+        "proxy_tuned": lambda client: tuned[client].model(),
+        "fused": lambda client: load_model(run.folder.fused / client, dtype=run.config.target.dtype),
     }
     for name in run.config.evaluation.models:
-        settings = evaluation_settings(run.config, rounds if name in ("proxy_tuned", "fused") else 0)
-        kept = read_json(scores_file(run.folder, name))
-        if kept is None or kept["settings"] != settings:
-            kept = _score(run, name, models[name](), tokenizer, settings)
-        yield name, kept["scores"]
+        of_clients = name in ("proxy_tuned", "fused")
+        settings = evaluation_settings(run.config, rounds if of_clients else 0)
+        parts = {}
+        for client in tuned if of_clients else [MERGED]:
+            label = f"{name}.{client}" if client else name
+            kept = read_json(scores_file(run.folder, label))
+            if kept is None or kept["settings"] != settings:
+                kept = _score(run, label, models[name](client), tokenizer, settings)
+            parts[client] = kept
+        yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:
@@ -49,6 +57,33 @@ def evaluation_settings(config: RunConfig, rounds: int) -> dict[str, Any]:
     settings = to_dict(config.evaluation)
     del settings["models"], settings["batch_tokens"]
     return {**settings, "tasks": config.evaluation_tasks, "rounds": rounds}
+
+
+def client_scores(folder: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Scores]]:
+    """Return client to model to scores, of the models that every client has its own of."""
+    found: dict[str, dict[str, Scores]] = {}
+    for name in names:
+        for client, scores in (read_json(scores_file(folder, name)) or {}).get("clients", {}).items():
+            found.setdefault(client, {})[name] = scores
+    return found
+
+
+def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Keep the means over clients where a run of merged clients keeps its one model's scores and samples."""
+    labels = {client: f"{name}.{client}" for client in parts}
+    scores, samples = mean_over_models(
+        [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
+    )
+    save_evaluation(run.folder.root, name, samples, read_json(run.folder.evaluation / f"{labels[min(labels)]}.json"))
+    kept = {
+        "model": name,
+        "settings": next(iter(parts.values()))["settings"],
+        "scores": scores,
+        "clients": {client: part["scores"] for client, part in parts.items()},
+        "seconds": sum(part["seconds"] for part in parts.values()),
+    }
+    write_json(scores_file(run.folder, name), kept)
+    return kept
 
 
 def _score(

@@ -30,11 +30,13 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.server = self.root / "server"
         self.layer_map = self.server / "layer_map.json"
+        self.undistilled = self.server / "proxy_undistilled"
         self.proxy = self.root / "proxy"
         self.adapter = self.root / "adapter"
         self.fused = self.root / "fused"
         self.evaluation = self.root / "evaluation"
         self.report = self.root / "report.json"
+        self.influence_plot = self.root / "block_influence.png"
 
     def open(self, config: RunConfig) -> None:
         """Claim the folder for a run and write ``config.yaml`` before any work.
@@ -55,6 +57,12 @@ class RunFolder:
             raise CheckpointError(
                 f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
             ) from error
+
+    def fused_folders(self) -> list[Path]:
+        """Return the folders of fused models: ``fused`` itself, or one for each client."""
+        if (self.fused / "config.json").is_file():
+            return [self.fused]
+        return sorted(path.parent for path in self.fused.glob("*/config.json"))
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return the lines of rounds.jsonl."""

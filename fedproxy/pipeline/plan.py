@@ -12,8 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedproxy.config import RunConfig, load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ModelError
-from fedproxy.models import Decoder
-from fedproxy.models.decoder import parameter_count
+from fedproxy.models import Decoder, LayerMap
+from fedproxy.models.decoder import parameter_count, positions_limit
+from fedproxy.models.feed_forward import WIDTH_KEYS
+from fedproxy.pipeline.data import CALIBRATION_BATCH
 from fedproxy.reporting.formatting import size
 from fedproxy.seeding import generator
 
@@ -35,6 +37,13 @@ class Plan:
     clients: int
     clients_in_round: int
     sends_conflict: bool
+    activation_bytes: int = 0
+    """What the largest batch of calibration text needs while a block runs."""
+
+    @property
+    def compression_bytes(self) -> int:
+        """Most that compression holds: the target's weights, the proxy's and one block's activations."""
+        return self.server_bytes + self.activation_bytes
 
     @property
     def upload_bytes(self) -> int:
@@ -71,6 +80,7 @@ class Plan:
             ("all clients, per round", f"up {size(self.upload_bytes * self.clients_in_round)}, "
                                        f"down {size(self.download_bytes * self.clients_in_round)}"),
             ("server memory", f"{size(self.server_bytes)} of weights"),
+            ("compression memory", f"{size(self.compression_bytes)} at the peak, with one batch of calibration text"),
             ("client memory", f"{size(self.client_bytes)} of weights and optimiser state, activations on top"),
         ]  # fmt: skip
         return "".join(f"{name:28}{value}\n" for name, value in rows)
@@ -88,10 +98,12 @@ def plan(arguments: Sequence[str]) -> Plan:
         target = AutoModelForCausalLM.from_config(target_config(config))
         decoder = Decoder.of(target)
         depth = len(decoder)
-        kept = len(config.compression.select(depth, torch.arange(depth, device="cpu", dtype=torch.float64)))
-        proxy = AutoModelForCausalLM.from_config(decoder.subset_config(range(kept)))
+        proxy = AutoModelForCausalLM.from_config(config.compression.outline(decoder))
+        kept = len(Decoder.of(proxy))
+        places = tuple(config.compression.places(decoder))
     totals = parameter_count(target), parameter_count(proxy)
-    trainable = config.trainable.attach(proxy, generator(config.seed)).num_parameters
+    options = config.trainable.placed(LayerMap(places, ""))
+    trainable = options.attach(proxy, generator(config.seed)).num_parameters
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
     drawn = config.federation.clients_per_round
     return Plan(
@@ -102,7 +114,21 @@ def plan(arguments: Sequence[str]) -> Plan:
         clients=clients,
         clients_in_round=clients if drawn == "all" else int(drawn),
         sends_conflict=config.regularizer.needs_conflict,
+        activation_bytes=activation_bytes(decoder, config),
     )
+
+
+def activation_bytes(decoder: Decoder, config: RunConfig) -> int:
+    """Return what one batch of calibration text needs while a block runs and its output is compared with its input.
+
+    Counted: four hidden states in the model's precision and three in float32, and three inner feed-forward states.
+    """
+    text = decoder.model.config.get_text_config()
+    widths = [value for key in WIDTH_KEYS if isinstance(value := getattr(text, key, None), int)]
+    tokens = CALIBRATION_BATCH * positions_limit(decoder.model, config.compression.calibration.max_tokens)
+    inner = max(widths, default=4 * text.hidden_size)
+    size_of = _BYTES[config.target.dtype]
+    return int(tokens * ((4 * text.hidden_size + 3 * inner) * size_of + 3 * text.hidden_size * 4))
 
 
 def target_config(config: RunConfig) -> Any:

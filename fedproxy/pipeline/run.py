@@ -2,6 +2,7 @@
 
 import dataclasses
 import resource
+import shutil
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -15,19 +16,25 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.federation.partition import heterogeneity, save_partition
-from fedproxy.models import LayerMap, check_model
+from fedproxy.federation.statistics import STATISTICS
+from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.trainer import make_trainer
+from fedproxy.pipeline.checks import check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import evaluate, scores_file
+from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
+from fedproxy.pipeline.fidelity import measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.sharing import SharedWork
-from fedproxy.pipeline.stages import Run, compress, federate, fuse, one_device
+from fedproxy.pipeline.stages import Run, compress, federate, one_device
+from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
     Cost,
     Exposure,
+    FidelityReport,
     RoundReport,
     RunInfo,
     RunReport,
@@ -57,6 +64,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     check_components(config)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
+    check_compression(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
@@ -69,8 +77,9 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     try:
         clients = _clients(current)
         _compress(current, clients)
+        check_vocabulary(current)
         model, progress = federate(current, clients)
-        tuned = fuse(current, model, progress.round)
+        tuned = fuse(current, model, progress, clients)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
     except BaseException as error:
@@ -83,6 +92,51 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     report.save(folder.root)
     _write_cards(current, report)
     current.note(finished=_goal(config))
+    return report
+
+
+def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:
+    """Make the proxy, measure its fidelity and return the report; :func:`run` with resume=auto goes on from there.
+
+    An error leaves nothing of a folder that was not there before.
+
+    Raises:
+        FedProxyError: If something that a user or a file causes ends it.
+    """
+    evaluation = config.evaluation
+    early = [name for name in evaluation.models if name in ("target", "proxy")]
+    config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
+    make_trainer(one_device(config.trainer))
+    fetch_assets(config)
+    check_compression(config)
+    if early:
+        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+    folder = RunFolder(config.output_dir)
+    is_new = not folder.root.exists()
+    folder.open(config)
+    try:
+        return _compress_only(Run(config, folder, display or Display()))
+    except BaseException:
+        if is_new:
+            shutil.rmtree(folder.root, ignore_errors=True)
+        raise
+
+
+def _compress_only(current: Run) -> RunReport:
+    folder = current.folder
+    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
+    clients = _clients(current)
+    compress(current, clients)
+    measure_fidelity(current, clients)
+    scores: dict[str, Any] = {}
+    if current.config.evaluation.models:
+        proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
+        untuned = TunedProxies(proxy, current.config.trainable, {}, seed=current.config.seed)
+        scores = dict(evaluate(current, untuned, rounds=0))
+    report = _report(current, scores, status="completed", error=None)
+    report.save(folder.root)
+    card = model_card("proxy", report.scores, parameters=report.cost.proxy_parameters)
+    write_text(folder.proxy / "README.md", card)
     return report
 
 
@@ -113,34 +167,52 @@ def check_components(config: RunConfig) -> None:
         config.server_optimizer,
         clients_per_round=clients if drawn == "all" else int(drawn),
         space=config.federation.space,
+        client_statistics=STATISTICS,
+        clients=clients,
     )
-    if not config.aggregator.aggregates and config.federation.rounds and clients > 1:
-        raise ConfigError(
-            f"aggregator.name: {config.aggregator.name!r} keeps one state per client, and a run keeps one for all; "
-            "choose a rule that merges, or data.partition.name=pooled"
-        )
+    _check_trainable(config)
     _refuse_what_the_loop_lacks(config)
+    _check_own(config)
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """Refuse rounds and rules that ask more of what is trained than it gives."""
+    trained, rule, space = config.trainable, config.aggregator, config.federation.space
+    if not trained.trains and config.federation.rounds:
+        raise ConfigError(
+            f"trainable.name={trained.name} trains nothing in {config.federation.rounds} rounds; use "
+            "federation.rounds=0, or trainable.name=lora"
+        )
+    if trained.needs_float32 and config.target.dtype != "float32":
+        raise ConfigError(
+            f"trainable.name={trained.name} trains the proxy's own weights, and in {config.target.dtype} small steps "
+            "are lost; use target.dtype=float32 or trainable.name=lora"
+        )
+    if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
+        key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
+        raise ConfigError(f"{key} needs pairs of LoRA factors, and trainable.name={trained.name} has none; use lora")
+    if not rule.aggregates and space == "product":
+        raise ConfigError(
+            f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "
+            "use federation.space=factors"
+        )
 
 
 def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
-    """Refuse rules that are exact by themselves but need more from the round loop than it gives."""
-    rule, term = config.aggregator, config.regularizer
+    """Refuse what a client of the engine cannot do."""
     devices = config.trainer.get("devices", "auto")
     if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigError(
             f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
             "a client of the engine in_process trains on one device"
         )
-    if rule.moves_base or not rule.shares("module.lora_B.weight"):
-        what = "changes the frozen weights" if rule.moves_base else "leaves B with each client"
+
+
+def _check_own(config: RunConfig) -> None:
+    if getattr(config.aggregator, "fused_b", "mean") != "mean":
         raise ConfigError(
-            f"aggregator.name: {rule.name!r} {what}, which the round loop does not support; "
-            "choose flexlora or federation.space=product for exact products, ffa_lora for one shared factor"
-        )
-    if term.keeps_client_memory or term.keeps_shared_memory:
-        raise ConfigError(
-            f"regularizer.name: {term.name!r} needs memory of every client between rounds, which the round loop does "
-            "not keep; choose none, proximal or conflict"
+            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
+            "use aggregator.fused_b=mean"
         )
 
 
@@ -170,6 +242,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
+    disclosed = facts.get("disclosed_parameters", proxy)
     return RunReport(
         run=RunInfo(
             recipe=config.recipe,
@@ -185,18 +258,20 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             target_parameters=target,
             proxy_parameters=proxy,
             trainable_parameters=facts.get("trainable_parameters"),
-            upload_bytes=sum(line["upload_bytes"] for line in rounds),
+            upload_bytes=sum(line["upload_bytes"] for line in rounds) + facts.get("collected_bytes", 0),
             download_bytes=sum(line["download_bytes"] for line in rounds),
             client_seconds=sum(line["client_seconds"] for line in rounds),
             server_seconds=server,
             evaluation_seconds=evaluated,
             peak_memory_bytes=_peak_memory_bytes(),
         ),
-        exposure=Exposure.measure(named, proxy / target) if target and proxy else Exposure(),
+        exposure=Exposure.measure(named, disclosed / target) if target and disclosed else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),
-        notes=_notes(config),
+        fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
+        notes=_notes(current),
+        client_scores=client_scores(current.folder, scores),
     )
 
 
@@ -205,8 +280,14 @@ def _write_cards(current: Run, report: RunReport) -> None:
     cost, folder = report.cost, current.folder
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
-    fused = model_card("fused", report.scores, method=method, parameters=cost.target_parameters, notes=report.notes)
-    write_text(folder.fused / "README.md", fused)
+    wrapper = current.config.fusion.adds_logits
+    for path in folder.fused_folders():
+        client = path.relative_to(folder.fused).name
+        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        card = model_card(
+            "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
+        )
+        write_text(path / "README.md", card)
 
 
 def _compression(current: Run) -> CompressionReport | None:
@@ -216,9 +297,14 @@ def _compression(current: Run) -> CompressionReport | None:
     return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
 
 
-def _notes(config: RunConfig) -> list[str]:
-    asset = catalog().get(config.target.path.removeprefix("asset:"))
-    return [] if asset is None else [f"The target is {asset.about}."]
+def _notes(current: Run) -> list[str]:
+    asset = catalog().get(current.config.target.path.removeprefix("asset:"))
+    notes = [] if asset is None else [f"The target is {asset.about}."]
+    if not current.config.aggregator.aggregates:
+        notes.append("No client was merged with another: scores are means over the clients' own models.")
+    for folder, fusion in current.facts.get("fusion", {}).items():
+        notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
+    return notes
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

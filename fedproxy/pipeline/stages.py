@@ -10,19 +10,22 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import resolve
+from fedproxy.data.assets import cache_root, resolve
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.loop import Federation
-from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
-from fedproxy.models.decoder import parameter_count, set_weights, share_weights
+from fedproxy.federation.shared import assemble
+from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
+from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import log_round, round_loggers
+from fedproxy.pipeline.tuned import final_states, first_progress
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -67,7 +70,9 @@ class Run:
         """Return the target and its tokenizer, loaded when first asked for."""
         if self._target is None:
             path = resolve(self.config.target.path) or self.config.target.path
-            self._target = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
+            model, tokenizer = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
+            check_tokenizer(model, tokenizer, self.config.target.path)
+            self._target = model, tokenizer
         return self._target
 
 
@@ -85,26 +90,37 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     target, tokenizer = run.target()
     calibration = config.compression.calibration
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
-    batches = text_batches(texts, tokenizer, max_tokens=_limit(target, calibration.max_tokens))
+    batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
-    kept = len(layer_map.proxy_to_target)
-    run.display.say(f"compressed: {kept} of {len(Decoder.of(target))} blocks kept ({config.compression.name})")
+    depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
+    run.display.say(f"compressed: {describe(layer_map, depth)} ({config.compression.name})")
     compressed = time.perf_counter()
     if config.distillation.steps:
+        # Kept by the server, so that what distillation and what tuning changed can be told apart later.
+        save_model(proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True)
         distil(run, proxy, layer_map, clients)
     run.note(
         target_parameters=parameter_count(target),
         proxy_parameters=parameter_count(proxy),
+        disclosed_parameters=disclosed_count(proxy, layer_map),
         target_sha256=layer_map.target_sha256,
-        block_scores=None if scores is None else scores.tolist(),
+        block_scores=None if shown is None else shown.tolist(),
     )
     run.note_seconds("compression", compressed - started)
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
     save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
     layer_map.save(run.folder.layer_map)
+
+
+def describe(layer_map: LayerMap, depth: int) -> str:
+    """Return in words what of a target of ``depth`` blocks is in the proxy."""
+    words = f"{len(layer_map.centres)} of {depth} blocks kept"
+    if len(layer_map.centres) < len(layer_map.proxy_to_target):
+        words += f", in {len(layer_map.proxy_to_target)} places"
+    return words if layer_map.neurons is None else f"{words}, {len(layer_map.neurons[0])} neurons in each"
 
 
 def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mapping[str, Sequence[Row]]) -> None:
@@ -115,7 +131,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     calibration = run.config.compression.calibration
     target, tokenizer = run.target()
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
-    limit = _limit(target, calibration.max_tokens)
+    limit = positions_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
         loss = fit(
@@ -126,25 +142,30 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
             layer_map=layer_map,
             trainer=one_device(run.config.trainer),
             generator=generator(run.config.seed, "distillation"),
+            cache=cache_root() / "teacher",
         )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
 def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy in its final state."""
+    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it."""
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    model = config.trainable.attach(proxy, generator(config.seed, "trainable"))
+    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or Progress(0, model.state())
-    _check_state(progress.state, model, checkpoints)
+    progress = checkpoints.load_latest() or first_progress(config, model, clients)
+    for state in final_states(config, progress, clients).values():
+        _check_state(state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
+    store = ClientStore(run.folder.checkpoints)
+    store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     examples = _tokenised(clients, tokenizer, config)
 
     def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer))
+        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer), store=store)
 
     engine = config.engine.start(make_client)
     federation = Federation(
@@ -153,9 +174,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         aggregator=config.aggregator,
         server_optimizer=config.server_optimizer,
         job=_job(config),
-        send_conflict=config.regularizer.needs_conflict,
+        regularizer=config.regularizer,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
+        store=store,
         space=config.federation.space,
     )
     left = config.federation.rounds - progress.round
@@ -178,44 +200,9 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             )
         finally:
             engine.close()
-    model.load_state(progress.state)
+    if config.aggregator.aggregates:
+        run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress
-
-
-@dataclass
-class TunedProxy:
-    """The proxy after federation, taken apart: weights as broadcast, and those that tuning changed."""
-
-    proxy: PreTrainedModel
-    """The plain proxy as broadcast."""
-    merged: dict[str, Tensor]
-    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
-
-    def model(self) -> PreTrainedModel:
-        """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
-        tuned = share_weights(self.proxy)
-        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
-        return tuned
-
-
-def fuse(run: Run, model: TrainableModel, rounds: int) -> TunedProxy:
-    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy."""
-    started = time.perf_counter()
-    done = run.facts.get("fused_after_round") == rounds and run.folder.fused.is_dir()
-    if not done:
-        model.save_adapter(run.folder.adapter)
-    merged = dict(model.merged_weights())
-    tuned = TunedProxy(model.detach(), merged)
-    if done:
-        return tuned
-    target, tokenizer = run.target()
-    before = tuned.proxy.state_dict()
-    fused = run.config.fusion.fuse(target, before, {**before, **merged}, LayerMap.load(run.folder.layer_map))
-    card = model_card("fused", {}, method=run.config.method, parameters=run.facts["target_parameters"])
-    save_model(fused, tokenizer, run.folder.fused, card=card)
-    run.note(fused_after_round=rounds)
-    run.note_seconds("fusion", time.perf_counter() - started)
-    return tuned
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
@@ -244,11 +231,6 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
     for batch in batches:
         yield batch
         bar.step()
-
-
-def _limit(model: PreTrainedModel, wanted: int) -> int:
-    """Return the longest text that both the recipe and the model's positions allow."""
-    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
 
 
 def _pad(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -29,6 +29,7 @@ def model_card(
     base_model: str | None = None,
     parameters: int | None = None,
     notes: Sequence[str] = (),
+    wrapper: bool = False,
 ) -> str:
     """Return the text of a model card.
 
@@ -42,6 +43,7 @@ def model_card(
         base_model: Name of the target for the card's metadata.
         parameters: Size of the model, tied tensors once.
         notes: Sentences that belong next to the numbers.
+        wrapper: The folder names three models instead of holding weights (fusion by logit_offset).
 
     Raises:
         ValueError: If ``kind`` is neither.
@@ -66,7 +68,27 @@ def model_card(
     table = score_table({model: scores[model] for model in _SHOWN[kind] if model in scores})
     if table:
         lines += ["## Scores", "", markdown_table(table), "", "lm-eval, per cent, ± one standard error.", ""]
-    lines += ["## Load it", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    lines += ['model = AutoModelForCausalLM.from_pretrained("this folder")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("this folder")', "```", ""]
-    return "\n".join(lines)
+    return "\n".join([*lines, "## Load it", "", *_loading(wrapper)])
+
+
+def _loading(wrapper: bool) -> list[str]:
+    if wrapper:
+        return [
+            "The folder holds no weights: `config.json` names target, tuned and untuned proxy, whose logits are added.",
+            "",
+            "```python",
+            "from fedproxy.models import load_model, load_tokenizer",
+            "",
+            'model, tokenizer = load_model("this folder"), load_tokenizer("this folder")',
+            "```",
+            "",
+        ]
+    return [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder")',
+        "```",
+        "",
+    ]

@@ -132,6 +132,21 @@ class CompressionReport:
 
 
 @dataclass(frozen=True)
+class FidelityReport:
+    """How near the proxy is to the target on public text that neither compression nor distillation read."""
+
+    tokens: int
+    """Tokens predicted."""
+    kl: float
+    """KL(target || proxy), nats per token."""
+    target_perplexity: float
+    proxy_perplexity: float
+    target_tokens_per_second: float
+    """Forward passes on this run's hardware."""
+    proxy_tokens_per_second: float
+
+
+@dataclass(frozen=True)
 class RunReport:
     """Everything report.json holds; see docs/reports.md for the keys."""
 
@@ -144,13 +159,18 @@ class RunReport:
     provenance: Provenance = field(default_factory=Provenance)
     compression: CompressionReport | None = None
     """Optional; left out of report.json where None."""
+    fidelity: FidelityReport | None = None
+    """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
+    client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(default_factory=dict)
+    """Where clients are never merged: client to ``scores`` of its own models, whose means ``scores`` has; left out
+    where empty."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "notes"):
+        for key in ("compression", "fidelity", "notes", "client_scores"):
             if not data[key]:
                 del data[key]
         return data

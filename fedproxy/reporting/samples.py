@@ -94,15 +94,23 @@ def load_evaluation(run: str | Path, model: str) -> Evaluation:
         EvaluationError: If a file is missing or broken; the line names it.
     """
     folder = Path(run) / "evaluation"
-    path = folder / f"{model}.samples.jsonl"
     questions: dict[str, dict[str, Sample]] = {}
     seen: Counter[tuple[str, str]] = Counter()
-    for number, line in enumerate(_read(path).splitlines(), start=1):
-        sample = _sample(line, f"{path} line {number}")
+    for sample in load_samples(run, model):
         document = (sample["task"], str(sample["doc_hash"]))
         seen[document] += 1  # a data set may hold a question twice
         questions.setdefault(sample["task"], {})[f"{document[1]}/{seen[document]}"] = sample
     return Evaluation(f"{Path(run)} {model}", _settings(folder / f"{model}.json", questions), questions)
+
+
+def load_samples(run: str | Path, model: str) -> list[dict[str, Any]]:
+    """Read one model's samples in the order in which they were kept.
+
+    Raises:
+        EvaluationError: If the file is missing or broken; the line names it.
+    """
+    path = Path(run) / "evaluation" / f"{model}.samples.jsonl"
+    return [_sample(line, f"{path} line {number}") for number, line in enumerate(_read(path).splitlines(), start=1)]
 
 
 def _read(path: Path) -> str:

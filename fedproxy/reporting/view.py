@@ -9,7 +9,7 @@ from fedproxy.reporting import formatting as show
 from fedproxy.reporting.pairing import PairedDifference, paired_table
 from fedproxy.reporting.round_tables import clients_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
-from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.scores import MODELS, Value, headline_metric, mean_scores, task_metric, task_names, value_of
 from fedproxy.reporting.tables import Table
 
 MODEL_WORDS = {
@@ -44,6 +44,7 @@ class View:
     scores: Table | None
     score_hint: str
     further: Table | None
+    own: Table | None
     cost: Table
     exposure: Sequence[str]
     rounds: Table | None
@@ -52,6 +53,7 @@ class View:
     repeat: Sequence[str]
     provenance: Table
     paired: Table | None
+    fidelity: Table | None = None
 
 
 def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
@@ -81,6 +83,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         scores=score_table(scores),
         score_hint=_score_hint(scores),
         further=_further(scores),
+        own=own_scores(report.client_scores),
         cost=_cost(report),
         exposure=_exposure(report),
         rounds=rounds_table(report.rounds),
@@ -89,7 +92,25 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         repeat=_repeat(Path(folder)),
         provenance=_provenance(report),
         paired=paired_table(paired) if paired else None,
+        fidelity=_fidelity(report),
     )
+
+
+def own_scores(clients: Mapping[str, "Scores"]) -> Table | None:
+    """Return one row per client whose models are its own: their mean scores; None where clients were merged."""
+    metric = headline_metric({client: _fused_like(models) for client, models in clients.items()})
+    if metric is None:
+        return None
+    kinds = list(dict.fromkeys(model for models in clients.values() for model in models))
+    rows = [
+        [client, *(show.score(value_of(mean_scores(models.get(kind, {})), metric)) for kind in kinds)]
+        for client, models in clients.items()
+    ]
+    return Table([f"mean {metric} of", *kinds], rows)
+
+
+def _fused_like(models: "Scores") -> dict[str, Mapping[str, float | None]]:
+    return {"mean": mean_scores(list(models.values())[-1])} if models else {}
 
 
 Scores = Mapping[str, Mapping[str, Mapping[str, float | None]]]
@@ -194,6 +215,19 @@ def _cost(report: RunReport) -> Table:
         ("Peak memory", show.size(cost.peak_memory_bytes), "resident, one process"),
     ]
     return Table(["what", "amount", ""], [row for row in rows if row[1] != show.NONE])
+
+
+def _fidelity(report: RunReport) -> Table | None:
+    found = report.fidelity
+    if found is None:
+        return None
+    rows = [
+        ("KL(target || proxy), nats per token", "0", show.fixed(found.kl)),
+        ("perplexity", show.number(found.target_perplexity, 4), show.number(found.proxy_perplexity, 4)),
+        ("tokens per second", f"{found.target_tokens_per_second:.0f}", f"{found.proxy_tokens_per_second:.0f}"),
+        ("parameters", show.count(report.cost.target_parameters), show.count(report.cost.proxy_parameters)),
+    ]
+    return Table([f"on {found.tokens:,} held-out tokens", "target", "proxy"], rows)
 
 
 def _exposure(report: RunReport) -> list[str]:

@@ -18,6 +18,7 @@ def check_capabilities(
     ranks: Sequence[int] = (),
     secure_aggregation: bool = False,
     client_statistics: Collection[str] = (),
+    clients: int | None = None,
 ) -> None:
     """Refuse a recipe that asks a component for what it cannot do.
 
@@ -30,6 +31,7 @@ def check_capabilities(
         ranks: LoRA ranks of the clients, where they differ; empty if all are the server's.
         secure_aggregation: The server sees only the sum of the updates.
         client_statistics: Groups of ``extras`` that the client code sends.
+        clients: All clients of the federation; None if every round takes all.
 
     Raises:
         ConfigError: One line that names key, rule and way out.
@@ -54,12 +56,45 @@ def check_capabilities(
             f"regularizer.name: {regularizer.name!r} needs the conflict between clients, which aggregator "
             f"{aggregator.name!r} never sees; use regularizer.name=none"
         )
+    if regularizer.keeps_client_memory:
+        _check_memory(aggregator, regularizer, space)
+    if aggregator.moves_base and server_optimizer.name != "none":
+        raise ConfigError(
+            f"server_optimizer.name: aggregator {aggregator.name!r} is exact only where its result is taken as it is, "
+            f"got {server_optimizer.name!r}; use server_optimizer.name=none or aggregator.name=flexlora"
+        )
+    _check_halves(regularizer, server_optimizer, clients_per_round / (clients or clients_per_round))
+
+
+def _check_memory(aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:
+    if not aggregator.aggregates or type(aggregator).shares is not Aggregator.shares:
+        raise ConfigError(
+            f"regularizer.name: {regularizer.name!r} corrects clients towards a state that all share, and aggregator "
+            f"{aggregator.name!r} leaves them tensors of their own; use aggregator.name=fedavg or regularizer.name=none"
+        )
+    if space == "product":
+        raise ConfigError(
+            f"regularizer.name: {regularizer.name!r} remembers LoRA factors, which federation.space=product makes anew "
+            "every round; use federation.space=factors or regularizer.name=proximal"
+        )
+
+
+def _check_halves(regularizer: Regularizer, server_optimizer: ServerOptimizer, share: float) -> None:
     if server_optimizer.partner not in ("", regularizer.name) or regularizer.partner not in ("", server_optimizer.name):
         named = server_optimizer.partner or regularizer.partner
         raise ConfigError(
             f"server_optimizer.name: regularizer {regularizer.name!r} and server optimizer {server_optimizer.name!r} "
             f"do not go together, {named!r} is one method in two halves; name it in both or in neither"
         )
+    if not server_optimizer.partner:
+        return
+    for option, wanted in (("strength", getattr(regularizer, "strength", None)), ("share", share)):
+        got = getattr(server_optimizer, option, wanted)
+        if got != wanted:
+            raise ConfigError(
+                f"server_optimizer.{option}: {server_optimizer.name!r} must have the {option} of the clients' half, "
+                f"{wanted:g}, got {got:g}; set server_optimizer.{option}={wanted:g}"
+            )
 
 
 def _check_space(aggregator: Aggregator, space: str) -> None:

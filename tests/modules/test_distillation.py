@@ -1,16 +1,19 @@
 import copy
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fedproxy.errors import ConfigError, ModelError
+from fedproxy.errors import ModelError
 from fedproxy.models.decoder import Decoder
 from fedproxy.models.layer_map import LayerMap
-from fedproxy.modules.distillation import DistillationModule, check_same_tokenizer, distil
-from fedproxy.modules.losses import distillation_kl, hidden_distance
-from fedproxy.modules.teacher import TeacherCache, logits_of, observe
+from fedproxy.modules import distillation
+from fedproxy.modules.distillation import DistillationModule, check_pair, check_same_tokenizer, distil, mean_kl
+from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.modules.divergence import DIVERGENCES
+from fedproxy.modules.losses import hidden_distance
+from fedproxy.modules.teacher import Teacher
 
 FAMILIES = ["llama", "gemma2", "cohere", "opt", "gpt2"]
 PI = (0, 2)
@@ -31,32 +34,21 @@ def make_pair(make_model, family="llama"):
     return Decoder.of(teacher).subset(PI), teacher
 
 
-def settings(**options):
-    defaults = {"steps": 3, "lr": 1e-3, "temperature": 1.0, "kl_weight": 1.0, "hidden_weight": 0.0}
-    return SimpleNamespace(**{**defaults, "cache_teacher": False, **options})
-
-
-def run(student, teacher, *, batches=None, seed=0, **options):
+def run(student, teacher, *, batches=None, seed=0, cache=None, steps=3, lr=1e-3, **options):
     return distil(
         student,
         teacher,
         batches or text_batches(),
-        settings=settings(**options),
+        settings=DistillationConfig(steps=steps, lr=lr, **options),
         layer_map=LayerMap(PI, "0" * 64),
         trainer={"accelerator": "cpu"},
         generator=torch.Generator().manual_seed(seed),
+        cache=cache,
     )
 
 
-def test_kl_by_hand():
-    # p = (3/4, 1/4), q = (1/2, 1/2): 3/4 log(3/2) + 1/4 log(1/2) = 0.130812 nats; the second token agrees.
-    teacher = torch.tensor([[0.75, 0.25], [0.5, 0.5]]).log()
-    kl = distillation_kl(torch.zeros(2, 2), teacher)
-    assert kl.item() == pytest.approx((0.75 * math.log(1.5) + 0.25 * math.log(0.5)) / 2, rel=1e-5)
-    # Temperature 2 halves the logits: p = (sqrt 3, 1) / (sqrt 3 + 1); times 2^2.
-    p = math.sqrt(3) / (math.sqrt(3) + 1)
-    wanted = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p))) / 2
-    assert distillation_kl(torch.zeros(2, 2), teacher, 2.0).item() == pytest.approx(wanted, rel=1e-4)
+def flat(model):
+    return torch.cat([tensor.flatten() for _, tensor in sorted(model.state_dict().items())])
 
 
 def test_hidden_distance_by_hand():
@@ -66,106 +58,169 @@ def test_hidden_distance_by_hand():
     assert hidden_distance(torch.zeros(1, 2), torch.zeros(1, 2)).item() == 0.0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_observed_states_are_the_full_forwards(family, make_model):
-    model, [batch] = make_model(family), text_batches(1)
-    real = batch["attention_mask"].bool()
-    full = model(**batch, output_hidden_states=True)
-    seen = observe(model, batch, [0, 1])
-    torch.testing.assert_close(seen["logits"], full.logits[real], rtol=1e-4, atol=1e-4)
-    for index in (0, 1):  # hidden_states[0] is the embedding; the last entry is after the final norm, so not looked at
-        torch.testing.assert_close(seen[f"block_{index}"], full.hidden_states[index + 1][real], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(logits_of(model, seen["head"]), seen["logits"], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("store", ["memory", "disk"])
-def test_cached_teacher_gives_the_same_in_any_batch_and_runs_once(store, make_model, tmp_path):
-    teacher, [batch] = make_model("gemma2"), text_batches(1)
-    wanted = TeacherCache(teacher, [1])(batch)
-    cache = TeacherCache(teacher, [1], "memory" if store == "memory" else tmp_path)
-    cache(batch)
-    runs = []
-    Decoder.of(teacher).blocks[1].register_forward_hook(lambda _, args, __: runs.append(args[0].shape[1]))
-    again = cache(batch)
-    assert set(again) == set(wanted) == {"head", "block_1", "logits"}
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(again[name], tensor, rtol=1e-5, atol=1e-5)
-    # The second row alone, without its padding: tokens 8 to 12 of the batch.
-    alone = cache({name: tensor[1:2, :5] for name, tensor in batch.items()})
-    torch.testing.assert_close(alone["logits"], wanted["logits"][8:13], rtol=1e-5, atol=1e-5)
-    assert runs == [1, 1]  # only the one token under the head, never the text
-
-
-def test_equal_models_have_no_loss(make_model):
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_equal_models_have_no_loss(kind, make_model):
     teacher = make_model("llama")
-    module = DistillationModule(copy.deepcopy(teacher), teacher, range(3), lr=1.0, hidden_weight=1.0)
+    student = copy.deepcopy(teacher)
+    pairs = tuple(enumerate(range(3)))
+    module = DistillationModule(
+        student, Teacher(teacher, range(3)), [], lr=1.0, pairs=pairs, hidden_weight=1.0, divergence=kind
+    )
     module.log = lambda *_, **__: None
     assert module.training_step(text_batches(1)[0], 0).item() == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_a_step_is_that_of_the_plain_loss(family, make_model):
+    # The reference: both models' own forward, full softmaxes, autograd through everything.
+    student, teacher = make_pair(make_model, family)
+    [batch] = text_batches(1)
+    real = batch["attention_mask"].bool()
+    reference = copy.deepcopy(student).requires_grad_(True)
+    theirs, mine = (model(**batch, output_hidden_states=True) for model in (teacher, reference))
+    p, q = (torch.log_softmax(output.logits[real].double(), -1) for output in (theirs, mine))
+    e, e_star = theirs.hidden_states[1][real].double(), mine.hidden_states[1][real].double()
+    hidden = ((e - e_star).square().mean(-1) / e.square().mean(-1)).mean()
+    wanted = 0.5 * (p.exp() * (p - q)).sum(-1).mean() + 2.0 * hidden
+    wanted.backward()
+    student.requires_grad_(True)
+    module = DistillationModule(
+        student, Teacher(teacher, [0]), [], lr=1.0, pairs=[(0, 0)], kl_weight=0.5, hidden_weight=2.0
+    )
+    module.log = lambda *_, **__: None
+    loss = module.training_step(batch, 0)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-4)
+    for index in (0, 1):
+        for name, parameter in Decoder.of(reference).blocks[index].named_parameters():
+            own = Decoder.of(student).blocks[index].get_parameter(name)
+            torch.testing.assert_close(own.grad, parameter.grad, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (1.0, 0.5)])
-def test_training_brings_the_proxy_closer(weights, make_model):
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_training_brings_the_proxy_closer(weights, train, make_model):
     student, teacher = make_pair(make_model)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    kwargs = {"kl_weight": weights[0], "hidden_weight": weights[1], "lr": 3e-3}
-    first = run(copy.deepcopy(student), teacher, steps=1, **kwargs)
-    last = run(student, teacher, steps=40, **kwargs)
+    kwargs = {"kl_weight": weights[0], "hidden_weight": weights[1], "lr": 3e-3 if train == "full" else 1e-2}
+    first = run(copy.deepcopy(student), teacher, steps=1, train=train, **kwargs)
+    last = run(student, teacher, steps=40, train=train, **kwargs)
     assert last < 0.8 * first
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert not student.training
     assert not any(parameter.requires_grad for parameter in student.parameters())
 
 
-def test_only_blocks_change_unless_asked(make_model):
-    for whole in (False, True):
-        student, teacher = make_pair(make_model)
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_every_divergence_lowers_the_forward_kl(kind, make_model):
+    student, teacher = make_pair(make_model)
+    before = mean_kl(student, teacher, text_batches())
+    run(student, teacher, steps=40, lr=3e-3, divergence=kind)
+    assert mean_kl(student, teacher, text_batches()) < 0.8 * before
+
+
+def test_mean_kl_is_the_plain_mean_over_tokens(make_model):
+    student, teacher = make_pair(make_model)
+    total = tokens = 0.0
+    for batch in text_batches():
+        real = batch["attention_mask"].bool()
+        p, q = (torch.log_softmax(model(**batch).logits[real].double(), -1) for model in (teacher, student))
+        total += (p.exp() * (p - q)).sum().item()
+        tokens += int(real.sum())
+    assert mean_kl(student, teacher, text_batches()) == pytest.approx(total / tokens, rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_only_blocks_change_and_the_proxy_stays_plain(train, make_model):
+    for family in ("llama", "gpt2"):
+        student, teacher = make_pair(make_model, family)
         before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        module = DistillationModule(student, teacher, PI, lr=1e-2, whole=whole)
-        from fedproxy.data.batching import ShuffledBatches
-        from fedproxy.modules.trainer import fit, make_trainer
-
-        batches = ShuffledBatches(text_batches(), torch.Generator().manual_seed(0))
-        fit(make_trainer({"accelerator": "cpu"}, max_steps=2), module, batches)
+        run(student, teacher, steps=2, lr=1e-2, train=train)
+        assert sorted(student.state_dict()) == sorted(before)
         changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
-        outside = {name for name in changed if ".layers." not in name}
-        assert {name for name in before if "q_proj" in name} <= changed
-        assert bool(outside) is whole
-        assert not any(name.startswith("_teacher") for name in module.state_dict())
+        blocks = Decoder.of(student)
+        linear = {name for name in before if name.startswith(blocks.prefix) and before[name].ndim == 2}
+        assert linear <= changed
+        assert changed <= {blocks.full_name(i, name) for i in (0, 1) for name in blocks.weight_names(i)}
+        if train == "lora":
+            assert changed == linear
 
 
-def test_cache_changes_nothing_and_seed_decides(make_model):
+def test_lora_leaves_the_base_untouched_until_it_is_merged(make_model, monkeypatch):
+    student, teacher = make_pair(make_model)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    seen = []
+
+    def fit_and_look(trainer, module, batches, *, seed):
+        trainer_fit(trainer, module, batches, seed=seed)
+        base = {name.replace(".base_layer", ""): t for name, t in student.state_dict().items() if "lora_" not in name}
+        seen.append(sorted(base) == sorted(before) and all(torch.equal(base[name], before[name]) for name in before))
+
+    trainer_fit = distillation.fit
+    monkeypatch.setattr(distillation, "fit", fit_and_look)
+    run(student, teacher, steps=3, lr=1e-2, train="lora", lora_r=2, lora_alpha=4.0)
+    assert seen == [True]
+    name = "model.layers.0.mlp.up_proj.weight"
+    change = student.state_dict()[name] - before[name]
+    assert torch.linalg.matrix_rank(change, rtol=1e-4) == 2
+
+
+def test_the_seed_decides(make_model):
     states = []
-    for options in ({}, {"cache_teacher": True}, {"seed": 1}):
+    for seed in (0, 0, 1):
         student, teacher = make_pair(make_model)
-        run(student, teacher, steps=7, hidden_weight=1.0, **options)
-        states.append(torch.cat([tensor.flatten() for tensor in student.state_dict().values()]))
-    torch.testing.assert_close(states[0], states[1], rtol=1e-4, atol=1e-5)
+        run(student, teacher, steps=7, hidden_weight=1.0, seed=seed)
+        states.append(flat(student))
+    assert torch.equal(states[0], states[1])
     assert not torch.allclose(states[0], states[2], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": 0.0}, r"distillation\.lr must be > 0, got 0"),
-        ({"temperature": 0.0}, r"distillation\.temperature must be > 0"),
-        ({"kl_weight": -1.0}, r"distillation\.kl_weight must be >= 0"),
-        ({"kl_weight": 0.0}, r"distillation needs kl_weight > 0 or hidden_weight > 0"),
-    ],
-)
-def test_numbers_out_of_range(options, message, make_model):
-    with pytest.raises(ConfigError, match=message):
-        run(*make_pair(make_model), **options)
+def test_a_cache_of_the_whole_vocabulary_changes_nothing(make_model, tmp_path):
+    states = []
+    for options in ({}, {"cache_teacher": True, "top_k": 61, "cache": tmp_path}):
+        student, teacher = make_pair(make_model)
+        run(student, teacher, steps=7, **options)
+        states.append(flat(student))
+    torch.testing.assert_close(states[1], states[0], rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_do_not_fit(make_model):
+def test_a_killed_run_and_a_second_proxy_end_with_the_same_bits(make_model, tmp_path, monkeypatch):
+    options = {"steps": 7, "hidden_weight": 1.0, "cache_teacher": True, "top_k": 8}
+    cold, teacher = make_pair(make_model)
+    run(cold, teacher, cache=tmp_path / "cold", **options)
+    # Killed while the second entry was written: one whole entry and half a file.
+    calls = []
+
+    def killed(tensors, path):
+        if len(calls) == 1:
+            with open(path, "wb") as file:
+                file.write(b"half")
+            raise KeyboardInterrupt
+        calls.append(path)
+        save_file(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedproxy.modules.teacher_cache.save_file", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(make_pair(make_model)[0], teacher, cache=tmp_path / "killed", **options)
+    assert len(list((tmp_path / "killed").glob("*.safetensors"))) == 1
+    for folder in ("killed", "killed", "cold"):  # continued, warm, warm
+        student, teacher = make_pair(make_model)
+        run(student, teacher, cache=tmp_path / folder, **options)
+        assert torch.equal(flat(student), flat(cold))
+
+
+def test_models_and_text_that_do_not_fit(make_model):
     student, teacher = make_pair(make_model)
     with pytest.raises(ModelError, match=r"layer map \[0, 3\] does not fit a proxy of 2 and a target of 3 blocks"):
-        DistillationModule(student, teacher, (0, 3), lr=1.0)
+        check_pair(student, teacher, (0, 3))
     with pytest.raises(ModelError, match=r"layer map \[0\] does not fit"):
-        DistillationModule(student, teacher, (0,), lr=1.0)
+        check_pair(student, teacher, (0,))
+    with pytest.raises(ModelError, match=r"gives the id 61, but the target's vocabulary has 61 entries; put the"):
+        run(student, teacher, batches=[{"input_ids": torch.tensor([[61]]), "attention_mask": torch.ones(1, 1).long()}])
     student.resize_token_embeddings(64)
     with pytest.raises(ModelError, match=r"the proxy's vocabulary has shape \(64, 32\), the target's \(61, 32\)"):
-        DistillationModule(student, teacher, PI, lr=1.0)
+        run(student, teacher)
 
 
 def test_tokenizers_that_differ():

@@ -46,17 +46,20 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("trainable.modules=[q_prj]", ConfigError, r"trainable.modules: .* 'q_prj'; did you mean 'q_proj'\?"),
         ("compression.calibration.path=missing.jsonl", DataError, r"missing.jsonl"),
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),
-        ("aggregator.name=none", ConfigError, r"aggregator.name: 'none' keeps one state per client"),
-        ("regularizer.name=scaffold", ConfigError, r"regularizer.name: 'scaffold' needs memory of every client"),
-        ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' (changes the frozen weights|is defined in product)"),
-        ("aggregator.name=fedsa_lora", ConfigError, r"aggregator.name: 'fedsa_lora' leaves B with each client"),
-        ("aggregator.name=fisher", ConfigError, r"aggregator.name: 'fisher' needs clients that send 'fisher'"),
+        ("regularizer.name=feddyn", ConfigError, r"'feddyn' and server optimizer 'none' do not go together"),
+        ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' is defined in product space, got 'factors'"),
     ],
 )
 def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):
     with pytest.raises(error, match=message) as caught:
         run_tiny(*QUICK, *(["regularizer.name=none"] if "aggregator" in override else []), override)
     assert "\n" not in str(caught.value)
+
+
+def test_one_fused_model_per_client_is_refused(run_tiny):
+    rule = ("regularizer.name=none", "aggregator.name=fedsa_lora", "aggregator.fused_b=own")
+    with pytest.raises(ConfigError, match=r"aggregator.fused_b: .*; use aggregator.fused_b=mean"):
+        run_tiny(*QUICK, *rule)
 
 
 def test_missing_data_file(run_tiny, tmp_path):

@@ -14,11 +14,13 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.evaluation.harness import render_rows
-from fedproxy.models import load_model, load_tokenizer, state_sha256
+from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
 from fedproxy.pipeline.data import client_rows, public_texts
 from fedproxy.pipeline.plan import plan
 from fedproxy.protocol import Broadcast
+from fedproxy.strategies.fusion.plug_in import PlugIn
 
+MODES = ("replace", "delta")
 ROUND_KEYS = {
     "round", "clients", "train_loss", "regularizer_loss", "heterogeneity", "weights", "retention", "conflict_mean",
     "cosine", "sign_agreement", "kept_density", "update_norms", "factor_mean_error", "upload_bytes", "download_bytes",
@@ -259,6 +261,39 @@ def test_distillation_brings_the_proxy_nearer_and_delta_still_leaves_the_target(
         ]
     assert kl[1] < 0.8 * kl[0]
     assert state_sha256(load_model(folder / "fused")) == state_sha256(target)
+    # What was distilled is kept by the server, bit for bit what a run without distillation sends.
+    assert state_sha256(load_model(folder / "server/proxy_undistilled")) == state_sha256(load_model(plain / "proxy"))
+
+
+def test_replace_and_delta_can_both_be_formed_from_a_distilled_runs_folder(run_tiny):
+    _, folder = run_tiny("distillation.steps=2", "distillation.rows=32", "federation.rounds=1", "evaluation.models=[]")
+    target, proxy, undistilled = (
+        load_model(path)
+        for path in (resolve("asset:tiny-llama"), folder / "proxy", folder / "server/proxy_undistilled")
+    )
+    layer_map = LayerMap.load(folder / "server/layer_map.json")
+    tuned = PeftModel.from_pretrained(load_model(folder / "proxy"), folder / "adapter").merge_and_unload().state_dict()
+    replace, delta = (PlugIn(mode=mode).fuse(target, proxy, tuned, layer_map).state_dict() for mode in MODES)
+    kept = load_model(folder / "fused").state_dict()  # the recipe's mode is replace
+    assert all(torch.allclose(replace[name], kept[name], atol=1e-6) for name in kept)
+    moved = [f"model.layers.{old}.mlp.up_proj.weight" for old in layer_map.proxy_to_target]
+    for new, name in enumerate(moved):
+        own = f"model.layers.{new}.mlp.up_proj.weight"
+        distilled = proxy.state_dict()[own] - undistilled.state_dict()[own]
+        assert distilled.any()
+        torch.testing.assert_close(replace[name] - delta[name], distilled, atol=1e-6, rtol=1e-4)
+
+
+def test_a_second_run_reads_what_the_target_said_and_distils_the_same_proxy(run_tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDPROXY_CACHE", str(tmp_path / "cache"))
+    options = ("distillation.steps=6", "distillation.rows=32", "distillation.cache_teacher=true", "federation.rounds=0")
+    _, first = run_tiny(*options, "evaluation.models=[]")
+    entries = sorted((tmp_path / "cache/teacher").iterdir())
+    stamps = [path.stat().st_ino for path in entries]
+    assert [path.suffix for path in entries] == [".safetensors"] * 2  # 32 texts in batches of 16
+    _, second = run_tiny(*options, "evaluation.models=[]")
+    assert [path.stat().st_ino for path in sorted((tmp_path / "cache/teacher").iterdir())] == stamps
+    assert state_sha256(load_model(first / "proxy")) == state_sha256(load_model(second / "proxy"))
 
 
 def test_loggers_get_every_round(run_tiny):

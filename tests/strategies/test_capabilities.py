@@ -32,10 +32,19 @@ def check(aggregator="fedavg", regularizer="none", server_optimizer="none", opti
         {"regularizer": "scaffold", "server_optimizer": "sgd"},
         {"aggregator": "fisher", "client_statistics": ["fisher"]},
         {"aggregator": "krum", "clients_per_round": 5},
+        {"aggregator": "fedex_lora", "space": "product"},
+        {"aggregator": "fedsa_lora", "server_optimizer": "adam"},
+        {"regularizer": "feddyn", "server_optimizer": "feddyn", "clients": 8},
     ],
 )
 def test_what_goes_together_passes(facts):
     check(**facts)
+
+
+def test_both_halves_of_feddyn_must_agree_on_alpha():
+    halves = Regularizer.by_name("feddyn")(strength=0.1), ServerOptimizer.by_name("feddyn")(strength=0.2)
+    with pytest.raises(ConfigError, match=r"server_optimizer.strength: .* 0.1, got 0.2; set server_optimizer.strength"):
+        check_capabilities(Aggregator.by_name("fedavg")(), *halves, clients_per_round=8)
 
 
 @pytest.mark.parametrize(
@@ -57,6 +66,30 @@ def test_what_goes_together_passes(facts):
         ({"aggregator": "none", "regularizer": "conflict"}, "'conflict' needs the conflict between clients"),
         ({"regularizer": "feddyn"}, "'feddyn' and server optimizer 'none' do not go together"),
         ({"server_optimizer": "feddyn"}, "regularizer 'none' and server optimizer 'feddyn' do not go together"),
+        (
+            {"regularizer": "feddyn", "server_optimizer": "feddyn", "clients": 32},
+            "server_optimizer.share: 'feddyn' must have the share of the clients' half, 0.25, got 1; set",
+        ),
+        (
+            {"aggregator": "flora", "space": "product", "server_optimizer": "sgd"},
+            "server_optimizer.name: aggregator 'flora' is exact only where its result is taken as it is, got 'sgd'",
+        ),
+        (
+            {"aggregator": "fedsa_lora", "regularizer": "scaffold"},
+            "regularizer.name: 'scaffold' corrects clients towards a state that all share, and aggregator 'fedsa_lora'",
+        ),
+        (
+            {"aggregator": "none", "regularizer": "feddyn", "server_optimizer": "feddyn"},
+            "'feddyn' corrects clients towards a state that all share",
+        ),
+        (
+            {"regularizer": "scaffold", "space": "product"},
+            "'scaffold' remembers LoRA factors, which federation.space=product makes anew every round",
+        ),
+        (
+            {"aggregator": "fisher", "space": "product", "client_statistics": ["fisher"]},
+            "'fisher' is defined in factors space, got 'product'",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(facts, message):

@@ -6,7 +6,8 @@ import torch
 from fedproxy.errors import ConfigError, DataError, ModelError
 from fedproxy.models import Decoder, state_sha256
 from fedproxy.strategies.compression import Compressor, LayerMap
-from fedproxy.strategies.compression.block_influence import block_influence, keep_count, kept_blocks
+from fedproxy.strategies.compression.block_influence import block_influence
+from fedproxy.strategies.compression.removal import keep_count, kept_blocks
 
 FAMILIES = ["llama", "qwen2", "gemma2", "opt", "gpt2"]
 

@@ -12,6 +12,8 @@ import torch
 
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.functional.trimming import keep_probabilities
+from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 _PEERS = json.loads((Path(__file__).parents[1] / "golden" / "peers.json").read_text())
 _CASES = [pytest.param(case, id=f"{case['peer']}-{case['rule']}-{i}") for i, case in enumerate(_PEERS["cases"])]
@@ -29,6 +31,29 @@ def test_our_rule_with_their_options_equals_theirs(case):
     delta = Aggregator.by_name(case["rule"])(**case["options"]).aggregate(updates()).delta
     for i, expected in enumerate(case["expected"]):
         torch.testing.assert_close(delta[f"t{i}"], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def test_yogi_equals_flowers_when_v_starts_at_zero():
+    (case,) = _PEERS["server_optimizers"]
+    theirs = case["options"]
+    options = {"lr": theirs["eta"], "beta1": theirs["beta_1"], "beta2": theirs["beta_2"], "tau": theirs["tau"]}
+    rule = ServerOptimizer.by_name(case["rule"])(v0=0.0, **options)
+    mean = Aggregator.by_name("fedavg")().aggregate(updates()).delta
+    state, memory = {name: torch.zeros_like(value) for name, value in mean.items()}, None
+    for factor, expected in zip(case["factors"], case["expected"], strict=True):
+        state, memory = rule.step(state, {name: value * factor for name, value in mean.items()}, memory)
+        for i, values in enumerate(expected):
+            torch.testing.assert_close(state[f"t{i}"], torch.tensor(values), rtol=1e-4, atol=1e-6)
+
+
+def test_della_keeps_coordinates_with_mergekits_probabilities():
+    # What is kept is rescaled otherwise: here by its own probability, as in the paper, there to the tensor's norm.
+    case = _PEERS["keep_probabilities"]
+    options = {"density": case["options"]["density"], "window": 2 * case["options"]["epsilon"]}
+    for update, expected in zip(updates(), case["expected"], strict=True):
+        for i, values in enumerate(expected):
+            ours = keep_probabilities(update.delta[f"t{i}"].unsqueeze(0), **options)[0]
+            torch.testing.assert_close(ours, torch.tensor(values), rtol=1e-5, atol=1e-6)
 
 
 def test_the_stored_vectors_say_where_they_come_from():

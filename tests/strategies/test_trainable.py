@@ -181,7 +181,7 @@ def test_blocks(options, blocks):
         ({"alpha": 0}, r"trainable\.alpha must be > 0"),
         ({"dropout": 1.0}, r"trainable\.dropout must be in \[0, 1\)"),
         ({"modules": []}, r"trainable\.modules must be at least one module name"),
-        ({"blocks": "middle"}, r"trainable\.blocks must be all, ends, last or a list of block indices, got 'middle'"),
+        ({"blocks": "middle"}, r"trainable\.blocks must be all, ends, last, centres or a list .*, got 'middle'"),
         ({"blocks": [1.5]}, r"trainable\.blocks must be all, ends, last"),
         ({"blocks": []}, r"trainable\.blocks must be all, ends, last"),
         ({"last": 0}, r"trainable\.last must be >= 1"),

@@ -15,6 +15,7 @@ from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.passes import merge_tensor
 from fedproxy.strategies.aggregators.sink import FileSink, Sink
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 
 Memory = Mapping[str, Tensor]
@@ -69,6 +70,8 @@ class Plan:
     """State for the next round."""
     finish: Callable[[Sink], None] | None = None
     """Completes what was written, after the last block."""
+    threaded: bool = False
+    """``merge`` may be called for blocks of different tensors side by side."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ class Aggregator(Component, family="aggregator"):
             shape = (-1,) + (1,) * (block.values.dim() - 1)
             return self.combine(block.values, weights.float().view(shape))
 
-        return Plan(merge)
+        return Plan(merge, threaded=self.coordinatewise)
 
     def aggregate(
         self,
@@ -188,17 +191,23 @@ class Aggregator(Component, family="aggregator"):
             survey = surveyor.run()
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
         sink = _sink(cohort, output, "delta")
-        watch = None if self._surveys_first else surveyor
-        for name in cohort.names:
+
+        def merge(name: str) -> None:
             merge_tensor(
                 cohort,
                 name,
                 plan.merge,
                 sink,
                 whole=not self.coordinatewise,
-                watch=watch,
+                watch=None if self._surveys_first else surveyor,
                 surveyed=self._surveys_first,
             )
+
+        if plan.threaded:
+            side_by_side(merge, cohort.names)
+        else:
+            for name in cohort.names:
+                merge(name)
         if plan.finish is not None:
             plan.finish(sink)
         if surveyor is None:

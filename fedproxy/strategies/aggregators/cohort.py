@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from fedproxy.errors import ClientError
 from fedproxy.protocol import ClientUpdate, TensorFile, Tensors
 from fedproxy.strategies.functional.scratch import Scratch
 
-BLOCK = 1 << 17
-"""Coordinates of all clients together in a block: few enough that the passes over a block stay in the cache."""
+BLOCK = 1 << 20
+"""Coordinates of all clients together in a block: enough that Python's share of the time is small."""
 
 WEIGHTINGS = ("examples", "tokens", "uniform")
 """What a client's weight may count."""
@@ -26,8 +27,16 @@ class Block:
     """Tensor that it belongs to."""
     start: int
     """First coordinate, row-major in the tensor."""
-    values: Tensor
-    """float32 (clients, n); (clients, *shape) where a rule wants whole tensors."""
+    rows: Sequence[Tensor]
+    """Every client's part, float32 (n,), or (*shape) where a rule wants whole tensors; perhaps its own memory."""
+    scratch: Scratch = field(default_factory=Scratch, repr=False)
+    """Where :attr:`values` is put."""
+
+    @cached_property
+    def values(self) -> Tensor:
+        """A copy of the rows, float32 (clients, n) or (clients, *shape), free to change until the next block."""
+        first = self.rows[0]
+        return torch.stack(tuple(self.rows), out=self.scratch.take(len(self.rows), *first.shape))
 
 
 @dataclass(frozen=True)
@@ -116,7 +125,7 @@ class Cohort:
         return sources
 
     def blocks(self, name: str, sources: Sequence["Source"] | None = None, *, whole: bool = False) -> Iterator[Block]:
-        """Yield a tensor of all clients in blocks of float32; a block may be changed and is overwritten by the next.
+        """Yield a tensor of all clients in blocks of float32.
 
         Args:
             name: The tensor's name.
@@ -125,17 +134,12 @@ class Cohort:
         """
         sources = sources or self.read(name)
         if whole:
-            yield Block(name, 0, torch.stack([source.whole().float() for source in sources]))
+            yield Block(name, 0, [source.whole().float() for source in sources], self._scratch)
             return
         size, width = math.prod(sources[0].shape), max(1024, BLOCK // len(sources))
         for start in range(0, size, width):
-            rows = [source.part(start, min(size, start + width)) for source in sources]
-            values = self._scratch.take(len(rows), len(rows[0]))
-            if rows[0].dtype == values.dtype:
-                torch.stack(rows, out=values)
-            else:
-                values.copy_(torch.stack(rows))
-            yield Block(name, start, values)
+            rows = [source.part(start, min(size, start + width)).float() for source in sources]
+            yield Block(name, start, rows, self._scratch)
 
     def same_shapes(self) -> bool:
         """Return whether all clients' tensors have the same shapes."""

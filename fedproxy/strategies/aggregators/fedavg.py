@@ -25,7 +25,7 @@ class LinearAggregator(Aggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one weighted sum."""
         weights = self.weigh(cohort, survey)
-        return Plan(WeightedSum(weights), weights)
+        return Plan(WeightedSum(weights), weights, threaded=True)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ class FedAvg(LinearAggregator, name="fedavg"):
 
 @dataclass(frozen=True)
 class TaskArithmetic(LinearAggregator, name="task_arithmetic"):
-    """scale * sum_k Delta_k (Ilharco et al. 2023, arXiv 2212.04089, Sec. 2); every client counts once."""
+    """scale * sum_k Delta_k (Ilharco et al. 2023, arXiv 2212.04089); every client counts once."""
 
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089, Sec. 2"
+    reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089"
 
     scale: float = 0.4
     """Factor of the sum (the paper's lambda; 0.4 is its value without tuning)."""

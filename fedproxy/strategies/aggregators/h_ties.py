@@ -60,13 +60,15 @@ class HTies(Aggregator, name="h_ties"):
         """Weights and retention from the Gram matrix, then exact cuts."""
         weights = affinity_weights(survey.cosine, similarity=self.similarity)
         if len(cohort) == 1:
-            return Plan(lambda block: block.values[0], weights, {"retention": [1.0]})
+            return Plan(lambda block: block.rows[0], weights, {"retention": [1.0]})
         kept = retention(heterogeneity(survey.cosine), r0=self.r0, delta=self.delta).tolist()
         trimmers = plan_trimming(cohort, kept, scope=self.trim_scope)
         factors, scratch = weights.float(), Scratch()
+        shares = factors.tolist()
 
         def merge(block: Block) -> Tensor:
-            scaled = trimmers[block.name].trim_(block.values).mul_(factors.unsqueeze(1))
+            scaled = scratch.take(len(cohort), len(block.rows[0]), slot="scaled")
+            trimmers[block.name].trim(block.rows, scaled, factors=shares)
             return ratio_vote_merge(scaled, factors, rho=self.rho, eps=self.eps, scratch=scratch)
 
-        return Plan(merge, weights, {"retention": kept})
+        return Plan(merge, weights, {"retention": kept}, threaded=True)

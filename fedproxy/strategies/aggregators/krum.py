@@ -57,13 +57,13 @@ class ByzantineAggregator(SpanAggregator):
 
 @dataclass(frozen=True)
 class Krum(ByzantineAggregator, name="krum"):
-    """The one update nearest to its K - f - 2 nearest others (Blanchard et al. 2017, NeurIPS, Sec. 4).
+    """The one update nearest to its K - f - 2 nearest others (Blanchard et al. 2017, NeurIPS, arXiv 1703.02757).
 
     Score of k: sum of squared distances of whole updates to those others; of equal scores the first client in sorted
     order wins. Needs K >= 2 f + 3.
     """
 
-    reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, Sec. 4"
+    reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, arXiv 1703.02757"
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Put all weight on the client of least score."""
@@ -74,9 +74,9 @@ class Krum(ByzantineAggregator, name="krum"):
 
 @dataclass(frozen=True)
 class MultiKrum(ByzantineAggregator, name="multi_krum"):
-    """Mean of the ``keep`` updates of least Krum score (Blanchard et al. 2017, NeurIPS, Sec. 5). Needs K >= 2 f + 3."""
+    """Mean of the ``keep`` updates of least Krum score (Blanchard et al. 2017, arXiv 1703.02757); K >= 2 f + 3."""
 
-    reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, Sec. 5"
+    reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, arXiv 1703.02757"
 
     keep: int | None = None
     """Updates to average, >= 1; None is clients - byzantine."""
@@ -97,13 +97,13 @@ class MultiKrum(ByzantineAggregator, name="multi_krum"):
 
 @dataclass(frozen=True)
 class Bulyan(ByzantineAggregator, name="bulyan"):
-    """Krum repeated, then a mean around the median (El Mhamdi et al. 2018, arXiv 1802.07927, Sec. 4).
+    """Krum repeated, then a mean around the median (El Mhamdi et al. 2018, arXiv 1802.07927).
 
     K - 2 f clients are picked by Krum, one after the other; each coordinate is the mean of the K - 4 f picked values
     nearest to their median. Needs K >= 4 f + 3.
     """
 
-    reference: ClassVar[str] = "El Mhamdi et al. 2018, arXiv 1802.07927, Sec. 4"
+    reference: ClassVar[str] = "El Mhamdi et al. 2018, arXiv 1802.07927"
     clients_per_byzantine: ClassVar[int] = 4
     combines_by_gram: ClassVar[bool] = False
 

@@ -100,13 +100,13 @@ class ExactLoraAggregator(Aggregator):
 
 @dataclass(frozen=True)
 class FedExLora(ExactLoraAggregator, name="fedex_lora"):
-    """FedEx-LoRA (Singhal et al. 2025, arXiv 2410.09432, Eqs 10-12): mean factors, and the residual into the base.
+    """FedEx-LoRA (Singhal et al. 2025, arXiv 2410.09432): mean factors, and the residual into the base.
 
     The residual sum p_k B_k A_k - B A = sum p_k (B_k - B)(A_k - A) is sent as factors of rank (K - 1) r, to be added
     times s to every party's frozen weight.
     """
 
-    reference: ClassVar[str] = "Singhal et al. 2025, arXiv 2410.09432, Eqs 10-12"
+    reference: ClassVar[str] = "Singhal et al. 2025, arXiv 2410.09432"
     moves_base: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
@@ -120,13 +120,13 @@ class FedExLora(ExactLoraAggregator, name="fedex_lora"):
 
 @dataclass(frozen=True)
 class Flora(ExactLoraAggregator, name="flora"):
-    """FLoRA (Wang et al. 2024, arXiv 2409.05976, Eq 3): A = [A_1; ...; A_K], B = [p_1 B_1, ..., p_K B_K], merged.
+    """FLoRA (Wang et al. 2024, arXiv 2409.05976): A = [A_1; ...; A_K], B = [p_1 B_1, ..., p_K B_K], merged.
 
     The stacked product goes times s into every party's frozen weight, and the adapter starts afresh: B = 0. Deviation:
     A keeps its shared start instead of a new draw, so that all parties agree on it.
     """
 
-    reference: ClassVar[str] = "Wang et al. 2024, arXiv 2409.05976, Eq 3"
+    reference: ClassVar[str] = "Wang et al. 2024, arXiv 2409.05976"
     moves_base: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
@@ -137,13 +137,13 @@ class Flora(ExactLoraAggregator, name="flora"):
 
 @dataclass(frozen=True)
 class FlexLora(ExactLoraAggregator, name="flexlora"):
-    """FlexLoRA (Bai et al. 2024, arXiv 2402.11505, Sec. 3.2): the truncated SVD of sum p_k B_k A_k.
+    """FlexLoRA (Bai et al. 2024, arXiv 2402.11505): the truncated SVD of sum p_k B_k A_k.
 
     B = U S^(1/2), A = S^(1/2) V^T at the broadcast state's rank; a client of lower rank takes the leading part. By QR
     of the stacked factors, without an (out, in) matrix.
     """
 
-    reference: ClassVar[str] = "Bai et al. 2024, arXiv 2402.11505, Sec. 3.2"
+    reference: ClassVar[str] = "Bai et al. 2024, arXiv 2402.11505"
     mixed_ranks: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:

@@ -43,18 +43,18 @@ class PartialAggregator(LinearAggregator):
         def merge(block: Block) -> Tensor:
             return mean(block) if self.trains(block.name, context.round) else block.values[0] * 0.0
 
-        return Plan(merge, weights)
+        return Plan(merge, weights, threaded=True)
 
 
 @dataclass(frozen=True)
 class FFALora(PartialAggregator, name="ffa_lora"):
-    """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313, Sec. 4): A stays at its shared start, B is trained and averaged.
+    """FFA-LoRA (Sun et al. 2024, arXiv 2403.12313): A stays at its shared start, B is trained and averaged.
 
     sum p_k B_k A = (sum p_k B_k) A, so the mean of factors is exact. Changes of A that clients send are ignored.
     """
 
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313, Sec. 4"
+    reference: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313"
 
     def trains(self, name: str, round_number: int) -> bool:
         """Return True for all but LoRA A."""
@@ -63,13 +63,13 @@ class FFALora(PartialAggregator, name="ffa_lora"):
 
 @dataclass(frozen=True)
 class RoLora(PartialAggregator, name="rolora"):
-    """RoLoRA (Chen et al. 2024, arXiv 2409.02346, Alg. 1): B in odd rounds, A in even rounds, each averaged.
+    """RoLoRA (Chen et al. 2024, arXiv 2409.02346): B in odd rounds, A in even rounds, each averaged.
 
     Changes that clients send of the factor at rest are ignored.
     """
 
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Chen et al. 2024, arXiv 2409.02346, Alg. 1"
+    reference: ClassVar[str] = "Chen et al. 2024, arXiv 2409.02346"
 
     def trains(self, name: str, round_number: int) -> bool:
         """Return True for the round's factor and for tensors outside LoRA."""
@@ -78,13 +78,13 @@ class RoLora(PartialAggregator, name="rolora"):
 
 @dataclass(frozen=True)
 class FedSALora(PartialAggregator, name="fedsa_lora"):
-    """FedSA-LoRA (Guo et al. 2025, arXiv 2410.01463, Alg. 1): A is shared and averaged, every client keeps its own B.
+    """FedSA-LoRA (Guo et al. 2025, arXiv 2410.01463): A is shared and averaged, every client keeps its own B.
 
     The server's B is the mean, for the fused model; with ``fused_b: own`` there is one fused model per client, each
     with the client's own B. Choice: the paper fuses nothing.
     """
 
-    reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463, Alg. 1"
+    reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463"
 
     fused_b: str = "mean"
     """Which B is fused into the target: the clients' ``mean``, or each client's ``own``."""

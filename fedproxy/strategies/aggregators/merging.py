@@ -38,9 +38,8 @@ class SCE(Aggregator, name="sce"):
         if self.density < 1.0:
             variance = flat.var(dim=0, correction=0)
             count = top_count(self.density, int(variance.count_nonzero()))
-            selected = Trimmer([find_threshold(lambda: [variance], variance.numel(), count)]).trim_(
-                variance.unsqueeze(0)
-            )
+            trimmer = Trimmer([find_threshold(lambda: [variance], variance.numel(), count)])
+            selected = trimmer.trim([variance], torch.empty(1, variance.numel()))
             flat = torch.where(selected > 0, flat, 0.0)
         energy = flat.double().square().sum(dim=1)
         total = energy.sum()
@@ -65,7 +64,7 @@ class ModelStock(Aggregator, name="model_stock"):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Find each tensor's ratio from its own Gram matrix."""
         ratios = {name: self._ratio(gram) for name, gram in survey.grams.items()}
-        return Plan(lambda block: block.values.mean(dim=0).mul_(ratios[block.name]))
+        return Plan(lambda block: block.values.mean(dim=0).mul_(ratios[block.name]), threaded=True)
 
     @staticmethod
     def _ratio(gram: Tensor) -> float:

@@ -1,16 +1,15 @@
 """The pass that merges: block by block from the clients' tensors into the sink."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from fedproxy.strategies.aggregators.cohort import Block, Cohort, Source
+from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.sink import Sink
-from fedproxy.strategies.aggregators.survey import Surveyor, check_finite
-
-_WIDTH = 1 << 16
+from fedproxy.strategies.aggregators.survey import Surveyor, not_finite
+from fedproxy.strategies.functional.scratch import Scratch
 
 
 class WeightedSum:
@@ -22,22 +21,17 @@ class WeightedSum:
 
     def __init__(self, coefficients: Tensor) -> None:
         self._terms = [(k, c) for k, c in enumerate(coefficients.tolist()) if c != 0.0]
+        self._scratch = Scratch()
 
     def __call__(self, block: Block) -> Tensor:
-        """Return the sum over one block's rows."""
-        return self._add_up(lambda k: block.values[k], block.values[0])
-
-    def from_sources(self, sources: Sequence[Source], start: int, stop: int) -> Tensor:
-        """Return the sum over coordinates [start, stop) without gathering them first; the same bits as a block's."""
-        return self._add_up(lambda k: sources[k].part(start, stop), sources[0].part(start, start).float(), stop - start)
-
-    def _add_up(self, row: Callable[[int], Tensor], like: Tensor, size: int | None = None) -> Tensor:
+        """Return the sum over one block, valid until the thread's next call."""
+        total = self._scratch.take(*block.rows[0].shape)
         if not self._terms:
-            return torch.zeros(like.shape if size is None else (size,))
+            return total.zero_()
         (first, factor), *rest = self._terms
-        total: Tensor = row(first).float() * factor
+        torch.mul(block.rows[first], factor, out=total)
         for k, coefficient in rest:
-            total.add_(row(k).float(), alpha=coefficient)
+            total.add_(block.rows[k], alpha=coefficient)
         return total
 
 
@@ -67,35 +61,24 @@ def merge_tensor(
     """
     sources = cohort.read(name)
     sink.open(name, sources[0].shape, sources[0].dtype)
-    if watch is None and isinstance(merge, WeightedSum):
-        _sum_tensor(cohort, name, merge, sources, sink)
-        return
     if watch is not None:
         watch.open(name, sources[0].shape)
+    linear = isinstance(merge, WeightedSum)
     for block in cohort.blocks(name, sources, whole=whole):
         if watch is not None:
             watch.see(block)
-        elif not surveyed and not math.isfinite(float(block.values.sum())):
+        elif not surveyed and not linear:
             _check_block(cohort, block)
         merged = merge(block).reshape(-1)
-        sink.nonzero += int(merged.sign().abs_().sum())
+        if linear and not math.isfinite(float(merged.sum())):  # a sum shows what is wrong with its terms
+            _check_block(cohort, block)
+        sink.count(name, merged)
         sink.write(name, block.start, merged)
     if watch is not None:
         watch.close(name)
 
 
-def _sum_tensor(cohort: Cohort, name: str, merge: WeightedSum, sources: Sequence[Source], sink: Sink) -> None:
-    size = math.prod(sources[0].shape)
-    for start in range(0, size, _WIDTH):
-        stop = min(size, start + _WIDTH)
-        merged = merge.from_sources(sources, start, stop)
-        if not math.isfinite(float(merged.sum())):
-            values = torch.stack([source.part(start, stop).float() for source in sources])
-            _check_block(cohort, Block(name, start, values))
-        sink.nonzero += int(merged.sign().abs_().sum())
-        sink.write(name, start, merged)
-
-
 def _check_block(cohort: Cohort, block: Block) -> None:
-    wide = block.values.double().reshape(len(cohort), -1)
-    check_finite(cohort, block.name, wide @ wide.T)
+    for client, row in zip(cohort.ids, block.rows, strict=True):
+        if not math.isfinite(float(row.sum())) and not bool(row.isfinite().all()):
+            raise not_finite(client, block.name)

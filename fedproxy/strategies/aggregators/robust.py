@@ -17,9 +17,9 @@ from fedproxy.strategies.functional.robust import geometric_median, median_of_so
 
 @dataclass(frozen=True)
 class Median(Aggregator, name="median"):
-    """Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498, Def. 1); of even counts the mean of the middle two."""
+    """Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498); of even counts the mean of the middle two."""
 
-    reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498, Def. 1"
+    reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498"
     coordinatewise: ClassVar[bool] = True
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
@@ -29,9 +29,9 @@ class Median(Aggregator, name="median"):
 
 @dataclass(frozen=True)
 class TrimmedMean(Aggregator, name="trimmed_mean"):
-    """Coordinate-wise mean without the floor(beta K) largest and smallest values (Yin et al. 2018, Def. 2)."""
+    """Coordinate-wise mean without the floor(beta K) largest and smallest values (Yin et al. 2018)."""
 
-    reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498, Def. 2"
+    reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498"
     coordinatewise: ClassVar[bool] = True
 
     beta: float = 0.1
@@ -51,13 +51,13 @@ class TrimmedMean(Aggregator, name="trimmed_mean"):
 
 @dataclass(frozen=True)
 class GeometricMedian(SpanAggregator, name="geometric_median"):
-    """argmin_v sum_k w_k ||Delta_k - v|| over whole updates (RFA, Pillutla et al. 2022, arXiv 1912.13445, Eq 2).
+    """argmin_v sum_k w_k ||Delta_k - v|| over whole updates (RFA, Pillutla et al. 2022, arXiv 1912.13445).
 
     Solved to convergence by Weiszfeld's iteration in the span of the updates. Deviation: no smoothing; an update that
     is itself the minimiser is found exactly.
     """
 
-    reference: ClassVar[str] = "Pillutla et al. 2022 (RFA), arXiv 1912.13445, Eq 2"
+    reference: ClassVar[str] = "Pillutla et al. 2022 (RFA), arXiv 1912.13445"
 
     weighting: str = "examples"
     """What a client's weight counts: ``examples``, ``tokens`` or ``uniform``."""
@@ -73,11 +73,11 @@ class GeometricMedian(SpanAggregator, name="geometric_median"):
 
 @dataclass(frozen=True)
 class NormBound(SpanAggregator, name="norm_bound"):
-    """Mean of updates scaled down to a norm of at most ``bound`` (Sun et al. 2019, arXiv 1911.07963, Sec. 4)."""
+    """Mean of updates scaled down to a norm of at most ``bound`` (Sun et al. 2019, arXiv 1911.07963)."""
 
     homogeneous: ClassVar[bool] = False
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Sun et al. 2019, arXiv 1911.07963, Sec. 4"
+    reference: ClassVar[str] = "Sun et al. 2019, arXiv 1911.07963"
 
     bound: float = 1.0
     """Largest L2 norm of a whole update, > 0."""
@@ -96,12 +96,12 @@ class NormBound(SpanAggregator, name="norm_bound"):
 class CenteredClipping(Aggregator, name="centered_clipping"):
     """v <- v + mean_k (Delta_k - v) min(1, tau / ||Delta_k - v||), from the last round's v (Karimireddy et al. 2021).
 
-    arXiv 2012.10333, Eq 3; v is 0 in the first round and is carried in the memory.
+    arXiv 2012.10333; v is 0 in the first round and is carried in the memory.
     """
 
     homogeneous: ClassVar[bool] = False
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Karimireddy et al. 2021, arXiv 2012.10333, Eq 3"
+    reference: ClassVar[str] = "Karimireddy et al. 2021, arXiv 2012.10333"
     coordinatewise: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
 
@@ -146,4 +146,4 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
         def remember(sink: Sink) -> None:
             new_memory.update({name: tensor.float().clone() for name, tensor in sink.tensors().items()})
 
-        return Plan(merge, point[:clients], memory=new_memory, finish=remember)
+        return Plan(merge, point[:clients], memory=new_memory, finish=remember, threaded=True)

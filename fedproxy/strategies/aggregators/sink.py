@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedproxy.protocol import TensorFile, Tensors
+from fedproxy.strategies.functional.scratch import Scratch
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -19,22 +20,36 @@ class Sink:
 
     def __init__(self) -> None:
         self._tensors: dict[str, Tensor] = {}
-        self.nonzero = 0
-        """Coordinates written that are not zero."""
-        self.size = 0
+        self._sizes: dict[str, int] = {}
+        self._nonzero: dict[str, int] = {}
+        self._scratch = Scratch()
+
+    @property
+    def size(self) -> int:
         """Coordinates of all tensors."""
+        return sum(self._sizes.values())
+
+    @property
+    def nonzero(self) -> int:
+        """Coordinates written that are not zero, as far as they were counted."""
+        return sum(self._nonzero.values())
 
     def open(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
-        """Make room for a tensor; tensors are opened in sorted-name order."""
+        """Make room for a tensor; different tensors may be opened and written side by side."""
         self._tensors[name] = torch.empty(tuple(shape), dtype=dtype)
-        self.size += math.prod(shape)
+        self._sizes[name] = math.prod(shape)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write values, float32 (n,), at a place of the flattened tensor, in the tensor's dtype."""
         self._tensors[name].view(-1)[start : start + len(values)] = values
 
+    def count(self, name: str, values: Tensor) -> None:
+        """Count what is not zero among values that were written, float32 (n,)."""
+        signs = torch.sign(values, out=self._scratch.take(len(values)))
+        self._nonzero[name] = self._nonzero.get(name, 0) + int(torch.dot(signs, signs))
+
     def patch(self, name: str, index: Tensor, values: Tensor) -> None:
-        """Overwrite coordinates that were written as zero.
+        """Overwrite coordinates that were written as zero, and count them.
 
         Args:
             name: The tensor.
@@ -43,11 +58,11 @@ class Sink:
         """
         flat = self._tensors[name].view(-1)
         flat[index] = values.to(flat.dtype)
-        self.nonzero += int(values.count_nonzero())
+        self.count(name, values)
 
     def tensors(self) -> Tensors:
-        """Return what was written."""
-        return self._tensors
+        """Return what was written, in sorted-name order."""
+        return dict(sorted(self._tensors.items()))
 
 
 class FileSink(Sink):
@@ -74,17 +89,17 @@ class FileSink(Sink):
 
     def open(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Count the tensor; its room is made already."""
-        self.size += math.prod(shape)
+        self._sizes[name] = math.prod(shape)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Write values at a place of the flattened tensor."""
         self._put(name, start, values)
 
     def patch(self, name: str, index: Tensor, values: Tensor) -> None:
-        """Overwrite coordinates that were written as zero."""
+        """Overwrite coordinates that were written as zero, and count them."""
         for place, value in zip(index.tolist(), torch.split(values, 1), strict=True):
             self._put(name, place, value)
-        self.nonzero += int(values.count_nonzero())
+        self.count(name, values)
 
     def tensors(self) -> Tensors:
         """Return the file's tensors, read when asked for."""

@@ -31,4 +31,4 @@ class SpanAggregator(Aggregator):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Merge each block as one combination; the coefficients are reported as weights."""
         chosen = self.coefficients(survey.gram, cohort, context)
-        return Plan(WeightedSum(chosen), chosen)
+        return Plan(WeightedSum(chosen), chosen, threaded=True)

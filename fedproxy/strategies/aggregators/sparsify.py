@@ -41,7 +41,7 @@ class SparsifyingAggregator(VotingAggregator):
             merged: Tensor = torch.tensordot(factors, self.thin(block, cohort, context), dims=1)
             return merged
 
-        return Plan(combine, weights)
+        return Plan(combine, weights, threaded=self.coordinatewise)
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from fedproxy.strategies.aggregators.survey import Survey
 
 @dataclass(frozen=True)
 class Fisher(Aggregator, name="fisher"):
-    """Fisher merging (Matena and Raffel 2022, arXiv 2111.09832, Eq 4): sum_k p_k F_k Delta_k / sum_k p_k F_k.
+    """Fisher merging (Matena and Raffel 2022, arXiv 2111.09832): sum_k p_k F_k Delta_k / sum_k p_k F_k.
 
     F_k is the diagonal Fisher information that client k sends as ``extras["fisher"]``, one non-negative value per
     coordinate. Choice: where no client has information, the mean weighted by p_k alone is taken.
     """
 
     reads_survey: ClassVar[bool] = False
-    reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832, Eq 4"
+    space: ClassVar[str] = "factors"
+    reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832"
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
@@ -63,6 +64,7 @@ class RegMean(Aggregator, name="regmean"):
     """
 
     reads_survey: ClassVar[bool] = False
+    space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Jin et al. 2023, arXiv 2212.09849, Eq 2"
     needs_extras: ClassVar[tuple[str, ...]] = ("gram",)
 

@@ -1,6 +1,7 @@
 """The first pass over a round's updates: Gram matrix, signs, conflict, and whether every number is finite."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 from fedproxy.errors import ClientError
 from fedproxy.strategies.aggregators.cohort import BLOCK, Block, Cohort
 from fedproxy.strategies.aggregators.sink import Sink
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.scratch import Scratch
 from fedproxy.strategies.functional.similarity import cosine_matrix
+from fedproxy.strategies.functional.voting import over_clients
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,19 @@ class Survey:
         return cosine_matrix(self.gram)
 
 
+@dataclass
+class _Tensor:
+    """What was seen of one tensor: float64 sums, so that their order does not show."""
+
+    gram: Tensor
+    size: int = 0
+    moved: float = 0.0
+    conflict: float = 0.0
+    agreement: float = 0.0
+
+
 class Surveyor:
-    """Builds a survey from blocks, which it leaves as they are.
+    """Builds a survey from blocks, which it leaves as they are; different tensors may be seen side by side.
 
     Args:
         cohort: The round's updates.
@@ -55,22 +69,21 @@ class Surveyor:
         self._cohort, self._sink = cohort, sink or Sink()
         self._mask_unmoved = ignore_unmoved or len(cohort) == 1
         self._ones = torch.ones(len(cohort))
-        self._doubles, self._signs = Scratch(torch.float64), Scratch()
-        self._grams: dict[str, Tensor] = {}
-        self._size, self._moved, self._conflict, self._agreement = 0, 0.0, 0.0, 0.0
+        self._doubles, self._scratch = Scratch(torch.float64), Scratch()
+        self._seen: dict[str, _Tensor] = {}
 
     def open(self, name: str, shape: tuple[int, ...]) -> None:
         """Begin a tensor of this shape."""
         clients = len(self._cohort)
         self._sink.open(name, shape, torch.float32)
-        self._grams[name] = torch.zeros(clients, clients, dtype=torch.float64)
+        self._seen[name] = _Tensor(torch.zeros(clients, clients, dtype=torch.float64))
 
     def see(self, block: Block) -> None:
         """Take in the next block of the tensor that was opened last."""
-        values = block.values.reshape(len(self._cohort), -1)
-        width = max(1024, BLOCK // len(values))
-        for start in range(0, values.shape[1], width):
-            self._take_in(block.name, block.start + start, values[:, start : start + width])
+        rows = [row.reshape(-1) for row in block.rows]
+        width = max(1024, BLOCK // len(rows))
+        for start in range(0, len(rows[0]), width):
+            self._take_in(block.name, block.start + start, [row[start : start + width] for row in rows])
 
     def close(self, name: str) -> None:
         """End a tensor.
@@ -78,44 +91,56 @@ class Surveyor:
         Raises:
             ClientError: If an update holds NaN or infinity; names client and tensor.
         """
-        check_finite(self._cohort, name, self._grams[name])
+        check_finite(self._cohort, name, self._seen[name].gram)
 
     def run(self) -> Survey:
         """Read every update once and return the survey."""
-        for name in self._cohort.names:
-            sources = self._cohort.read(name)
-            self.open(name, sources[0].shape)
-            for block in self._cohort.blocks(name, sources):
-                self.see(block)
-            self.close(name)
+        side_by_side(self._look_through, self._cohort.names)
         return self.survey()
 
     def survey(self) -> Survey:
         """Return what was seen."""
-        agreement = self._agreement / self._moved if self._moved else 1.0
-        return Survey(self._grams, self._sink.tensors(), self._conflict / max(1, self._size), agreement)
+        seen = dict(sorted(self._seen.items()))
+        size, moved, conflict, agreement = (
+            math.fsum(getattr(tensor, field) for tensor in seen.values())
+            for field in ("size", "moved", "conflict", "agreement")
+        )
+        return Survey(
+            {name: tensor.gram for name, tensor in seen.items()},
+            self._sink.tensors(),
+            conflict / max(1, size),
+            agreement / moved if moved else 1.0,
+        )
 
-    def _take_in(self, name: str, start: int, values: Tensor) -> None:
-        clients, count = values.shape
-        wide = self._doubles.take(clients, count).copy_(values)
-        gram = self._grams[name]
-        torch.addmm(gram, wide, wide.T, out=gram)
-        signs = torch.sign(values, out=self._signs.take(clients, count))
-        lead = (self._ones @ signs).abs_()
-        conflict = torch.mul(lead, -1.0 / clients).add_(1.0)
+    def _look_through(self, name: str) -> None:
+        sources = self._cohort.read(name)
+        self.open(name, sources[0].shape)
+        for block in self._cohort.blocks(name, sources):
+            self.see(block)
+        self.close(name)
+
+    def _take_in(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
+        clients, count, seen = len(rows), len(rows[0]), self._seen[name]
+        wide, signs = self._doubles.take(clients, count), self._scratch.take(clients, count)
+        for row, double, sign in zip(rows, wide, signs, strict=True):
+            double.copy_(row)
+            torch.sign(row, out=sign)
+        torch.addmm(seen.gram, wide, wide.T, out=seen.gram)
+        lead = over_clients(self._ones, signs, out=self._scratch.take(count, slot="lead")).abs_()
+        conflict = torch.mul(lead, -1.0 / clients, out=self._scratch.take(count, slot="conflict")).add_(1.0)
         led = float(lead.sum())
-        self._size += count
+        seen.size += count
         if float(torch.dot(signs.view(-1), signs.view(-1))) == signs.numel():  # nobody stood still anywhere
-            self._moved += count
-            self._agreement += led / clients
-            self._conflict += count - led / clients
+            seen.moved += count
+            seen.agreement += led / clients
+            seen.conflict += count - led / clients
         else:
             movers = self._ones @ signs.abs_()
             if self._mask_unmoved:
                 conflict.mul_(movers.sign())
-            self._moved += float(movers.sign().sum())
-            self._agreement += float(lead.div_(movers.clamp_(min=1.0)).sum())
-            self._conflict += float(conflict.sum())
+            seen.moved += float(movers.sign().sum())
+            seen.agreement += float(lead.div_(movers.clamp_(min=1.0)).sum())
+            seen.conflict += float(conflict.sum())
         self._sink.write(name, start, conflict)
 
 
@@ -123,7 +148,12 @@ def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:
     """Raise a ClientError that names the client whose squared norm in ``gram`` is not finite."""
     for client, square in zip(cohort.ids, gram.diagonal().tolist(), strict=True):
         if not square < float("inf"):
-            raise ClientError(
-                f"client {client!r}: tensor {name!r} must be finite, got NaN or infinity; "
-                "lower client.lr or leave the client out of the round"
-            )
+            raise not_finite(client, name)
+
+
+def not_finite(client: str, name: str) -> ClientError:
+    """Return the error about a client's tensor that holds NaN or infinity."""
+    return ClientError(
+        f"client {client!r}: tensor {name!r} must be finite, got NaN or infinity; "
+        "lower client.lr or leave the client out of the round"
+    )

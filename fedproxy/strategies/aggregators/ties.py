@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext
-from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
 from fedproxy.strategies.aggregators.trimming import SCOPES, plan_trimming
 from fedproxy.strategies.aggregators.voting import VotingAggregator
+from fedproxy.strategies.functional.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -37,4 +40,9 @@ class Ties(VotingAggregator, name="ties"):
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Find every client's cut, then vote block by block."""
         trimmers = plan_trimming(cohort, [self.density] * len(cohort), scope=self.trim_scope)
-        return self.elect(cohort, lambda block: trimmers[block.name].trim_(block.values))
+        scratch = Scratch()
+
+        def trim(block: Block) -> Tensor:
+            return trimmers[block.name].trim(block.rows, scratch.take(len(cohort), len(block.rows[0])))
+
+        return self.elect(cohort, trim)

@@ -3,18 +3,15 @@
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from fedproxy.protocol import Tensors
 from fedproxy.strategies.aggregators.cohort import Cohort, Source
-from fedproxy.strategies.functional.scratch import Scratch
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.trimming import Threshold, Trimmer, find_threshold, top_count
 
 SCOPES = ("global", "tensor")
-_WORKERS = 4  # each needs 4 bytes per coordinate of a client
 
 
 def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str) -> dict[str, Trimmer]:
@@ -26,36 +23,38 @@ def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str) -> 
         scope: ``global`` counts over the flattened update, ``tensor`` within each tensor.
 
     Returns:
-        The trimmer of every tensor, to be fed the cohort's blocks in order.
+        The trimmer of every tensor, to be fed the tensor's blocks in order.
     """
-    if scope == "global":
-        return dict.fromkeys(cohort.names, Trimmer(_global_cuts(cohort, densities)))
-    trimmers = {}
+    if scope == "tensor":
+        return dict(zip(cohort.names, side_by_side(partial(_cut_tensor, cohort, densities), cohort.names), strict=True))
+    cuts = side_by_side(partial(_cut_update, cohort, densities), range(len(cohort)))
+    return {name: Trimmer(cut[name] for cut in cuts) for name in cohort.names}
+
+
+def _cut_tensor(cohort: Cohort, densities: Sequence[float], name: str) -> Trimmer:
+    """Cut one tensor of every client."""
+    sources = cohort.read(name)
+    size = math.prod(sources[0].shape)
+    return Trimmer(
+        find_threshold(source.parts, size, top_count(density, size))
+        for source, density in zip(sources, densities, strict=True)
+    )
+
+
+def _cut_update(cohort: Cohort, densities: Sequence[float], client: int) -> dict[str, Threshold]:
+    """Cut one client's whole update, and share the ties at the cut out to the tensors in their order."""
+    delta = cohort.updates[client].delta
+
+    def stream() -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(Source.of(delta, name).parts() for name in cohort.names)
+
+    cut = find_threshold(stream, cohort.size, top_count(densities[client], cohort.size))
+    cuts = dict.fromkeys(cohort.names, cut)
+    if cut.ties is None:
+        return cuts
+    left = cut.ties
     for name in cohort.names:
-        sources = cohort.read(name)
-        count = math.prod(sources[0].shape)
-        trimmers[name] = Trimmer(
-            find_threshold(source.parts, count, top_count(density, count))
-            for source, density in zip(sources, densities, strict=True)
-        )
-    return trimmers
-
-
-def _global_cuts(cohort: Cohort, densities: Sequence[float]) -> list[Threshold]:
-    """Find the cuts of whole updates, a few clients at a time side by side."""
-    size, workers = cohort.size, min(_WORKERS, torch.get_num_threads(), len(cohort))
-    cuts: dict[int, Threshold] = {}
-
-    def work(first: int) -> None:
-        scratch = Scratch()
-        for client in range(first, len(cohort), workers):
-            delta = cohort.updates[client].delta
-
-            def stream(delta: Tensors = delta) -> Iterator[Tensor]:
-                return itertools.chain.from_iterable(Source.of(delta, name).parts() for name in cohort.names)
-
-            cuts[client] = find_threshold(stream, size, top_count(densities[client], size), scratch=scratch)
-
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, range(workers)))
-    return [cuts[client] for client in range(len(cohort))]
+        cuts[name] = Threshold(cut.magnitude, left)
+        equal = sum(int((part.abs() == cut.magnitude).sum()) for part in Source.of(delta, name).parts())
+        left = max(0, left - equal)
+    return cuts

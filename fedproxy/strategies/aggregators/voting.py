@@ -45,7 +45,7 @@ class VotingAggregator(Aggregator):
         uses_weights = self.vote == "weighted" or self.divisor != "count"
         weights = cohort.shares("examples") if uses_weights else None
         election = _Election(self, sparsify, torch.ones(len(cohort)) if weights is None else weights.float())
-        return Plan(election.merge, weights, finish=election.finish)
+        return Plan(election.merge, weights, finish=election.finish, threaded=self.coordinatewise)
 
 
 class _Election:
@@ -56,7 +56,8 @@ class _Election:
         self._votes = weights if rule.vote == "weighted" else None
         self._values = None if rule.divisor == "count" else weights
         self._counts = weights if rule.divisor == "weight" else None
-        self._majority, self._scratch = 0.0, Scratch()
+        self._majority: dict[str, float] = {}
+        self._scratch = Scratch()
         self._open: list[tuple[str, Tensor, Tensor]] = []
 
     def merge(self, block: Block) -> Tensor:
@@ -67,13 +68,14 @@ class _Election:
         else:
             elected = elect_sign(sparse, self._votes)
             merged, waiting = self._mean(sparse, elected), undecided(sparse, elected)
-        self._majority += float(elected.sum())
+        self._majority[block.name] = self._majority.get(block.name, 0.0) + float(elected.sum())
         if len(waiting):
             self._open.append((block.name, waiting + block.start, sparse[:, waiting]))
         return merged
 
     def finish(self, sink: Sink) -> None:
-        sign = float((self._majority > 0) - (self._majority < 0))
+        majority = sum(self._majority.values())  # of whole numbers
+        sign = float((majority > 0) - (majority < 0))
         for name, index, sparse in self._open:
             sink.patch(name, index, self._mean(sparse, torch.full((len(index),), sign)))
 

@@ -3,12 +3,14 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder, LayerMap, state_sha256
+from fedproxy.models.skipping import check_subset
 from fedproxy.registry import Component
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -35,27 +37,52 @@ class CalibrationConfig:
 
 @dataclass(frozen=True)
 class Compressor(Component, family="compression"):
-    """Makes a proxy out of the target: same embedding, norm and head, fewer blocks.
+    """Makes a proxy out of the target: same embedding, norm and head, fewer blocks or narrower ones.
 
-    A subclass says which blocks stay (:meth:`select`), from scores of its own (:meth:`score`) where it needs any; one
-    that changes more than the number of blocks overrides :meth:`build`.
+    A subclass says which blocks the proxy is made of (:meth:`select`), from scores of its own (:meth:`score`) where it
+    needs any; one that changes blocks themselves overrides :meth:`build`.
     """
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    def outline(self, decoder: Decoder) -> Any:
+        """Return the proxy's configuration, as far as it is known without scores; weights are not read.
+
+        Raises:
+            ConfigError: If the options do not fit the target.
+            ModelError: If the target cannot be compressed in this way.
+        """
+        return decoder.subset_config(self.places(decoder))
+
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return a layer map's blocks of the same number and sharing as the proxy's, known without scores."""
+        return range(len(decoder))
+
     def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
-        """Return a score per block, float64 (blocks,), or None where the selection needs none."""
+        """Return what the selection needs to know of the target, float64 on the CPU, or None where it needs nothing."""
+        return None
+
+    def block_scores(self, depth: int, scores: Tensor | None) -> Tensor | None:
+        """Return the Block Influence per block, float64 (blocks,), where the scores hold it; for reports."""
         return None
 
     @abstractmethod
-    def select(self, depth: int, scores: Tensor | None) -> Sequence[int]:
-        """Return the indices that the proxy keeps, of the target's ``depth`` blocks, in their order."""
+    def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
+        """Return the target's block behind each block of the proxy; a repeated index shares a block."""
 
     def build(self, target: PreTrainedModel, scores: Tensor | None) -> tuple[PreTrainedModel, LayerMap]:
-        """Return the proxy, with weights of its own, and the layer map; the target stays as it is."""
+        """Return the proxy, with weights of its own, and the layer map; the target stays as it is.
+
+        Raises:
+            ConfigError: If the options do not fit the target.
+            ModelError: If the target cannot be compressed in this way.
+        """
         decoder = Decoder.of(target)
-        kept = tuple(self.select(len(decoder), scores))
-        return decoder.subset(kept), LayerMap(kept, state_sha256(target))
+        kept = tuple(self.select(decoder, scores))
+        proxy = decoder.subset(kept)
+        if len(set(kept)) == len(kept):
+            check_subset(decoder, proxy, kept)
+        return proxy, LayerMap(kept, state_sha256(target))
 
     def compress(self, target: PreTrainedModel, calibration: Iterable[Batch] = ()) -> tuple[PreTrainedModel, LayerMap]:
         """Score and build in one call.
@@ -65,6 +92,7 @@ class Compressor(Component, family="compression"):
             calibration: Batches of public text; not read where no score is needed.
 
         Raises:
+            ConfigError: If the options do not fit the target.
             ModelError: If the target is no decoder-only model with one stack of blocks.
             DataError: If scores are needed and the calibration text holds no token.
         """

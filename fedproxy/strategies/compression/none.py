@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fedproxy.models import Decoder
 from fedproxy.strategies.compression.base import Compressor
 
 
@@ -12,6 +13,6 @@ from fedproxy.strategies.compression.base import Compressor
 class NoCompression(Compressor, name="none"):
     """Keeps every block: clients tune a copy of the target, as centralised tuning does."""
 
-    def select(self, depth: int, scores: Tensor | None) -> Sequence[int]:
+    def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
         """Return every block."""
-        return range(depth)
+        return range(len(decoder))

@@ -1,20 +1,25 @@
-"""A buffer that is used again and again: fresh memory for every block would cost more than the arithmetic."""
+"""Buffers that are used again and again: fresh memory for every block would cost more than the arithmetic."""
 
 import math
+import threading
 
 import torch
 from torch import Tensor
 
 
 class Scratch:
-    """Hands out views of one growing buffer; each view is valid until the next one is asked for."""
+    """Hands out views of growing buffers, every thread's its own.
+
+    A view is valid until its thread asks for the same slot again.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        self._buffer = torch.empty(0, dtype=dtype)
+        self._dtype, self._own = dtype, threading.local()
 
-    def take(self, *shape: int) -> Tensor:
-        """Return an uninitialised tensor of this shape."""
+    def take(self, *shape: int, slot: str = "") -> Tensor:
+        """Return an uninitialised tensor of this shape; tensors that live side by side need slots of their own."""
         size = math.prod(shape)
-        if self._buffer.numel() < size:
-            self._buffer = torch.empty(size, dtype=self._buffer.dtype)
-        return self._buffer[:size].view(shape)
+        buffers: dict[str, Tensor] = self._own.__dict__
+        if slot not in buffers or buffers[slot].numel() < size:
+            buffers[slot] = torch.empty(size, dtype=self._dtype)
+        return buffers[slot][:size].view(shape)

@@ -4,18 +4,18 @@ A top-k keeps ``floor(density * size + 1e-9)`` coordinates; among equal magnitud
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fedproxy.strategies.functional.scratch import Scratch
-
 _KEEP_NONE = math.inf
-GATHER_LIMIT = 1 << 26
-"""Coordinates up to which a top-k gathers a client's whole update (256 MB) instead of reading it twice."""
+_SAMPLE = 1 << 16  # coordinates looked at to bracket a cut; streams of fewer are looked at whole
+_PIECE = 1 << 17  # coordinates of a pass that stay in the cache
 
 
 def top_count(density: float, size: int) -> int:
@@ -33,20 +33,18 @@ class Threshold:
     """Coordinates of exactly this magnitude that stay, in order; None keeps them all."""
 
 
-def find_threshold(
-    read: Callable[[], Iterable[Tensor]], size: int, count: int, *, scratch: Scratch | None = None
-) -> Threshold:
+def find_threshold(read: Callable[[], Iterable[Tensor]], size: int, count: int) -> Threshold:
     """Find the exact cut that keeps the ``count`` largest magnitudes of a stream.
 
-    Magnitudes are compared as the integers that their float32 bits are, which have the same order. Streams of up to
-    ``GATHER_LIMIT`` coordinates are gathered and partitioned; longer ones are read twice in constant memory, once for a
-    histogram of the upper bits and once for one of the lower bits within the bin that holds the cut.
+    A regular sample of the stream brackets the cut, one pass counts what lies above the bracket and gathers what lies
+    within it, and the cut is selected among those few. Where the sample misleads (periodic streams) or very many
+    coordinates share the bracket, two passes of a radix selection over the float32 bits find it instead; both are exact
+    and take little memory.
 
     Args:
         read: Starts the stream: float32 tensors of any shape, in order.
         size: Coordinates in the stream.
         count: Coordinates to keep.
-        scratch: Memory to work in.
 
     Returns:
         The cut.
@@ -55,22 +53,55 @@ def find_threshold(
         return Threshold(_KEEP_NONE, None)
     if count >= size:
         return Threshold(0.0, None)
-    if size > GATHER_LIMIT:
+    low, high = _bracket(read, size, count)
+    above, within = _gather(read, low, high, limit=max(_SAMPLE, size // 8))
+    if within is None or not above < count <= above + len(within):
         return _by_histogram(read, count)
-    magnitudes = (scratch or Scratch()).take(size)
-    start = 0
+    place = len(within) - (count - above)
+    within.partition(place)
+    cut, dropped = within[place], within[:place]
+    surplus = bool(cut != 0) and bool((dropped == cut).any())
+    return Threshold(float(cut), int((within[place:] == cut).sum()) if surplus else None)
+
+
+def _bracket(read: Callable[[], Iterable[Tensor]], size: int, count: int) -> tuple[float, float]:
+    """Return magnitudes between which the cut lies, all but surely: four standard deviations of the sample's rank."""
+    step, position, picked = max(1, size // _SAMPLE), 0, []
     for tensor in read():
-        torch.abs(tensor.reshape(-1), out=magnitudes[start : start + tensor.numel()])
-        start += tensor.numel()
-    bits = magnitudes.view(torch.int32)
-    bits.numpy().partition(size - count)
-    dropped, cut = bits[: size - count], bits[size - count].clone()
-    surplus = bool(dropped.max() == cut) and bool(cut != 0)
-    ties = int((bits[size - count :] == cut).sum()) if surplus else None
-    return Threshold(float(cut.view(torch.float32)), ties)
+        flat = tensor.reshape(-1)
+        picked.append(flat[-position % step :: step])
+        position += flat.numel()
+    sample = torch.cat(picked).abs_().numpy()
+    share, total = count / size, len(sample)
+    margin = 4.0 * math.sqrt(total * share * (1.0 - share)) + 2.0
+    first, last = math.floor((1.0 - share) * total - margin), math.ceil((1.0 - share) * total + margin)
+    sample.partition([max(first, 0), min(last, total - 1)])
+    return float(sample[first]) if first >= 0 else 0.0, float(sample[last]) if last < total else math.inf
+
+
+def _gather(
+    read: Callable[[], Iterable[Tensor]], low: float, high: float, *, limit: int
+) -> tuple[int, NDArray[np.float32] | None]:
+    """Count the magnitudes above ``high`` and collect those in [low, high]; None where they are more than ``limit``."""
+    magnitudes = np.empty(_PIECE, np.float32)
+    larger, enough = np.empty(_PIECE, np.bool_), np.empty(_PIECE, np.bool_)
+    above, found, within = 0, 0, []
+    for tensor in read():
+        for piece in torch.split(tensor.reshape(-1), _PIECE):
+            n = len(piece)
+            values = np.abs(piece.numpy(), out=magnitudes[:n])
+            np.greater(values, high, out=larger[:n])
+            np.greater_equal(values, low, out=enough[:n])
+            above += int(np.count_nonzero(larger[:n]))
+            within.append(values[np.not_equal(larger[:n], enough[:n], out=enough[:n])])
+            found += len(within[-1])
+            if found > limit:
+                return above, None
+    return above, np.concatenate(within)
 
 
 def _by_histogram(read: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
+    """Select by the upper and then the lower half of the float32 bits, whose integers have the magnitudes' order."""
     upper = torch.zeros(1 << 15, dtype=torch.int64)
     for tensor in read():
         upper += torch.bincount(_bits(tensor) >> 16, minlength=len(upper))
@@ -98,7 +129,7 @@ def _bin_of(histogram: Tensor, count: int) -> tuple[int, int]:
 
 
 class Trimmer:
-    """Zeroes what each client's top-k drops; blocks must come in stream order, each once.
+    """Zeroes what each client's top-k drops; parts of a stream must come in its order, each once.
 
     Args:
         thresholds: One cut per client.
@@ -110,28 +141,38 @@ class Trimmer:
         self._below = [_next_below(cut.magnitude) for cut in self._cuts]
         self._ties = {k: cut.ties for k, cut in enumerate(self._cuts) if cut.ties is not None}
 
-    def trim_(self, deltas: Tensor) -> Tensor:
-        """Zero in place what the next block loses, and return it.
+    def trim(self, rows: Sequence[Tensor], out: Tensor, *, factors: Sequence[float] | None = None) -> Tensor:
+        """Write what the next part keeps into ``out``, and return it.
 
         Args:
-            deltas: float32 (clients, n), the next n coordinates.
+            rows: The next n coordinates of every client, float32 (n,); left as they are.
+            out: float32 (clients, n).
+            factors: Multiply each client's row by its factor.
         """
-        if all(cut.magnitude == 0.0 for cut in self._cuts):
-            return deltas
-        bounds = tuple(self._below)
-        for client, left in tuple(self._ties.items()):
-            equal = deltas[client].abs() == self._cuts[client].magnitude
-            found = int(equal.sum())
-            if found > left:
-                deltas[client][equal & (equal.cumsum(0) > left)] = 0.0
-            self._ties[client] = left - found
-            if found >= left:  # from here on all that equals the cut goes
-                del self._ties[client]
-                self._below[client] = self._cuts[client].magnitude
-        for row, bound in zip(deltas, bounds, strict=True):
-            if bound > 0.0:
-                torch.nn.functional.hardshrink(row, bound, out=row)
-        return deltas
+        for client, (row, kept) in enumerate(zip(rows, out, strict=True)):
+            factor = None if factors is None else factors[client]
+            if self._below[client] > 0.0:
+                torch.nn.functional.hardshrink(row, self._below[client], out=kept)
+                if client in self._ties:
+                    self._drop_ties(client, row, kept)
+                if factor is not None:
+                    kept.mul_(factor)
+            elif factor is not None:
+                torch.mul(row, factor, out=kept)
+            else:
+                kept.copy_(row)
+        return out
+
+    def _drop_ties(self, client: int, row: Tensor, kept: Tensor) -> None:
+        left = self._ties[client]
+        equal = row.abs() == self._cuts[client].magnitude
+        found = int(equal.sum())
+        if found > left:
+            kept[equal & (equal.cumsum(0) > left)] = 0.0
+        self._ties[client] = left - found
+        if found >= left:  # from here on all that equals the cut goes
+            del self._ties[client]
+            self._below[client] = self._cuts[client].magnitude
 
 
 def _next_below(magnitude: float) -> float:
@@ -154,7 +195,9 @@ def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
     flat = deltas.reshape(len(deltas), -1)
     size = flat.shape[1]
     upto, outliers = (
-        Trimmer([find_threshold(partial(iter, [row]), size, min(size, kept)) for row in flat]).trim_(flat.clone())
+        Trimmer([find_threshold(partial(iter, [row]), size, min(size, kept)) for row in flat]).trim(
+            tuple(flat), torch.empty_like(flat)
+        )
         for kept in (skip + count, skip)
     )
     return torch.where(outliers == 0, upto, 0.0).view(deltas.shape)

@@ -6,6 +6,12 @@ from torch import Tensor
 from fedproxy.strategies.functional.scratch import Scratch
 
 
+def over_clients(factors: Tensor, rows: Tensor, *, out: Tensor) -> Tensor:
+    """Return ``out``, float32 (n,), filled with the sum of the rows (clients, n) times factors (clients,)."""
+    torch.mm(factors.unsqueeze(0), rows, out=out.unsqueeze(0))
+    return out
+
+
 def sign_sum(deltas: Tensor) -> Tensor:
     """Return the sum over clients of sign(Delta_kp), with sign(0) = 0.
 
@@ -50,21 +56,26 @@ def ratio_vote_merge(
         weights: float32 (clients,), w_k, positive.
         rho: Least ratio of winning to losing mass, >= 1.
         eps: Guard of the ratio.
-        scratch: Memory to work in.
+        scratch: Memory to work in; it also holds the result.
 
     Returns:
         float32 (n,).
     """
-    ones, work = torch.ones(len(weights)), (scratch or Scratch()).take(*scaled.shape)
+    scratch, (clients, n) = scratch or Scratch(), scaled.shape
+    ones, work = torch.ones(clients), scratch.take(clients, n)
+    total, elected, winning, losing, share = (
+        scratch.take(n, slot=slot) for slot in ("total", "elected", "winning", "losing", "share")
+    )
     # The sums run over products that are already rounded, so that equal and opposite values cancel to the bit.
-    total, mass = ones @ scaled, ones @ torch.abs(scaled, out=work)
-    elected = total.sign()
-    share = weights @ torch.sign(scaled, out=work).mul_(elected).clamp_(min=0.0)
-    losing = (mass - total.abs()).mul_(0.5)
+    torch.sign(over_clients(ones, scaled, out=total), out=elected)
+    agreeing = torch.mul(scaled, elected, out=work).clamp_(min=0.0)
+    over_clients(ones, agreeing, out=winning)
+    over_clients(weights, agreeing.sign_(), out=share)
+    lead = total.abs_()
+    torch.sub(winning, lead, out=losing)
     # 1 where the lead is reached, else 0, by arithmetic: masks of booleans cost several times as much on a CPU.
-    wins = total.abs().sub_(losing, alpha=rho - 1.0).sub_(rho * eps).sign_().add_(1.0).clamp_(max=1.0)
-    winning = mass.add_(total.abs_()).mul_(0.5).mul_(elected)
-    return winning.mul_(wins).div_(share.clamp_(min=torch.finfo(share.dtype).tiny))
+    wins = lead.sub_(losing, alpha=rho - 1.0).sub_(rho * eps).sign_().add_(1.0).clamp_(max=1.0)
+    return winning.mul_(elected).mul_(wins).div_(share.clamp_(min=torch.finfo(share.dtype).tiny))
 
 
 def elect_sign(deltas: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -116,20 +127,30 @@ def plain_ties(deltas: Tensor, *, scratch: Scratch | None = None) -> tuple[Tenso
 
     Args:
         deltas: float32 (clients, n), trimmed.
-        scratch: Memory to work in.
+        scratch: Memory to work in; it also holds the results.
 
     Returns:
         float32 (n,) merged values, 0 where no sign is elected; float32 (n,) elected signs; int64 (m,) indices of
         coordinates that have entries but elect no sign.
     """
-    ones, work = torch.ones(len(deltas)), (scratch or Scratch()).take(*deltas.shape)
-    total, mass = ones @ deltas, ones @ torch.abs(deltas, out=work)
-    elected = total.sign()
-    lead = ones @ torch.sign(deltas, out=work)
-    entries = ones @ work.abs_()
-    waiting = (mass.sign() - elected.abs()).nonzero().squeeze(1)
+    scratch, (clients, n) = scratch or Scratch(), deltas.shape
+    ones, work = torch.ones(clients), scratch.take(clients, n)
+    total, mass, elected, lead, entries = (
+        scratch.take(n, slot=slot) for slot in ("total", "mass", "elected", "lead", "entries")
+    )
+    over_clients(ones, deltas, out=total)
+    over_clients(ones, torch.abs(deltas, out=work), out=mass)
+    torch.sign(total, out=elected)
+    over_clients(ones, torch.sign(deltas, out=work), out=lead)
+    over_clients(ones, work.abs_(), out=entries)
+    waiting = _silent_with_entries(mass, elected, scratch.take(n, slot="silent"))
     count = entries.add_(lead.mul_(elected)).mul_(0.5).clamp_(min=1.0)
     return mass.add_(total.abs_()).mul_(0.5).mul_(elected).div_(count), elected, waiting
+
+
+def _silent_with_entries(mass: Tensor, elected: Tensor, work: Tensor) -> Tensor:
+    open_ = torch.sign(mass, out=work).addcmul_(elected, elected, value=-1.0)
+    return open_.nonzero().squeeze(1) if float(torch.dot(open_, open_)) else open_.new_empty(0, dtype=torch.int64)
 
 
 def undecided(deltas: Tensor, elected: Tensor) -> Tensor:

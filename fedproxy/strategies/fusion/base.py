@@ -1,8 +1,9 @@
 """The family of fusion operators."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,24 +11,43 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.models.feed_forward import FeedForward
 from fedproxy.registry import Component
 
 Weights = Mapping[str, Tensor]
+Judge = Callable[[PreTrainedModel], float]
+"""Gives a model's mean negative log-likelihood on public text, nats per token: lower is better."""
 
 
 @dataclass(frozen=True)
 class Fusion(Component, family="fusion"):
     """Builds the fused model from the target and the proxy before and after federated tuning.
 
-    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`fuse`.
+    A subclass gives the new value of one moved weight in :meth:`combine`; one that does more overrides :meth:`join`.
+    Of blocks that share one target block the centre's weights move (:attr:`LayerMap.centres`); of narrowed blocks the
+    neurons that are left, each back to its own place.
     """
+
+    adds_logits: ClassVar[bool] = False
+    """The fused model adds logits of target and proxy, so that both must have one vocabulary."""
+
+    @property
+    def judged_texts(self) -> int:
+        """How many public texts :meth:`settle` needs to judge models on; 0 where nothing is left open."""
+        return 0
+
+    def settle(
+        self, target: PreTrainedModel, before: PreTrainedModel, after: Weights, layer_map: LayerMap, judge: Judge
+    ) -> Self:
+        """Return this operator with every option fixed that is chosen on public text; itself where none is."""
+        return self
 
     @abstractmethod
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return a target weight's new value.
 
         Args:
-            target: The target's weight, float32.
+            target: The target's weight, float32; of a narrowed block, its part for the neurons that the proxy has.
             before: The proxy's weight before federated tuning, float32, same shape.
             after: The same after it, float32.
         """
@@ -51,15 +71,23 @@ class Fusion(Component, family="fusion"):
         Raises:
             ModelError: If the target is not the one that the map was made from, or a weight is missing or misshapen.
         """
-        if layer_map.neurons is not None:
-            raise ModelError(f"fusion.name={self.name} moves whole blocks, but this proxy's blocks lost neurons")
         found = state_sha256(target)
         if found != layer_map.target_sha256:
             raise ModelError(
                 f"fusion: the target's weights ({found[:12]}...) are not those that were compressed "
                 f"({layer_map.target_sha256[:12]}...); give the target of that run or compress this one"
             )
-        moved = dict(self._moved(target, _weights(before), _weights(after), layer_map))
+        return self.join(target, before, after, layer_map)
+
+    def join(
+        self,
+        target: PreTrainedModel,
+        before: PreTrainedModel | Weights,
+        after: PreTrainedModel | Weights,
+        layer_map: LayerMap,
+    ) -> PreTrainedModel:
+        """Return the fused model of inputs that :meth:`fuse` has checked."""
+        moved = dict(self._moved(target, state_of(before), state_of(after), layer_map))
         fused = share_weights(target)
         set_weights(fused, moved)
         return fused
@@ -69,18 +97,48 @@ class Fusion(Component, family="fusion"):
     ) -> Iterator[tuple[str, Tensor]]:
         decoder = Decoder.of(target)
         own = target.state_dict()
-        for new, old in enumerate(layer_map.proxy_to_target):
+        for new in layer_map.centres:
+            old = layer_map.proxy_to_target[new]
+            places = _Places.of(decoder, old, layer_map.neurons[new] if layer_map.neurons is not None else None)
             for name in decoder.weight_names(old):
                 source, goal = decoder.full_name(new, name), decoder.full_name(old, name)
                 weight = own[goal]
+                part = places.gather(name, weight)
                 for which, weights in (("before", before), ("after", after)):
-                    if source not in weights or weights[source].shape != weight.shape:
+                    if source not in weights or weights[source].shape != part.shape:
                         raise ModelError(
-                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(weight.shape)}"
+                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(part.shape)}"
                         )
-                value = self.combine(weight.float(), before[source].float(), after[source].float())
-                yield goal, value.to(weight.dtype)
+                value = self.combine(part.float(), before[source].float(), after[source].float())
+                yield goal, places.scatter(name, weight, value.to(weight.dtype))
 
 
-def _weights(model: PreTrainedModel | Weights) -> Weights:
+@dataclass(frozen=True)
+class _Places:
+    """Which part of a target block's weights the proxy has: all of it, or some feed-forward neurons."""
+
+    layer: FeedForward | None
+    neurons: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, decoder: Decoder, block: int, neurons: Sequence[int] | None) -> "_Places":
+        if neurons is None:
+            return cls(None)
+        hidden = decoder.model.config.get_text_config().hidden_size
+        return cls(FeedForward.of(decoder.blocks[block], hidden), neurons)
+
+    def gather(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.layer is None else self.layer.gather(name, weight, self.neurons)
+
+    def scatter(self, name: str, weight: Tensor, part: Tensor) -> Tensor:
+        return part if self.layer is None else self.layer.scatter(name, weight, self.neurons, part)
+
+
+def has_moved(before: Tensor, after: Tensor) -> bool:
+    """Return whether two weights are more than two views of one tensor."""
+    return before.data_ptr() != after.data_ptr()
+
+
+def state_of(model: PreTrainedModel | Weights) -> Weights:
+    """Return a model's state dict, or the state dict itself."""
     return model.state_dict() if isinstance(model, PreTrainedModel) else model

@@ -13,9 +13,9 @@ from fedproxy.strategies.regularizers.base import Regularizer, add_to_gradients,
 
 @dataclass(frozen=True)
 class Proximal(Regularizer, name="proximal"):
-    """mu / 2 ||phi - phi^t||^2 (FedProx, Li et al. 2020, arXiv 1812.06127, Eq 2)."""
+    """mu / 2 ||phi - phi^t||^2 (FedProx, Li et al. 2020, arXiv 1812.06127)."""
 
-    reference: ClassVar[str] = "Li et al. 2020 (FedProx), arXiv 1812.06127, Eq 2"
+    reference: ClassVar[str] = "Li et al. 2020 (FedProx), arXiv 1812.06127"
 
     strength: float = 0.01
     """mu, >= 0."""

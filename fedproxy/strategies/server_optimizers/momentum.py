@@ -10,13 +10,13 @@ from fedproxy.strategies.server_optimizers.base import ServerOptimizer
 
 @dataclass(frozen=True)
 class SGD(ServerOptimizer, name="sgd"):
-    """m <- beta m + Delta; phi <- phi + lr m (FedAvgM, Hsu et al. 2019, arXiv 1909.06335, Sec. 3).
+    """m <- beta m + Delta; phi <- phi + lr m (FedAvgM, Hsu et al. 2019, arXiv 1909.06335).
 
     Equal to ``torch.optim.SGD`` on the gradient -Delta; with ``nesterov`` the step is lr (Delta + beta m).
     """
 
     stateful: ClassVar[bool] = True
-    reference: ClassVar[str] = "Hsu et al. 2019 (FedAvgM), arXiv 1909.06335, Sec. 3"
+    reference: ClassVar[str] = "Hsu et al. 2019 (FedAvgM), arXiv 1909.06335"
     slots: ClassVar[tuple[str, ...]] = ("momentum",)
 
     lr: float = 1.0

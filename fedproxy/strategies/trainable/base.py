@@ -5,12 +5,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
+from fedproxy.models import LayerMap
 from fedproxy.registry import Component
 
 
@@ -27,6 +29,8 @@ class TrainableModel(ABC):
     def __init__(self, model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
         self.model = model
         self._parameters = {name: parameters[name] for name in sorted(parameters)}
+        self.frozen_round = 0
+        """Last round whose change is in the frozen weights (:meth:`add_to_frozen`); 0 where they are as loaded."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the live trainable parameters by state name, sorted."""
@@ -63,6 +67,17 @@ class TrainableModel(ABC):
         for name, tensor in tensors.items():
             self._parameters[name].copy_(tensor)
 
+    def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
+        """Add what an aggregator moved into the frozen weights: factors of a product, times s, by LoRA's names.
+
+        Raises:
+            ModelError: If a factor belongs to no layer that is trained.
+        """
+        if change:
+            raise ModelError(
+                f"there is no layer that {min(change)} could be added to; use trainable.name=lora with this aggregator"
+            )
+
     @abstractmethod
     def merged_weights(self) -> Mapping[str, Tensor]:
         """Return the proxy's changed weights by their name in the plain proxy, float32, computed when read."""
@@ -90,10 +105,19 @@ class TrainableModel(ABC):
 class Trainable(Component, ABC, family="trainable"):
     """Base of what clients train; a member's fields are its options."""
 
+    trains: ClassVar[bool] = True
+    """False for a member that trains nothing."""
+    needs_float32: ClassVar[bool] = False
+    """The proxy's own weights are trained, which in half precision would lose small steps."""
+
     @property
     def lora_scaling(self) -> float | None:
         """Scale alpha / r where the state holds LoRA pairs, else None."""
         return None
+
+    def placed(self, layer_map: LayerMap) -> "Trainable":
+        """Return these options with every choice that depends on the server's layer map spelt out as block indices."""
+        return self
 
     @abstractmethod
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> TrainableModel:

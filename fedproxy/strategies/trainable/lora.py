@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,7 +17,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError, nearest
-from fedproxy.strategies.trainable.base import Trainable, TrainableModel
+from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX
+from fedproxy.strategies.trainable.base import TrainableModel
+from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
 from fedproxy.strategies.trainable.fused_lora import fuse
 
 _ADAPTER = "default"
@@ -26,7 +27,7 @@ _PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Lora(Trainable, name="lora"):
+class Lora(BlockwiseTrainable, name="lora"):
     """LoRA (Hu et al. 2022, arXiv 2106.09685): W + (alpha / r) B A with A random, B zero at the start.
 
     A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) but from the given generator, so that all clients of a
@@ -41,28 +42,14 @@ class Lora(Trainable, name="lora"):
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers inside a block that get an adapter."""
-    blocks: Any = "all"
-    """``all``, ``ends`` (the ``first`` and ``last`` ones), ``last``, or a list of block indices of the proxy."""
-    first: int = 2
-    """Leading blocks of ``blocks: ends``."""
-    last: int = 2
-    """Trailing blocks of ``blocks: ends`` and ``blocks: last``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.require("r", self.r >= 1, ">= 1")
         self.require("alpha", self.alpha > 0, "> 0")
         self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        self.require("first", self.first >= 0, ">= 0")
-        self.require("last", self.last >= 1, ">= 1")
         object.__setattr__(self, "modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
         self.require("modules", bool(self.modules), "at least one module name")
-        if not isinstance(self.blocks, str):
-            indices = tuple(sorted(set(self.blocks))) if isinstance(self.blocks, list | tuple) else ()
-            ok = bool(indices) and all(type(index) is int and index >= 0 for index in indices)
-            self.require("blocks", ok, "all, ends, last or a list of block indices")
-            object.__setattr__(self, "blocks", indices)
-        else:
-            self.require("blocks", self.blocks in {"all", "ends", "last"}, "all, ends, last or a list of block indices")
 
     @property
     def lora_scaling(self) -> float:
@@ -71,7 +58,7 @@ class Lora(Trainable, name="lora"):
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> "LoraModel":
         """Freeze the proxy and put initialised adapters into it, in place."""
-        chosen = self._block_indices(proxy.config.get_text_config().num_hidden_layers)
+        chosen = self.block_indices(proxy.config.get_text_config().num_hidden_layers)
         adapted = self._check_modules(proxy)
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -91,18 +78,6 @@ class Lora(Trainable, name="lora"):
         model.initialise(generator or torch.Generator().manual_seed(0))
         fuse(proxy, list(model.layers().values()), _ADAPTER)
         return model
-
-    def _block_indices(self, total: int) -> list[int]:
-        if self.blocks == "all":
-            return list(range(total))
-        if self.blocks == "ends":
-            return sorted({*range(min(self.first, total)), *range(max(0, total - self.last), total)})
-        if self.blocks == "last":
-            return list(range(max(0, total - self.last), total))
-        beyond = [index for index in self.blocks if index >= total]
-        if beyond:
-            raise ConfigError(f"trainable.blocks names block {beyond[0]}, but the proxy has blocks 0 to {total - 1}")
-        return list(self.blocks)
 
     def _check_modules(self, proxy: PreTrainedModel) -> nn.Module:
         """Return one of the layers to adapt.
@@ -133,6 +108,8 @@ class LoraModel(TrainableModel):
         }
         super().__init__(model, named)
         self._wrapped = wrapped
+        self._exact: dict[str, Tensor] = {}
+        self._moved: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -150,12 +127,34 @@ class LoraModel(TrainableModel):
         """Return the adapted layers by their name in the plain proxy."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
 
+    @torch.no_grad()
+    def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
+        """Add (alpha / r) B A to W, in float32; W of a lower precision is rounded once, from the sum over all calls."""
+        layers = self.layers()
+        for name, factor in change.items():
+            self._moved.setdefault(name, []).append(factor.float().cpu())
+        for name in sorted(name for name in change if name.endswith(B_SUFFIX)):
+            module = name.removeprefix(_PREFIX).removesuffix(B_SUFFIX)
+            if module not in layers:
+                super().add_to_frozen({name: change[name]})
+            layer = layers[module]
+            weight: Tensor = layer.get_base_layer().weight
+            product = change[name].float() @ change[name.removesuffix(B_SUFFIX) + A_SUFFIX].float()
+            product = product.T if layer.fan_in_fan_out else product
+            exact = weight if weight.dtype == torch.float32 else self._exact.setdefault(module, weight.float().cpu())
+            exact.add_(product.to(exact.device), alpha=layer.scaling[_ADAPTER])
+            if exact is not weight:
+                weight.copy_(exact)
+
     def merged_weights(self) -> Mapping[str, Tensor]:
         """Return W + (alpha / r) B A of every adapted layer by its weight's name in the plain proxy, in float32."""
-        return _MergedWeights({f"{name}.weight": layer for name, layer in sorted(self.layers().items())})
+        return _MergedWeights({f"{name}.weight": layer for name, layer in sorted(self.layers().items())}, self._exact)
 
     def save_adapter(self, folder: str | Path, *, base: str | None = None) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``; loads with ``PeftModel.from_pretrained``.
+
+        What was moved into the frozen weights is stacked behind the factors, as an adapter of higher rank and equal
+        scale, so that the plain proxy with this adapter is the tuned one.
 
         PEFT's own writer would put the path that the proxy was loaded from into both the configuration and a model
         card, and the proxy's origin is the server's secret.
@@ -163,8 +162,15 @@ class LoraModel(TrainableModel):
         config = copy.copy(self._wrapped.peft_config[_ADAPTER])
         config.base_model_name_or_path, config.inference_mode = base, True
         config.target_modules = sorted(config.target_modules)
+        state = self.state()
+        for name, factors in self._moved.items():
+            stacked = [state[name], *(factor.to(state[name].dtype) for factor in factors)]
+            state[name] = torch.cat(stacked, dim=1 if name.endswith(B_SUFFIX) else 0)
+            if name.endswith(A_SUFFIX):  # all have one rank: every client sends every pair
+                rank = len(state[name])
+                config.lora_alpha, config.r = config.lora_alpha / config.r * rank, rank
         config.save_pretrained(str(folder))
-        save_file(self.state(), Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -181,8 +187,8 @@ class LoraModel(TrainableModel):
 class _MergedWeights(Mapping[str, Tensor]):
     """Merged weights by name, one computed at a time."""
 
-    def __init__(self, layers: Mapping[str, LoraLayer]) -> None:
-        self._layers = layers
+    def __init__(self, layers: Mapping[str, LoraLayer], exact: Mapping[str, Tensor]) -> None:
+        self._layers, self._exact = layers, exact
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
@@ -194,6 +200,7 @@ class _MergedWeights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         layer = self._layers[name]
         weight: Tensor = layer.get_base_layer().weight
+        weight = self._exact.get(name.removesuffix(".weight"), weight).to(weight.device)
         a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
         change = b @ a
         return weight.float().add(change.T if layer.fan_in_fan_out else change, alpha=layer.scaling[_ADAPTER])

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class FrozenModel(TrainableModel):
 @dataclass(frozen=True)
 class Nothing(Trainable, name="none"):
     """Trains nothing; for runs with federation.rounds = 0."""
+
+    trains: ClassVar[bool] = False
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> FrozenModel:
         """Freeze the proxy."""

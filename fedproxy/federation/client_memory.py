@@ -1,0 +1,95 @@
+"""What a client keeps between its rounds: files that never cross the wire.
+
+One folder per client, one file per round it took part in, so that a run that goes on from round t finds the memory as
+it was after round t, whatever was written later.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import quote
+
+from safetensors import SafetensorError, safe_open
+
+from fedproxy.errors import CheckpointError
+from fedproxy.federation.round_files import RoundFiles
+from fedproxy.protocol import TensorFile, Tensors
+
+_KEPT = 3
+"""Files that stay per client: one for the round under way, one for each of the loop's two latest checkpoints."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One client's memory after a round; empty before its first."""
+
+    own: Tensors = field(default_factory=dict)
+    """Tensors of the trainable state that stay with the client."""
+    regularizer: Tensors = field(default_factory=dict)
+    """What the regularizer remembers for this client."""
+    num_examples: int = 0
+    """The client's training examples, each counted once."""
+    num_tokens: int = 0
+    """Answer tokens it trained on in its last round."""
+
+
+class ClientMemory:
+    """The memories of the clients that run on one machine.
+
+    Args:
+        folder: Folder that holds them; made when something is kept.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def load(self, client_id: str, before: int) -> Memory:
+        """Return what a client remembers from its last round before round ``before``.
+
+        Tensors stay in the file until they are used.
+
+        Raises:
+            CheckpointError: If the file is damaged.
+        """
+        files = self._files(client_id)
+        rounds = [number for number in files.rounds() if number < before]
+        if not rounds:
+            return Memory()
+        path = files.path(rounds[-1])
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts: dict[str, int] = json.loads((file.metadata() or {})["counts"])
+            return Memory(TensorFile(path, "own/"), TensorFile(path, "regularizer/"), **counts)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the memory of client {client_id!r} in {path} is damaged ({error}); start again with overwrite=true"
+            ) from error
+
+    def save(self, client_id: str, round_: int, memory: Memory) -> None:
+        """Keep a client's memory after a round; older files that no checkpoint needs are deleted.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        files = self._files(client_id)
+        tensors = {f"own/{name}": tensor for name, tensor in memory.own.items()}
+        tensors |= {f"regularizer/{name}": tensor for name, tensor in memory.regularizer.items()}
+        counts = {"num_examples": memory.num_examples, "num_tokens": memory.num_tokens}
+        files.write(round_, tensors, {"counts": json.dumps(counts)})
+        for old in files.rounds()[:-_KEPT]:
+            files.remove(old)
+
+    def drop(self, client_ids: Iterable[str], round_: int) -> None:
+        """Undo a round of clients whose update was not used."""
+        for client_id in client_ids:
+            self._files(client_id).remove(round_)
+
+    def rewind(self, round_: int) -> None:
+        """Forget everything that was kept after round ``round_``."""
+        if self.folder.is_dir():
+            for folder in self.folder.iterdir():
+                RoundFiles(folder).rewind(round_)
+
+    def _files(self, client_id: str) -> RoundFiles:
+        return RoundFiles(self.folder / quote(client_id, safe=""))

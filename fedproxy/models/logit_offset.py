@@ -1,0 +1,256 @@
+"""Proxy-Tuning's model (Liu et al. 2024, arXiv 2401.08565): three causal language models whose logits are combined."""
+
+import copy
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from fedproxy.errors import ModelError
+
+ROLES = ("target", "tuned", "untuned")
+"""The three models, in the order in which they run."""
+
+
+class LogitOffsetConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Where the three models lie, and alpha.
+
+    ``target``, ``tuned`` and ``untuned`` are folders relative to the configuration's own, or hub ids.
+    ``text_config`` is the target's, for whatever asks a model for its depth, width or vocabulary.
+    """
+
+    model_type = "logit_offset"
+    alpha: float = 1.0
+    target: str = ""
+    tuned: str = ""
+    untuned: str = ""
+    text_config: Any = None
+
+
+class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """logits = target + alpha (tuned - untuned), over the vocabulary entries that all three models have.
+
+    Choice: where the vocabularies differ in length (families pad them differently), the target's further entries keep
+    the target's logits, and entries that only the proxies have do not exist. Each model keeps a cache of its own.
+    """
+
+    config_class = LogitOffsetConfig
+    base_model_prefix = "target"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(
+        self, target: PreTrainedModel, tuned: PreTrainedModel, untuned: PreTrainedModel, *, alpha: float = 1.0
+    ) -> None:
+        """Join three models; their weights are shared, not copied.
+
+        Args:
+            target: The server's LLM.
+            tuned: The proxy after federated tuning.
+            untuned: The same proxy before it.
+            alpha: Strength of the offset.
+
+        Raises:
+            ModelError: If the two proxies have vocabularies of different length.
+        """
+        super().__init__(_config(target, alpha))
+        words = [model.get_output_embeddings().weight.shape[0] for model in (tuned, untuned)]
+        if words[0] != words[1]:
+            raise ModelError(
+                f"logit_offset: the tuned proxy has {words[0]} vocabulary entries, the untuned one {words[1]}; "
+                "give one proxy before and after tuning"
+            )
+        self.target, self.tuned, self.untuned, self.alpha = target, tuned, untuned, alpha
+        self.generation_config = copy.deepcopy(target.generation_config)
+        self.eval()
+
+    @property
+    def models(self) -> tuple[PreTrainedModel, PreTrainedModel, PreTrainedModel]:
+        """Target, tuned proxy and untuned proxy."""
+        return self.target, self.tuned, self.untuned
+
+    def output_heads(self) -> list[nn.Module]:
+        """Return the three vocabulary heads."""
+        return [model.get_output_embeddings() for model in self.models]
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the target's embedding."""
+        embedding: nn.Module = self.target.get_input_embeddings()
+        return embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Return the target's vocabulary head."""
+        head: nn.Module = self.target.get_output_embeddings()
+        return head
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run the three models on the same tokens.
+
+        Args:
+            input_ids: int64 (batch, tokens).
+            attention_mask: (batch, seen tokens), or a mask that the models take as it is.
+            position_ids: int64 (batch, tokens).
+            past_key_values: What an earlier call returned; an empty cache of another kind is replaced.
+            use_cache: Return the caches for the next call.
+            logits_to_keep: Only the logits of the last so many tokens; 0 is all.
+            kwargs: Passed on to all three.
+
+        Returns:
+            ``logits`` (batch, tokens, the target's vocabulary) in the target's dtype, and ``past_key_values``.
+
+        Raises:
+            ModelError: If a filled cache comes from another model.
+        """
+        caches = self._caches(past_key_values, use_cache)
+        found = []
+        for index, model in enumerate(self.models):
+            output = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=None if caches is None else caches.views[index],
+                use_cache=caches is not None,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+            found.append(output.logits)
+        return CausalLMOutputWithPast(logits=offset_logits(*found, alpha=self.alpha), past_key_values=caches)
+
+    def _caches(self, given: Cache | None, use_cache: bool | None) -> "ThreeCaches | None":
+        if use_cache is False or isinstance(given, ThreeCaches):
+            return given if isinstance(given, ThreeCaches) else None
+        if given is None and use_cache is None:
+            return None
+        if given is not None and given.get_seq_length() > 0:
+            raise ModelError("logit_offset: past_key_values hold another model's tokens; pass what forward returned")
+        return ThreeCaches(self.models)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the wrapper's configuration; a model that lies in no folder or hub yet is written into a subfolder.
+
+        Folders are noted relative to ``save_directory``, so that a run can be moved as a whole.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        places = {role: _place(model, role, folder) for role, model in zip(ROLES, self.models, strict=True)}
+        content = {"model_type": LogitOffsetConfig.model_type, "alpha": self.alpha, **places}
+        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        self.generation_config.save_pretrained(folder)
+
+
+class ThreeCaches(Cache):  # type: ignore[misc]
+    """The layers of three caches as one, so that reordering or cropping it does so for all three models."""
+
+    def __init__(self, models: tuple[PreTrainedModel, ...]) -> None:
+        self.views = [DynamicCache(config=model.config) for model in models]
+        super().__init__(layers=[layer for view in self.views for layer in view.layers])
+
+
+def offset_logits(target: Tensor, tuned: Tensor, untuned: Tensor, *, alpha: float) -> Tensor:
+    """Return target + alpha (tuned - untuned) over the entries all have, the target's logits beyond, in its dtype.
+
+    Args:
+        target: (..., V).
+        tuned: (..., W); V and W may differ by padding at the end.
+        untuned: (..., W).
+        alpha: Strength.
+    """
+    shared = min(target.shape[-1], tuned.shape[-1])
+    result = target.clone()
+    change = tuned[..., :shared].float() - untuned[..., :shared].float()
+    result[..., :shared] = target[..., :shared].float().add(change.to(target.device), alpha=alpha)
+    return result
+
+
+def is_logit_offset(folder: str | Path) -> bool:
+    """Return whether a folder holds a wrapper's configuration."""
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        return bool(json.loads(path.read_text()).get("model_type") == LogitOffsetConfig.model_type)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> LogitOffsetModel:
+    """Load the three models that a wrapper's configuration names, and join them.
+
+    Args:
+        folder: Where :meth:`LogitOffsetModel.save_pretrained` wrote.
+        load: Loads one model from a folder or a hub id.
+
+    Raises:
+        ModelError: If the configuration is broken, or a folder that it names is gone.
+    """
+    path = Path(folder).expanduser() / "config.json"
+    try:
+        content = json.loads(path.read_text())
+        alpha, places = float(content["alpha"]), {role: str(content[role]) for role in ROLES}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path} is no logit_offset configuration ({error!r}); run fusion again") from error
+    models = {}
+    for role, place in places.items():
+        local = path.parent / place
+        if place.startswith((".", "/")) and not local.is_dir():
+            raise ModelError(f"{path}: the {role} model is not in {place}; put it back, or correct the key {role!r}")
+        models[role] = load(str(local.resolve()) if local.is_dir() else place)
+    return LogitOffsetModel(**models, alpha=alpha)
+
+
+def require_same_vocabulary(target: Mapping[str, int], proxy: Mapping[str, int]) -> None:
+    """Refuse two vocabularies (token to id) whose logits cannot be added; one may have further tokens at its end.
+
+    Raises:
+        ModelError: Naming the first token that differs.
+    """
+    few, many = sorted((target, proxy), key=len)
+    for token in sorted(few, key=few.__getitem__):
+        if many.get(token) != few[token]:
+            raise ModelError(
+                f"logit_offset: target and proxy have different vocabularies (token {token!r} is {target.get(token)} "
+                f"in one and {proxy.get(token)} in the other); use fusion.name=plug_in, or a proxy of the same family"
+            )
+
+
+def _config(target: PreTrainedModel, alpha: float) -> LogitOffsetConfig:
+    text = target.config.get_text_config()
+    tokens = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LogitOffsetConfig(alpha=alpha, text_config=text, vocab_size=text.vocab_size, **tokens)
+
+
+def _place(model: PreTrainedModel, role: str, folder: Path) -> str:
+    origin: str = model.name_or_path
+    if origin in ("", "None"):  # what transformers notes for a model that was built in memory
+        model.save_pretrained(folder / role)
+        return f"./{role}"
+    if not Path(origin).is_dir():
+        return origin
+    relative = os.path.relpath(origin, folder)
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+# transformers' own loaders look at the configuration of a folder before they read its tokenizer.
+AutoConfig.register(LogitOffsetConfig.model_type, LogitOffsetConfig)

@@ -1,0 +1,100 @@
+"""Stage (iii) of a run: what the proxies learned goes back into the target."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from fedproxy.config import to_dict
+from fedproxy.data.assets import resolve
+from fedproxy.data.rows import Row
+from fedproxy.federation.checkpoint import Progress
+from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
+from fedproxy.models.decoder import positions_limit
+from fedproxy.models.logit_offset import require_same_vocabulary
+from fedproxy.modules.text_nll import text_nll
+from fedproxy.pipeline.data import public_texts, text_batches
+from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states
+from fedproxy.reporting import model_card
+from fedproxy.seeding import derive_seed
+from fedproxy.strategies.fusion.base import Judge
+from fedproxy.strategies.trainable.base import TrainableModel
+
+
+def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[str, Sequence[Row]]) -> TunedProxies:
+    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy.
+
+    Where every client has a state of its own, both folders hold one folder per client.
+    """
+    started = time.perf_counter()
+    config, states = run.config, final_states(run.config, progress, clients)
+    done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
+    if not done:
+        shutil.rmtree(run.folder.fused, ignore_errors=True)
+        for client, state in states.items():
+            if client != MERGED:  # the one model of merged clients comes as federation left it
+                model.load_state(state)
+            model.save_adapter(run.folder.adapter / client)
+    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    merged = dict(model.merged_weights()) if MERGED in states else None
+    proxy = _as_broadcast(run, model)
+    known = None if merged is None else TunedProxy(proxy, merged)
+    tuned = TunedProxies(proxy, trainable, states, seed=config.seed, known=known)
+    if done:
+        return tuned
+    for client in states:
+        plug_in(run, tuned[client], run.folder.fused / client, clients)
+    run.note(fused_after_round=progress.round)
+    run.note_seconds("fusion", time.perf_counter() - started)
+    return tuned
+
+
+def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
+    """Return the proxy as it was before tuning, read again if its frozen weights were moved."""
+    proxy, moved = model.detach(), model.frozen_round
+    return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
+
+
+def plug_in(run: Run, tuned: TunedProxy, folder: Path, clients: Mapping[str, Sequence[Row]]) -> None:
+    """Fuse one tuned proxy with the target and write the result into ``folder``."""
+    target, tokenizer = run.target()
+    layer_map = LayerMap.load(run.folder.layer_map)
+    weights = {**tuned.proxy.state_dict(), **tuned.merged}
+    fusion = run.config.fusion
+    if fusion.judged_texts:
+        fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, clients))
+        chosen = to_dict(fusion)
+        run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
+        run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
+    fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
+    parameters = run.facts["target_parameters"]
+    card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
+    save_model(fused, tokenizer, folder, card=card)
+
+
+def judge(run: Run, rows: int, clients: Mapping[str, Sequence[Row]]) -> Judge:
+    """Return a function that gives a model's negative log-likelihood on public text, nats per token."""
+    target, tokenizer = run.target()
+    calibration, seed = run.config.compression.calibration, derive_seed(run.config.seed, "fusion")
+    texts = public_texts(calibration, clients, rows=rows, seed=seed)
+    batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens), batch_size=4)
+
+    def loss(model: PreTrainedModel) -> float:
+        with placed(model, run.device):
+            return text_nll(model, batches)
+
+    return loss
+
+
+def check_vocabulary(run: Run) -> None:
+    """Refuse, before any client trains, a fusion that adds logits over two vocabularies.
+
+    Raises:
+        ModelError: Naming a token that differs.
+    """
+    if run.config.fusion.adds_logits:
+        path = resolve(run.config.target.path) or run.config.target.path
+        require_same_vocabulary(load_tokenizer(path).get_vocab(), load_tokenizer(run.folder.proxy).get_vocab())

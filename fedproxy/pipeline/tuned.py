@@ -1,0 +1,104 @@
+"""What federation leaves: the tuned proxy, one for all clients, or one each where clients are never merged."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from fedproxy.config import RunConfig
+from fedproxy.errors import DataError
+from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.separate import own, spread
+from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.seeding import generator
+from fedproxy.strategies.trainable import Trainable
+from fedproxy.strategies.trainable.base import TrainableModel
+
+MERGED = ""
+"""The one state of a run whose clients are merged, where others have a client's name."""
+
+
+def first_progress(config: RunConfig, model: TrainableModel, clients: Mapping[str, object]) -> Progress:
+    """Return the progress before the first round.
+
+    Raises:
+        DataError: If clients get folders of their own, and one's name makes no folder.
+    """
+    if config.aggregator.aggregates:
+        return Progress(0, model.state())
+    for client in clients:
+        if client in (".", "..") or Path(client).name != client:
+            raise DataError(
+                f"data: with aggregator.name={config.aggregator.name} client {client!r} gets a folder of its own; "
+                "give it a name without slashes"
+            )
+    return Progress(0, spread(model.state(), clients))
+
+
+def final_states(config: RunConfig, progress: Progress, clients: Mapping[str, object]) -> dict[str, dict[str, Tensor]]:
+    """Return the trained states of a run: one under :data:`MERGED`, or every client's own."""
+    if config.aggregator.aggregates:
+        return {MERGED: progress.state}
+    return {client: own(progress.state, client) for client in sorted(clients)}
+
+
+@dataclass
+class TunedProxy:
+    """The proxy after federation, taken apart: weights as broadcast, and those that tuning changed."""
+
+    proxy: PreTrainedModel
+    """The plain proxy as broadcast."""
+    merged: dict[str, Tensor]
+    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
+
+    def model(self) -> PreTrainedModel:
+        """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
+        tuned = share_weights(self.proxy)
+        set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in self.merged.items()})
+        return tuned
+
+
+class TunedProxies(Mapping[str, TunedProxy]):
+    """Tuned proxies by client; each is put together when asked for, so that only one lies in memory.
+
+    Args:
+        proxy: The plain proxy as broadcast.
+        trainable: What was trained in it.
+        states: The trained states, by client or under :data:`MERGED`.
+        seed: Seed of the run.
+        known: The one under :data:`MERGED`, which is more than its state where frozen weights moved.
+    """
+
+    def __init__(
+        self,
+        proxy: PreTrainedModel,
+        trainable: Trainable,
+        states: Mapping[str, Mapping[str, Tensor]],
+        *,
+        seed: int,
+        known: TunedProxy | None = None,
+    ) -> None:
+        self.proxy, self._trainable, self._states, self._seed = proxy, trainable, states, seed
+        self._last = None if known is None else (MERGED, known)
+
+    @property
+    def separate(self) -> bool:
+        """Whether every client has one of its own."""
+        return MERGED not in self._states
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, client: str) -> TunedProxy:
+        if self._last is None or self._last[0] != client:
+            self._last = None  # let go of the other one first
+            model = self._trainable.attach(self.proxy, generator(self._seed, "trainable"))
+            model.load_state(self._states[client])
+            merged = dict(model.merged_weights())
+            self._last = client, TunedProxy(model.detach(), merged)
+        return self._last[1]

@@ -1,0 +1,100 @@
+"""What all compressors that remove whole blocks share: how many go, and blocks kept by hand."""
+
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from fedproxy.errors import ConfigError
+from fedproxy.models import Decoder
+from fedproxy.models.decoder import parameter_count
+from fedproxy.strategies.compression.base import Batch, Compressor
+
+
+@dataclass(frozen=True)
+class BlockRemoval(Compressor):
+    """Removes whole blocks; a member says which (:meth:`choose`), from scores (:meth:`measure`) where it needs any."""
+
+    ratio: float = 0.5
+    """Share removed, in [0, 1); of blocks: keep = max(1, L - floor(L * ratio))."""
+    ratio_of: Literal["blocks", "parameters"] = "blocks"
+    """What ``ratio`` counts: blocks, or the target's parameters (as many whole blocks as they hold)."""
+    keep: tuple[int, ...] | None = None
+    """Ascending indices of the blocks to keep, instead of ``ratio`` and of any score; null chooses by score."""
+
+    def __post_init__(self) -> None:
+        self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")
+        self.require("ratio_of", self.ratio_of in ("blocks", "parameters"), "blocks or parameters")
+        if self.keep is not None:
+            object.__setattr__(self, "keep", tuple(self.keep))
+            ascending = all(left < right for left, right in zip(self.keep, self.keep[1:], strict=False))
+            ok = bool(self.keep) and ascending and self.keep[0] >= 0
+            self.require("keep", ok, "ascending block indices from 0 without repeats")
+
+    def places(self, decoder: Decoder) -> Sequence[int]:
+        """Return as many blocks as will stay; those themselves where ``keep`` names them."""
+        count = self.kept_count(decoder)
+        return self.keep or range(count)
+
+    def kept_count(self, decoder: Decoder) -> int:
+        """Return how many blocks stay.
+
+        Raises:
+            ConfigError: If ``keep`` names a block that the target has not, or all blocks would go.
+        """
+        depth = len(decoder)
+        if self.keep is not None:
+            if self.keep[-1] >= depth:
+                raise ConfigError(
+                    f"compression.keep names block {self.keep[-1]}, but the target has blocks 0 to {depth - 1}"
+                )
+            return len(self.keep)
+        if self.ratio_of == "blocks":
+            return keep_count(depth, self.ratio)
+        total, blocks = parameter_count(decoder.model), parameter_count(decoder.blocks)
+        removed = int(self.ratio * total * depth / blocks + 1e-9)
+        if removed >= depth:
+            raise ConfigError(
+                f"compression.ratio={self.ratio} of the parameters would remove all {depth} blocks, which hold "
+                f"{blocks / total:.3f} of them; give less"
+            )
+        return depth - removed
+
+    def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
+        """Return the member's scores, or None where no block goes or ``keep`` says which stay."""
+        if self.keep is not None or self.kept_count(decoder) == len(decoder):
+            return None
+        return self.measure(decoder, calibration)
+
+    def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
+        """Return the indices that the proxy keeps, ascending."""
+        count, depth = self.kept_count(decoder), len(decoder)
+        if self.keep is not None:
+            return self.keep
+        return range(depth) if count == depth else self.choose(depth, count, scores)
+
+    def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
+        """Return scores, float64 on the CPU; None for a member that needs none."""
+        return None
+
+    @abstractmethod
+    def choose(self, depth: int, count: int, scores: Tensor | None) -> Sequence[int]:
+        """Return the ``count`` of ``depth`` blocks that stay, ascending; ``count`` < ``depth``."""
+
+
+def keep_count(depth: int, ratio: float) -> int:
+    """Return how many of ``depth`` blocks stay when the share ``ratio`` is deleted: at least one."""
+    return max(1, depth - int(depth * ratio + 1e-9))
+
+
+def kept_blocks(scores: Tensor, deleted: int) -> tuple[int, ...]:
+    """Return the indices that stay, ascending, when the ``deleted`` lowest scores go; ties delete the lower index.
+
+    Args:
+        scores: (blocks,).
+        deleted: How many go.
+    """
+    gone = set(scores.sort(stable=True).indices[:deleted].tolist())
+    return tuple(i for i in range(len(scores)) if i not in gone)

@@ -1,0 +1,176 @@
+"""`python -m fedproxy.compress`: what it leaves, that fit goes on from it, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from fedproxy.config import load_config
+from fedproxy.data.assets import resolve
+from fedproxy.errors import CheckpointError, ConfigError, DataError, ModelError
+from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.run import compress_only, run
+from fedproxy.reporting import RunReport
+from tests.strategies.compression.architectures import small_model
+
+SMALL = (
+    "recipe=fedproxy_tiny",
+    "data.rows_per_task=16",
+    "client.batch_size=8",
+    "federation.rounds=1",
+    "evaluation.models=[]",
+)
+
+
+def compress(folder, *overrides):
+    return compress_only(load_config([*SMALL, f"output_dir={folder}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compress") / "out"
+    return compress(folder), folder
+
+
+def test_it_leaves_a_proxy_a_map_a_plot_and_a_report(compressed):
+    report, folder = compressed
+    layer_map = json.loads((folder / "server/layer_map.json").read_text())
+    assert len(layer_map["proxy_to_target"]) == 3
+    assert layer_map["target_sha256"] == state_sha256(load_model(resolve("asset:tiny-llama")))
+    proxy = AutoModelForCausalLM.from_pretrained(folder / "proxy")
+    assert proxy.config.num_hidden_layers == 3
+    assert (folder / "block_influence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not (folder / "rounds.jsonl").exists()
+    saved = RunReport.load(folder)
+    assert saved.fidelity == report.fidelity
+    assert saved.fidelity.kl > 0
+    assert saved.fidelity.tokens > 100
+    assert saved.fidelity.proxy_perplexity > 1
+    assert (saved.cost.target_parameters, saved.cost.proxy_parameters) == (
+        report.cost.target_parameters,
+        sum(parameter.numel() for parameter in proxy.parameters()),
+    )
+    assert len(saved.compression.scores) == 6
+    assert list(saved.compression.kept) == layer_map["proxy_to_target"]
+
+
+def test_the_pages_show_fidelity_and_what_was_removed(compressed):
+    _, folder = compressed
+    kept = json.loads((folder / "server/layer_map.json").read_text())["proxy_to_target"]
+    removed = ", ".join(str(block) for block in range(6) if block not in kept)
+    page = (folder / "report.html").read_text()
+    assert "Fidelity of the proxy" in page
+    assert f"Removed: {removed}." in page
+    assert "| perplexity" in (folder / "report.md").read_text()
+
+
+def test_nothing_in_the_proxy_names_the_target(compressed):
+    _, folder = compressed
+    secrets = [b"tiny-llama", b"tiny_llama", b"proxy_to_target", b"base_model", b"/cache/", b"chat_template"]
+    secrets.append(json.loads((folder / "server/layer_map.json").read_text())["target_sha256"].encode())
+    for path in (folder / "proxy").rglob("*"):
+        assert not [secret for secret in secrets if secret in path.read_bytes()], path
+
+
+def test_fit_goes_on_from_it(compressed):
+    _, folder = compressed
+    before = state_sha256(load_model(folder / "proxy"))
+    report = run(load_config([*SMALL, "resume=auto", f"output_dir={folder}"]))
+    assert len(report.rounds) == 1
+    assert report.fidelity is not None
+    assert state_sha256(load_model(folder / "proxy")) == before
+
+
+@pytest.mark.parametrize("compressor", ["name=random", "name=ffn_width", "name=cluster compression.share=true"])
+def test_other_compressors_and_another_family_go_through_the_same_door(tmp_path, compressor):
+    model = small_model("gpt2" if "ffn" in compressor else "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(resolve("asset:tiny-llama"))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(tmp_path / "secret-llm")
+    tokenizer.save_pretrained(tmp_path / "secret-llm")
+    words = [f"compression.{word}".replace("compression.compression", "compression") for word in compressor.split()]
+    report = compress(tmp_path / "out", f"target.path={tmp_path / 'secret-llm'}", *words)
+    assert report.fidelity.kl > 0
+    assert len(report.compression.scores) == 6  # taken for the plot, although the rule needs none
+    for path in (tmp_path / "out" / "proxy").rglob("*"):
+        assert b"secret" not in path.read_bytes(), path
+    share = report.exposure.disclosed_parameter_share
+    assert share < 1
+    proxy = load_model(tmp_path / "out" / "proxy")
+    assert proxy.config.num_hidden_layers == (3 if "random" in compressor else 6)
+
+
+def refuse(error, message, folder, *overrides):
+    with pytest.raises(error, match=message) as caught:
+        compress(folder, *overrides)
+    assert "\n" not in str(caught.value)
+    assert not folder.exists(), sorted(folder.rglob("*"))
+
+
+def test_bad_options_are_one_line_before_anything_is_written(tmp_path):
+    folder = tmp_path / "out"
+    refuse(ConfigError, r"^compression.ratio must be in \[0, 1\), got 1.0$", folder, "compression.ratio=1.0")
+    refuse(
+        ConfigError,
+        r"^compression.ratio=0.99 of the parameters would remove all 6 blocks",
+        folder,
+        "compression.ratio=0.99",
+        "compression.ratio_of=parameters",
+    )
+    refuse(
+        ConfigError,
+        r"^compression.keep names block 6, but the target has blocks 0 to 5$",
+        folder,
+        "compression.keep=[0,6]",
+    )
+    refuse(ConfigError, r"^compression.keep must be ascending block indices", folder, "compression.keep=[2,1]")
+    refuse(ConfigError, r"did you mean 'angular'", folder, "compression.name=angullar")
+
+
+def test_a_model_that_is_no_decoder_is_one_line(tmp_path):
+    config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    refuse(ModelError, r"encoder-decoder model \(t5\)", tmp_path / "out", f"target.path={tmp_path / 't5'}")
+
+
+def test_a_tokenizer_of_another_vocabulary_is_one_line(tmp_path):
+    small_model("llama").save_pretrained(tmp_path / "llm")  # 61 tokens
+    AutoTokenizer.from_pretrained(resolve("asset:tiny-llama")).save_pretrained(tmp_path / "llm")
+    message = r"llm: the tokenizer has tokens up to id \d+, the model's vocabulary 61 entries; put the model's own"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
+
+
+def test_calibration_text_without_text_is_one_line(tmp_path):
+    texts = tmp_path / "empty.jsonl"
+    texts.write_text("")
+    refuse(DataError, r"empty.jsonl", tmp_path / "out", f"compression.calibration.path={texts}")
+    texts.write_text('{"text": "the only one there is"}\n')
+    few = (f"compression.calibration.path={texts}", "compression.calibration.rows=1")
+    refuse(DataError, r"holds 1 texts and compression reads 1; add some", tmp_path / "out", *few)
+
+
+@pytest.mark.parametrize("name", ["proxy", "layer_map.json", "block_influence.png"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name):
+    import os
+
+    def full(self, target):
+        if Path(target).name == name:
+            raise OSError(28, "No space left on device")
+        os.rename(self, target)
+
+    def full_replace(source, target):
+        full(source, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(os, "replace", full_replace)
+    refuse(CheckpointError, r"(cannot be written|cannot write).*No space left on device", tmp_path / "out")
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("do not lose")
+    with pytest.raises(ConfigError, match="holds files that are no run"):
+        compress(tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose"
