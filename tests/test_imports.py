@@ -22,6 +22,7 @@ ALLOWED = {
     "reporting": (*FOUNDATION, "reporting"),
     "config": (*STRATEGIES, "federation", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
+    "comparison": ("errors", "plain_json", "reporting", "config", "pipeline", "comparison"),
 }
 
 
@@ -69,7 +70,7 @@ def test_nothing_loads_remote_code_or_pickles():
     assert "torch.load" not in sources
 
 
-@pytest.mark.parametrize("command", ["fit", "compress", "assets", "recipes", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["fit", "compare", "compress", "assets", "recipes", "evaluate", "report"])
 def test_help_answers_at_once_with_examples(command):
     started = time.perf_counter()
     done = subprocess.run(

@@ -11,6 +11,7 @@ from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.models import load_model, placed
 from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.sharing import evaluation_key
 from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies
 from fedproxy.plain_json import write_json
@@ -89,17 +90,23 @@ def _score(
     run: Run, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
 ) -> dict[str, Any]:
     evaluation = run.config.evaluation
-    with run.display.counter(f"evaluating {name}") as advance, placed(model, run.device):
-        result: EvaluationResult = evaluate_model(
-            model,
-            tokenizer,
-            run.config.evaluation_tasks,
-            limit=evaluation.limit,
-            num_fewshot=evaluation.num_fewshot,
-            batch_tokens=evaluation.batch_tokens,
-            seed=evaluation.seed,
-            progress=advance,
-        )
+
+    def score() -> EvaluationResult:
+        with run.display.counter(f"evaluating {name}") as advance, placed(model, run.device):
+            return evaluate_model(
+                model,
+                tokenizer,
+                run.config.evaluation_tasks,
+                limit=evaluation.limit,
+                num_fewshot=evaluation.num_fewshot,
+                batch_tokens=evaluation.batch_tokens,
+                seed=evaluation.seed,
+                progress=advance,
+            )
+
+    shared = run.shared
+    key = evaluation_key(run, model, tokenizer, settings) if shared else None
+    result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
     kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds}
     write_json(scores_file(run.folder, name), kept)

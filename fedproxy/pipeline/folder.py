@@ -86,7 +86,7 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path) -
     Raises:
         ConfigError: Naming the first key that differs, with both values.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     for key in sorted(before.keys() | after.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in _FREE):
             continue
@@ -100,14 +100,15 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path) -
             )
 
 
-def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return a nested mapping as one level, ``federation.rounds`` to 3 and so on."""
+    found: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.realignment import check_realignment
+from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate, one_device
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out, validation_report
@@ -50,8 +51,13 @@ RESUME_HINT = "go on with the same command and resume=auto"
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
 
-def run(config: RunConfig, display: Display | None = None) -> RunReport:
+def run(config: RunConfig, display: Display | None = None, shared: SharedWork | None = None) -> RunReport:
     """Do everything a recipe says and return the report; a finished run is only read.
+
+    Args:
+        config: The recipe.
+        display: Where progress is shown.
+        shared: What this run may take over from runs that did the same, and leaves to others.
 
     Raises:
         FedProxyError: If something that a user, a client or a file causes ends the run. The report then says
@@ -66,7 +72,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     folder = RunFolder(config.output_dir)
     folder.open(config)
-    current = Run(config, folder, display)
+    current = Run(config, folder, display, shared)
     if current.facts.get("finished") == _goal(config) and folder.report.is_file():
         display.say("this run is finished; nothing left to do")
         return RunReport.load(folder.report)
@@ -75,7 +81,7 @@ def run(config: RunConfig, display: Display | None = None) -> RunReport:
     try:
         clients = _clients(current)
         questions = held_out(config, clients)
-        compress(current, clients)
+        _compress(current, clients)
         check_vocabulary(current)
         model, progress = federate(current, clients, questions)
         tuned = fuse(current, model, progress, clients)
@@ -239,6 +245,13 @@ def _clients(current: Run) -> dict[str, list[Row]]:
     sizes = ", ".join(f"{name} {len(rows)}" for name, rows in clients.items())
     current.display.say(f"{len(clients)} clients ({sizes} rows); distance from the pooled data by {figures}")
     return clients
+
+
+def _compress(current: Run, clients: dict[str, list[Row]]) -> None:
+    if current.shared is None:
+        compress(current, clients)
+    else:
+        current.shared.compress(current, clients, lambda: compress(current, clients))
 
 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:

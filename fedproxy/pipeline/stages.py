@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,6 +35,9 @@ from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.trainable.base import TrainableModel
 
+if TYPE_CHECKING:
+    from fedproxy.pipeline.sharing import SharedWork
+
 
 @dataclass
 class Run:
@@ -43,6 +46,8 @@ class Run:
     config: RunConfig
     folder: RunFolder
     display: Display
+    shared: "SharedWork | None" = None
+    """Work of other runs that this one may take over; None does everything itself."""
 
     def __post_init__(self) -> None:
         self._facts = self.folder.server / "facts.json"

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -28,7 +28,12 @@ def to_html(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDif
     """
     plain = type(report).from_dict(report.to_dict())
     plots = draw_plots(plain)
-    return _environment().get_template("report.html.j2").render(view=build_view(plain, folder, paired), plots=plots)
+    return render("report.html.j2", view=build_view(plain, folder, paired), plots=plots)
+
+
+def render(template: str, **content: Any) -> str:
+    """Return a page of ``templates/``; values are escaped, plots are not."""
+    return _environment().get_template(template).render(**content)
 
 
 def cell(text: str) -> Markup:

@@ -1,4 +1,4 @@
-"""report.html in a real browser: headless Chromium at desktop and phone width, in light, dark and on paper."""
+"""report.html and comparison.html in headless Chromium: at desktop and phone width, in light, dark and on paper."""
 
 import html
 import re
@@ -9,6 +9,9 @@ import zlib
 
 import pytest
 
+from fedproxy.reporting.comparison.pages import write_comparison
+
+from .comparison.comparison_samples import make_comparison, make_runs
 from .report_samples import full_report, save_samples
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -18,6 +21,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]  # fmt: skip
 SIZES = {"desktop": 1280, "phone": 390}
+PLOTS = {"report": 5, "comparison": 6}
 
 pytestmark = [
     pytest.mark.browser,
@@ -25,9 +29,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
+@pytest.fixture(scope="module", params=PLOTS)
+def page(request, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "a-run"
+    if request.param == "comparison":
+        runs = make_runs(run)
+        return write_comparison(make_comparison(runs), runs, run)[1]
     save_samples(run)
     full_report().save(run)
     return run / "report.html"
@@ -86,7 +93,7 @@ def test_no_console_error_no_request_and_nothing_sticks_out(chromium, page, tmp_
     assert client == width
     assert scroll <= client
     assert wide == 0
-    assert plots == 5
+    assert plots == PLOTS[page.stem]
     assert requests == 0
     assert narrowest >= 280  # drawn at 317 CSS pixels (4.4 inches at 72): text keeps about its size
 

@@ -1,0 +1,181 @@
+"""The runs of a comparison: what has a record is not repeated, what was killed goes on, what fails is told."""
+
+import gc
+import shutil
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedproxy.comparison.arguments import Method, Study
+from fedproxy.config import RunConfig, load_config, to_dict
+from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.folder import RunFolder, flat, read_json
+from fedproxy.pipeline.run import run
+from fedproxy.pipeline.sharing import SharedWork
+from fedproxy.plain_json import plain, write_text
+from fedproxy.reporting.comparison.records import Record
+from fedproxy.reporting.run_report import RunReport
+
+_FREE = {"output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
+_FREE_KEYS = {"trainer.devices", "evaluation.batch_tokens"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a method under a seed."""
+
+    method: Method
+    seed: int
+    config: RunConfig
+    record: Path
+    """Where its record is kept."""
+
+    @property
+    def name(self) -> str:
+        """How lines and errors call it."""
+        return f"{self.method.label}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    cell: Cell
+    record: Record | None
+    error: str | None = None
+    """One line on why there is no record; None where the run has not been tried."""
+
+
+def cells(study: Study) -> list[Cell]:
+    """Return every run of a study, seed by seed, with its whole configuration.
+
+    Raises:
+        ConfigError: If a recipe or an override cannot be used; the line names the method.
+    """
+    return [make_cell(study, method, seed) for seed in study.seeds for method in study.methods]
+
+
+def make_cell(study: Study, method: Method, seed: int, *, changes: Sequence[str] = (), part: str = "") -> Cell:
+    """Return one run.
+
+    Args:
+        study: Where its files go.
+        method: What is run.
+        seed: Its seed.
+        changes: Further ``key=value`` words.
+        part: Names the run apart from the method's own one.
+    """
+    place = study.work_dir / "runs" / f"{method.label}{part}" / f"seed_{seed}"
+    words = [*method.arguments, *changes, f"seed={seed}", f"output_dir={place}", "resume=auto", "overwrite=false"]
+    try:
+        config = load_config(words)
+    except ConfigError as error:
+        raise ConfigError(f"{method.label}: {error}") from None
+    return Cell(method, seed, config, study.output_dir / "records" / f"{method.label}{part}" / f"seed_{seed}.json")
+
+
+def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcome]:
+    """Do every run that has no record yet, one after another.
+
+    A run that fails leaves its error, and its folder to go on from; all others are done.
+
+    Raises:
+        ConfigError: If a record was made under another configuration, before anything is run.
+    """
+    found = [_recorded(cell) for cell in todo]
+    if study.only_report:
+        return [Outcome(cell, record) for cell, record in zip(todo, found, strict=True)]
+    shared = SharedWork(study.work_dir / "shared")
+    outcomes = []
+    for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):
+        display.say(f"[{number}/{len(todo)}] {cell.name}{': finished before' if record else ''}")
+        outcomes.append(Outcome(cell, record) if record else _done(cell, shared, study, display))
+    return outcomes
+
+
+@contextmanager
+def only_one(study: Study) -> Iterator[None]:
+    """Keep two comparisons from writing into one folder at a time.
+
+    Raises:
+        ConfigError: If another one is at work there.
+        CheckpointError: If the folder cannot be written.
+    """
+    try:
+        study.work_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(study.work_dir / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(f"work_dir {study.work_dir}: another comparison is running there; wait for it") from None
+    except OSError as error:
+        raise CheckpointError(f"work_dir {study.work_dir} cannot be written ({error}); choose another") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _recorded(cell: Cell) -> Record | None:
+    """Return the record of an equal run, or None where there is none.
+
+    Settings that only one of both knows are passed over: options come and go between versions.
+    """
+    if not cell.record.is_file():
+        return None
+    record = Record.load(cell.record)
+    before, after = _compared(record.config), _compared(plain(to_dict(cell.config)))
+    for key in sorted(before.keys() & after.keys()):
+        if before[key] != after[key]:
+            raise ConfigError(
+                f"{cell.record} was made with {key}={before[key]!r}, and it is {after[key]!r} now; delete the record "
+                f"to run it again, or choose another output_dir"
+            )
+    return record
+
+
+def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a record's run must share."""
+    kept = {key: value for key, value in config.items() if key not in _FREE}
+    return {key: value for key, value in flat(kept).items() if key not in _FREE_KEYS}
+
+
+def _done(cell: Cell, shared: SharedWork, study: Study, display: Display) -> Outcome:
+    folder = RunFolder(cell.config.output_dir)
+    try:
+        report = run(cell.config, display, shared)
+        config = to_dict(cell.config)
+        record = Record.of_run(
+            folder.root, cell.method.label, config, report, examples_seen(folder, cell.config, report)
+        )
+        record.save(cell.record)
+    except FedProxyError as error:
+        return _failed(cell, str(error), display)
+    except Exception as error:  # a defect in one method must not lose the other methods' hours
+        write_text(folder.root.with_name(f"{folder.root.name}.traceback.txt"), traceback.format_exc())
+        return _failed(cell, f"{type(error).__name__}: {error}", display)
+    finally:
+        gc.collect()
+    if not study.keep_runs:
+        shutil.rmtree(folder.root, ignore_errors=True)
+    return Outcome(cell, record)
+
+
+def _failed(cell: Cell, error: str, display: Display) -> Outcome:
+    line = " ".join(error.split())
+    display.say(f"{cell.name} failed: {line}")
+    return Outcome(cell, None, line)
+
+
+def examples_seen(folder: RunFolder, config: RunConfig, report: RunReport) -> int | None:
+    """Return how many rows training saw: those of every round's clients, as often as an epoch passes them."""
+    partition = read_json(folder.partition)
+    if partition is None:
+        return None
+    rows = {name: len(keys) for name, keys in partition["clients"].items()}
+    return config.client.epochs * sum(rows[name] for line in report.rounds for name in line.clients)

@@ -1,0 +1,221 @@
+"""The comparison's plots: accuracy against bytes, loss per round, conflict and cosines, Block Influence."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from fedproxy.reporting import formatting as show
+from fedproxy.reporting.comparison.analysis import Analysis
+from fedproxy.reporting.comparison.answers import METRICS
+from fedproxy.reporting.comparison.records import Record
+from fedproxy.reporting.comparison.tables import sent
+from fedproxy.reporting.plots import draw_plots
+from fedproxy.reporting.round_tables import mean_of
+from fedproxy.reporting.run_report import RoundReport
+from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MIB = 2**20
+_DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
+_NUMBERED_CELLS = 12
+Runs = Mapping[str, Sequence[Record]]
+Curve = Sequence[tuple[int, float | None]]
+
+
+def comparison_plots(found: Analysis, runs: Runs) -> list[Plot]:
+    """Return every plot that the runs have data for; rounds are those of each method's first seed."""
+    rounds = {label: records[0].report.rounds for label, records in runs.items() if records}
+    drawn = [_accuracy_against_bytes(found), _losses(rounds), _validation(rounds), _conflict(rounds)]
+    drawn += [_cosine(label, lines) for label, lines in rounds.items() if label in (found.reference, _first(rounds))]
+    return [one for one in [*drawn, _block_influence(runs)] if one is not None]
+
+
+def _first(rounds: Mapping[str, Sequence[RoundReport]]) -> str | None:
+    """Return the first method whose rounds know cosines."""
+    return next((label for label, lines in rounds.items() if any(line.cosine is not None for line in lines)), None)
+
+
+def _accuracy_against_bytes(found: Analysis) -> Plot | None:
+    points = [
+        (row.label, (sent(row) or 0) / _MIB, 100 * row.scores["mean"].value, row.scores["mean"].stderr_questions)
+        for row in found.methods
+        if sent(row) and row.label != found.ceiling
+    ]
+    if not points:
+        return None
+    lines = [("zero-shot", 100 * found.zero_shot["mean"].value)]
+    lines += [(row.label, 100 * row.scores["mean"].value) for row in found.methods if row.label == found.ceiling]
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        for label, height in lines:
+            axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+            place: dict[str, Any] = {"xy": (1, height), "xycoords": ("axes fraction", "data")}
+            axes.annotate(label, **place, ha="right", va="bottom", fontsize=8, color=INK)
+        for number, (_, x, y, error) in enumerate(points):
+            color = SERIES[1 + number % (len(SERIES) - 1)]
+            axes.errorbar([x], [y], yerr=[100 * (error or 0.0)], fmt="o", color=color, ecolor=FAINT, markersize=5)
+        low, high = axes.get_ylim()
+        heights = _apart([y for _, _, y, _ in points], (high - low) * 0.055)
+        for (label, x, _, _), height in zip(points, heights, strict=True):
+            axes.annotate(
+                label, (x, height), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.35)
+        axes.set_xlabel("sent by all clients and rounds, both ways, MiB (log scale)")
+        axes.set_ylabel("mean accuracy, per cent")
+
+    words = "; ".join(f"{label} {x:.1f} MiB, {y:.1f} %" for label, x, y, _ in points)
+    levels = "; ".join(f"{label} {height:.1f} %" for label, height in lines)
+    return plot("Accuracy against bytes", f"Points. {words}. Levels: {levels}.", draw, height=3.6)
+
+
+def _apart(heights: Sequence[float], least: float) -> list[float]:
+    """Return label heights in the same order, at least ``least`` apart."""
+    placed = list(heights)
+    order = sorted(range(len(placed)), key=placed.__getitem__)
+    for lower, upper in pairwise(order):
+        placed[upper] = max(placed[upper], placed[lower] + least)
+    return placed
+
+
+def _losses(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
+    curves = {label: [(line.round, mean_of(line.train_loss)) for line in lines] for label, lines in rounds.items()}
+    return _curves("Training loss per round", "loss, nats per answer token", curves)
+
+
+def _validation(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
+    """Return mean accuracy per round on validation rows, where the recipes ask for it."""
+    for metric in METRICS:
+        curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
+        drawn = _curves("Validation accuracy per round", f"mean {metric}, 0 to 1", curves)
+        if drawn is not None:
+            return drawn
+    return None
+
+
+def _validated(line: RoundReport, metric: str) -> float | None:
+    means = (dataclasses.asdict(line).get("validation") or {}).get("mean") or {}
+    value: float | None = means.get(metric)
+    return value
+
+
+def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
+    curves = {label: curve for label, curve in curves.items() if any(value is not None for _, value in curve)}
+    if not curves:
+        return None
+
+    def draw(axes: "Axes") -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        for number, (label, curve) in enumerate(curves.items()):
+            style = _DASHES[number // len(SERIES) % len(_DASHES)]
+            known = [(x, y) for x, y in curve if y is not None]
+            xs, ys = [x for x, _ in known], [y for _, y in known]
+            axes.plot(
+                xs, ys, color=SERIES[number % len(SERIES)], linestyle=style, marker="o", markersize=3, label=label
+            )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_xlabel("round")
+        axes.set_ylabel(unit)
+        axes.legend(
+            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=7, labelcolor=INK,
+            borderaxespad=0.2, borderpad=0, handlelength=1.6, columnspacing=1.0, handletextpad=0.5,
+        )  # fmt: skip
+
+    words = "; ".join(f"{label}: {_values(curve)}" for label, curve in curves.items())
+    return plot(title, f"Lines. {words}.", draw, height=2.9 + 0.16 * (len(curves) // 3))
+
+
+def _values(curve: Curve) -> str:
+    return ", ".join(f"round {number} {show.fixed(value)}" for number, value in curve)
+
+
+def _conflict(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
+    known = {
+        label: {line.round: line.conflict_mean for line in lines if line.conflict_mean is not None}
+        for label, lines in rounds.items()
+    }
+    known = {label: values for label, values in known.items() if values}
+    if not known:
+        return None
+    columns = sorted({number for values in known.values() for number in values})
+    matrix = [[values.get(number) for number in columns] for values in known.values()]
+    words = "; ".join(f"{label}: {_values(list(values.items()))}" for label, values in known.items())
+
+    def draw(axes: "Axes") -> None:
+        _heat_map(axes, matrix, "Oranges", low=0.0, columns=[str(number) for number in columns], rows=list(known))
+        axes.set_xlabel("round; 0 all agree, 1 full conflict")
+
+    return plot(
+        "Conflict between clients, by method", f"Heat map, 0 to 1. {words}.", draw, height=1.1 + 0.3 * len(known)
+    )
+
+
+def _cosine(label: str, lines: Sequence[RoundReport]) -> Plot | None:
+    known = [line for line in lines if line.cosine is not None and len(line.clients) > 1]
+    if not known:
+        return None
+    last = known[-1]
+    matrix, names = [list(row) for row in last.cosine or ()], list(last.clients)
+    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
+    words = "; ".join(f"{names[j]} and {names[i]} {show.fixed(matrix[i][j], 2)}" for i, j in pairs[:66])
+
+    def draw(axes: "Axes") -> None:
+        _heat_map(axes, matrix, "RdBu", low=-1.0, columns=names, rows=names)
+        axes.set_xlabel("blue: same direction, red: opposite")
+
+    title = f"Cosine of client updates, {label}, round {last.round}"
+    return plot(title, f"Heat map, 1 same and -1 opposite direction. {words}.", draw, height=3.7)
+
+
+def _heat_map(
+    axes: "Axes",
+    matrix: Sequence[Sequence[float | None]],
+    colors: str,
+    *,
+    low: float,
+    columns: Sequence[str],
+    rows: Sequence[str],
+) -> None:
+    """Draw numbers from ``low`` to 1 as coloured cells, with the numbers in them where they are few."""
+    from matplotlib import colormaps
+
+    def paint(value: float | None) -> tuple[float, float, float, float]:
+        share = 0.0 if value is None else (max(low, min(1.0, value)) - low) / (1.0 - low)
+        found: tuple[float, float, float, float] = colormaps[colors](0.08 + 0.84 * share)
+        return (1.0, 1.0, 1.0, 0.0) if value is None else found
+
+    painted = [[paint(value) for value in row] for row in matrix]
+    axes.imshow(painted, interpolation="nearest", aspect="auto")
+    few = max(len(rows), len(columns)) <= _NUMBERED_CELLS
+    for i, row in enumerate(matrix if few else ()):
+        for j, value in enumerate(row):
+            red, green, blue, _ = painted[i][j]
+            ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
+            axes.text(
+                j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=INK if value is None else ink
+            )
+    long = max(len(name) for name in columns) > 3
+    turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}
+    axes.set_xticks(range(len(columns)), columns, fontsize=8, **turn)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _block_influence(runs: Runs) -> Plot | None:
+    """Return the plot of the first run that measured it: all runs measure the same target."""
+    reports = (record.report for records in runs.values() for record in records)
+    report = next((report for report in reports if report.compression and report.compression.scores), None)
+    drawn = draw_plots(report) if report else []
+    return next((one for one in drawn if one.title == "Block Influence"), None)

@@ -1,0 +1,157 @@
+"""What stays of one run of a comparison: its configuration, its report and its answers, in one small file.
+
+A record is all that the comparison's pages need, so that a study can be finished in parts, its records committed and
+its run folders deleted.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedproxy.errors import CheckpointError, EvaluationError
+from fedproxy.plain_json import plain, write_text
+from fedproxy.reporting.run_report import RunReport
+from fedproxy.reporting.samples import Evaluation, kept_models, load_evaluation
+from fedproxy.reporting.schema import SchemaError, decode
+
+SCHEMA_VERSION = 1
+_METRICS = ("acc", "acc_norm", "answer_nll")
+_DIGITS = 6
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One model's answers to one task, questions in the order of their keys."""
+
+    settings: Mapping[str, Any]
+    """Task version, number of examples shown, hash of the task's configuration, lm-eval's version."""
+    questions_sha256: str
+    """Hash of the questions' keys and prompts: equal hashes mean that the answers pair up."""
+    values: Mapping[str, Sequence[float]]
+    """Metric to one number per question: ``acc``, ``acc_norm``, ``answer_nll``, as far as every question has it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished run."""
+
+    method: str
+    """Its row in the comparison."""
+    seed: int
+    config: Mapping[str, Any]
+    """The whole configuration, as in config.yaml."""
+    report: RunReport
+    answers: Mapping[str, Mapping[str, Answers]] = field(default_factory=dict)
+    """Model to task to answers."""
+    examples: int | None = None
+    """Rows seen in training, all clients, rounds and epochs."""
+
+    @classmethod
+    def of_run(
+        cls, run: str | Path, method: str, config: Mapping[str, Any], report: RunReport, examples: int | None
+    ) -> "Record":
+        """Return the record of the finished run in the folder ``run``.
+
+        Raises:
+            EvaluationError: If its samples cannot be read.
+        """
+        answers = {model: _answers(load_evaluation(run, model)) for model in kept_models(run)}
+        return cls(method, report.run.seed, plain(config), RunReport.from_dict(report.to_dict()), answers, examples)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the record as JSON, whole or not at all."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "method": self.method,
+            "seed": self.seed,
+            "examples": self.examples,
+            "config": self.config,
+            "report": self.report.to_dict(),
+        }
+        lines = [f"{json.dumps(key)}: {_json(value)}" for key, value in content.items()]
+        models = [
+            f"{json.dumps(model)}: {{\n"
+            + ",\n".join(f"{json.dumps(task)}: {_json(own)}" for task, own in tasks.items())
+            for model, tasks in self.answers.items()
+        ]
+        lines.append('"answers": {' + "".join(f"\n{model}\n}}," for model in models).removesuffix(",") + "}")
+        return write_text(path, "{" + ",\n".join(lines) + "}\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Record":
+        """Read a record.
+
+        Raises:
+            CheckpointError: If it cannot be read or is none.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema_version"] != SCHEMA_VERSION:
+                raise SchemaError(f"schema_version must be {SCHEMA_VERSION}, got {data['schema_version']!r}")
+            RunReport.from_dict(data["report"], str(path))  # its own rules, and its own words where one is broken
+            return decode(cls, data)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is no record of a run ({error}); delete it to run that again") from None
+
+
+def _answers(evaluation: Evaluation) -> dict[str, Answers]:
+    found = {}
+    for task, questions in evaluation.questions.items():
+        keys = sorted(questions)
+        metrics = [metric for metric in _METRICS if all(questions[key].get(metric) is not None for key in keys)]
+        digest = hashlib.sha256("".join(f"{key}\x00{questions[key].get('prompt_hash')}\x00" for key in keys).encode())
+        values = {metric: tuple(_short(questions[key][metric]) for key in keys) for metric in metrics}
+        found[task] = Answers(evaluation.settings[task], digest.hexdigest(), values)
+    return found
+
+
+def _short(value: float) -> float:
+    return int(value) if value == int(value) else round(float(value), _DIGITS)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(plain(dataclasses.asdict(value) if isinstance(value, Answers) else value), allow_nan=False)
+
+
+def require_same_questions(records: Mapping[str, Record]) -> None:
+    """Refuse records of runs that asked different questions, asked them differently, or learned from other rows.
+
+    Args:
+        records: By the name that an error calls them.
+
+    Raises:
+        EvaluationError: One line that names two records and what differs.
+    """
+    first: dict[str, tuple[str, Answers]] = {}
+    rows: dict[int, tuple[str, Any]] = {}
+    target: tuple[str, Any] | None = None
+    for name, record in records.items():
+        origin = record.report.provenance
+        known = rows.setdefault(record.seed, (name, origin.data_sha256))
+        _require_equal("data_sha256", name, origin.data_sha256, known)
+        target = target or (name, origin.target_sha256)
+        _require_equal("target_sha256", name, origin.target_sha256, target)
+        for tasks in record.answers.values():
+            for task, own in tasks.items():
+                other, before = first.setdefault(task, (name, own))
+                for key in sorted(own.settings.keys() | before.settings.keys()):
+                    pair = own.settings.get(key), (other, before.settings.get(key))
+                    _require_equal(f"{key} of {task}", name, *pair)
+                _require_equal(f"questions of {task}", name, own.questions_sha256, (other, before.questions_sha256))
+
+
+def _require_equal(what: str, name: str, value: Any, known: tuple[str, Any]) -> None:
+    if value != known[1]:
+        raise EvaluationError(
+            f"{known[0]} and {name} cannot be compared: {what} is {_brief(known[1])} and {_brief(value)}; "
+            "delete one of the two records to run it again"
+        )
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text

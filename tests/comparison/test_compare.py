@@ -1,0 +1,170 @@
+"""A comparison as a whole: what it leaves, what it repeats and what it survives."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fedproxy.comparison import execution
+from fedproxy.comparison.arguments import read_study
+from fedproxy.comparison.compare import compare
+from fedproxy.comparison.execution import only_one
+from fedproxy.errors import CheckpointError, ClientError, ConfigError
+from fedproxy.reporting.comparison.records import Record
+
+from .conftest import SMALL, table
+
+
+def test_it_leaves_four_files_and_a_record_per_run(finished):
+    result, folder = finished
+    assert result.failed == []
+    assert [path.name for path in result.files] == [f"comparison.{kind}" for kind in ("md", "html", "json", "csv")]
+    assert sorted(path.parent.name for path in folder.glob("records/*/seed_7.json")) == ["fedavg", "h_ties"]
+    content = json.loads((folder / "comparison.json").read_text())
+    assert [row["label"] for row in content["analysis"]["methods"]] == ["h_ties", "fedavg"]
+    assert content["questions"] == 12  # two tasks of six
+    # two clients with eight rows each, one round of one epoch
+    assert {row["cost"]["examples"] for row in content["analysis"]["methods"]} == {16}
+    assert content["settings"]["fedavg"]["aggregator.name"] == "fedavg"
+
+
+def test_scores_are_those_of_the_runs_own_reports(finished):
+    result, folder = finished
+    for row in result.comparison.analysis.methods:
+        report = json.loads((folder / "work/runs" / row.label / "seed_7/report.json").read_text())
+        for task in ("tiny_sums", "mean"):
+            assert row.scores[task].value == pytest.approx(report["scores"]["fused"][task]["acc_norm"])
+            assert row.scores[task].stderr_questions == pytest.approx(
+                report["scores"]["fused"][task]["acc_norm_stderr"]
+            )
+
+
+def test_finished_runs_are_not_repeated_and_the_table_stays(finished, compare_tiny, monkeypatch):
+    _, folder = finished
+    before = table(folder)
+    monkeypatch.setattr(execution, "run", lambda *_: pytest.fail("a finished run was repeated"))
+    compare_tiny(folder, "seeds=[7]")
+    assert table(folder) == before
+
+
+def test_the_same_seeds_give_the_same_table(finished, compare_tiny, tmp_path):
+    compare_tiny(tmp_path / "again", "seeds=[7]")
+    assert table(tmp_path / "again") == table(finished[1])
+    assert not (tmp_path / "again/work/runs/h_ties/seed_7").exists()  # models are not kept unless asked for
+    assert (tmp_path / "again/records/h_ties/seed_7.json").is_file()
+
+
+def test_records_alone_are_enough_and_another_setting_is_refused(finished, compare_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(execution, "run", lambda *_: pytest.fail("nothing was to be run"))
+    shutil.copytree(finished[1] / "records", tmp_path / "records")
+    compare_tiny(tmp_path, "seeds=[7]", "only_report=true")
+    assert table(tmp_path) == table(finished[1])
+    with pytest.raises(
+        ConfigError, match=r"seed_7.json was made with client.lr=0.01, and it is 0.5 now; delete the record"
+    ):
+        compare_tiny(tmp_path, "seeds=[7]", "client.lr=0.5")
+    with pytest.raises(CheckpointError, match="there is no finished run to compare; run the study first"):
+        compare_tiny(tmp_path / "empty", "only_report=true")
+
+
+def test_one_failure_is_told_and_the_rest_goes_on(finished, compare_tiny, tmp_path, monkeypatch):
+    made = Record.load(finished[1] / "records/fedavg/seed_7.json")
+
+    def fail(config, *_):
+        raise ClientError("client 'x' failed\nin round 1") if "h_ties" in config.output_dir else RuntimeError("boom")
+
+    shutil.copytree(finished[1] / "records", tmp_path / "records")
+    shutil.rmtree(tmp_path / "records/h_ties")
+    monkeypatch.setattr(execution, "run", fail)
+    result = compare_tiny(tmp_path, "seeds=[7]", "reference=fedavg")
+    assert result.failed == ["h_ties, seed 7: client 'x' failed in round 1"]
+    assert [row.label for row in result.comparison.analysis.methods] == ["fedavg"]
+    assert result.comparison.analysis.methods[0].rounds == len(made.report.rounds)
+    assert "h_ties, seed 7, failed: client 'x' failed in round 1" in (tmp_path / "comparison.md").read_text()
+    shutil.rmtree(tmp_path / "records/fedavg")
+    with pytest.raises(
+        CheckpointError, match=r"there is no finished run to compare \(h_ties.*; fedavg, seed 7: Runtime"
+    ):
+        compare_tiny(tmp_path, "seeds=[7]")
+    assert "boom" in (tmp_path / "work/runs/fedavg/seed_7.traceback.txt").read_text()
+
+
+def test_the_commands_exit_code_says_that_a_run_failed(finished, recipes, tmp_path, monkeypatch, capsys):
+    from fedproxy.compare import main
+
+    shutil.copytree(finished[1] / "records", tmp_path / "records")
+    words = [recipes, *SMALL, f"output_dir={tmp_path}", "seeds=[7]"]
+    assert main(words) == 0
+    assert "| h_ties" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "records/h_ties")
+
+    def fail(*_):
+        raise ClientError("client 'x' failed")
+
+    monkeypatch.setattr(execution, "run", fail)
+    assert main(words) == 1
+    assert "failed: h_ties, seed 7: client 'x' failed" in capsys.readouterr().out
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execution, "run", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="go on with the same command"):
+        main(words)
+
+
+def test_two_comparisons_do_not_share_a_folder(compare_tiny, recipes, tmp_path):
+    study = read_study([recipes, f"output_dir={tmp_path}"])
+    with only_one(study), pytest.raises(ConfigError, match="another comparison is running there; wait for it"):
+        compare_tiny(tmp_path)
+
+
+def test_unfair_recipes_are_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "other.yaml").write_text("extends: fedproxy_tiny\ndata: {rows_per_task: 9}\n")
+    study = read_study([f"recipes=[fedproxy_tiny,{tmp_path}/other.yaml]", f"output_dir={tmp_path / 'out'}"])
+    with pytest.raises(ConfigError, match=r"data.rows_per_task: fedproxy_tiny has 256 and other has 9"):
+        compare(study)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_method_whose_parts_do_not_fit_is_refused_before_the_first_run(compare_tiny, tmp_path):
+    with pytest.raises(ConfigError, match=r"h_ties: .*aggregator 'krum' needs at least \d clients"):
+        compare_tiny(tmp_path / "out", "aggregator.name=krum", "regularizer.name=none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_in_the_middle_it_goes_on_without_repeating(finished, recipes, compare_tiny, tmp_path):
+    folder = tmp_path / "killed"
+    words = [recipes, *SMALL, f"output_dir={folder}", "reference=h_ties", "seeds=[7]"]
+    command = [sys.executable, "-m", "fedproxy.compare", *words]
+    with (tmp_path / "log").open("w") as log:
+        threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the tests have: sums in the same order
+        process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=threads)
+    first, deadline = folder / "records/h_ties/seed_7.json", time.monotonic() + 400
+    while not first.is_file():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, "no run was finished in time"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    stamp = first.stat().st_mtime_ns
+    assert not (folder / "records/fedavg/seed_7.json").exists()
+    compare_tiny(folder, "seeds=[7]")
+    assert first.stat().st_mtime_ns == stamp
+    assert table(folder) == table(finished[1])
+
+
+def test_a_second_table_at_equal_bytes(finished, compare_tiny, tmp_path):
+    # h_ties and fedavg send the same: one round each, and the second table is the first
+    shutil.copytree(finished[1] / "records", tmp_path / "records")
+    result = compare_tiny(tmp_path, "seeds=[7]", "equal_bytes=most")
+    second = result.comparison.equal_bytes
+    assert second.rounds == {"h_ties": 1, "fedavg": 1}
+    first = {row.label: row.scores for row in result.comparison.analysis.methods}
+    assert {row.label: row.scores for row in second.analysis.methods} == first
+    assert "## At equal bytes" in (tmp_path / "comparison.md").read_text()

@@ -1,0 +1,158 @@
+"""What runs share is, to the bit, what each would have made alone; and only where everything agrees."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedproxy.config import load_config
+from fedproxy.data.assets import resolve
+from fedproxy.models import load_model, load_tokenizer
+from fedproxy.pipeline.data import client_rows
+from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.run import run
+from fedproxy.pipeline.sharing import (
+    SharedWork,
+    evaluation_key,
+    file_sha256,
+    model_key,
+    proxy_key,
+    questions_sha256,
+)
+from fedproxy.pipeline.stages import Run
+
+SMALL = (
+    "recipe=fedproxy_tiny",
+    "data.tasks=[tiny_sums,tiny_colors]",
+    "data.rows_per_task=8",
+    "evaluation.limit=6",
+    "evaluation.models=[target,proxy]",
+    "federation.rounds=0",
+)
+
+
+def config(folder, *overrides):
+    return load_config([*SMALL, f"output_dir={folder}", *overrides])
+
+
+def content(folder):
+    """Return what the runs may share: the proxy's files, the layer map, samples and scores without times."""
+    files = sorted(
+        [*(folder / "proxy").iterdir(), folder / "server/layer_map.json", *folder.glob("evaluation/*.jsonl")]
+    )
+    scores = json.loads((folder / "report.json").read_text())["scores"]
+    return {path.name: file_sha256(path) for path in files if path.name != "README.md"}, scores
+
+
+@pytest.fixture(scope="module")
+def three_runs(tmp_path_factory):
+    """A run that shares, a second that takes over, and a third alone."""
+    folder = tmp_path_factory.mktemp("sharing")
+    shared = SharedWork(folder / "shared")
+    run(config(folder / "first"), shared=shared)
+    run(config(folder / "second", "aggregator.name=fedavg"), shared=shared)
+    run(config(folder / "alone", "aggregator.name=fedavg"))
+    return folder
+
+
+def test_a_shared_proxy_and_a_shared_evaluation_have_the_bits_of_fresh_ones(three_runs):
+    assert content(three_runs / "second") == content(three_runs / "alone") == content(three_runs / "first")
+    (proxy,) = (three_runs / "shared/proxies").iterdir()
+    weights = three_runs / "second/proxy/model.safetensors"
+    assert weights.stat().st_ino == (proxy / "proxy/model.safetensors").stat().st_ino  # taken over, not made again
+    assert len(list((three_runs / "shared/evaluations").iterdir())) == 2  # target and proxy
+    facts = [json.loads((three_runs / name / "server/facts.json").read_text()) for name in ("first", "second", "alone")]
+    for key in ("target_sha256", "proxy_parameters", "block_scores"):
+        assert facts[0][key] == facts[1][key] == facts[2][key]
+
+
+def test_a_proxy_that_was_changed_is_not_taken_over(three_runs, tmp_path):
+    (kept,) = (three_runs / "shared/proxies").iterdir()
+    shared = SharedWork(tmp_path / "shared")
+    changed = shared.folder / "proxies" / kept.name
+    for path in kept.rglob("*"):
+        if path.is_file():
+            (changed / path.relative_to(kept)).parent.mkdir(parents=True, exist_ok=True)
+            (changed / path.relative_to(kept)).write_bytes(path.read_bytes())
+    with (changed / "proxy/config.json").open("a") as file:
+        file.write(" ")
+    run(config(tmp_path / "run", "evaluation.models=[]"), shared=shared)
+    assert file_sha256(tmp_path / "run/proxy/config.json") == file_sha256(kept / "proxy/config.json")
+    assert file_sha256(changed / "proxy/config.json") == file_sha256(kept / "proxy/config.json")
+
+
+@pytest.fixture(scope="module")
+def target():
+    path = resolve("asset:tiny-llama")
+    return load_model(path), load_tokenizer(path)
+
+
+def key_of(folder, target, *overrides):
+    own = config(folder, *overrides)
+    current = Run(own, RunFolder(folder), Display())
+    current._target = target
+    return proxy_key(current, client_rows(own.data, seed=own.seed))
+
+
+def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):
+    plain = key_of(tmp_path, target)
+    assert key_of(tmp_path / "elsewhere", target, "aggregator.name=ties", "client.lr=0.5", "method=x") == plain
+    assert key_of(tmp_path, target, "distillation.lr=0.5") == plain  # no step, no distillation
+    others = [
+        ["seed=43"],
+        ["compression.ratio=0.34"],
+        ["compression.calibration.rows=31"],
+        ["distillation.steps=1", "distillation.rows=32"],
+        ["distillation.steps=1", "distillation.rows=32", "distillation.lr=0.5"],
+        ["target.dtype=bfloat16"],
+    ]
+    keys = [key_of(tmp_path, target, *words) for words in others]
+    assert len({plain, *keys}) == 1 + len(others)
+
+
+def test_the_key_of_a_model_changes_with_one_weight_its_configuration_or_its_tokenizer(target):
+    model, tokenizer = target
+    plain = model_key(model, tokenizer)
+    weight = next(model.parameters())
+    before = weight.data.clone()
+    weight.data.view(-1)[0] += 1
+    assert model_key(model, tokenizer) != plain
+    weight.data.copy_(before)
+    assert model_key(model, tokenizer) == plain
+    model.config.rms_norm_eps *= 2
+    assert model_key(model, tokenizer) != plain
+    model.config.rms_norm_eps /= 2
+    other = load_tokenizer(resolve("asset:tiny-llama"))
+    other.add_tokens(["zzz"])
+    assert model_key(model, other) != plain
+
+
+def test_a_model_of_unknown_code_and_a_task_from_the_hub_are_not_shared(target, tmp_path):
+    class Mine(type(target[0])):
+        pass
+
+    assert model_key(Mine(target[0].config), target[1]) is None
+    assert questions_sha256(["tiny_sums", "mmlu_anatomy"], 0) is None
+    current = Run(config(tmp_path), RunFolder(tmp_path), Display())
+    settings = {"tasks": ["mmlu_anatomy"], "num_fewshot": 0, "rounds": 0}
+    assert evaluation_key(current, *target, settings) is None
+    assert SharedWork(tmp_path).evaluate(None, lambda: "scored") == "scored"
+
+
+def test_the_key_of_an_evaluation_changes_with_its_settings_and_not_with_rounds(target, tmp_path):
+    current = Run(config(tmp_path), RunFolder(tmp_path), Display())
+    settings = {"tasks": ["tiny_sums"], "num_fewshot": 0, "limit": 6, "seed": 1, "rounds": 0}
+    plain = evaluation_key(current, *target, settings)
+    assert evaluation_key(current, *target, {**settings, "rounds": 3}) == plain
+    for change in ({"tasks": ["tiny_colors"]}, {"num_fewshot": 1}, {"limit": 7}, {"seed": 2}):
+        assert evaluation_key(current, *target, {**settings, **change}) != plain
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        assert evaluation_key(current, *target, settings) != plain  # sums are taken in another order
+    finally:
+        torch.set_num_threads(threads)
+    more = replace(current.config, evaluation=replace(current.config.evaluation, batch_tokens=77))
+    assert evaluation_key(replace(current, config=more), *target, settings) != plain

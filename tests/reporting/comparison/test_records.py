@@ -1,0 +1,73 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from fedproxy.errors import CheckpointError, EvaluationError
+from fedproxy.reporting.comparison.records import Record, require_same_questions
+from fedproxy.reporting.samples import load_evaluation
+
+from .comparison_samples import make_record
+
+
+def test_a_record_comes_back_as_it_was_and_holds_every_answer(tmp_path):
+    record = make_record(tmp_path / "run", "fedot", 3, 0.5)
+    path = record.save(tmp_path / "records" / "seed_3.json")
+    assert Record.load(path) == record
+    evaluation = load_evaluation(tmp_path / "run", "fused")
+    for task, own in record.answers["fused"].items():
+        assert list(own.values["acc"]) == evaluation.values(task, "acc")
+        assert list(own.values["answer_nll"]) == pytest.approx(evaluation.values(task, "answer_nll"), abs=1e-6)
+
+
+def test_a_record_is_small_enough_to_be_committed(tmp_path):
+    path = make_record(tmp_path / "run", "fedot", 3, 0.5).save(tmp_path / "r.json")
+    questions = 2 * 80  # two models
+    assert path.stat().st_size < 8_000 + 24 * questions  # two flags and a figure of six digits each, and the report
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{half", r"r.json is no record of a run .*; delete it to run that again"),
+        ('{"schema_version": 2}', r"schema_version must be 1, got 2"),
+        ('{"schema_version": 1, "report": {}}', r"r.json is no"),
+    ],
+)
+def test_a_broken_record_is_one_line(tmp_path, text, message):
+    path = tmp_path / "r.json"
+    path.write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        Record.load(path)
+
+
+def changed(record, **settings):
+    """Return the record with other settings of the fused model's task ``easy``."""
+    own = record.answers["fused"]["easy"]
+    fields = {"settings": {**own.settings, **settings}} if "questions_sha256" not in settings else settings
+    return replace(record, answers={"fused": {"easy": replace(own, **fields)}})
+
+
+def test_records_of_other_questions_rows_or_targets_are_refused_by_name(tmp_path):
+    one = make_record(tmp_path / "a", "fedot", 3, 0.5)
+    other = make_record(tmp_path / "b", "fedproxy", 3, 0.6)
+    require_same_questions({"a": one, "b": other})
+    with pytest.raises(
+        EvaluationError, match=r"a and b cannot be compared: version of easy is 1.0 and 2.0; delete one"
+    ):
+        require_same_questions({"a": one, "b": changed(other, version=2.0)})
+    with pytest.raises(EvaluationError, match="questions of easy is"):
+        require_same_questions({"a": one, "b": changed(other, questions_sha256="00" * 32)})
+    for key, value in (("data_sha256", "11" * 32), ("target_sha256", "22" * 32)):
+        origin = replace(other.report.provenance, **{key: value})
+        foreign = replace(other, report=replace(other.report, provenance=origin))
+        with pytest.raises(EvaluationError, match=rf"{key} is .* and {value[:12]}"):
+            require_same_questions({"a": one, "b": foreign})
+    later = replace(other, seed=4, report=replace(other.report, provenance=replace(origin, target_sha256="ab" * 32)))
+    require_same_questions({"a": one, "b": later})  # another seed draws other rows
+
+
+def test_the_file_is_one_line_per_task_so_that_differences_can_be_read(tmp_path):
+    lines = make_record(tmp_path / "run", "fedot", 3, 0.5).save(tmp_path / "r.json").read_text().splitlines()
+    assert len(lines) < 25
+    assert json.loads("".join(lines))["method"] == "fedot"
