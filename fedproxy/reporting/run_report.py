@@ -159,10 +159,10 @@ class RunReport:
     provenance: Provenance = field(default_factory=Provenance)
     compression: CompressionReport | None = None
     """Optional; left out of report.json where None."""
-    fidelity: FidelityReport | None = None
-    """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
+    fidelity: FidelityReport | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
