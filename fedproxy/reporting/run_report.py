@@ -176,14 +176,14 @@ class RunReport:
     provenance: Provenance = field(default_factory=Provenance)
     compression: CompressionReport | None = None
     """Optional; left out of report.json where None."""
-    fidelity: FidelityReport | None = None
-    """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
     client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(default_factory=dict)
     """Where clients are never merged: client to ``scores`` of its own models, whose means ``scores`` has; left out
     where empty."""
     validation: ValidationReport | None = None
+    """Optional; left out of report.json where None."""
+    fidelity: FidelityReport | None = None
     """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
