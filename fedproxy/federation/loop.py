@@ -111,6 +111,7 @@ class Federation:
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
+            "conflict_by_layer": merged.conflict_by_layer(),
             "factor_mean_error": None if own else self._factor_error(before.state, updates),
             "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(updates) + self._bytes_for_the_rest(extras, len(updates)),
