@@ -134,6 +134,7 @@ class Federation:
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
+            "conflict_by_layer": merged.conflict_by_layer(),
             "factor_mean_error": None if own else self._factor_error(before.state, updates),
             "realignment_loss": None if aligned is None else aligned.loss,
             "upload_bytes": sum(update.bytes for update in updates),

@@ -7,7 +7,7 @@ import torch
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import ClientUpdate
-from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.aggregators import Aggregation, Aggregator
 
 
 def client(name, values, **fields):
@@ -100,3 +100,16 @@ def test_unknown_weighting_and_rule_are_refused():
         Aggregator.by_name("fedavg")(weighting="size")
     with pytest.raises(ConfigError, match="unknown aggregator 'fedavgg'; did you mean 'fedavg'"):
         Aggregator.by_name("fedavgg")
+
+
+def test_conflict_by_layer_is_the_mean_over_a_blocks_coordinates():
+    conflict = {
+        "model.layers.2.q.lora_A.weight": torch.tensor([[1.0, 1.0, 0.0]]),
+        "model.layers.2.q.lora_B.weight": torch.tensor([[0.5]]),
+        "model.layers.10.mlp.lora_A.weight": torch.tensor([0.25]),
+        "lm_head.lora_A.weight": torch.tensor([1.0]),
+    }
+    by_layer = Aggregation({}, conflict=conflict).conflict_by_layer()
+    # block 2: (1 + 1 + 0 + 0.5) / 4; blocks come in their order, the head is in none
+    assert list(by_layer.items()) == [("2", 0.625), ("10", 0.25)]
+    assert Aggregation({}).conflict_by_layer() == {}

@@ -1,5 +1,6 @@
 """The aggregator family: how a round's client updates become one change of the shared state."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,9 @@ from fedproxy.strategies.aggregators.sink import FileSink, Sink
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
+
+_BLOCK = re.compile(r"\.(\d+)\.")
+"""A block's index in the name of a tensor."""
 
 Memory = Mapping[str, Tensor]
 """State of a rule across rounds: flat and of tensors only, so that it is saved as safetensors."""
@@ -37,9 +41,15 @@ class Aggregation:
     base_change: dict[str, Tensor] = field(default_factory=dict)
     """LoRA factors (float32, PEFT names) whose product times s every party adds to its frozen weights; mostly empty."""
 
-    def conflict_by_tensor(self) -> dict[str, float]:
-        """Return the mean conflict of every tensor."""
-        return {name: float(values.mean()) for name, values in (self.conflict or {}).items()}
+    def conflict_by_layer(self) -> dict[str, float]:
+        """Return the mean conflict over the coordinates of every block, by its index; others are left out."""
+        blocks: dict[int, list[Tensor]] = {}
+        for name, values in (self.conflict or {}).items():
+            if (found := _BLOCK.search(name)) is not None:
+                part = torch.stack([values.sum(dtype=torch.float64), torch.tensor(values.numel(), dtype=torch.float64)])
+                blocks.setdefault(int(found[1]), []).append(part)
+        sums = {block: torch.stack(parts).sum(dim=0) for block, parts in sorted(blocks.items())}
+        return {str(block): float(total / count) for block, (total, count) in sums.items()}
 
 
 @dataclass(frozen=True)
