@@ -17,8 +17,8 @@ class DistillationConfig:
     """Rows of compression.calibration.path to distil on."""
     batch_size: int = 16
     """Texts per step."""
-    lr: float = 1e-4
-    """Learning rate of AdamW, constant."""
+    lr: float = 3e-4
+    """Learning rate of AdamW, constant; less for models of billions of parameters."""
     train: Literal["full", "lora"] = "full"
     """All weights of the proxy's blocks, or LoRA on all their linear layers, merged at the end."""
     lora_r: int = 32
