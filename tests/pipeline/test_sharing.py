@@ -99,7 +99,6 @@ def key_of(folder, target, *overrides):
 def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):
     plain = key_of(tmp_path, target)
     assert key_of(tmp_path / "elsewhere", target, "aggregator.name=ties", "client.lr=0.5", "method=x") == plain
-    assert key_of(tmp_path, target, "distillation.lr=0.5") == plain  # no step, no distillation
     others = [
         ["seed=43"],
         ["compression.ratio=0.34"],

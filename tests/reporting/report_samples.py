@@ -67,7 +67,7 @@ def full_report(clients=("anna & co", "b<i>ob", "client-with-a-rather-long-name"
         lines,
         Provenance({"torch": "2.13.0"}, "c0ffee", "ab" * 32, {"easy": "cd" * 32}, {"cpu": "x", "cores": 2}),
         CompressionReport([0.5, 0.2, 0.05, 0.04, 0.1, 0.3], [0, 1, 4, 5]),
-        ["The target's weights are 4-bit, de-quantised to float32."],
+        notes=["The target's weights are 4-bit, de-quantised to float32."],
     )
 
 
