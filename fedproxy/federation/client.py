@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
+from fedproxy.errors import ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -55,11 +57,12 @@ class LocalClient:
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
 
-    def train(self, broadcast: Broadcast, client_id: str) -> ClientUpdate:
+    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
 
         Raises:
-            ClientError: If the client has no rows, or the broadcast does not fit what it trains.
+            ClientError: If the client has no rows, the broadcast does not fit what it trains, or ``deadline``
+                (``time.monotonic()``) passes, which is looked at after each batch.
         """
         started = time.perf_counter()
         job = Job(**broadcast.job)
@@ -82,7 +85,11 @@ class LocalClient:
             conflict=broadcast.conflict,
         )
         trainer = make_trainer(
-            self.trainer, max_epochs=job.epochs, accumulate=job.accumulate, max_grad_norm=job.max_grad_norm
+            self.trainer,
+            max_epochs=job.epochs,
+            accumulate=job.accumulate,
+            max_grad_norm=job.max_grad_norm,
+            callbacks=[] if deadline is None else [_Deadline(deadline)],
         )
         with _resting(parameters[name] for name in job.frozen):
             fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
@@ -94,7 +101,19 @@ class LocalClient:
             train_loss=module.task_loss,
             regularizer_loss=module.regularizer_loss,
             seconds=time.perf_counter() - started,
+            round=broadcast.round,
         )
+
+
+class _Deadline(Callback):  # type: ignore[misc]
+    """Ends a fit after the first batch that ends too late."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if time.monotonic() > self.deadline:
+            raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
 @contextmanager

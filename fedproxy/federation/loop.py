@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.engines.base import RunningEngine
+from fedproxy.federation.participation import OnAnswer, Participation
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.plain_json import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -41,6 +42,10 @@ class Federation:
     seed: int
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
+    participation: Participation = field(default_factory=Participation)
+    """Who may be missing, how long a round may take, and what counts as an update."""
+    rows: Mapping[str, int] | None = None
+    """Each client's rows where the draw of a round's clients weighs them; None draws all alike."""
 
     @property
     def clients_in_round(self) -> int:
@@ -56,14 +61,14 @@ class Federation:
         checkpoints: CheckpointFolder,
         journal: Path,
         on_round: Callable[[Record], None] = lambda record: None,
-        on_client: Callable[[int, ClientUpdate], None] = lambda round_, update: None,
+        on_client: OnAnswer = lambda round_, answer: None,
     ) -> Progress:
         """Go on from ``progress`` until ``rounds`` rounds are done, and return the last progress.
 
         After each round the checkpoint is written whole, then one line is added to ``journal`` (rounds.jsonl).
 
         Raises:
-            ClientError: If a client fails or sends an update that cannot be used; earlier rounds stay on disk.
+            ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
             CheckpointError: If the run folder cannot be written.
         """
         _write_journal(journal, progress.records)
@@ -74,20 +79,14 @@ class Federation:
             on_round(progress.records[-1])
         return progress
 
-    def _round(
-        self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
-    ) -> Progress:
+    def _round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
         started = time.perf_counter()
         number = before.round + 1
-        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number)
+        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
         conflict = before.conflict if self.send_conflict and before.conflict else None
         resting = [name for name in before.state if not self.aggregator.trains(name, number)]
         broadcast = Broadcast(number, before.state, conflict, {**self.job, "frozen": resting})
-        updates: list[ClientUpdate] = []
-        for update in engine.run(broadcast, chosen):
-            on_client(number, update)
-            updates.append(update)
-        updates.sort(key=lambda update: update.client_id)
+        updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         context = RoundContext(number, self.seed, before.state, self.lora_scaling or 1.0)
         merged = self._aggregate(updates, before.aggregator_memory, context)
@@ -97,12 +96,13 @@ class Federation:
         record: Record = {
             "round": number,
             "clients": clients,
+            "dropped": dropped,
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
             "factor_mean_error": self._factor_error(before.state, updates),
             "upload_bytes": sum(update.bytes for update in updates),
-            "download_bytes": broadcast.bytes * len(updates),
+            "download_bytes": broadcast.bytes * len(chosen),
             "client_seconds": sum(update.seconds for update in updates),
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,

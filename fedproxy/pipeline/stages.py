@@ -1,7 +1,7 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import resolve
-from fedproxy.data.rows import Row
-from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_rows import ClientRows
+from fedproxy.federation.engines import Answer, Dropped
+from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
+from fedproxy.federation.participation import Participation
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import parameter_count, set_weights, share_weights
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -72,7 +73,7 @@ def one_device(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {**trainer, "devices": 1 if devices == "auto" else devices}
 
 
-def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
+def compress(run: Run, clients: ClientRows) -> None:
     """Stage (i): write ``proxy/`` and, last, the server's layer map."""
     if run.folder.layer_map.is_file():
         return
@@ -102,7 +103,7 @@ def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     layer_map.save(run.folder.layer_map)
 
 
-def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mapping[str, Sequence[Row]]) -> None:
+def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: ClientRows) -> None:
     """Distil the target into the proxy on public text, in place."""
     from fedproxy.modules.distillation import distil as fit
 
@@ -125,7 +126,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
-def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableModel, Progress]:
+def federate(run: Run, clients: ClientRows) -> tuple[TrainableModel, Progress]:
     """Stage (ii): run the rounds that are left and return the proxy in its final state."""
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
@@ -136,12 +137,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
     run.note(trainable_parameters=model.num_parameters)
-    examples = _tokenised(clients, tokenizer, config)
-
-    def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer))
-
-    engine = config.engine.start(make_client)
+    setup = _local_setup(run)
+    engine = config.engine.start(
+        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+    )
     federation = Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
@@ -152,6 +151,10 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
         space=config.federation.space,
+        participation=Participation(
+            config.federation.min_clients, config.federation.round_timeout_s, config.federation.max_norm_ratio
+        ),
+        rows=clients.sizes if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
     loggers = round_loggers(config.loggers, run.folder.root)
@@ -161,6 +164,11 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
             run.display.round(record, config.federation.rounds)
             log_round(loggers, record)
 
+        def on_client(number: int, answer: Answer) -> None:
+            bar.step(f"round {number}: {answer.client_id}")
+            if isinstance(answer, Dropped):
+                run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
+
         try:
             progress = federation.run(
                 progress,
@@ -169,7 +177,7 @@ def federate(run: Run, clients: Mapping[str, Sequence[Row]]) -> tuple[TrainableM
                 checkpoints=checkpoints,
                 journal=run.folder.journal,
                 on_round=on_round,
-                on_client=lambda number, update: bar.step(f"round {number}: {update.client_id}"),
+                on_client=on_client,
             )
         finally:
             engine.close()
@@ -217,11 +225,17 @@ def _job(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, **to_dict(config.client), "regularizer": to_dict(config.regularizer)}
 
 
-def _tokenised(
-    clients: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> dict[str, list[Example]]:
-    longest = {"max_input_tokens": config.data.max_input_tokens, "max_target_tokens": config.data.max_target_tokens}
-    return {name: tokenise(rows, tokenizer, **longest) for name, rows in clients.items()}
+def _local_setup(run: Run) -> LocalSetup:
+    config = run.config
+    return LocalSetup(
+        proxy=str(run.folder.proxy.absolute()),
+        dtype=config.target.dtype,
+        trainable=to_dict(config.trainable),
+        rows=str(run.folder.rows.absolute()),
+        max_input_tokens=config.data.max_input_tokens,
+        max_target_tokens=config.data.max_target_tokens,
+        trainer=one_device(config.trainer),
+    )
 
 
 def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints: CheckpointFolder) -> None:
@@ -244,7 +258,3 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
 def _limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
     return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
