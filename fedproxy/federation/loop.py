@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ class Federation:
         record: Record = {
             "round": number,
             "clients": clients,
-            "dropped": dropped,
+            **({"dropped": dropped} if dropped else {}),
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
@@ -123,8 +123,23 @@ class Federation:
             return None
         total = sum(update.num_examples for update in updates)
         weights = [update.num_examples / total for update in updates]
-        states = [{name: state[name] + update.delta[name] for name in state} for update in updates]
-        return factor_mean_error(states, weights, self.lora_scaling)
+        return factor_mean_error([_Moved(state, update.delta) for update in updates], weights, self.lora_scaling)
+
+
+class _Moved(Mapping[str, Tensor]):
+    """A client's own state, computed tensor by tensor when read."""
+
+    def __init__(self, state: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> None:
+        self.state, self.delta = state, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[name] + self.delta[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

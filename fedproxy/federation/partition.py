@@ -171,7 +171,7 @@ def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
     if changed:
         raise DataError(
             f"resume=auto: client {changed[0]!r} owns other rows than in {path}, with which the run began; give its "
-            f"rows back, or begin another run with data.partition={{name: file, path: ...}} in another output_dir"
+            f"rows back, or begin another run with data.partition.name=file in another output_dir"
         )
 
 

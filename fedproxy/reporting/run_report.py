@@ -108,6 +108,8 @@ class RoundReport:
     upload_bytes: int | None = None
     download_bytes: int | None = None
     seconds: float | None = None
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Clients that were asked but are not in the result, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,9 @@ class RunReport:
         for key in ("compression", "notes"):
             if not data[key]:
                 del data[key]
+        for line in data["rounds"]:
+            if not line["dropped"]:
+                del line["dropped"]
         return data
 
     @classmethod
