@@ -9,6 +9,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
 from fedproxy.federation.client_rows import ClientExamples, ClientRows, read_client_rows, rows_file
 from fedproxy.federation.partition import Partition, check_same_owners, save_partition
+from fedproxy.federation.partition_file import PartitionFile
 from fedproxy.models import load_tokenizer
 
 from .test_partition import rows
@@ -45,7 +46,7 @@ def test_the_latest_clients_stay_in_memory_and_no_more(tmp_path):
 
 def by_file(path, content):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return Partition.by_name("file")(path=str(path))
+    return PartitionFile(path=str(path))
 
 
 DATA = rows("a", 3) + rows("b", 2)
@@ -54,7 +55,7 @@ DATA = rows("a", 3) + rows("b", 2)
 def test_a_runs_partition_file_gives_the_same_owners(tmp_path):
     clients = Partition.by_name("iid")(clients=2).split(DATA, 5)
     save_partition(clients, tmp_path / "partition.json")
-    again = Partition.by_name("file")(path=str(tmp_path / "partition.json"))
+    again = PartitionFile(path=str(tmp_path / "partition.json"))
     assert again.split(DATA, 0) == clients
     assert again.count(7) == 2
 
