@@ -63,8 +63,8 @@ def wait_for(condition, process=None, seconds=240):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks for processes in /proc")
 def test_killed_worker_then_killed_server_then_resume_give_the_bits_of_a_quiet_run(run_tiny, tmp_path):
-    rounds = ("federation.rounds=4", "evaluation.models=[]", "data.rows_per_task=200", "engine.threads=1")
-    _, whole = run_tiny(*rounds)
+    rounds = ("federation.rounds=4", "evaluation.models=[]", "data.rows_per_task=200")
+    _, whole = run_tiny(*rounds, "engine.name=in_process", "engine.threads=1")
     folder = tmp_path / "killed"
     command = [sys.executable, "-m", "fedproxy.fit", *SMALL, *rounds, f"output_dir={folder}"]
     process = subprocess.Popen(
