@@ -75,11 +75,13 @@ def test_killed_worker_then_killed_server_then_resume_give_the_bits_of_a_quiet_r
     def finished(count):
         return journal.is_file() and journal.read_text().count("\n") >= count
 
-    wait_for(lambda: finished(1), process)
-    os.kill(min(workers_of(folder)), signal.SIGKILL)  # its client is tried again in a new process
-    wait_for(lambda: finished(2), process)
-    process.kill()
-    process.wait()
+    try:
+        wait_for(lambda: finished(1), process)
+        os.kill(min(workers_of(folder)), signal.SIGKILL)  # its client is tried again in a new process
+        wait_for(lambda: finished(2), process)
+    finally:
+        process.kill()
+        process.wait()
     wait_for(lambda: not workers_of(folder), seconds=30)
     assert not finished(4)
     assert not any("dropped" in json.loads(line) for line in journal.read_text().splitlines())
