@@ -1,6 +1,7 @@
 """All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -55,8 +56,20 @@ class TensorFile(Mapping[str, Tensor]):
         return tuple(self._file.get_slice(self.prefix + name).get_shape())
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype without reading it."""
-        return _DTYPES[self._header[self.prefix + name]["dtype"]]
+        """Return a tensor's dtype without reading it.
+
+        Raises:
+            ClientError: If it is none of those that may cross the wire.
+        """
+        kind = self._header[self.prefix + name]["dtype"]
+        if kind not in _DTYPES:
+            raise ClientError(f"{self.path}: tensor {name!r} is of type {kind}; send one of {', '.join(_DTYPES)}")
+        return _DTYPES[kind]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors take, without reading them."""
+        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self)
 
     def part(self, name: str, start: int, stop: int) -> Tensor:
         """Return coordinates [start, stop) of the flattened tensor, read without mapping the file into memory.
@@ -114,8 +127,13 @@ class Broadcast:
             ClientError: If the file is not a broadcast.
         """
         meta, extras = _load(path, "broadcast")
-        conflict = TensorFile(path, "conflict/") if meta["has_conflict"] else None
-        return cls(meta["round"], TensorFile(path, "state/"), conflict, meta["job"], extras)
+        conflict = TensorFile(path, "conflict/") if meta.get("has_conflict") else None
+        try:
+            return cls(meta["round"], TensorFile(path, "state/"), conflict, meta["job"], extras)
+        except KeyError as error:
+            raise ClientError(
+                f"{path} lacks the field {error} of a broadcast; ask its sender to send it again"
+            ) from error
 
     @property
     def bytes(self) -> int:
@@ -142,6 +160,8 @@ class ClientUpdate:
     """Further statistics that a rule asks for (control variates, Fisher, Gram), by group."""
     regularizer_loss: float | None = None
     """Mean of the regularizer's term over the steps of ``train_loss``."""
+    round: int | None = None
+    """Round of the broadcast that this update answers; the server merges no other round's."""
 
     def save(self, path: str | Path) -> None:
         """Write the update as one safetensors file."""
@@ -156,7 +176,10 @@ class ClientUpdate:
             ClientError: If the file is not a client update.
         """
         meta, extras = _load(path, "client_update")
-        return cls(delta=TensorFile(path, "delta/"), extras=extras, **meta)
+        try:
+            return cls(delta=TensorFile(path, "delta/"), extras=extras, **meta)
+        except TypeError as error:
+            raise ClientError(f"{path} has other fields than a client update ({error}); send it again") from error
 
     @property
     def bytes(self) -> int:
@@ -166,6 +189,8 @@ class ClientUpdate:
 
 def nbytes(tensors: Tensors) -> int:
     """Return the bytes that the tensors of a mapping take."""
+    if isinstance(tensors, TensorFile):
+        return tensors.nbytes
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -196,6 +221,9 @@ def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
         raise ClientError(
             f"{path} is not a FedProxy {kind.replace('_', ' ')}; ask its sender for one of format {_FORMAT}"
         )
-    meta: dict[str, Any] = json.loads(header["meta"])
-    groups: list[str] = meta.pop("extras")
+    try:
+        meta: dict[str, Any] = dict(json.loads(header["meta"]))
+        groups = [str(group) for group in meta.pop("extras")]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ClientError(f"{path} has a header that cannot be read; ask its sender to send it again") from error
     return meta, {group: TensorFile(path, f"extras/{group}/") for group in groups}

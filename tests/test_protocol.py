@@ -76,3 +76,32 @@ def test_truncated_file_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ClientError, match=r"not a readable safetensors file"):
         ClientUpdate.load(path)
+
+
+def test_bytes_of_a_file_are_counted_without_reading_it(tmp_path):
+    ClientUpdate("a", STATE).save(tmp_path / "u.safetensors")
+    assert ClientUpdate.load(tmp_path / "u.safetensors").bytes == 32
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"meta": "{"}, r"has a header that cannot be read"),
+        ({"meta": "{}"}, r"has a header that cannot be read"),
+        ({"meta": "7"}, r"has a header that cannot be read"),
+        ({}, r"has a header that cannot be read"),
+        ({"meta": '{"extras": [], "client_id": "a", "rank": 3}'}, r"has other fields than a client update .*rank"),
+        ({"meta": '{"extras": []}'}, r"has other fields than a client update .*client_id"),
+    ],
+)
+def test_forged_headers_are_refused(tmp_path, metadata, message):
+    path = tmp_path / "u.safetensors"
+    save_file({"delta/a": torch.zeros(1)}, path, metadata={"format": "fedproxy-1", "kind": "client_update", **metadata})
+    with pytest.raises(ClientError, match=message):
+        ClientUpdate.load(path)
+
+
+def test_tensors_of_a_type_that_may_not_cross_are_refused(tmp_path):
+    ClientUpdate("a", {"w": torch.zeros(2, dtype=torch.complex64)}).save(tmp_path / "u.safetensors")
+    with pytest.raises(ClientError, match=r"tensor 'w' is of type C64; send one of F64"):
+        ClientUpdate.load(tmp_path / "u.safetensors").delta.dtype("w")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import fedproxy.federation.partition_file  # noqa: F401 (registers data.partition.name=file)
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
@@ -125,6 +126,15 @@ class FederationConfig:
     space: Literal["factors", "product"] = "factors"
     """What is merged: LoRA's A and B as they are, or the products s B A, exactly, re-factored to the same rank."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    sampling: Literal["uniform", "weighted"] = "uniform"
+    """How clients_per_round are drawn: all alike, or in proportion to their rows (then merge with uniform weights)."""
+    min_clients: int | None = None
+    """Clients of a round that must send a usable update; others are dropped and named. Null asks for all of them."""
+    round_timeout_s: float | None = None
+    """Seconds that a round's clients have together; late ones are dropped. Null waits for all."""
+    max_norm_ratio: float | None = 1000.0
+    """An update longer than this multiple of the round's median norm is dropped; null checks no length. Honest
+    clients differ by about the ratio of their optimiser steps: the default stops broken ones, not clever ones."""
 
     def __post_init__(self) -> None:
         _require("federation.rounds", self.rounds, self.rounds >= 0, "at least 0")
@@ -135,6 +145,12 @@ class FederationConfig:
         every, rounds = self.validation.every, self.rounds
         ok = self.validation.select == "last" or not rounds or every <= rounds
         _require("federation.validation.every", every, ok, f"at most the {rounds} rounds with select=best")
+        least, drawn = self.min_clients, n if isinstance(n, int) else None
+        rule = "at least 1, or null for all" if drawn is None else f"1 to clients_per_round ({drawn}), or null for all"
+        _require("federation.min_clients", least, least is None or 1 <= least <= (drawn or least), rule)
+        seconds, ratio = self.round_timeout_s, self.max_norm_ratio
+        _require("federation.round_timeout_s", seconds, seconds is None or seconds > 0, "positive, or null")
+        _require("federation.max_norm_ratio", ratio, ratio is None or ratio > 1, "above 1, or null")
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
+from fedproxy.errors import ClientError
 from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
@@ -69,11 +71,12 @@ class LocalClient:
         self.store = store
         self.initial = model.state()
 
-    def train(self, broadcast: Broadcast, client_id: str) -> ClientUpdate:
+    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
 
         Raises:
-            ClientError: If the client has no rows, or the broadcast does not fit what it trains.
+            ClientError: If the client has no rows, the broadcast does not fit what it trains, or ``deadline``
+                (``time.monotonic()``) passes, which is looked at after each batch.
         """
         started = time.perf_counter()
         job = Job(**broadcast.job)
@@ -102,7 +105,11 @@ class LocalClient:
             pull=regularizer.pull(memory.regularizer, shared, state),
         )
         trainer = make_trainer(
-            self.trainer, max_epochs=job.epochs, accumulate=job.accumulate, max_grad_norm=job.max_grad_norm
+            self.trainer,
+            max_epochs=job.epochs,
+            accumulate=job.accumulate,
+            max_grad_norm=job.max_grad_norm,
+            callbacks=[] if deadline is None else [_Deadline(deadline)],
         )
         with _resting(parameters[name] for name in job.frozen):
             fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
@@ -125,6 +132,7 @@ class LocalClient:
             regularizer_loss=module.regularizer_loss,
             seconds=time.perf_counter() - started,
             extras=extras,
+            round=broadcast.round,
         )
 
     def _receive(self, broadcast: Broadcast, client_id: str) -> Memory:
@@ -141,6 +149,17 @@ class LocalClient:
         return client_statistics(
             job.statistics, self.model, self.examples[client_id], pad_id=self.pad_id, device=device
         )
+
+
+class _Deadline(Callback):  # type: ignore[misc]
+    """Ends a fit after the first batch that ends too late."""
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if time.monotonic() > self.deadline:
+            raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
+from fedproxy.federation.participation import OnAnswer, Participation
 from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
@@ -55,6 +56,10 @@ class Federation:
     """Scores the state between rounds."""
     realigner: Realigner | None = None
     """Aligns the frozen blocks before every broadcast."""
+    participation: Participation = field(default_factory=Participation)
+    """Who may be missing, how long a round may take, and what counts as an update."""
+    rows: Mapping[str, int] | None = None
+    """Each client's rows where the draw of a round's clients weighs them; None draws all alike."""
 
     @property
     def clients_in_round(self) -> int:
@@ -70,14 +75,14 @@ class Federation:
         checkpoints: CheckpointFolder,
         journal: Path,
         on_round: Callable[[Record], None] = lambda record: None,
-        on_client: Callable[[int, ClientUpdate], None] = lambda round_, update: None,
+        on_client: OnAnswer = lambda round_, answer: None,
     ) -> Progress:
         """Go on from ``progress`` until ``rounds`` rounds are done, and return the last progress.
 
         After each round the checkpoint is written whole, then one line is added to ``journal`` (rounds.jsonl).
 
         Raises:
-            ClientError: If a client fails or sends an update that cannot be used; earlier rounds stay on disk.
+            ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
             CheckpointError: If the run folder cannot be written.
         """
         _write_journal(journal, progress.records)
@@ -89,23 +94,22 @@ class Federation:
             on_round(progress.records[-1])
         return progress
 
-    def _separate_round(
-        self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
-    ) -> Progress:
+    def _separate_round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
         """Run a round in which no client's update meets another's."""
-        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=before.round + 1)
+        number = before.round + 1
+        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
+        alone = replace(self.participation, min_clients=None)
 
-        def one_round(client: str, own: Progress, note: Callable[[int, ClientUpdate], None]) -> Progress:
-            return replace(self, clients=[client], clients_per_round="all")._round(own, engine, note)
+        def one_round(client: str, own: Progress, note: OnAnswer) -> Progress:
+            federation = replace(self, clients=[client], clients_per_round="all", participation=alone, rows=None)
+            return federation._round(own, engine, note)
 
         return separate_round(before, chosen, one_round, on_client)
 
-    def _round(
-        self, before: Progress, engine: RunningEngine, on_client: Callable[[int, ClientUpdate], None]
-    ) -> Progress:
+    def _round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
         started = time.perf_counter()
         number = before.round + 1
-        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number)
+        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
         conflict = before.conflict if self.regularizer.needs_conflict and before.conflict else None
         resting = [name for name in before.state if not self.aggregator.trains(name, number)]
         own = own_tensors(before.state, self.aggregator)
@@ -116,11 +120,7 @@ class Federation:
         if aligned is not None:
             extras[EMULATOR] = aligned.weights
         broadcast = Broadcast(number, sent, conflict, job, extras)
-        updates: list[ClientUpdate] = []
-        for update in engine.run(broadcast, chosen):
-            on_client(number, update)
-            updates.append(update)
-        updates.sort(key=lambda update: update.client_id)
+        updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         clients = [update.client_id for update in updates]
         self.store.memory.drop(set(chosen).difference(clients), number)
@@ -131,6 +131,7 @@ class Federation:
         record: Record = {
             "round": number,
             "clients": clients,
+            **({"dropped": dropped} if dropped else {}),
             "train_loss": _mean([update.train_loss for update in updates], examples),
             "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
             **merged.diagnostics,
@@ -138,7 +139,7 @@ class Federation:
             "factor_mean_error": None if own else self._factor_error(before.state, updates),
             "realignment_loss": None if aligned is None else aligned.loss,
             "upload_bytes": sum(update.bytes for update in updates),
-            "download_bytes": broadcast.bytes * len(updates) + self._bytes_for_the_rest(extras, len(updates)),
+            "download_bytes": broadcast.bytes * len(chosen) + self._bytes_for_the_rest(extras, len(chosen)),
             "client_seconds": sum(update.seconds for update in updates),
             "server_seconds": time.perf_counter() - trained + (0.0 if aligned is None else aligned.seconds),
             "seconds": time.perf_counter() - started,
@@ -178,8 +179,23 @@ class Federation:
             return None
         total = sum(update.num_examples for update in updates)
         weights = [update.num_examples / total for update in updates]
-        states = [{name: state[name] + update.delta[name] for name in state} for update in updates]
-        return factor_mean_error(states, weights, self.lora_scaling)
+        return factor_mean_error([_Moved(state, update.delta) for update in updates], weights, self.lora_scaling)
+
+
+class _Moved(Mapping[str, Tensor]):
+    """A client's own state, computed tensor by tensor when read."""
+
+    def __init__(self, state: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> None:
+        self.state, self.delta = state, delta
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[name] + self.delta[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

@@ -156,6 +156,25 @@ def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
+def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Compare with the partition that a run began with, where one is there.
+
+    Raises:
+        DataError: If a row has another owner now; the message names a client.
+    """
+    try:
+        before: dict[str, list[str]] = json.loads(path.read_text())["clients"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    now = {name: [row.key for row in own] for name, own in clients.items()}
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        raise DataError(
+            f"resume=auto: client {changed[0]!r} owns other rows than in {path}, with which the run began; give its "
+            f"rows back, or begin another run with data.partition.name=file in another output_dir"
+        )
+
+
 def _client_names(count: int) -> list[str]:
     width = max(2, len(str(count - 1)))
     return [f"client_{k:0{width}d}" for k in range(count)]

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.engines.base import Answer
+from fedproxy.federation.participation import OnAnswer
 from fedproxy.protocol import ClientUpdate
 
 Tensors = Mapping[str, Tensor]
-OnClient = Callable[[int, ClientUpdate], None]
-OneRound = Callable[[str, Progress, OnClient], Progress]
+OneRound = Callable[[str, Progress, OnAnswer], Progress]
 """Runs a round in which only that client takes part, from its own progress."""
 
 _SUMS = ("upload_bytes", "download_bytes", "client_seconds", "server_seconds", "seconds")
@@ -33,7 +34,7 @@ def own(tensors: Tensors, client: str) -> dict[str, Tensor]:
     return {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.partition("/")[0] == client}
 
 
-def separate_round(before: Progress, chosen: Sequence[str], one_round: OneRound, on_client: OnClient) -> Progress:
+def separate_round(before: Progress, chosen: Sequence[str], one_round: OneRound, on_client: OnAnswer) -> Progress:
     """Run one round for each chosen client by itself; the others keep what they have.
 
     Args:
@@ -44,9 +45,10 @@ def separate_round(before: Progress, chosen: Sequence[str], one_round: OneRound,
     """
     examples: dict[str, int] = {}
 
-    def note(number: int, update: ClientUpdate) -> None:
-        examples[update.client_id] = update.num_examples
-        on_client(number, update)
+    def note(number: int, answer: Answer) -> None:
+        if isinstance(answer, ClientUpdate):
+            examples[answer.client_id] = answer.num_examples
+        on_client(number, answer)
 
     parts = {client: one_round(client, _part(before, client), note) for client in chosen}
     merged: dict[str, Any] = {group: dict(getattr(before, group)) for group in _groups()}

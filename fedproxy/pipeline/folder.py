@@ -12,7 +12,10 @@ from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
 
 # Keys that may change between a run and its continuation; federation.rounds may also grow.
-_FREE = {"resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"}
+_FREE = {
+    *("resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"),
+    *("federation.min_clients", "federation.round_timeout_s"),
+}
 
 
 class RunFolder:
@@ -27,6 +30,8 @@ class RunFolder:
         self.config = self.root / "config.yaml"
         self.journal = self.root / "rounds.jsonl"
         self.partition = self.root / "partition.json"
+        self.rows = self.root / "rows"
+        self.exchange = self.root / "exchange"
         self.checkpoints = self.root / "checkpoints"
         self.server = self.root / "server"
         self.layer_map = self.server / "layer_map.json"

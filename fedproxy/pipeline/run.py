@@ -12,10 +12,10 @@ import torch
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
-from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
-from fedproxy.federation.partition import heterogeneity, save_partition
+from fedproxy.federation.client_rows import ClientRows
+from fedproxy.federation.partition import check_same_owners, heterogeneity, save_partition
 from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.trainer import make_trainer
@@ -169,12 +169,14 @@ def check_components(config: RunConfig) -> None:
         ConfigError: One line that names key, rule and way out.
     """
     clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
-    drawn = config.federation.clients_per_round
+    drawn, least = config.federation.clients_per_round, config.federation.min_clients
+    if least is not None and least > clients:
+        raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")
     check_capabilities(
         config.aggregator,
         config.regularizer,
         config.server_optimizer,
-        clients_per_round=clients if drawn == "all" else int(drawn),
+        clients_per_round=least or (clients if drawn == "all" else int(drawn)),
         space=config.federation.space,
         client_statistics=STATISTICS,
         clients=clients,
@@ -225,7 +227,7 @@ def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
     if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigError(
             f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
-            "a client of the engine in_process trains on one device"
+            "every client trains on one device"
         )
 
 
@@ -237,17 +239,24 @@ def _check_own(config: RunConfig) -> None:
         )
 
 
-def _clients(current: Run) -> dict[str, list[Row]]:
+def _clients(current: Run) -> ClientRows:
     clients = client_rows(current.config.data, seed=current.config.seed)
+    check_same_owners(clients, current.folder.partition)
     save_partition(clients, current.folder.partition)
     current.note(data_sha256=rows_sha256(clients))
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
-    sizes = ", ".join(f"{name} {len(rows)}" for name, rows in clients.items())
-    current.display.say(f"{len(clients)} clients ({sizes} rows); distance from the pooled data by {figures}")
-    return clients
+    kept = ClientRows(clients, current.folder.rows)
+    current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    return kept
 
 
-def _compress(current: Run, clients: dict[str, list[Row]]) -> None:
+def _sizes(clients: ClientRows) -> str:
+    if len(clients) <= 16:
+        return ", ".join(f"{name} {rows}" for name, rows in clients.sizes.items())
+    return f"{min(clients.sizes.values())} to {max(clients.sizes.values())}"
+
+
+def _compress(current: Run, clients: ClientRows) -> None:
     if current.shared is None:
         compress(current, clients)
     else:

@@ -11,14 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import cache_root, resolve
-from fedproxy.data.rows import Row
-from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.engines import Answer, Dropped
+from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
+from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
@@ -33,7 +34,7 @@ from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch
-from fedproxy.strategies.trainable.base import TrainableModel
+from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 if TYPE_CHECKING:
     from fedproxy.pipeline.sharing import SharedWork
@@ -86,7 +87,7 @@ def one_device(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return {**trainer, "devices": 1 if devices == "auto" else devices}
 
 
-def compress(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
+def compress(run: Run, clients: ClientRows) -> None:
     """Stage (i): write ``proxy/`` and, last, the server's layer map."""
     if run.folder.layer_map.is_file():
         return
@@ -127,7 +128,7 @@ def describe(layer_map: LayerMap, depth: int) -> str:
     return words if layer_map.neurons is None else f"{words}, {len(layer_map.neurons[0])} neurons in each"
 
 
-def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mapping[str, Sequence[Row]]) -> None:
+def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: ClientRows) -> None:
     """Distil the target into the proxy on public text, in place."""
     from fedproxy.modules.distillation import distil as fit
 
@@ -151,9 +152,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Mappi
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
-def federate(
-    run: Run, clients: Mapping[str, Sequence[Row]], questions: Sequence[Question] = ()
-) -> tuple[TrainableModel, Progress]:
+def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) -> tuple[TrainableModel, Progress]:
     """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it.
 
     Args:
@@ -177,12 +176,10 @@ def federate(
     store = ClientStore(run.folder.checkpoints)
     store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
-    examples = _tokenised(clients, tokenizer, config)
-
-    def make_client() -> LocalClient:
-        return LocalClient(model, examples, pad_id=_pad(tokenizer), trainer=one_device(config.trainer), store=store)
-
-    engine = config.engine.start(make_client)
+    setup = _local_setup(run, trainable)
+    engine = config.engine.start(
+        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+    )
     federation = Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
@@ -196,6 +193,10 @@ def federate(
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
         realigner=realigner(run, model, clients),
+        participation=Participation(
+            config.federation.min_clients, config.federation.round_timeout_s, config.federation.max_norm_ratio
+        ),
+        rows=clients.sizes if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
@@ -205,6 +206,11 @@ def federate(
             run.display.round(record, config.federation.rounds)
             run.loggers.rounds([record])
 
+        def on_client(number: int, answer: Answer) -> None:
+            bar.step(f"round {number}: {answer.client_id}")
+            if isinstance(answer, Dropped):
+                run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
+
         try:
             progress = federation.run(
                 progress,
@@ -213,7 +219,7 @@ def federate(
                 checkpoints=checkpoints,
                 journal=run.folder.journal,
                 on_round=on_round,
-                on_client=lambda number, update: bar.step(f"round {number}: {update.client_id}"),
+                on_client=on_client,
             )
         finally:
             engine.close()
@@ -232,11 +238,18 @@ def _job(config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, **to_dict(config.client), "regularizer": to_dict(config.regularizer)}
 
 
-def _tokenised(
-    clients: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerBase, config: RunConfig
-) -> dict[str, list[Example]]:
-    longest = {"max_input_tokens": config.data.max_input_tokens, "max_target_tokens": config.data.max_target_tokens}
-    return {name: tokenise(rows, tokenizer, **longest) for name, rows in clients.items()}
+def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
+    config = run.config
+    return LocalSetup(
+        proxy=str(run.folder.proxy.absolute()),
+        dtype=config.target.dtype,
+        trainable=to_dict(trainable),
+        rows=str(run.folder.rows.absolute()),
+        store=str(run.folder.checkpoints.absolute()),
+        max_input_tokens=config.data.max_input_tokens,
+        max_target_tokens=config.data.max_target_tokens,
+        trainer=one_device(config.trainer),
+    )
 
 
 def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints: CheckpointFolder) -> None:
@@ -254,7 +267,3 @@ def _stepped(batches: Iterable[Batch], bar: Bar) -> Iterator[Batch]:
     for batch in batches:
         yield batch
         bar.step()
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0

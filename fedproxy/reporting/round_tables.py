@@ -35,6 +35,7 @@ Column = tuple[str, Callable[[RoundReport], str]]
 _ROUND_COLUMNS: tuple[Column, ...] = (
     ("round", lambda line: str(line.round)),
     ("clients", lambda line: str(len(line.clients))),
+    ("dropped", lambda line: str(len(line.dropped)) if line.dropped else show.NONE),
     ("train loss", lambda line: show.fixed(mean_of(line.train_loss))),
     ("validation NLL", lambda line: show.fixed(validated(line, "answer_nll"))),
     ("validation acc", lambda line: show.percent(validated(line, "acc"))),
@@ -73,3 +74,9 @@ def clients_table(line: RoundReport) -> Table | None:
         return None
     rows = [[client, *(show.fixed(values.get(client)) for values in columns.values())] for client in line.clients]
     return Table(["client", *columns], rows)
+
+
+def dropped_table(rounds: Sequence[RoundReport]) -> Table | None:
+    """Return one row per client and round that is missing from the result, with the reason; None where none is."""
+    rows = [[str(line.round), client, reason] for line in rounds for client, reason in line.dropped.items()]
+    return Table(["round", "client", "why"], rows) if rows else None

@@ -110,6 +110,8 @@ class RoundReport:
     seconds: float | None = None
     validation: Mapping[str, Mapping[str, float | None]] | None = None
     """Source, and ``mean``, to metric to value, on held-out training rows; left out of rounds without."""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    """Clients that were asked but are not in the result, each with the reason."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,9 @@ class RunReport:
             if not data[key]:
                 del data[key]
         for line in data["rounds"]:
-            if line["validation"] is None:
-                del line["validation"]
+            for key in ("validation", "dropped"):
+                if not line[key]:
+                    del line[key]
         return data
 
     @classmethod

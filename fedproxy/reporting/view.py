@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.pairing import PairedDifference, paired_table
-from fedproxy.reporting.round_tables import clients_table, rounds_table
+from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.tables import Table
@@ -52,6 +52,7 @@ class View:
     rounds_hint: str
     clients: Table | None
     clients_round: int | None
+    dropped: Table | None
     repeat: Sequence[str]
     provenance: Table
     paired: Table | None
@@ -92,6 +93,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         rounds_hint=_rounds_hint(report),
         clients=clients_table(report.rounds[-1]) if report.rounds else None,
         clients_round=report.rounds[-1].round if report.rounds else None,
+        dropped=dropped_table(report.rounds),
         repeat=_repeat(Path(folder)),
         provenance=_provenance(report),
         paired=paired_table(paired) if paired else None,

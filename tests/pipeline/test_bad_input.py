@@ -48,6 +48,15 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),
         ("regularizer.name=feddyn", ConfigError, r"'feddyn' and server optimizer 'none' do not go together"),
         ("aggregator.name=fedex_lora", ConfigError, r"'fedex_lora' is defined in product space, got 'factors'"),
+        ("federation.min_clients=0", ConfigError, r"federation.min_clients must be at least 1, or null for all, got 0"),
+        ("federation.min_clients=9", ConfigError, r"federation.min_clients must be at most the 4 clients there are, g"),
+        ("federation.round_timeout_s=0", ConfigError, r"federation.round_timeout_s must be positive, or null, got 0"),
+        ("federation.max_norm_ratio=1", ConfigError, r"federation.max_norm_ratio must be above 1, or null, got 1"),
+        (
+            "data.partition={name: file, path: no.json}",
+            DataError,
+            r"data.partition.path=no.json cannot be read as JSON",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):
@@ -106,7 +115,7 @@ def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny
     _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
     with monkeypatch.context() as patch:
         patch.setattr(LocalClient, "train", fail)
-        message = "client 'tiny_places' failed in round 2: RuntimeError: out of memory"
+        message = "client 'tiny_places' failed in round 2: RuntimeError: out of memory; that leaves 3 of 4 clients, and"
         with pytest.raises(ClientError, match=message):
             run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     report = RunReport.load(folder)

@@ -51,6 +51,15 @@ def test_cost_exposure_rounds_and_repeat(tmp_path):
     assert f"python -m fedproxy.fit recipe={tmp_path}/tiny/config.yaml" in text
 
 
+def test_dropped_clients_are_named_with_their_reason(tmp_path):
+    line = RoundReport(2, ("a", "b"), train_loss=2.0, dropped={"c | d": "late"})
+    rows = [" ".join(row.split()) for row in page(tmp_path, rounds=(RoundReport(1), line)).splitlines()]
+    assert "| 2 | 2 | 1 | 2.000 |" in rows
+    assert "| 2 | c \\| d | late |" in rows
+    assert "Dropped clients" not in page(tmp_path)
+    assert RoundReport(1).dropped == {}
+
+
 def test_numbers_by_client_name_are_read_like_lists(tmp_path):
     line = RoundReport(1, ("a", "b"), weights={"b": 0.6, "a": 0.4}, heterogeneity={"a": 0.2, "b": 0.4})
     rows = [" ".join(row.split()) for row in page(tmp_path, rounds=(line,)).splitlines()]

@@ -1,27 +1,60 @@
-"""The family of engines."""
+"""The family of engines: what runs a round's clients, and what it says of those that did not deliver."""
 
+import logging
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
+from fedproxy.errors import FedProxyError
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.registry import Component
+
+_log = logging.getLogger(__name__)
 
 
 class Client(Protocol):
     """What trains one client after another on one resident base model."""
 
-    def train(self, broadcast: Broadcast, client_id: str) -> ClientUpdate:
-        """Train client ``client_id`` from the broadcast state and return its update."""
+    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
+        """Train client ``client_id`` from the broadcast state and return its update.
+
+        Args:
+            broadcast: The round's broadcast.
+            client_id: Whose rows to train on.
+            deadline: ``time.monotonic()`` after which to give up; passed only where a round has a timeout.
+        """
         ...
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A client that takes no part in the round's result, and why."""
+
+    client_id: str
+    reason: str
+    """One line."""
+
+
+Answer = ClientUpdate | Dropped
+Answers = Generator[Answer, None, None]
+"""What an engine gives for a round; closing it stops the clients that still run."""
 
 
 class RunningEngine(Protocol):
     """An engine with its clients loaded."""
 
-    def run(self, broadcast: Broadcast, client_ids: Sequence[str]) -> Iterator[ClientUpdate]:
-        """Run the clients of one round; updates come in the order in which clients finish."""
+    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
+        """Run the clients of one round; answers come in the order in which clients finish, one for each client.
+
+        File-backed updates stay readable until the next round begins or the engine is closed.
+
+        Args:
+            broadcast: What every client starts from.
+            client_ids: The round's clients.
+            timeout_s: Seconds after which clients that have not finished are dropped; None waits for all.
+        """
         ...
 
     def close(self) -> None:
@@ -30,9 +63,58 @@ class RunningEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class RemoteClient:
+    """How another process makes a :class:`Client`: plain values alone, and nothing of the target."""
+
+    factory: str
+    """``package.module:name`` of what is called with ``options`` and ``device`` and returns the client."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments that JSON can carry."""
+    plugins: Sequence[str] = ()
+    """Modules to import first."""
+    devices: Sequence[int] = ()
+    """Accelerators that clients may train on, by index; empty for the CPU."""
+
+
+@dataclass(frozen=True)
 class Engine(Component, family="engine"):
     """Runs a round's clients."""
 
     @abstractmethod
-    def start(self, make_client: Callable[[], Client]) -> RunningEngine:
-        """Load clients once (one :class:`Client` per process or device) and return the engine that runs them."""
+    def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> RunningEngine:
+        """Make ready to run clients.
+
+        Args:
+            make_client: Makes the client of this process.
+            remote: How to make the same client in another process.
+            folder: Scratch folder of the run; it need not exist.
+        """
+
+
+def attempt(client: Client, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> Answer:
+    """Train one client; whatever goes wrong in it becomes the reason why it is dropped."""
+    limits = {} if deadline is None else {"deadline": deadline}
+    try:
+        return signed(client.train(broadcast, client_id, **limits), client_id)
+    except FedProxyError as error:
+        return Dropped(client_id, one_line(error))
+    except Exception as error:
+        _log.debug("client %r failed in round %d", client_id, broadcast.round, exc_info=True)
+        return Dropped(client_id, f"{type(error).__name__}: {one_line(error)}")
+
+
+def signed(update: ClientUpdate, client_id: str) -> Answer:
+    """Return the update of client ``client_id``; one in another's name counts as dropped."""
+    if update.client_id == client_id:
+        return update
+    return Dropped(client_id, f"its update is in the name of client {update.client_id!r}")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line breaks, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def late(timeout_s: float) -> str:
+    """Return why a client that did not finish in time is dropped."""
+    return f"late: no update within federation.round_timeout_s of {timeout_s:g} s"

@@ -1,37 +1,54 @@
 """Clients one after another in this process."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from fedproxy.errors import ClientError, FedProxyError
-from fedproxy.federation.engines.base import Client, Engine
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.federation.engines.base import Answer, Answers, Client, Dropped, Engine, RemoteClient, attempt, late
+from fedproxy.federation.engines.threads import cpu_threads
+from fedproxy.protocol import Broadcast
 
 
 @dataclass(frozen=True)
 class InProcess(Engine, name="in_process"):
-    """One resident base model; clients' states are swapped in and out of it."""
+    """One resident base model; clients' states are swapped in and out of it.
 
-    def start(self, make_client: Callable[[], Client]) -> "_Running":
+    A round's timeout is looked at after each batch of a client's training: what hangs within one batch is not stopped.
+    """
+
+    threads: int | None = None
+    """CPU threads inside a client's operations; null is PyTorch's own number. Rounding depends on it, so bits agree
+    between engines where it is the same (``workers`` takes 1)."""
+
+    def __post_init__(self) -> None:
+        self.require("threads", self.threads is None or self.threads >= 1, "at least 1, or null")
+
+    def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> "_Running":
         """Load the one client there is."""
-        return _Running(make_client())
+        return _Running(make_client(), self.threads)
 
 
 @dataclass
 class _Running:
     client: Client
+    threads: int | None
 
-    def run(self, broadcast: Broadcast, client_ids: Sequence[str]) -> Iterator[ClientUpdate]:
+    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for client_id in client_ids:
-            try:
-                yield self.client.train(broadcast, client_id)
-            except FedProxyError as error:
-                raise ClientError(f"client {client_id!r} failed in round {broadcast.round}: {error}") from error
-            except (RuntimeError, ValueError, MemoryError) as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ClientError(
-                    f"client {client_id!r} failed in round {broadcast.round}: {type(error).__name__}: {reason}"
-                ) from error
+            yield self._answer(broadcast, client_id, timeout_s, deadline)
+
+    def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
+        if deadline is None or timeout_s is None:
+            with cpu_threads(self.threads):
+                return attempt(self.client, broadcast, client_id)
+        if time.monotonic() < deadline:
+            with cpu_threads(self.threads):
+                answer = attempt(self.client, broadcast, client_id, deadline=deadline)
+            if time.monotonic() < deadline:
+                return answer
+        return Dropped(client_id, late(timeout_s))
 
     def close(self) -> None:
         pass

@@ -1,0 +1,79 @@
+"""Hundreds of clients, a few per round: memory must not grow with rounds or with their number.
+
+    python -m benchmarks.many_clients                                        # 512 clients, 16 per round, 30 rounds
+    python -m benchmarks.many_clients clients=512 engine.name=workers engine.workers=2
+
+The tiny recipe's 1600 rows are dealt to the clients. Each measurement is a run of its own in a fresh process; resident
+memory of the main process is read after every round. `growth` compares the last round with the tenth (by then the
+latest 16 clients' rows fill the cache), `seconds` a client's training time in the first and the second half of the
+rounds, and `per_number` the last round's memory with that of a run with `fewer` clients on the same rows.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+DEFAULTS = {"clients": 512, "fewer": 32, "per_round": 16, "rounds": 30, "warm": 10}
+
+
+def main(arguments: Sequence[str]) -> dict[str, object]:
+    """Run both sizes and return the figures."""
+    given = dict(argument.split("=", 1) for argument in arguments)
+    numbers = {name: int(given.pop(name, default)) for name, default in DEFAULTS.items()}
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    many, few = (_run(numbers[size], numbers, overrides) for size in ("clients", "fewer"))
+    resident, seconds = many["resident_kib"], many["client_seconds"]
+    half = len(seconds) // 2
+    return {
+        **numbers,
+        "growth": resident[-1] / resident[numbers["warm"] - 1],
+        "seconds": [statistics.median(seconds[:half]), statistics.median(seconds[half:])],
+        "per_number": resident[-1] / few["resident_kib"][-1],
+        "resident_kib": resident,
+    }
+
+
+def run(clients: int, per_round: int, rounds: int, overrides: Sequence[str], folder: Path) -> dict[str, list[float]]:
+    """Run the tiny recipe with many clients in this process.
+
+    Returns:
+        ``resident_kib`` after each round and mean ``client_seconds`` of each round.
+    """
+    from fedproxy.config import load_config
+    from fedproxy.pipeline.display import Display
+    from fedproxy.pipeline.run import run as run_recipe
+
+    figures: dict[str, list[float]] = {"resident_kib": [], "client_seconds": []}
+
+    class Watch(Display):
+        def round(self, record, rounds):
+            status = Path("/proc/self/status").read_text().splitlines()
+            figures["resident_kib"].append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")))
+            figures["client_seconds"].append(record["client_seconds"] / len(record["clients"]))
+
+    settings = [
+        "recipe=fedproxy_tiny", "data.rows_per_task=400", f"data.partition={{name: iid, clients: {clients}}}",
+        f"federation.clients_per_round={per_round}", f"federation.rounds={rounds}", "evaluation.models=[]",
+        f"output_dir={folder / 'run'}", *overrides,
+    ]  # fmt: skip
+    run_recipe(load_config(settings), Watch())
+    return figures
+
+
+def _run(clients: int, numbers: dict[str, int], overrides: Sequence[str]) -> dict[str, list[float]]:
+    call = f"run({clients}, {numbers['per_round']}, {numbers['rounds']}, sys.argv[2:], Path(sys.argv[1]))"
+    imports = "import json, sys; from pathlib import Path; from benchmarks.many_clients import run"
+    script = f"{imports}; print(json.dumps({call}))"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", script, folder, *overrides]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    figures: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1:]), indent=1))

@@ -1,0 +1,111 @@
+"""Every client's rows in a file of its own, opened when that client trains and not before."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import quote
+
+from transformers import PreTrainedTokenizerBase
+
+from fedproxy.data.rows import Row
+from fedproxy.data.tokenisation import Example, tokenise
+from fedproxy.errors import DataError
+from fedproxy.plain_json import write_text
+
+
+def rows_file(folder: Path, client_id: str) -> Path:
+    """Return where a client's rows lie: its name with what file systems do not like escaped, ``.jsonl``."""
+    return folder / f"{quote(client_id, safe=' ')}.jsonl"
+
+
+def read_client_rows(folder: Path, client_id: str) -> list[Row]:
+    """Read one client's rows, from its own file alone.
+
+    Raises:
+        DataError: If the file is missing or damaged.
+    """
+    path = rows_file(folder, client_id)
+    try:
+        with path.open(encoding="utf-8") as file:
+            return [Row(**json.loads(line)) for line in file]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} with the rows of client {client_id!r} cannot be read ({error}); resume=auto writes it again"
+        ) from error
+
+
+class ClientRows(Mapping[str, list[Row]]):
+    """Clients' rows by name, on disk: memory holds names and counts alone.
+
+    Args:
+        clients: Each client's rows; they are written out and not kept.
+        folder: Where the files lie, one per client.
+
+    Raises:
+        CheckpointError: If a file cannot be written.
+    """
+
+    def __init__(self, clients: Mapping[str, Sequence[Row]], folder: Path) -> None:
+        self.folder = folder
+        self.sizes = {name: len(rows) for name, rows in clients.items()}
+        """Rows of each client."""
+        for name, rows in clients.items():
+            lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+            write_text(rows_file(folder, name), "".join(lines))
+
+    def __getitem__(self, client_id: str) -> list[Row]:
+        if client_id not in self.sizes:
+            raise KeyError(client_id)
+        return read_client_rows(self.folder, client_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+class ClientExamples(Mapping[str, list[Example]]):
+    """Clients' tokenised rows, made when a client first trains; those of the latest few clients stay in memory.
+
+    Args:
+        folder: Clients' rows, see :func:`rows_file`.
+        tokenizer: The proxy's tokenizer.
+        max_input_tokens: Most prompt tokens of an example.
+        max_target_tokens: Most target tokens of an example.
+        keep: How many clients' examples stay in memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_input_tokens: int,
+        max_target_tokens: int,
+        keep: int = 16,
+    ) -> None:
+        self.folder, self.tokenizer, self.keep = folder, tokenizer, keep
+        self._input, self._target = max_input_tokens, max_target_tokens
+        self._latest: OrderedDict[str, list[Example]] = OrderedDict()
+
+    def __getitem__(self, client_id: str) -> list[Example]:
+        if client_id not in self._latest:
+            rows = read_client_rows(self.folder, client_id)
+            self._latest[client_id] = tokenise(
+                rows, self.tokenizer, max_input_tokens=self._input, max_target_tokens=self._target
+            )
+            while len(self._latest) > self.keep:
+                self._latest.popitem(last=False)
+        self._latest.move_to_end(client_id)
+        return self._latest[client_id]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the clients in memory."""
+        return iter(self._latest)
+
+    def __len__(self) -> int:
+        """How many clients are in memory."""
+        return len(self._latest)

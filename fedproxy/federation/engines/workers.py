@@ -1,0 +1,256 @@
+"""Clients side by side in processes of their own, one for each device or several on the CPU."""
+
+import json
+import os
+import selectors
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.federation.engines.base import (
+    Answer,
+    Answers,
+    Client,
+    Dropped,
+    Engine,
+    RemoteClient,
+    late,
+    one_line,
+    signed,
+)
+from fedproxy.federation.engines.worker_process import Message, WorkerProcess
+from fedproxy.protocol import Broadcast, ClientUpdate
+
+_TRIES = 2
+"""How often a client is tried whose worker dies or hangs."""
+
+
+@dataclass(frozen=True)
+class Workers(Engine, name="workers"):
+    """Clients side by side: each process holds one proxy and takes the next client when it is free.
+
+    Results depend neither on the number of workers nor on the order in which clients finish. The round's state is
+    written once as a safetensors file that all workers read, updates come back as files that are merged one tensor at
+    a time. A worker that dies or hangs is replaced and its client tried once more.
+    """
+
+    workers: int | str = "auto"
+    """Processes: a number, or ``auto`` for one per accelerator, on the CPU one per ``threads`` cores."""
+    threads: int = 1
+    """CPU threads inside a worker's operations. Rounding depends on it, so keep it where runs are to agree bit for bit
+    (with ``in_process`` too, which has the same option)."""
+    client_timeout_s: float | None = None
+    """Seconds after which a client's worker counts as hung; null waits until the round ends."""
+
+    def __post_init__(self) -> None:
+        count = self.workers
+        self.require("workers", count == "auto" or (isinstance(count, int) and count >= 1), "'auto' or at least 1")
+        self.require("threads", self.threads >= 1, "at least 1")
+        limit = self.client_timeout_s
+        self.require("client_timeout_s", limit is None or limit > 0, "positive, or null")
+
+    def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> "WorkerPool":
+        """Make ready; processes start when the first round needs them."""
+        return WorkerPool(self, remote, folder)
+
+    def count(self, devices: Sequence[int]) -> int:
+        """Return how many processes there will be at most."""
+        if self.workers != "auto":
+            return int(self.workers)
+        return len(devices) or max(1, _cores() // self.threads)
+
+
+@dataclass
+class _Task:
+    """One client of the round that still has to answer."""
+
+    number: int
+    client_id: str
+    update: Path
+    tries: int = 0
+
+
+@dataclass
+class _Slot:
+    """A worker and what it is doing."""
+
+    process: WorkerProcess
+    task: _Task | None = None
+    ready: bool = False
+    since: float = field(default_factory=time.monotonic)
+    """When it was given its task."""
+
+
+class WorkerPool:
+    """Running workers of one federation.
+
+    Args:
+        options: The engine.
+        remote: How a worker makes its client.
+        folder: Where messages' files lie; emptied now and removed at the end.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+
+    def __init__(self, options: Workers, remote: RemoteClient, folder: Path) -> None:
+        self.options, self.devices, self.size = options, remote.devices, options.count(remote.devices)
+        self._base, self._slots, self._started, self._lost_starts = folder, list[_Slot](), 0, 0
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.folder = Path(tempfile.mkdtemp(dir=folder)).absolute()
+            (self.folder / "setup.json").write_text(json.dumps(asdict(remote)))
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be written ({error}); free disk space, then resume=auto") from error
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the workers that run."""
+        return [slot.process.pid for slot in self._slots]
+
+    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
+        """Run one round's clients; see :class:`fedproxy.federation.engines.base.RunningEngine`.
+
+        Raises:
+            ClientError: If workers cannot start.
+            CheckpointError: If the broadcast cannot be written.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        shared = self._write_broadcast(broadcast)
+        todo = deque(
+            _Task(number, client_id, shared.parent / f"update_{number:05d}.safetensors")
+            for number, client_id in enumerate(client_ids)
+        )
+        try:
+            while todo or self._busy():
+                if deadline is not None and timeout_s is not None and time.monotonic() >= deadline:
+                    left = [slot.task for slot in self._busy() if slot.task is not None] + list(todo)
+                    yield from (Dropped(task.client_id, late(timeout_s)) for task in left)
+                    return
+                self._hand_out(todo, shared)
+                for slot in self._wait(deadline):
+                    yield from self._hear(slot, todo)
+                yield from self._stop_hung(todo)
+        finally:
+            for slot in self._busy():
+                self._remove(slot)
+
+    def close(self) -> None:
+        """End all workers and remove their files."""
+        for slot in list(self._slots):
+            self._remove(slot)
+        shutil.rmtree(self._base, ignore_errors=True)
+
+    def _write_broadcast(self, broadcast: Broadcast) -> Path:
+        try:
+            for old in self.folder.glob("round_*"):
+                shutil.rmtree(old)
+            path = self.folder / f"round_{broadcast.round:04d}" / "broadcast.safetensors"
+            path.parent.mkdir()
+            broadcast.save(path)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"the broadcast of round {broadcast.round} cannot be written to {self.folder}: {error}; "
+                f"free disk space, then resume=auto"
+            ) from error
+        return path
+
+    def _busy(self) -> list[_Slot]:
+        return [slot for slot in self._slots if slot.task is not None]
+
+    def _hand_out(self, todo: deque[_Task], shared: Path) -> None:
+        """Give tasks to free workers, and start as many as there are tasks left, up to the engine's number."""
+        for slot in self._slots:
+            if slot.ready and slot.task is None and todo:
+                slot.task, slot.since = todo.popleft(), time.monotonic()
+                slot.task.tries += 1
+                task = {"task": slot.task.number, "client": slot.task.client_id}
+                slot.process.send({**task, "broadcast": str(shared), "update": str(slot.task.update)})
+        starting = sum(not slot.ready for slot in self._slots)
+        for _ in range(min(len(todo) - starting, self.size - len(self._slots))):
+            self._slots.append(_Slot(self._spawn()))
+
+    def _spawn(self) -> WorkerProcess:
+        used = [slot.process.device for slot in self._slots]
+        device = min(self.devices, key=used.count) if self.devices else None
+        self._started += 1
+        return WorkerProcess(
+            self.folder / "setup.json",
+            device=device,
+            threads=self.options.threads,
+            log=self.folder / f"worker_{self._started:04d}.log",
+        )
+
+    def _wait(self, deadline: float | None) -> list[_Slot]:
+        """Wait until a worker says something or a time limit is reached, and return who has something to say."""
+        limits = [] if deadline is None else [deadline]
+        if self.options.client_timeout_s is not None:
+            limits += [slot.since + self.options.client_timeout_s for slot in self._busy()]
+        timeout = max(0.0, min(limits) - time.monotonic()) if limits else None
+        with selectors.DefaultSelector() as selector:
+            for slot in self._slots:
+                selector.register(slot.process, selectors.EVENT_READ, slot)
+            return [key.data for key, _ in selector.select(timeout)]
+
+    def _hear(self, slot: _Slot, todo: deque[_Task]) -> Iterator[Answer]:
+        messages = slot.process.receive()
+        if messages is None:
+            yield from self._gone(slot, f"its worker was {slot.process.ended()}", todo)
+            return
+        for message in messages:
+            if "failed" in message:
+                raise ClientError(f"engine.name=workers: a worker cannot start: {message['failed']}")
+            if message.get("ready"):
+                slot.ready, self._lost_starts = True, 0
+            elif slot.task is not None and message["task"] == slot.task.number:
+                task, slot.task = slot.task, None
+                yield _answer(task, message)
+
+    def _stop_hung(self, todo: deque[_Task]) -> Iterator[Answer]:
+        limit = self.options.client_timeout_s
+        for slot in self._busy() if limit is not None else []:
+            if time.monotonic() >= slot.since + limit:  # type: ignore[operator]
+                yield from self._gone(slot, f"it hung: no update within engine.client_timeout_s of {limit:g} s", todo)
+
+    def _gone(self, slot: _Slot, reason: str, todo: deque[_Task]) -> Iterator[Answer]:
+        """Forget a worker; its client goes to the front of the queue, or is dropped after its last try.
+
+        Raises:
+            ClientError: If workers die while they start.
+        """
+        self._remove(slot)
+        if not slot.ready:
+            self._lost_starts += 1
+            if self._lost_starts >= _TRIES:
+                raise ClientError(f"engine.name=workers: workers cannot start, the last one: {reason}")
+        if slot.task is None:
+            return
+        if slot.task.tries < _TRIES:
+            todo.appendleft(slot.task)
+        else:
+            yield Dropped(slot.task.client_id, f"{reason} ({_TRIES} tries)")
+
+    def _remove(self, slot: _Slot) -> None:
+        slot.process.end()
+        self._slots.remove(slot)
+
+
+def _answer(task: _Task, message: Message) -> Answer:
+    if "dropped" in message:
+        return Dropped(task.client_id, str(message["dropped"]))
+    try:
+        return signed(ClientUpdate.load(task.update), task.client_id)
+    except ClientError as error:
+        return Dropped(task.client_id, one_line(error))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,88 @@
+"""Who takes part in a round's result: failing, late and invalid clients are dropped, each with its reason."""
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from fedproxy.errors import ClientError
+from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine, one_line
+from fedproxy.federation.update_checks import check_update, too_long
+from fedproxy.protocol import Broadcast, ClientUpdate
+
+OnAnswer = Callable[[int, Answer], None]
+
+
+@dataclass(frozen=True)
+class Participation:
+    """The round's terms, the same in every engine."""
+
+    min_clients: int | None = None
+    """Updates without which a round ends the run; None asks for all clients of the round."""
+    round_timeout_s: float | None = None
+    """Seconds that a round's clients have together; None waits for all."""
+    max_norm_ratio: float | None = 1000.0
+    """Longest update, as a multiple of the round's median norm; None checks no length."""
+
+    def collect(
+        self,
+        engine: RunningEngine,
+        broadcast: Broadcast,
+        clients: Sequence[str],
+        on_answer: OnAnswer = lambda round_, answer: None,
+    ) -> tuple[list[ClientUpdate], dict[str, str]]:
+        """Run a round's clients.
+
+        Returns:
+            The valid updates in sorted client order, and why each other client was dropped.
+
+        Raises:
+            ClientError: As soon as fewer than ``min_clients`` can be left; the message names a client and its reason.
+        """
+        round_ = _Round(broadcast, len(clients), self.min_clients or len(clients), on_answer)
+        # closing: where too many clients are dropped, the engine stops those that still run.
+        with closing(engine.run(broadcast, clients, timeout_s=self.round_timeout_s)) as answers:
+            for answer in answers:
+                round_.take(answer)
+        if self.max_norm_ratio is not None:
+            for client_id, reason in too_long(round_.norms, self.max_norm_ratio).items():
+                round_.drop(Dropped(client_id, reason))
+        updates = [round_.updates[client] for client in sorted(round_.updates)]
+        return updates, dict(sorted(round_.dropped.items()))
+
+
+@dataclass
+class _Round:
+    broadcast: Broadcast
+    asked: int
+    wanted: int
+    on_answer: OnAnswer
+    updates: dict[str, ClientUpdate] = field(default_factory=dict)
+    norms: dict[str, float] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+
+    def take(self, answer: Answer) -> None:
+        if isinstance(answer, Dropped):
+            self.drop(answer)
+            return
+        try:
+            self.norms[answer.client_id] = check_update(answer, self.broadcast)
+        except ClientError as error:
+            self.drop(Dropped(answer.client_id, one_line(error)))
+            return
+        self.updates[answer.client_id] = answer
+        self.on_answer(self.broadcast.round, answer)
+
+    def drop(self, client: Dropped) -> None:
+        self.updates.pop(client.client_id, None)
+        self.dropped[client.client_id] = client.reason
+        self.on_answer(self.broadcast.round, client)
+        left = self.asked - len(self.dropped)
+        if left >= self.wanted:
+            return
+        others = sorted(set(self.dropped) - {client.client_id})
+        also = f" (dropped before it: {', '.join(others)})" if others else ""
+        raise ClientError(
+            f"client {client.client_id!r} failed in round {self.broadcast.round}: {client.reason}; that leaves {left} "
+            f"of {self.asked} clients{also}, and federation.min_clients asks for {self.wanted}; mend the client or "
+            f"lower federation.min_clients, then resume=auto"
+        )

@@ -1,0 +1,98 @@
+"""A worker process: ``python -m fedproxy.federation.worker SETUP DEVICE THREADS``, started by the engine ``workers``.
+
+It makes its client once, then trains whichever client standard input names and answers on standard output,
+one JSON object per line. Tensors travel in safetensors files whose paths the messages name; nothing is ever unpickled.
+"""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TextIO
+
+import torch
+from safetensors import SafetensorError
+
+from fedproxy.errors import FedProxyError
+from fedproxy.federation.engines.base import Answer, Client, Dropped, attempt, one_line
+from fedproxy.protocol import Broadcast
+
+
+def main(setup: Path, device: int | None, threads: int) -> None:
+    """Serve clients until standard input closes."""
+    channel = _take_over_output()
+    tasks: SimpleQueue[Mapping[str, Any]] = SimpleQueue()
+    Thread(target=_listen, args=(tasks,), daemon=True).start()
+    torch.set_num_threads(threads)
+    try:
+        client = _make_client(json.loads(setup.read_text()), device)
+    except Exception as error:
+        kind = "" if isinstance(error, FedProxyError) else f"{type(error).__name__}: "
+        _say(channel, failed=f"{kind}{one_line(error)}")
+        raise
+    _say(channel, ready=True)
+    broadcasts = _Broadcasts()
+    while True:
+        task = tasks.get()
+        answer = _serve(client, broadcasts, task)
+        if isinstance(answer, Dropped):
+            _say(channel, task=task["task"], dropped=answer.reason)
+        else:
+            _say(channel, task=task["task"])
+
+
+def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any]) -> Answer:
+    client_id: str = task["client"]
+    try:
+        answer = attempt(client, broadcasts.load(task["broadcast"]), client_id)
+        if not isinstance(answer, Dropped):
+            answer.save(task["update"])
+    except (FedProxyError, OSError, SafetensorError) as error:
+        return Dropped(client_id, one_line(error))
+    return answer
+
+
+class _Broadcasts:
+    """Reads each round's broadcast once."""
+
+    def __init__(self) -> None:
+        self._path, self._broadcast = "", Broadcast(0, {})
+
+    def load(self, path: str) -> Broadcast:
+        if path != self._path:
+            self._path, self._broadcast = path, Broadcast.load(path)
+        return self._broadcast
+
+
+def _make_client(setup: Mapping[str, Any], device: int | None) -> Client:
+    for module in setup["plugins"]:
+        importlib.import_module(module)
+    module, _, name = setup["factory"].partition(":")
+    client: Client = getattr(importlib.import_module(module), name)(device=device, **setup["options"])
+    return client
+
+
+def _take_over_output() -> TextIO:
+    """Return what was standard output; whatever libraries print goes to standard error from now on."""
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return channel
+
+
+def _listen(tasks: "SimpleQueue[Mapping[str, Any]]") -> None:
+    """Pass tasks on; when the server closes the pipe, or dies, end the process in the middle of whatever it does."""
+    for line in sys.stdin:
+        tasks.put(json.loads(line))
+    os._exit(0)
+
+
+def _say(channel: TextIO, **message: Any) -> None:
+    channel.write(json.dumps(message) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]) if sys.argv[2] else None, int(sys.argv[3]))

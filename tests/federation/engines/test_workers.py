@@ -1,0 +1,163 @@
+"""Workers: faults tried for real on processes that die, hang and lie; test_same_bits.py has the real client."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedproxy.errors import ClientError, ConfigError
+from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.protocol import ClientUpdate, TensorFile
+
+from .doubles import CLIENTS, broadcast, honest, remote
+
+Workers = Engine.by_name("workers")
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """Folder in which clients find what to do."""
+    return tmp_path_factory.mktemp("words")
+
+
+@pytest.fixture(scope="module")
+def shared_pool(words, tmp_path_factory):
+    """Two workers for all tests of this file: starting one takes seconds."""
+    pool = Workers(workers=2, client_timeout_s=None).start(_never, remote(words), tmp_path_factory.mktemp("x") / "pool")
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def pool(shared_pool, words):
+    """The shared workers, and clients that all behave."""
+    for path in words.iterdir():
+        path.unlink()
+    return shared_pool
+
+
+def _never():
+    raise AssertionError("the server's process trains no client")
+
+
+def answers(pool, **options):
+    return {answer.client_id: answer for answer in pool.run(broadcast(3), CLIENTS, **options)}
+
+
+def pids(words, client):
+    return {int(line) for line in (words / f"{client}.seen").read_text().split()}
+
+
+def assert_honest(update):
+    assert isinstance(update, ClientUpdate)
+    assert isinstance(update.delta, TensorFile)  # stays in its file until it is merged
+    expected = honest(update.client_id, 3)
+    assert all(torch.equal(update.delta[name], tensor) for name, tensor in expected.delta.items())
+    assert (update.num_examples, update.train_loss, update.round) == (2, 1.0, 3)
+
+
+def test_all_clients_answer_from_two_other_processes(pool, words):
+    for client in CLIENTS:
+        (words / client).write_text("slow")  # else the first worker may be done with all before the second is up
+    got = answers(pool)
+    assert sorted(got) == list(CLIENTS)
+    for update in got.values():
+        assert_honest(update)
+    seen = set.union(*(pids(words, client) for client in CLIENTS))
+    assert os.getpid() not in seen
+    assert seen == set(pool.pids)
+    assert len(seen) == 2
+
+
+def test_a_killed_worker_is_replaced_and_its_client_tried_again(pool, words):
+    (words / "bob").write_text("die once")
+    got = answers(pool)
+    assert len(pids(words, "bob")) == 2
+    for client in CLIENTS:
+        assert_honest(got[client])
+
+
+def test_a_client_that_kills_its_worker_twice_is_dropped(pool, words):
+    (words / "bob").write_text("die")
+    got = answers(pool)
+    assert got["bob"] == Dropped("bob", "its worker was killed by SIGKILL (2 tries)")
+    assert_honest(got["dot"])
+
+
+def test_what_is_no_update_is_refused_and_never_unpickled(pool, words):
+    for client, word in {"ann": "pickle", "bob": "truncated", "cid": "name", "dot": "raise"}.items():
+        (words / client).write_text(word)
+    got = answers(pool)
+    assert "is not a readable safetensors file" in got["ann"].reason
+    assert "is not a readable safetensors file" in got["bob"].reason
+    assert got["cid"].reason == "its update is in the name of client 'dot'"
+    assert got["dot"].reason == "RuntimeError: out of memory"
+
+
+def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
+    (words / "ann").write_text("hang once")
+    (words / "bob").write_text("hang")
+    object.__setattr__(pool.options, "client_timeout_s", 2.0)
+    try:
+        got = answers(pool)
+    finally:
+        object.__setattr__(pool.options, "client_timeout_s", None)
+    assert_honest(got["ann"])
+    assert len(pids(words, "ann")) == 2
+    assert got["bob"].reason == "it hung: no update within engine.client_timeout_s of 2 s (2 tries)"
+    (words / "bob").unlink()
+    for client in CLIENTS:
+        (words / client).write_text("slow once")  # brings both workers up
+    answers(pool)
+    (words / "bob").write_text("hang")
+    started = time.monotonic()
+    got = answers(pool, timeout_s=3.0)
+    assert time.monotonic() - started < 60
+    assert got["bob"] == Dropped("bob", "late: no update within federation.round_timeout_s of 3 s")
+    assert_honest(got["cid"])
+
+
+def test_closing_a_round_early_stops_who_still_trains(pool, words):
+    (words / "ann").write_text("hang")
+    running = pool.run(broadcast(3), ("ann", "bob"))
+    assert next(running).client_id == "bob"
+    (hung,) = pids(words, "ann")
+    running.close()
+    assert hung not in pool.pids
+    assert not Path(f"/proc/{hung}/cmdline").exists() or not Path(f"/proc/{hung}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("broken_factory", r"engine.name=workers: a worker cannot start: this proxy cannot be loaded"),
+        ("dying_factory", r"engine.name=workers: workers cannot start, the last one: .* exit code 3"),
+        ("no_factory", r"a worker cannot start: AttributeError: .*no_factory"),
+    ],
+)
+def test_workers_that_cannot_start_are_one_line(tmp_path, factory, message):
+    remote = RemoteClient(f"{__name__.rpartition('.')[0]}.doubles:{factory}")
+    pool = Workers(workers=1).start(_never, remote, tmp_path / "pool")
+    try:
+        with pytest.raises(ClientError, match=message):
+            list(pool.run(broadcast(), CLIENTS))
+    finally:
+        pool.close()
+    assert not (tmp_path / "pool").exists()
+
+
+def test_devices_get_one_worker_each(tmp_path):
+    assert Workers().count([0, 1, 2]) == 3
+    assert Workers(threads=10**6).count([]) == 1
+    assert Workers(workers=5).count([0]) == 5
+
+
+def test_options_are_checked():
+    with pytest.raises(ConfigError, match=r"engine.workers must be 'auto' or at least 1, got 0"):
+        Workers(workers=0)
+    with pytest.raises(ConfigError, match=r"engine.threads must be at least 1, got 0"):
+        Workers(threads=0)
+    with pytest.raises(ConfigError, match=r"engine.client_timeout_s must be positive, or null, got -1"):
+        Workers(client_timeout_s=-1)
