@@ -8,12 +8,12 @@ honest clients and once with two attackers in every round, scored on 100 questio
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedproxy.config import load_config
-from fedproxy.federation.engines.base import Engine, RunningEngine
+from fedproxy.federation.engines.base import Answers, Engine, RunningEngine
 from fedproxy.federation.engines.in_process import InProcess
 from fedproxy.pipeline.run import run
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -37,9 +37,9 @@ class AttackedEngine(Engine, name="attacked"):
     attackers: int = 2
     factor: float = -5.0
 
-    def start(self, make_client) -> "AttackedClients":
+    def start(self, make_client, remote, folder) -> "AttackedClients":
         """Load the clients."""
-        return AttackedClients(InProcess().start(make_client), self)
+        return AttackedClients(InProcess().start(make_client, remote, folder), self)
 
 
 @dataclass
@@ -49,11 +49,11 @@ class AttackedClients:
     honest: RunningEngine
     attack: AttackedEngine
 
-    def run(self, broadcast: Broadcast, client_ids: Sequence[str]) -> Iterator[ClientUpdate]:
+    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         """Run the round and spoil what the attackers send."""
         hostile = sorted(client_ids)[: self.attack.attackers]
-        for update in self.honest.run(broadcast, client_ids):
-            if update.client_id in hostile:
+        for update in self.honest.run(broadcast, client_ids, timeout_s=timeout_s):
+            if update.client_id in hostile and isinstance(update, ClientUpdate):
                 spoilt = {name: self.attack.factor * tensor for name, tensor in update.delta.items()}
                 yield replace(update, delta=spoilt)
             else:

@@ -24,6 +24,7 @@ TABLE = {
     "local_only": ("block_influence", "lora", "all", "none", "none", "plug_in", "by_task"),
     "offsite_tuning": ("uniform", "lora", "ends", "none", "fedavg", "plug_in", "pooled"),
     "fedot": ("uniform", "lora", "ends", "none", "fedavg", "plug_in", "by_task"),
+    "fedbiot": ("uniform", "lora", "last", "proximal", "fedavg", "plug_in", "by_task"),
     "crash": ("cluster", "lora", "centres", "none", "fedavg", "plug_in", "by_task"),
     "proxy_tuning": ("block_influence", "lora", "all", "none", "fedavg", "logit_offset", "by_task"),
     "fedavg_proxy": ("block_influence", "lora", "all", "none", "fedavg", "plug_in", "by_task"),
@@ -39,6 +40,7 @@ TRAINED_7B = {
     ("all", "block_influence"): 16 * BLOCK_7B,
     ("all", "random"): 16 * BLOCK_7B,
     ("ends", "uniform"): 4 * BLOCK_7B,
+    ("last", "uniform"): 2 * BLOCK_7B,
     ("centres", "cluster"): 16 * BLOCK_7B,
 }
 TINY = (

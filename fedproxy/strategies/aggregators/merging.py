@@ -16,14 +16,14 @@ from fedproxy.strategies.functional.voting import elect_sign
 
 @dataclass(frozen=True)
 class SCE(Aggregator, name="sce"):
-    """Select, calculate, erase (FuseChat, Wan et al. 2024, arXiv 2408.07990, Sec. 3.3), tensor by tensor.
+    """Select, calculate, erase (FuseChat, Wan et al. 2024, arXiv 2408.07990), tensor by tensor.
 
     Select the coordinates of largest variance over the clients; weigh each client by the energy of what was selected,
     w_k = ||Delta_k||^2 / sum_j ||Delta_j||^2; erase the values whose sign is not that of the sum; return the weighted
     mean of the rest. Choice: the share is counted over coordinates of non-zero variance, as mergekit does.
     """
 
-    reference: ClassVar[str] = "Wan et al. 2024 (FuseChat), arXiv 2408.07990, Sec. 3.3"
+    reference: ClassVar[str] = "Wan et al. 2024 (FuseChat), arXiv 2408.07990"
 
     density: float = 1.0
     """Share of coordinates selected, in (0, 1]; 1 selects all."""
@@ -52,13 +52,13 @@ class SCE(Aggregator, name="sce"):
 
 @dataclass(frozen=True)
 class ModelStock(Aggregator, name="model_stock"):
-    """Model Stock (Jang et al. 2024, arXiv 2403.19522, Eq 3), tensor by tensor: t times the mean update.
+    """Model Stock (Jang et al. 2024, arXiv 2403.19522), tensor by tensor: t times the mean update.
 
     t = K cos / (1 + (K - 1) cos) with cos the mean cosine of two clients' updates. Choice: t is 0 where the denominator
     vanishes, and 1 for a single client.
     """
 
-    reference: ClassVar[str] = "Jang et al. 2024, arXiv 2403.19522, Eq 3"
+    reference: ClassVar[str] = "Jang et al. 2024, arXiv 2403.19522"
     coordinatewise: ClassVar[bool] = True
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
@@ -79,14 +79,14 @@ class ModelStock(Aggregator, name="model_stock"):
 
 @dataclass(frozen=True)
 class Consensus(Aggregator, name="consensus"):
-    """Consensus Task Arithmetic (Wang et al. 2024, arXiv 2405.07813, Eqs 5-6).
+    """Consensus Task Arithmetic (Wang et al. 2024, arXiv 2405.07813).
 
     With S = sum_k Delta_k, a coordinate matters to client k where |Delta_kp| >= threshold |S_p - Delta_kp|; scale S_p
     is returned where it matters to at least ``min_clients`` clients, 0 elsewhere.
     """
 
     keeps_single: ClassVar[bool] = False
-    reference: ClassVar[str] = "Wang et al. 2024, arXiv 2405.07813, Eqs 5-6"
+    reference: ClassVar[str] = "Wang et al. 2024, arXiv 2405.07813"
     coordinatewise: ClassVar[bool] = True
 
     scale: float = 0.4

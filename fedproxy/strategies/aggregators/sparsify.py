@@ -46,12 +46,12 @@ class SparsifyingAggregator(VotingAggregator):
 
 @dataclass(frozen=True)
 class Dare(SparsifyingAggregator, name="dare"):
-    """DARE (Yu et al. 2024, arXiv 2311.03099, Sec. 3): drop at random, divide what stays by 1 - drop_rate, then merge.
+    """DARE (Yu et al. 2024, arXiv 2311.03099): drop at random, divide what stays by 1 - drop_rate, then merge.
 
     Draws come from (seed, round, client, tensor).
     """
 
-    reference: ClassVar[str] = "Yu et al. 2024, arXiv 2311.03099, Sec. 3"
+    reference: ClassVar[str] = "Yu et al. 2024, arXiv 2311.03099"
 
     drop_rate: float = 0.9
     """Probability p of dropping a coordinate, in [0, 1)."""
@@ -69,14 +69,14 @@ class Dare(SparsifyingAggregator, name="dare"):
 
 @dataclass(frozen=True)
 class Della(SparsifyingAggregator, name="della"):
-    """DELLA (Deep et al. 2024, arXiv 2406.11617, Sec. 3): drop at random, small magnitudes more often.
+    """DELLA (Deep et al. 2024, arXiv 2406.11617): drop at random, small magnitudes more often.
 
     Within each row of a matrix the keep probability rises linearly with the rank of the magnitude, from
     density - window / 2 to density + window / 2; what stays is divided by its probability. Draws come from
     (seed, round, client, tensor).
     """
 
-    reference: ClassVar[str] = "Deep et al. 2024, arXiv 2406.11617, Sec. 3"
+    reference: ClassVar[str] = "Deep et al. 2024, arXiv 2406.11617"
     coordinatewise: ClassVar[bool] = False
 
     density: float = 0.3
@@ -99,12 +99,12 @@ class Della(SparsifyingAggregator, name="della"):
 
 @dataclass(frozen=True)
 class Breadcrumbs(SparsifyingAggregator, name="breadcrumbs"):
-    """Model Breadcrumbs (Davari and Belilovsky 2024, arXiv 2312.06795, Sec. 3): drop outliers and small values.
+    """Model Breadcrumbs (Davari and Belilovsky 2024, arXiv 2312.06795): drop outliers and small values.
 
     The floor(gamma n) largest magnitudes of each tensor are dropped, the next floor(density n) are kept.
     """
 
-    reference: ClassVar[str] = "Davari and Belilovsky 2024, arXiv 2312.06795, Sec. 3"
+    reference: ClassVar[str] = "Davari and Belilovsky 2024, arXiv 2312.06795"
     coordinatewise: ClassVar[bool] = False
 
     density: float = 0.85

@@ -14,7 +14,7 @@ def squared_distances(gram: Tensor) -> Tensor:
 
 
 def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
-    """Return each client's sum of squared distances to its K - f - 2 nearest others (Blanchard et al. 2017, Sec. 4).
+    """Return each client's sum of squared distances to its K - f - 2 nearest others (Blanchard et al. 2017).
 
     Args:
         distances: float64 (clients, clients), squared.
@@ -27,7 +27,7 @@ def krum_scores(distances: Tensor, byzantine: int) -> Tensor:
 
 
 def bulyan_selection(distances: Tensor, byzantine: int) -> list[int]:
-    """Return the K - 2 f clients that repeated Krum picks, each removed once picked (El Mhamdi et al. 2018, Sec. 4)."""
+    """Return the K - 2 f clients that repeated Krum picks, each removed once picked (El Mhamdi et al. 2018)."""
     left = list(range(len(distances)))
     chosen = []
     for _ in range(len(distances) - 2 * byzantine):
