@@ -7,6 +7,7 @@ from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.realigner import GROUP, Realigner, emulator_blocks, emulator_weights, receive
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
@@ -77,7 +78,8 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
     examples = {"a": [Example((5, 6, 7, 8), 2, "x"), Example((9, 8, 7), 1, "y")]}
 
     def train(broadcast, model):
-        return LocalClient(model, examples, pad_id=0, trainer={"accelerator": "cpu"}).train(broadcast, "a").delta
+        client = LocalClient(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, store=ClientStore(tmp_path))
+        return client.train(broadcast, "a").delta
 
     sent = Broadcast.load(tmp_path / "broadcast.safetensors")
     elsewhere = train(sent, make(make_model)[0])

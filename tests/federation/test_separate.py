@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.separate import own, spread
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 
@@ -16,24 +18,25 @@ class Adding:
 
     numbers = {"a": 1.0, "b": 2.0, "c": 4.0}
 
-    def run(self, broadcast, client_ids):
+    def run(self, broadcast, client_ids, *, timeout_s=None):
         for client in client_ids:
             delta = {name: torch.full_like(tensor, self.numbers[client]) for name, tensor in broadcast.state.items()}
             loss = float(broadcast.state["layer.weight"].sum())
-            yield ClientUpdate(client, delta, num_examples=int(self.numbers[client]), num_tokens=1, train_loss=loss)
+            examples = int(self.numbers[client])
+            yield ClientUpdate(client, delta, examples, num_tokens=1, train_loss=loss, round=broadcast.round)
 
 
-def federation(per_round="all", optimizer="none", **options):
+def federation(folder, per_round="all", optimizer="none", **options):
     return Federation(
         clients=["a", "b", "c"], clients_per_round=per_round, aggregator=Aggregator.by_name("none")(),
-        server_optimizer=ServerOptimizer.by_name(optimizer)(**options), job={}, send_conflict=False, lora_scaling=None,
-        seed=0,
+        server_optimizer=ServerOptimizer.by_name(optimizer)(**options), job={}, lora_scaling=None, seed=0,
+        regularizer=Regularizer.by_name("none")(), store=ClientStore(folder),
     )  # fmt: skip
 
 
 def go(tmp_path, rounds, start=None, **options):
     begin = start or Progress(0, spread({"layer.weight": torch.zeros(2)}, ["a", "b", "c"]))
-    return federation(**options).run(
+    return federation(tmp_path, **options).run(
         begin, rounds, Adding(), checkpoints=CheckpointFolder(tmp_path), journal=tmp_path / "rounds.jsonl"
     )
 

@@ -40,6 +40,7 @@ def setup(tmp_path_factory):
         dtype="float32",
         trainable={"name": "lora", "r": 2, "dropout": 0.1},
         rows=str(folder),
+        store=str(folder.parent / "kept"),
         max_input_tokens=32,
         max_target_tokens=8,
         trainer={"accelerator": "cpu", "devices": 1},
