@@ -1,5 +1,6 @@
 """Exact top-k: against a stable sort, gathered and streamed, with ties everywhere."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,7 +32,7 @@ def test_top_k_equals_a_stable_sort(kind, values, sample, monkeypatch):
     if sample:
         monkeypatch.setattr(trimming, "_SAMPLE", sample)
     else:
-        monkeypatch.setattr(trimming, "_gather", lambda *arguments, **options: (0, None))
+        monkeypatch.setattr(trimming, "gather", lambda *arguments: (0, [np.empty(0, np.float32)]))
     for density in (0.0, 0.0001, 0.2, 0.5, 0.77, 0.9998, 1.0):
         count = top_count(density, len(values))
         threshold = find_threshold(lambda: values.split(700), len(values), count)

@@ -182,7 +182,7 @@ class Aggregator(Component, family="aggregator"):
             context: Round, seed and state, for rules that need them.
             output: An existing folder that the merged update and the conflict map are written into, one block at a
                 time, as ``delta.safetensors`` and ``conflict.safetensors``; None keeps them in memory.
-            figures: False leaves out diagnostics and conflict map where the rule does not need their pass itself.
+            figures: False leaves out diagnostics and conflict map, and the work that only they need.
 
         Raises:
             ClientError: If the updates do not fit each other, or one is not finite.
@@ -195,7 +195,7 @@ class Aggregator(Component, family="aggregator"):
                 "aggregate each client alone, or choose another aggregator"
             )
         cohort.require_extras(self.needs_extras, self.name)
-        surveyor = self._surveyor(cohort, output) if figures or self._surveys_first else None
+        surveyor = self._surveyor(cohort, output, signs=figures) if figures or self._surveys_first else None
         survey = Survey({}, {}, 0.0, 1.0)
         if surveyor is not None and self._surveys_first:
             survey = surveyor.run()
@@ -220,7 +220,7 @@ class Aggregator(Component, family="aggregator"):
                 merge(name)
         if plan.finish is not None:
             plan.finish(sink)
-        if surveyor is None:
+        if surveyor is None or not figures:
             return Aggregation(sink.tensors(), memory=plan.memory)
         survey = surveyor.survey()
         rows = {**diagnose(survey.gram, sink), **survey.sign_figures, **plan.diagnostics}
@@ -233,9 +233,9 @@ class Aggregator(Component, family="aggregator"):
         simple = type(self).plan is Aggregator.plan and type(self).weigh is Aggregator.weigh
         return self.reads_survey and not simple
 
-    def _surveyor(self, cohort: Cohort, output: Path | None) -> Surveyor:
-        conflict = _sink(cohort, output, "conflict", torch.float32)
-        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, sink=conflict)
+    def _surveyor(self, cohort: Cohort, output: Path | None, *, signs: bool) -> Surveyor:
+        conflict = _sink(cohort, output if signs else None, "conflict", torch.float32)
+        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, signs=signs, sink=conflict)
 
 
 def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:

@@ -62,11 +62,14 @@ class Surveyor:
     Args:
         cohort: The round's updates.
         ignore_unmoved: Give coordinates that nobody moved conflict 0 instead of Eq (7)'s 1.
+        signs: Take in signs and conflict too; without, only inner products.
         sink: Where the conflict map goes; memory if None.
     """
 
-    def __init__(self, cohort: Cohort, *, ignore_unmoved: bool = False, sink: Sink | None = None) -> None:
-        self._cohort, self._sink = cohort, sink or Sink()
+    def __init__(
+        self, cohort: Cohort, *, ignore_unmoved: bool = False, signs: bool = True, sink: Sink | None = None
+    ) -> None:
+        self._cohort, self._sink, self._with_signs = cohort, sink or Sink(), signs
         self._mask_unmoved = ignore_unmoved or len(cohort) == 1
         self._ones = torch.ones(len(cohort))
         self._doubles, self._scratch = Scratch(torch.float64), Scratch()
@@ -75,7 +78,8 @@ class Surveyor:
     def open(self, name: str, shape: tuple[int, ...]) -> None:
         """Begin a tensor of this shape."""
         clients = len(self._cohort)
-        self._sink.open(name, shape, torch.float32)
+        if self._with_signs:
+            self._sink.open(name, shape, torch.float32)
         self._seen[name] = _Tensor(torch.zeros(clients, clients, dtype=torch.float64))
 
     def see(self, block: Block) -> None:
@@ -121,11 +125,18 @@ class Surveyor:
 
     def _take_in(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
         clients, count, seen = len(rows), len(rows[0]), self._seen[name]
-        wide, signs = self._doubles.take(clients, count), self._scratch.take(clients, count)
-        for row, double, sign in zip(rows, wide, signs, strict=True):
+        wide = self._doubles.take(clients, count)
+        for row, double in zip(rows, wide, strict=True):
             double.copy_(row)
-            torch.sign(row, out=sign)
         torch.addmm(seen.gram, wide, wide.T, out=seen.gram)
+        if self._with_signs:
+            self._take_in_signs(name, start, rows)
+
+    def _take_in_signs(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
+        clients, count, seen = len(rows), len(rows[0]), self._seen[name]
+        signs = self._scratch.take(clients, count)
+        for row, sign in zip(rows, signs, strict=True):
+            torch.sign(row, out=sign)
         lead = over_clients(self._ones, signs, out=self._scratch.take(count, slot="lead")).abs_()
         conflict = torch.mul(lead, -1.0 / clients, out=self._scratch.take(count, slot="conflict")).add_(1.0)
         led = float(lead.sum())

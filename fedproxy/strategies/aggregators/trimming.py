@@ -9,7 +9,16 @@ from torch import Tensor
 
 from fedproxy.strategies.aggregators.cohort import Cohort, Source
 from fedproxy.strategies.aggregators.threads import side_by_side
-from fedproxy.strategies.functional.trimming import Threshold, Trimmer, find_threshold, top_count
+from fedproxy.strategies.functional.trimming import (
+    Found,
+    Threshold,
+    Trimmer,
+    bracket_cut,
+    find_threshold,
+    gather,
+    settle_cut,
+    top_count,
+)
 
 SCOPES = ("global", "tensor")
 
@@ -27,7 +36,10 @@ def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str) -> 
     """
     if scope == "tensor":
         return dict(zip(cohort.names, side_by_side(partial(_cut_tensor, cohort, densities), cohort.names), strict=True))
-    cuts = side_by_side(partial(_cut_update, cohort, densities), range(len(cohort)))
+    counts = [top_count(density, cohort.size) for density in densities]
+    brackets = side_by_side(partial(_bracket_update, cohort, counts), range(len(cohort)))
+    found = side_by_side(partial(_gather_tensor, cohort, brackets), cohort.names)
+    cuts = [_cut_update(cohort, counts, found, client) for client in range(len(cohort))]
     return {name: Trimmer(cut[name] for cut in cuts) for name in cohort.names}
 
 
@@ -41,20 +53,37 @@ def _cut_tensor(cohort: Cohort, densities: Sequence[float], name: str) -> Trimme
     )
 
 
-def _cut_update(cohort: Cohort, densities: Sequence[float], client: int) -> dict[str, Threshold]:
-    """Cut one client's whole update, and share the ties at the cut out to the tensors in their order."""
+def _stream(cohort: Cohort, client: int) -> Iterator[Tensor]:
     delta = cohort.updates[client].delta
+    return itertools.chain.from_iterable(Source.of(delta, name).parts() for name in cohort.names)
 
-    def stream() -> Iterator[Tensor]:
-        return itertools.chain.from_iterable(Source.of(delta, name).parts() for name in cohort.names)
 
-    cut = find_threshold(stream, cohort.size, top_count(densities[client], cohort.size))
+def _bracket_update(cohort: Cohort, counts: Sequence[int], client: int) -> tuple[float, float] | None:
+    return bracket_cut(partial(_stream, cohort, client), cohort.size, counts[client])
+
+
+def _gather_tensor(cohort: Cohort, brackets: Sequence[tuple[float, float] | None], name: str) -> list[Found]:
+    """Look through one tensor of every client whose cut is still open."""
+    return [
+        gather(source.parts(), bracket) if bracket is not None else (0, [])
+        for source, bracket in zip(cohort.read(name), brackets, strict=True)
+    ]
+
+
+def _cut_update(
+    cohort: Cohort, counts: Sequence[int], found: Sequence[Sequence[Found]], client: int
+) -> dict[str, Threshold]:
+    """Cut one client's whole update, and share the ties at the cut out to the tensors in their order."""
+    parts = [tensor[client] for tensor in found]
+    cut = settle_cut(partial(_stream, cohort, client), cohort.size, counts[client], parts)
     cuts = dict.fromkeys(cohort.names, cut)
     if cut.ties is None:
         return cuts
     left = cut.ties
     for name in cohort.names:
         cuts[name] = Threshold(cut.magnitude, left)
-        equal = sum(int((part.abs() == cut.magnitude).sum()) for part in Source.of(delta, name).parts())
+        equal = sum(
+            int((part.abs() == cut.magnitude).sum()) for part in Source.of(cohort.updates[client].delta, name).parts()
+        )
         left = max(0, left - equal)
     return cuts

@@ -33,39 +33,39 @@ class Threshold:
     """Coordinates of exactly this magnitude that stay, in order; None keeps them all."""
 
 
-def find_threshold(read: Callable[[], Iterable[Tensor]], size: int, count: int) -> Threshold:
+Stream = Callable[[], Iterable[Tensor]]
+"""Starts a stream: float32 tensors of any shape, in order."""
+Found = tuple[int, list[NDArray[np.float32]]]
+"""How many magnitudes reach a bracket's upper end, and those strictly within the bracket."""
+
+
+def find_threshold(read: Stream, size: int, count: int) -> Threshold:
     """Find the exact cut that keeps the ``count`` largest magnitudes of a stream.
 
     A regular sample of the stream brackets the cut, one pass counts what lies above the bracket and gathers what lies
-    within it, and the cut is selected among those few. Where the sample misleads (periodic streams) or very many
-    coordinates share the bracket, two passes of a radix selection over the float32 bits find it instead; both are exact
-    and take little memory.
+    within it, and the cut is selected among those few. Where the sample misleads (periodic streams) or many coordinates
+    share one magnitude, two passes of a radix selection over the float32 bits find it instead. Both are exact and take
+    little memory.
 
     Args:
-        read: Starts the stream: float32 tensors of any shape, in order.
+        read: Starts the stream.
         size: Coordinates in the stream.
         count: Coordinates to keep.
 
     Returns:
         The cut.
     """
-    if count <= 0:
-        return Threshold(_KEEP_NONE, None)
-    if count >= size:
-        return Threshold(0.0, None)
-    low, high = _bracket(read, size, count)
-    above, within = _gather(read, low, high, limit=max(_SAMPLE, size // 8))
-    if within is None or not above < count <= above + len(within):
-        return _by_histogram(read, count)
-    place = len(within) - (count - above)
-    within.partition(place)
-    cut, dropped = within[place], within[:place]
-    surplus = bool(cut != 0) and bool((dropped == cut).any())
-    return Threshold(float(cut), int((within[place:] == cut).sum()) if surplus else None)
+    bracket = bracket_cut(read, size, count)
+    return settle_cut(read, size, count, [] if bracket is None else [gather(read(), bracket)])
 
 
-def _bracket(read: Callable[[], Iterable[Tensor]], size: int, count: int) -> tuple[float, float]:
-    """Return magnitudes between which the cut lies, all but surely: four standard deviations of the sample's rank."""
+def bracket_cut(read: Stream, size: int, count: int) -> tuple[float, float] | None:
+    """Return magnitudes between which the cut lies, all but surely: four standard deviations of the sample's rank.
+
+    None stands for a cut that keeps everything or nothing.
+    """
+    if not 0 < count < size:
+        return None
     step, position, picked = max(1, size // _SAMPLE), 0, []
     for tensor in read():
         flat = tensor.reshape(-1)
@@ -79,28 +79,42 @@ def _bracket(read: Callable[[], Iterable[Tensor]], size: int, count: int) -> tup
     return float(sample[first]) if first >= 0 else 0.0, float(sample[last]) if last < total else math.inf
 
 
-def _gather(
-    read: Callable[[], Iterable[Tensor]], low: float, high: float, *, limit: int
-) -> tuple[int, NDArray[np.float32] | None]:
-    """Count the magnitudes above ``high`` and collect those in [low, high]; None where they are more than ``limit``."""
+def gather(tensors: Iterable[Tensor], bracket: tuple[float, float]) -> Found:
+    """Look through part of a stream for a cut within ``bracket``."""
+    low, high = bracket
     magnitudes = np.empty(_PIECE, np.float32)
-    larger, enough = np.empty(_PIECE, np.bool_), np.empty(_PIECE, np.bool_)
-    above, found, within = 0, 0, []
-    for tensor in read():
+    reaching, above_low = np.empty(_PIECE, np.bool_), np.empty(_PIECE, np.bool_)
+    above, within = 0, []
+    for tensor in tensors:
         for piece in torch.split(tensor.reshape(-1), _PIECE):
             n = len(piece)
             values = np.abs(piece.numpy(), out=magnitudes[:n])
-            np.greater(values, high, out=larger[:n])
-            np.greater_equal(values, low, out=enough[:n])
-            above += int(np.count_nonzero(larger[:n]))
-            within.append(values[np.not_equal(larger[:n], enough[:n], out=enough[:n])])
-            found += len(within[-1])
-            if found > limit:
-                return above, None
-    return above, np.concatenate(within)
+            np.greater_equal(values, high, out=reaching[:n])
+            np.greater(values, low, out=above_low[:n])
+            above += int(np.count_nonzero(reaching[:n]))
+            within.append(values[np.greater(above_low[:n], reaching[:n], out=above_low[:n])])
+    return above, within
 
 
-def _by_histogram(read: Callable[[], Iterable[Tensor]], count: int) -> Threshold:
+def settle_cut(read: Stream, size: int, count: int, found: Iterable[Found]) -> Threshold:
+    """Return the cut from what all parts of a stream hold of its bracket; read the stream where that is not enough."""
+    if count <= 0:
+        return Threshold(_KEEP_NONE, None)
+    if count >= size:
+        return Threshold(0.0, None)
+    parts = list(found)
+    above = sum(part for part, _ in parts)
+    within = np.concatenate([piece for _, pieces in parts for piece in pieces])
+    if not above < count <= above + len(within):
+        return _by_histogram(read, count)
+    place = len(within) - (count - above)
+    within.partition(place)
+    cut, dropped = within[place], within[:place]
+    ties = int((within[place:] == cut).sum()) if bool((dropped == cut).any()) else None
+    return Threshold(float(cut), ties)
+
+
+def _by_histogram(read: Stream, count: int) -> Threshold:
     """Select by the upper and then the lower half of the float32 bits, whose integers have the magnitudes' order."""
     upper = torch.zeros(1 << 15, dtype=torch.int64)
     for tensor in read():
