@@ -82,6 +82,8 @@ class Plan:
     """Completes what was written, after the last block."""
     threaded: bool = False
     """``merge`` may be called for blocks of different tensors side by side."""
+    shows_faults: bool = False
+    """What is not finite in an update is not finite in the merged one either, which alone is checked then."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,7 @@ class Aggregator(Component, family="aggregator"):
                 whole=not self.coordinatewise,
                 watch=None if self._surveys_first else surveyor,
                 surveyed=self._surveys_first,
+                shows_faults=plan.shows_faults,
             )
 
         if plan.threaded:

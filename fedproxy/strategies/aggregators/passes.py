@@ -44,6 +44,7 @@ def merge_tensor(
     whole: bool = False,
     watch: Surveyor | None = None,
     surveyed: bool = False,
+    shows_faults: bool = False,
 ) -> None:
     """Merge one tensor into the sink, in the clients' shape and dtype.
 
@@ -55,6 +56,7 @@ def merge_tensor(
         whole: Give ``merge`` the whole tensor of all clients at once.
         watch: Sees every block before it is merged.
         surveyed: The updates are known to be finite; without this or ``watch`` they are checked here.
+        shows_faults: What is not finite in an update is not finite in what ``merge`` makes of it, as in every sum.
 
     Raises:
         ClientError: If an update holds NaN or infinity; names client and tensor.
@@ -63,14 +65,14 @@ def merge_tensor(
     sink.open(name, sources[0].shape, sources[0].dtype)
     if watch is not None:
         watch.open(name, sources[0].shape)
-    linear = isinstance(merge, WeightedSum)
+    shows_faults = shows_faults or isinstance(merge, WeightedSum)
     for block in cohort.blocks(name, sources, whole=whole):
         if watch is not None:
             watch.see(block)
-        elif not surveyed and not linear:
+        elif not surveyed and not shows_faults:
             _check_block(cohort, block)
         merged = merge(block).reshape(-1)
-        if linear and not math.isfinite(float(merged.sum())):  # a sum shows what is wrong with its terms
+        if shows_faults and not math.isfinite(float(merged.sum())):
             _check_block(cohort, block)
         sink.count(name, merged)
         sink.write(name, block.start, merged)

@@ -1,6 +1,6 @@
 """TIES-Merging: trim, elect signs, average what agrees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
@@ -45,4 +45,5 @@ class Ties(VotingAggregator, name="ties"):
         def trim(block: Block) -> Tensor:
             return trimmers[block.name].trim(block.rows, scratch.take(len(cohort), len(block.rows[0])))
 
-        return self.elect(cohort, trim)
+        # The largest magnitudes are kept, and no other entry outweighs infinity or mends NaN.
+        return replace(self.elect(cohort, trim), shows_faults=True)

@@ -39,7 +39,7 @@ def plan_trimming(cohort: Cohort, densities: Sequence[float], *, scope: str) -> 
     counts = [top_count(density, cohort.size) for density in densities]
     brackets = side_by_side(partial(_bracket_update, cohort, counts), range(len(cohort)))
     found = side_by_side(partial(_gather_tensor, cohort, brackets), cohort.names)
-    cuts = [_cut_update(cohort, counts, found, client) for client in range(len(cohort))]
+    cuts = side_by_side(partial(_cut_update, cohort, counts, brackets, found), range(len(cohort)))
     return {name: Trimmer(cut[name] for cut in cuts) for name in cohort.names}
 
 
@@ -71,7 +71,11 @@ def _gather_tensor(cohort: Cohort, brackets: Sequence[tuple[float, float] | None
 
 
 def _cut_update(
-    cohort: Cohort, counts: Sequence[int], found: Sequence[Sequence[Found]], client: int
+    cohort: Cohort,
+    counts: Sequence[int],
+    brackets: Sequence[tuple[float, float] | None],
+    found: Sequence[Sequence[Found]],
+    client: int,
 ) -> dict[str, Threshold]:
     """Cut one client's whole update, and share the ties at the cut out to the tensors in their order."""
     parts = [tensor[client] for tensor in found]
@@ -79,11 +83,13 @@ def _cut_update(
     cuts = dict.fromkeys(cohort.names, cut)
     if cut.ties is None:
         return cuts
-    left = cut.ties
-    for name in cohort.names:
-        cuts[name] = Threshold(cut.magnitude, left)
-        equal = sum(
-            int((part.abs() == cut.magnitude).sum()) for part in Source.of(cohort.updates[client].delta, name).parts()
-        )
+    low, high = brackets[client] or (0.0, 0.0)
+    left, delta = cut.ties, cohort.updates[client].delta
+    for name, (_, within) in zip(cohort.names, parts, strict=True):
+        if low < cut.magnitude < high:
+            equal = sum(int((piece == cut.magnitude).sum()) for piece in within)
+        else:
+            equal = sum(int((part.abs() == cut.magnitude).sum()) for part in Source.of(delta, name).parts())
+        cuts[name] = Threshold(cut.magnitude, None if equal <= left else left)
         left = max(0, left - equal)
     return cuts

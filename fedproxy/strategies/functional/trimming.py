@@ -108,7 +108,7 @@ def settle_cut(read: Stream, size: int, count: int, found: Iterable[Found]) -> T
     if not above < count <= above + len(within):
         return _by_histogram(read, count)
     place = len(within) - (count - above)
-    within.partition(place)
+    within.view(np.int32).partition(place)  # magnitudes are ordered as the integers that their bits are
     cut, dropped = within[place], within[:place]
     ties = int((within[place:] == cut).sum()) if bool((dropped == cut).any()) else None
     return Threshold(float(cut), ties)
@@ -152,8 +152,8 @@ class Trimmer:
     def __init__(self, thresholds: Iterable[Threshold]) -> None:
         self._cuts = tuple(thresholds)
         # hardshrink keeps what is larger than its bound, so the bound is the number just below the cut.
-        self._below = [_next_below(cut.magnitude) for cut in self._cuts]
-        self._ties = {k: cut.ties for k, cut in enumerate(self._cuts) if cut.ties is not None}
+        self._below = [cut.magnitude if cut.ties == 0 else _next_below(cut.magnitude) for cut in self._cuts]
+        self._ties = {k: cut.ties for k, cut in enumerate(self._cuts) if cut.ties}
 
     def trim(self, rows: Sequence[Tensor], out: Tensor, *, factors: Sequence[float] | None = None) -> Tensor:
         """Write what the next part keeps into ``out``, and return it.
