@@ -29,9 +29,9 @@ def aligned(run_tiny):
     sent = []
     inner = _Running.run
 
-    def spy(self, broadcast, client_ids):
+    def spy(self, broadcast, client_ids, **options):
         sent.append(broadcast)
-        return inner(self, broadcast, client_ids)
+        return inner(self, broadcast, client_ids, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Running, "run", spy)
@@ -92,7 +92,7 @@ def test_no_round_leaves_the_target(run_tiny):
 
 
 def test_the_tuned_proxy_is_scored_with_the_last_emulator(run_tiny):
-    from fedproxy.pipeline.stages import TunedProxy
+    from fedproxy.pipeline.tuned import TunedProxy
 
     proxy = load_model(resolve("asset:tiny-llama"))
     name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
