@@ -66,12 +66,14 @@ def bracket_cut(read: Stream, size: int, count: int) -> tuple[float, float] | No
     """
     if not 0 < count < size:
         return None
-    step, position, picked = max(1, size // _SAMPLE), 0, []
+    step, position, filled = max(1, size // _SAMPLE), 0, 0
+    looked_at = torch.empty(-(-size // step))
     for tensor in read():
         flat = tensor.reshape(-1)
-        picked.append(flat[-position % step :: step])
-        position += flat.numel()
-    sample = torch.cat(picked).abs_().numpy()
+        picked = flat[-position % step :: step]
+        looked_at[filled : filled + len(picked)] = picked
+        filled, position = filled + len(picked), position + len(flat)
+    sample = looked_at.abs_().numpy()
     share, total = count / size, len(sample)
     margin = 4.0 * math.sqrt(total * share * (1.0 - share)) + 2.0
     first, last = math.floor((1.0 - share) * total - margin), math.ceil((1.0 - share) * total + margin)
