@@ -18,7 +18,7 @@ plan    parameters, bytes per round, memory of every role and seconds, without l
 
 keys of plan beside those of the recipe, each an assumption that the output names:
   plan.devices=1            devices that a round's clients share; in the field, as many as clients
-  plan.tflops=100           TFLOP/s that a device sustains in training; `measure` times a block of the target here
+  plan.tflops=100           TFLOP/s that a device sustains in training; `measure` times two of the target's blocks here
   plan.client_mbps=100      a client's link, Mbit/s each way; null where all is one machine
   plan.server_mbps=1000     the server's link, shared by a round's clients
   plan.merge_gb_per_s=0.5   GB of updates that the server merges per second

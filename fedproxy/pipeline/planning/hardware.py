@@ -20,7 +20,7 @@ class Hardware:
     devices: int = 1
     """Devices that a round's clients share, one client at a time on each; in the field, the clients of a round."""
     tflops: str = "100"
-    """TFLOP/s that a device sustains in training, or ``measure`` to time one block of the target on this machine."""
+    """TFLOP/s that a device sustains in training, or ``measure`` to time two blocks of the target on this machine."""
     client_mbps: float | None = 100.0
     """Mbit/s of a client's link, each way; null where clients and server are one machine."""
     server_mbps: float = 1000.0

@@ -2,8 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,6 +13,8 @@ from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.seeding import generator
+from fedproxy.strategies.trainable.base import TrainableModel
+from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
 
 _MBIT = 1e6 / 8
 _PROBE_TOKENS, _PROBES = 256, 3
@@ -63,10 +64,12 @@ class Seconds:
     @classmethod
     def of(cls, outline: Outline, traffic: Traffic, hardware: Hardware) -> "Seconds":
         """Count operations and bytes and divide them by the rates."""
-        tflops = measured_tflops(outline) if hardware.tflops == MEASURE else float(hardware.tflops)
-        rows, client = rows_per_client(outline, hardware), None
-        if rows is not None:
-            operations = training_operations(outline, RowLength.of(hardware, outline))
+        trains = outline.trainable.num_parameters > 0
+        measured = trains and hardware.tflops == MEASURE
+        tflops = measured_tflops(outline) if measured else float(hardware.tflops if trains else "nan")
+        rows, client = rows_per_client(outline, hardware), None if trains else 0.0
+        if rows is not None and trains:
+            operations = training_operations(outline.proxy, outline.trainable, RowLength.of(hardware, outline))
             client = rows * outline.config.client.epochs * operations / (tflops * 1e12)
         turns = math.ceil(traffic.drawn / hardware.devices)
         return cls(
@@ -88,7 +91,7 @@ def rows_per_client(outline: Outline, hardware: Hardware) -> int | None:
     return math.ceil(data.rows_per_task * (len(data.tasks) + len(data.files)) / outline.clients)
 
 
-def training_operations(outline: Outline, row: RowLength) -> float:
+def training_operations(proxy: Decoder, trainable: TrainableModel, row: RowLength) -> float:
     """Return the floating-point operations of one training step for one row.
 
     Forward: two per weight and token. Backward: two per weight and token for the inputs' gradients, from the lowest
@@ -96,14 +99,14 @@ def training_operations(outline: Outline, row: RowLength) -> float:
     over the causal half of pairs. The vocabulary head works at answer tokens alone and is not trained. All experts
     of a mixture count.
     """
-    trained = {id(parameter) for parameter in outline.trainable.parameters().values()}
-    blocks = outline.proxy.blocks
+    trained = {id(parameter) for parameter in trainable.parameters().values()}
+    blocks = proxy.blocks
     touched = [i for i, block in enumerate(blocks) if not trained.isdisjoint(map(id, block.parameters()))]
     lowest = min(touched, default=0)
     above = sum(parameter_count(block) for block in blocks[lowest:])
-    weights = 2.0 * (parameter_count(blocks) + above + outline.trainable.num_parameters)
-    text, hidden = outline.text, int(outline.text.hidden_size)
-    heads = int(text.num_attention_heads)
+    weights = 2.0 * (parameter_count(blocks) + above + trainable.num_parameters)
+    text = proxy.model.config.get_text_config()
+    heads, hidden = int(text.num_attention_heads), int(text.hidden_size)
     width = heads * int(getattr(text, "head_dim", None) or hidden // heads)
     pairs = row.tokens * (row.tokens + 1) / 2
     attention = 4.0 * width * pairs * (len(blocks) + 2 * (len(blocks) - lowest))
@@ -111,7 +114,7 @@ def training_operations(outline: Outline, row: RowLength) -> float:
 
 
 def measured_tflops(outline: Outline, tokens: int = _PROBE_TOKENS) -> float:
-    """Return the TFLOP/s of training steps on one block of the target, random weights, on this machine's device.
+    """Return the TFLOP/s of training steps on two blocks of the target, random weights, on this machine's device.
 
     The best of a few steps after a first one; the accelerator where there is one, unless the recipe stays on the CPU.
     """
@@ -119,23 +122,23 @@ def measured_tflops(outline: Outline, tokens: int = _PROBE_TOKENS) -> float:
     on_cpu = found is None or outline.config.trainer.get("accelerator") == "cpu"
     device = torch.device("cpu") if on_cpu or found is None else found
     with torch.random.fork_rng():
-        one = AutoModelForCausalLM.from_config(
-            outline.target.subset_config([0]), dtype=getattr(torch, outline.config.target.dtype)
+        two = AutoModelForCausalLM.from_config(
+            outline.target.subset_config([0, 0]), dtype=getattr(torch, outline.config.target.dtype)
         )
-    shape: Mapping[str, object] = {"blocks": "all"} if hasattr(outline.config.trainable, "blocks") else {}
-    trainable = type(outline.config.trainable)(**{**vars(outline.config.trainable), **shape})
-    model = trainable.attach(one, generator(0))
-    one.to(device).train()
-    small = Outline(outline.config, outline.target, Decoder.of(one), model, 0, 0)
+    options = outline.config.trainable
+    everywhere = replace(options, blocks="all") if isinstance(options, BlockwiseTrainable) else options
+    model = everywhere.attach(two, generator(0))
+    two.to(device).train()
+    decoder = Decoder.of(two)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
     seconds = []
     for _ in range(_PROBES + 1):
         started = time.perf_counter()
-        Decoder.of(one).body(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
+        decoder.body(input_ids=ids, use_cache=False).last_hidden_state.float().square().mean().backward()
         if device.type != "cpu":
             torch.accelerator.synchronize()
         seconds.append(time.perf_counter() - started)
-    return training_operations(small, RowLength(tokens, 0)) / min(seconds[1:]) / 1e12
+    return training_operations(decoder, model, RowLength(tokens, 0)) / min(seconds[1:]) / 1e12
 
 
 def _transfer(each: int, together: int, hardware: Hardware) -> float:
