@@ -4,27 +4,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedproxy.data.assets import resolve
+from fedproxy.config import load_config
 from fedproxy.errors import ModelError
-from fedproxy.models import Decoder, load_model
 from fedproxy.pipeline.plan import plan
+from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.speed import RowLength, training_operations
-from fedproxy.strategies.trainable import Trainable
 
 TINY = "recipe=fedproxy_tiny"
 
 
 @pytest.mark.parametrize("blocks", ["all", "last"])
 def test_operations_are_those_that_pytorch_counts(blocks):
-    model = load_model(resolve("asset:tiny-llama"))
-    trainable = Trainable.by_name("lora")(r=4, blocks=blocks).attach(model)
-    model.set_attn_implementation("eager")  # whose products the counter sees
-    decoder, tokens = Decoder.of(model), 8
+    outline = Outline.of(load_config([TINY, f"trainable.blocks={blocks}"]))
+    decoder, tokens = outline.proxy, 8
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, tokens, tokens, device="meta")
     with FlopCounterMode(display=False) as counter:
-        decoder.body(input_ids=torch.zeros(1, tokens, dtype=torch.long)).last_hidden_state.sum().backward()
+        decoder.body(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state.sum().backward()
     # PyTorch counts whole attention and leaves out the input's gradient of the first trained layer, we count the causal
     # half of it and all of these: a few per cent of so small a model.
-    predicted = training_operations(decoder, trainable, RowLength(tokens, 0))
+    predicted = training_operations(decoder, outline.trainable, RowLength(tokens, 0))
     assert predicted == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
