@@ -117,7 +117,9 @@ class Plan:
     def _time(self) -> Iterator[Line]:
         hardware, seconds = self.hardware, self.seconds
         row, rows = RowLength.of(hardware, self.outline), rows_per_client(self.outline, hardware)
-        if rows is None:
+        if not self.trainable_parameters:
+            yield "training", "none"
+        elif rows is None:
             yield "training", "unknown: the recipe takes all rows there are; give plan.rows=ROWS_PER_CLIENT"
         else:
             of = f"{rows:,} rows of {row.input_tokens} + {row.target_tokens} tokens"
@@ -130,13 +132,11 @@ class Plan:
         yield "merging", duration(seconds.merge)
         yield "a round", duration(seconds.round)
         known = "measured here" if hardware.tflops == MEASURE else "plan.tflops"
-        links = f", links {hardware.client_mbps:g} (client) and {hardware.server_mbps:g} Mbit/s (server)"
-        yield (
-            "taken for this",
-            f"{seconds.tflops:.3g} TFLOP/s per device ({known})"
-            f"{links if hardware.client_mbps is not None else ''}, merging {hardware.merge_gb_per_s:g} GB/s; "
-            "evaluation, distillation and re-alignment are not counted",
-        )
+        taken = [f"{seconds.tflops:.3g} TFLOP/s per device ({known})"] if seconds.client else []
+        if hardware.client_mbps is not None:
+            taken.append(f"links {hardware.client_mbps:g} (client) and {hardware.server_mbps:g} Mbit/s (server)")
+        taken.append(f"merging {hardware.merge_gb_per_s:g} GB/s")
+        yield "taken for this", f"{', '.join(taken)}; evaluation, distillation and re-alignment are not counted"
 
 
 def plan(arguments: Sequence[str]) -> Plan:

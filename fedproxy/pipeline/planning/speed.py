@@ -65,8 +65,8 @@ class Seconds:
     def of(cls, outline: Outline, traffic: Traffic, hardware: Hardware) -> "Seconds":
         """Count operations and bytes and divide them by the rates."""
         trains = outline.trainable.num_parameters > 0
-        measured = trains and hardware.tflops == MEASURE
-        tflops = measured_tflops(outline) if measured else float(hardware.tflops if trains else "nan")
+        given = 0.0 if hardware.tflops == MEASURE else float(hardware.tflops)
+        tflops = measured_tflops(outline) if trains and not given else given
         rows, client = rows_per_client(outline, hardware), None if trains else 0.0
         if rows is not None and trains:
             operations = training_operations(outline.proxy, outline.trainable, RowLength.of(hardware, outline))

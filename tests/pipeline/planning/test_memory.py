@@ -74,4 +74,4 @@ def test_nothing_is_trained():
     predicted = plan(["recipe=zero_shot"])
     assert predicted.trainable_parameters == 0
     assert predicted.seconds.client == 0
-    assert "0.0 s" in str(predicted)
+    assert "training                    none\n" in str(predicted)

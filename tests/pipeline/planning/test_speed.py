@@ -43,7 +43,9 @@ def test_seconds_follow_from_the_given_rates():
 
 
 def test_one_machine_has_no_transfer_and_rows_may_be_unknown():
-    assert plan([TINY, "plan.client_mbps=null"]).seconds.transfer == 0
+    together = plan([TINY, "plan.client_mbps=null"])
+    assert together.seconds.transfer == 0
+    assert "transfer" not in str(together)
     unknown = plan([TINY, "data.rows_per_task=null"])
     assert unknown.seconds.round is None
     assert "give plan.rows=" in str(unknown)
