@@ -14,12 +14,24 @@ usage: python -m fedproxy.recipes ls | show NAME | cp NAME [FILE] | plan NAME [k
 ls      every shipped recipe with what it is
 show    a recipe's file, header comment included
 cp      copy a recipe to edit it; FILE is NAME.yaml in this folder by default
-plan    parameters, memory and bytes per round, without loading weights
+plan    parameters, bytes per round, memory of every role and seconds, without loading weights
+
+keys of plan beside those of the recipe, each an assumption that the output names:
+  plan.devices=1            devices that a round's clients share; in the field, as many as clients
+  plan.tflops=100           TFLOP/s that a device sustains in training; `measure` times two of the target's blocks here
+  plan.client_mbps=100      a client's link, Mbit/s each way; null where all is one machine
+  plan.server_mbps=1000     the server's link, shared by a round's clients
+  plan.merge_gb_per_s=0.5   GB of updates that the server merges per second
+  plan.rows=...             rows of a client; from data.rows_per_task by default
+  plan.input_tokens=...     tokens of a prompt and of an answer; the recipe's limits by default,
+  plan.target_tokens=...    which real rows seldom reach
 
 examples:
   python -m fedproxy.recipes ls
   python -m fedproxy.recipes cp fedproxy_llama my_recipe.yaml
   python -m fedproxy.recipes plan paper/fedproxy_llama2_7b_heterogeneous trainable.r=16
+  python -m fedproxy.recipes plan fedproxy target.path=meta-llama/Llama-2-70b-hf target.dtype=bfloat16 \
+      data.partition.name=iid data.partition.clients=10000 federation.clients_per_round=64 plan.devices=64
 """
 
 

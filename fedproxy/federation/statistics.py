@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedproxy.data.batching import collate
 from fedproxy.data.tokenisation import Example
+from fedproxy.errors import ConfigError
 from fedproxy.models import placed
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
@@ -98,6 +99,31 @@ STATISTICS: Mapping[str, Callable[[TrainableModel, Sequence[Example], int], dict
     "gram": input_gram,
 }
 """What clients can send, by group of ``extras``."""
+
+
+def statistics_bytes(groups: Sequence[str], model: TrainableModel) -> int:
+    """Return the bytes that a client sends for these groups, from shapes alone (the model may be on the meta device).
+
+    Raises:
+        ConfigError: If a group is not among :data:`STATISTICS`.
+    """
+    unknown = sorted(set(groups).difference(_SIZES))
+    if unknown:
+        raise ConfigError(f"aggregator.name: clients send no {unknown[0]!r} statistics; choose another aggregator")
+    return sum(_SIZES[group](model) for group in groups)
+
+
+def _gram_bytes(model: TrainableModel) -> int:
+    trained = {id(parameter) for parameter in model.parameters().values()}
+    chains = (chain for module in model.model.modules() for chain in _chains(module))
+    widths = {id(weight): weight.shape[1] for chain in chains for weight in chain if id(weight) in trained}
+    return sum(4 * width * width for width in widths.values())
+
+
+_SIZES: Mapping[str, Callable[[TrainableModel], int]] = {
+    "fisher": lambda model: 4 * model.num_parameters,
+    "gram": _gram_bytes,
+}
 
 
 def _chains(module: nn.Module) -> list[list[Tensor]]:

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.models import Decoder
-from fedproxy.pipeline.plan import target_config
+from fedproxy.pipeline.planning.outline import target_config
 
 
 def check_compression(config: RunConfig) -> None:

@@ -1,163 +1,159 @@
 """What a recipe will take, from shapes alone: no weight is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM
+from fedproxy.config import load_config
+from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
+from fedproxy.pipeline.planning.memory import CLIENT_PROCESS, SERVER_PROCESS, Need, calibration_bytes, needs
+from fedproxy.pipeline.planning.outline import Outline
+from fedproxy.pipeline.planning.speed import RowLength, Seconds, rows_per_client
+from fedproxy.pipeline.planning.traffic import Traffic
+from fedproxy.reporting.formatting import duration, size
 
-from fedproxy.config import RunConfig, load_config
-from fedproxy.data.assets import resolve
-from fedproxy.errors import ModelError
-from fedproxy.federation.realigner import emulator_weights
-from fedproxy.models import Decoder, LayerMap
-from fedproxy.models.decoder import parameter_count, positions_limit
-from fedproxy.models.feed_forward import WIDTH_KEYS
-from fedproxy.pipeline.data import CALIBRATION_BATCH
-from fedproxy.reporting.formatting import size
-from fedproxy.seeding import generator
-
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_STATE_BYTES = 4  # adapters, conflict and optimiser moments are float32
+Line = tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Predicted size of a run."""
+    """Predicted size, memory, traffic and time of a run."""
 
-    target_parameters: int
-    proxy_parameters: int
-    trainable_parameters: int
-    blocks: tuple[int, int]
-    """Kept and all."""
-    weight_bytes: int
-    """Bytes per frozen parameter."""
-    clients: int
-    clients_in_round: int
-    sends_conflict: bool
-    activation_bytes: int = 0
-    """What the largest batch of calibration text needs while a block runs."""
-    emulator_parameters: int = 0
-    """Frozen parameters that are re-aligned and sent every round."""
+    outline: Outline
+    hardware: Hardware
+    traffic: Traffic
+    memory: tuple[Need, ...]
+    seconds: Seconds
 
     @property
-    def compression_bytes(self) -> int:
-        """Most that compression holds: the target's weights, the proxy's and one block's activations."""
-        return self.server_bytes + self.activation_bytes
+    def target_parameters(self) -> int:
+        """Parameters of the target."""
+        return self.outline.target_parameters
+
+    @property
+    def proxy_parameters(self) -> int:
+        """Parameters of the plain proxy."""
+        return self.outline.proxy_parameters
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Parameters that a client trains."""
+        return self.outline.trainable.num_parameters
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Blocks of the proxy and of the target."""
+        return len(self.outline.proxy), len(self.outline.target)
 
     @property
     def upload_bytes(self) -> int:
         """Bytes that one client sends per round."""
-        return self.trainable_parameters * _STATE_BYTES
+        return self.traffic.up
 
     @property
     def download_bytes(self) -> int:
-        """Bytes that one client receives per round, from the second on: state and, if needed, conflict and emulator."""
-        return self.upload_bytes * (2 if self.sends_conflict else 1) + self.emulator_bytes
+        """Bytes that one client receives per round, from the second on."""
+        return self.traffic.down(2)
 
     @property
     def emulator_bytes(self) -> int:
         """Bytes of the re-aligned frozen blocks in every broadcast."""
-        return self.emulator_parameters * self.weight_bytes
+        return self.traffic.emulator
 
     @property
-    def server_bytes(self) -> int:
-        """Weights that the server holds while it compresses and fuses."""
-        return (self.target_parameters + self.proxy_parameters) * self.weight_bytes
+    def activation_bytes(self) -> int:
+        """What the largest batch of calibration text needs while a block runs."""
+        return calibration_bytes(self.outline)
 
     @property
-    def client_bytes(self) -> int:
-        """What a client holds besides activations: proxy, state, its anchor and conflict, gradient, AdamW's moments."""
-        copies = 6 if self.sends_conflict else 5
-        return self.proxy_parameters * self.weight_bytes + copies * self.trainable_parameters * _STATE_BYTES
+    def compression_bytes(self) -> int:
+        """Most that compression holds: the target's weights, the proxy's and one block's activations."""
+        return self.peak("server", "compression")
+
+    def peak(self, role: str, stage: str | None = None) -> int:
+        """Return the most bytes that a role holds, in one stage or in all, Python and its libraries left out."""
+        return max(need.total for need in self.memory if need.role == role and stage in (None, need.stage))
 
     def __str__(self) -> str:
+        lines = [*self._models(), *self._bytes(), *self._memory(), *self._time()]
+        return "".join(f"{name:28}{value}\n" for name, value in lines)
+
+    def _models(self) -> Iterator[Line]:
         kept, depth = self.blocks
-        first = self.upload_bytes + self.emulator_bytes
         share = 100 * self.proxy_parameters / self.target_parameters
-        rows = [
-            ("target", f"{self.target_parameters:,} parameters, {depth} blocks"),
-            ("proxy", f"{self.proxy_parameters:,} parameters ({share:.1f} % of the target), {kept} blocks"),
-            ("trained per client", f"{self.trainable_parameters:,} parameters"),
-            ("clients", f"{self.clients_in_round} of {self.clients} in each round"),
-            ("proxy, sent once", f"{size(self.proxy_parameters * self.weight_bytes)} to each client"),
-            ("up per client and round", size(self.upload_bytes)),
-            ("down per client and round", f"{size(self.download_bytes)} (first round {size(first)})"),
-            ("all clients, per round", f"up {size(self.upload_bytes * self.clients_in_round)}, "
-                                       f"down {size(self.download_bytes * self.clients_in_round)}"),
-            ("server memory", f"{size(self.server_bytes)} of weights"),
-            ("compression memory", f"{size(self.compression_bytes)} at the peak, with one batch of calibration text"),
-            ("client memory", f"{size(self.client_bytes)} of weights and optimiser state, activations on top"),
-        ]  # fmt: skip
-        return "".join(f"{name:28}{value}\n" for name, value in rows)
+        yield "target", f"{self.target_parameters:,} parameters, {depth} blocks"
+        yield "proxy", f"{self.proxy_parameters:,} parameters ({share:.1f} % of the target), {kept} blocks"
+        yield "trained per client", f"{self.trainable_parameters:,} parameters"
+        yield "clients", f"{self.traffic.drawn:,} of {self.traffic.clients:,} in each round"
+
+    def _bytes(self) -> Iterator[Line]:
+        traffic = self.traffic
+        yield "proxy, sent once", f"{size(traffic.proxy)} to each client"
+        yield (
+            "up per client and round",
+            size(traffic.up)
+            + _parts(delta=traffic.delta, regularizer=traffic.own_memory, statistics=traffic.statistics),
+        )
+        yield (
+            "down per client and round",
+            f"{size(traffic.down(2))} (first round {size(traffic.down(1))})"
+            + _parts(
+                state=traffic.state,
+                conflict=traffic.conflict,
+                regularizer=traffic.shared_memory,
+                frozen_weights=traffic.frozen_change,
+                emulator=traffic.emulator,
+            ),
+        )
+        yield "all clients, per round", f"up {size(traffic.all_up())}, down {size(traffic.all_down(2))}"
+        if traffic.collected:
+            yield "up after the last round", f"{size(traffic.collected)} from each client that took part"
+
+    def _memory(self) -> Iterator[Line]:
+        for need in self.memory:
+            device = f", {size(need.device)} of it on an accelerator where there is one" if need.device else ""
+            yield f"{need.role}, {need.stage}", f"{size(need.total)}{device}"
+        yield "each process, besides", f"{size(SERVER_PROCESS)} (server), {size(CLIENT_PROCESS)} (client): libraries"
+
+    def _time(self) -> Iterator[Line]:
+        hardware, seconds = self.hardware, self.seconds
+        row, rows = RowLength.of(hardware, self.outline), rows_per_client(self.outline, hardware)
+        if not self.trainable_parameters:
+            yield "training", "none"
+        elif rows is None:
+            yield "training", "unknown: the recipe takes all rows there are; give plan.rows=ROWS_PER_CLIENT"
+        else:
+            of = f"{rows:,} rows of {row.input_tokens} + {row.target_tokens} tokens"
+            epochs = self.outline.config.client.epochs
+            yield "training, one client", f"{duration(seconds.client)} ({of}, {epochs} epochs)"
+            yield "training, all clients", f"{duration(seconds.clients)} on {hardware.devices:,} device(s)"
+        if hardware.client_mbps is not None:
+            yield "transfer per round", duration(seconds.transfer)
+            yield "transfer of the proxy", f"{duration(seconds.proxy)}, once"
+        yield "merging", duration(seconds.merge)
+        yield "a round", duration(seconds.round)
+        known = "measured here" if hardware.tflops == MEASURE else "plan.tflops"
+        taken = [f"{seconds.tflops:.3g} TFLOP/s per device ({known})"] if seconds.client else []
+        if hardware.client_mbps is not None:
+            taken.append(f"links {hardware.client_mbps:g} (client) and {hardware.server_mbps:g} Mbit/s (server)")
+        taken.append(f"merging {hardware.merge_gb_per_s:g} GB/s")
+        yield "taken for this", f"{', '.join(taken)}; evaluation, distillation and re-alignment are not counted"
 
 
 def plan(arguments: Sequence[str]) -> Plan:
-    """Return the plan of a recipe given as ``recipe=NAME key=value ...``.
+    """Return the plan of a recipe given as ``recipe=NAME key=value ... plan.key=value ...``.
 
     Raises:
         ConfigError: If the recipe or an override is wrong.
         ModelError: If the target's shape is not to be had.
     """
-    config = load_config(arguments)
-    with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(target_config(config))
-        decoder = Decoder.of(target)
-        depth = len(decoder)
-        proxy = AutoModelForCausalLM.from_config(config.compression.outline(decoder))
-        kept = len(Decoder.of(proxy))
-        places = tuple(config.compression.places(decoder))
-    totals = parameter_count(target), parameter_count(proxy)
-    options = config.trainable.placed(LayerMap(places, ""))
-    trainable = options.attach(proxy, generator(config.seed))
-    aligned = emulator_weights(trainable) if any(config.realignment.reads) else {}
-    clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
-    drawn = config.federation.clients_per_round
-    return Plan(
-        *totals,
-        trainable_parameters=trainable.num_parameters,
-        blocks=(kept, depth),
-        weight_bytes=_BYTES[config.target.dtype],
-        clients=clients,
-        clients_in_round=clients if drawn == "all" else int(drawn),
-        sends_conflict=config.regularizer.needs_conflict,
-        activation_bytes=activation_bytes(decoder, config),
-        emulator_parameters=sum(parameter.numel() for parameter in aligned.values()),
-    )
+    hardware, rest = Hardware.split(arguments)
+    outline = Outline.of(load_config(rest))
+    traffic = Traffic.of(outline)
+    memory = needs(outline, traffic, RowLength.of(hardware, outline))
+    return Plan(outline, hardware, traffic, tuple(memory), Seconds.of(outline, traffic, hardware))
 
 
-def activation_bytes(decoder: Decoder, config: RunConfig) -> int:
-    """Return what one batch of calibration text needs while a block runs and its output is compared with its input.
-
-    Counted: four hidden states in the model's precision and three in float32, and three inner feed-forward states.
-    """
-    text = decoder.model.config.get_text_config()
-    widths = [value for key in WIDTH_KEYS if isinstance(value := getattr(text, key, None), int)]
-    tokens = CALIBRATION_BATCH * positions_limit(decoder.model, config.compression.calibration.max_tokens)
-    inner = max(widths, default=4 * text.hidden_size)
-    size_of = _BYTES[config.target.dtype]
-    return int(tokens * ((4 * text.hidden_size + 3 * inner) * size_of + 3 * text.hidden_size * 4))
-
-
-def target_config(config: RunConfig) -> Any:
-    """Return the target's architecture: from its folder, from the hub, or from the catalog of known shapes.
-
-    Raises:
-        ModelError: If none of them has it.
-    """
-    path = config.target.path
-    local = resolve(path)
-    text = resources.files("fedproxy").joinpath("catalog/architectures.yaml").read_text()
-    known: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[assignment]
-    if local is None and path in known:
-        shape = dict(known[path])
-        return AutoConfig.for_model(shape.pop("model_type"), **shape)
-    try:
-        return AutoConfig.from_pretrained(str(local or path))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"target.path={path}: no shape to plan with; give a local folder or one of {', '.join(known)}"
-        ) from error
+def _parts(**parts: int) -> str:
+    """Return in words what a message is made of, where that is more than one thing."""
+    present = [f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items() if value]
+    return f": {', '.join(present)}" if len(present) > 1 else ""

@@ -48,6 +48,8 @@ from fedproxy.reporting import (
 from fedproxy.strategies.capabilities import check_capabilities
 
 RESUME_HINT = "go on with the same command and resume=auto"
+_WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
+"""Lightning's precisions that bring a whole model to another dtype, adapters included."""
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
 
@@ -200,6 +202,12 @@ def _check_trainable(config: RunConfig) -> None:
         raise ConfigError(
             f"trainable.name={trained.name} trains the proxy's own weights, and in {config.target.dtype} small steps "
             "are lost; use target.dtype=float32 or trainable.name=lora"
+        )
+    precision = str(config.trainer.get("precision", "32-true"))
+    if precision in _WHOLE_CONVERSIONS:
+        raise ConfigError(
+            f"trainer.precision={precision} converts what is trained, which crosses the wire in float32; use 32-true "
+            f"(frozen weights stay in target.dtype={config.target.dtype}) or bf16-mixed"
         )
     if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
         key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"

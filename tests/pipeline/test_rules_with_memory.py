@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedproxy.pipeline.plan import plan
+
 ROUNDS = 3
 BRIEF = ("data.rows_per_task=8", "client.batch_size=4", "evaluation.models=[]", "regularizer.name=none")
 RULES = {
@@ -65,6 +67,15 @@ def _undo_the_last_round(folder):
     (folder / "report.json").unlink()
     for client in (folder / "checkpoints").glob("clients/*"):
         (client / f"round_{ROUNDS:04d}.part7").write_bytes(b"half")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_plan_predicts_the_bytes(both, rule):
+    folder, _ = both(rule)
+    options = (*BRIEF, *RULES[rule], f"federation.rounds={ROUNDS}")
+    predicted = plan(["recipe=fedproxy_tiny", *options]).traffic
+    for number, line in enumerate(records(folder), start=1):
+        assert (line["upload_bytes"], line["download_bytes"]) == (predicted.all_up(), predicted.all_down(number))
 
 
 @pytest.mark.parametrize("rule", RULES)

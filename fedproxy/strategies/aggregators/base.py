@@ -131,6 +131,10 @@ class Aggregator(Component, family="aggregator"):
         """Return whether a tensor is common to all clients; else every client goes on from its own last value."""
         return True
 
+    def base_rank(self, clients: int, rank: int) -> int:
+        """Return the rank of what a round of ``clients`` updates moves into a frozen weight."""
+        return 0
+
     @property
     def min_clients(self) -> int:
         """Fewest clients a round with which the rule works."""

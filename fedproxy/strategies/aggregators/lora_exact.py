@@ -117,6 +117,10 @@ class FedExLora(ExactLoraAggregator, name="fedex_lora"):
         )
         return (torch.as_tensor(b), torch.as_tensor(a)), mean_residual(pairs, shares)
 
+    def base_rank(self, clients: int, rank: int) -> int:
+        """Return (K - 1) r, the rank of the residual."""
+        return (clients - 1) * rank
+
 
 @dataclass(frozen=True)
 class Flora(ExactLoraAggregator, name="flora"):
@@ -133,6 +137,10 @@ class Flora(ExactLoraAggregator, name="flora"):
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
         """Stack the clients' factors and reset the adapter."""
         return (torch.zeros_like(start[0], dtype=torch.float64), start[1].double()), stack_pairs(pairs, shares)
+
+    def base_rank(self, clients: int, rank: int) -> int:
+        """Return K r, the rank of the stacked factors."""
+        return clients * rank
 
 
 @dataclass(frozen=True)

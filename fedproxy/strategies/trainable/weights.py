@@ -24,7 +24,7 @@ class WeightsModel(TrainableModel):
 
     def __init__(self, model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(model, parameters)
-        self._start = self.state()
+        self._start = {} if model.device.type == "meta" else self.state()  # shapes alone have no start
 
     def merged_weights(self) -> Mapping[str, Tensor]:
         """Return copies of the trained weights by name, float32."""

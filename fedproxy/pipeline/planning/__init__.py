@@ -1,0 +1,1 @@
+"""What a recipe will take, counted from shapes: bytes on the wire, memory of every role, seconds of a round."""

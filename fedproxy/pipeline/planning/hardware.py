@@ -1,0 +1,75 @@
+"""What a plan is made for: devices, links and the lengths of rows, as ``plan.KEY=VALUE`` words of the command."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedproxy.errors import ConfigError, nearest
+
+_PREFIX = "plan."
+MEASURE = "measure"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Devices, links and rows; the defaults are assumptions, and a plan says so."""
+
+    devices: int = 1
+    """Devices that a round's clients share, one client at a time on each; in the field, the clients of a round."""
+    tflops: str = "100"
+    """TFLOP/s that a device sustains in training, or ``measure`` to time two blocks of the target on this machine."""
+    client_mbps: float | None = 100.0
+    """Mbit/s of a client's link, each way; null where clients and server are one machine."""
+    server_mbps: float = 1000.0
+    """Mbit/s of the server's link, each way, shared by a round's clients."""
+    merge_gb_per_s: float = 0.5
+    """GB of updates that the server merges per second."""
+    rows: int | None = None
+    """Rows of a client; null takes data.rows_per_task, dealt out by data.partition."""
+    input_tokens: int | None = None
+    """Tokens of a prompt; null takes data.max_input_tokens, the most there can be."""
+    target_tokens: int | None = None
+    """Tokens of an answer; null takes data.max_target_tokens."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name == "tflops":
+                self._check_tflops()
+            elif value is not None and not value > 0:
+                raise ConfigError(f"{_PREFIX}{item.name} must be positive, got {value}")
+
+    def _check_tflops(self) -> None:
+        try:
+            ok = self.tflops == MEASURE or float(self.tflops) > 0
+        except ValueError:
+            ok = False
+        if not ok:
+            raise ConfigError(f"{_PREFIX}tflops must be a positive number or {MEASURE}, got {self.tflops!r}")
+
+    @classmethod
+    def split(cls, arguments: Sequence[str]) -> tuple["Hardware", list[str]]:
+        """Return the hardware that ``plan.`` words describe, and the words that are left for the recipe.
+
+        Raises:
+            ConfigError: If a key is unknown or a value does not fit.
+        """
+        words = [word.removeprefix(_PREFIX) for word in arguments if word.startswith(_PREFIX)]
+        rest = [word for word in arguments if not word.startswith(_PREFIX)]
+        known = [item.name for item in fields(cls)]
+        for word in words:
+            key, equals, _ = word.partition("=")
+            if not equals:
+                raise ConfigError(f"{_PREFIX}{word} is no key=value argument; write, for example, plan.devices=8")
+            if key not in known:
+                raise ConfigError(f"{_PREFIX}{key}: unknown key{nearest(key, known)}")
+        try:
+            node = OmegaConf.merge(OmegaConf.structured(cls()), OmegaConf.from_dotlist(words))
+            values: Any = OmegaConf.to_container(node)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or ""
+            raise ConfigError(f"{_PREFIX}{key}: {str(error).strip().splitlines()[0]}") from None
+        return cls(**values), rest

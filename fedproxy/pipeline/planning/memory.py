@@ -1,0 +1,150 @@
+"""Peak memory of every role, from shapes alone."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from fedproxy.models.decoder import positions_limit
+from fedproxy.pipeline.data import CALIBRATION_BATCH
+from fedproxy.pipeline.planning.outline import Outline
+from fedproxy.pipeline.planning.speed import RowLength
+from fedproxy.pipeline.planning.traffic import Traffic
+from fedproxy.protocol import nbytes
+
+SERVER_PROCESS, CLIENT_PROCESS = 665 * 2**20, 450 * 2**20
+"""Resident bytes of Python with the libraries that a role imports, before it loads a model (measured, Linux, CPU)."""
+_LOGITS_BYTES = 2**28
+"""Most logits that evaluation holds at once."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a role holds at once in one of its stages, Python and its libraries left out."""
+
+    role: str
+    stage: str
+    total: int
+    """Bytes, wherever they lie."""
+    device: int
+    """Those of them that lie on an accelerator, where the role has one."""
+
+
+def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
+    """Return the peak of every stage of every role.
+
+    Distillation and re-alignment are not counted.
+    """
+    training, on_device = _training(outline, traffic, row)
+    target = outline.target_parameters * outline.weight_bytes
+    proxy = outline.proxy_parameters * outline.weight_bytes
+    calibration = calibration_bytes(outline)
+    inside = outline.config.engine.name == "in_process"
+    received = _received(outline, traffic, in_memory=inside)
+    federation = target + proxy + received + (training - proxy if inside else 0)
+    found = [
+        Need("server", "compression", target + proxy + calibration, target + calibration),
+        Need("server", "federation", federation, on_device if inside else 0),
+        *_after(outline, target, proxy),
+        Need("client", "training", training, on_device),
+    ]
+    return found if inside else [*found, Need("each worker", "training", training, on_device)]
+
+
+def calibration_bytes(outline: Outline) -> int:
+    """Return what one batch of calibration text needs while a block runs and its output is compared with its input.
+
+    Counted: four hidden states in the model's precision and three in float32, and three inner feed-forward states.
+    """
+    tokens = CALIBRATION_BATCH * positions_limit(
+        outline.target.model, outline.config.compression.calibration.max_tokens
+    )
+    return _forward_bytes(outline, tokens) + tokens * 3 * int(outline.text.hidden_size) * 4
+
+
+def _forward_bytes(outline: Outline, tokens: int) -> int:
+    """Return what a block needs that runs without gradients."""
+    width, inner = int(outline.text.hidden_size), outline.feed_forward_width
+    return tokens * (4 * width + 3 * inner) * outline.weight_bytes
+
+
+def _received(outline: Outline, traffic: Traffic, *, in_memory: bool) -> int:
+    """Return what the server holds of a round beside its models: updates, state, what it broadcasts and merges.
+
+    Updates that come as files (the engine ``workers``) are read one tensor at a time.
+    """
+    largest = max((p.numel() * 4 for p in outline.trainable.parameters().values()), default=0)
+    updates = traffic.drawn * (traffic.up if in_memory else largest)
+    kept = 3 * (traffic.state + traffic.collected) + 2 * traffic.conflict
+    return updates + kept + traffic.shared_memory + 2 * traffic.frozen_change
+
+
+def _after(outline: Outline, target: int, proxy: int) -> list[Need]:
+    """Return the needs of fusion and evaluation."""
+    config = outline.config
+    merged = nbytes(dict(outline.trainable.merged_weights()))
+    blocks = sum(p.numel() for b in outline.target.blocks for p in b.parameters()) * outline.weight_bytes
+    share = len(outline.proxy) / len(outline.target)
+    tuned = target + proxy + merged
+    fusing = tuned + (int(blocks * min(1.0, share)) if _copies(outline) else 0)
+    found = [Need("server", "fusion", fusing, 0)]
+    if config.evaluation.models:
+        tokens, vocabulary = config.evaluation.batch_tokens, int(outline.text.vocab_size)
+        work = _forward_bytes(outline, tokens) + min(_LOGITS_BYTES, tokens * vocabulary * 4)
+        joined = target + 2 * proxy if config.fusion.adds_logits else target
+        fused = joined if "fused" in config.evaluation.models else 0
+        found.append(Need("server", "evaluation", tuned + fused + work, max(fused, target) + work))
+    return found
+
+
+def _copies(outline: Outline) -> bool:
+    """Say whether fusion makes new tensors of all moved weights, or passes the merged ones on."""
+    if outline.weight_bytes != 4:
+        return True
+    target, before, after = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
+    return outline.config.fusion.combine(target, before, after) is not after
+
+
+def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, int]:
+    """Return what a client holds while it trains, in all and on its accelerator."""
+    state = sum(p.numel() * p.element_size() for p in outline.trainable.parameters().values())
+    proxy = outline.proxy_parameters * outline.weight_bytes
+    # On the device: the parameters, their gradients, AdamW's two moments, the anchor, and what the regularizer reads.
+    device_copies = 5 + bool(traffic.conflict) + bool(traffic.own_memory)
+    # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
+    host_copies = 3 + bool(traffic.conflict) + 2 * bool(traffic.own_memory)
+    answers = outline.config.client.batch_size * row.target_tokens
+    logits = answers * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
+    saved = saved_bytes(outline, outline.config.client.batch_size, row.tokens)
+    device = proxy + device_copies * state + saved + logits
+    return device + host_copies * state + traffic.statistics, device
+
+
+def saved_bytes(outline: Outline, batch: int, tokens: int) -> int:
+    """Return the bytes that autograd keeps between a forward and a backward pass of the proxy's body.
+
+    The forward runs on the meta device, and what it saves is counted: storages once, weights and attention weights
+    left out, since fused attention does not keep them. A family whose forward needs real numbers is counted by
+    formula: per block and token eight hidden and four inner feed-forward states.
+    """
+    model = outline.proxy.model
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights and tensor.shape[-2:] != (tokens, tokens):
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    # A mask of four dimensions is taken as it is, without a look at its values.
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, tokens, tokens, dtype=model.dtype, device="meta")
+    model.train()
+    try:
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            outline.proxy.body(input_ids=ids, attention_mask=mask, use_cache=False)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        per_token = 8 * int(outline.text.hidden_size) + 4 * outline.feed_forward_width
+        return batch * tokens * per_token * len(outline.proxy) * outline.weight_bytes
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

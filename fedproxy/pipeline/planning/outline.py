@@ -1,0 +1,115 @@
+"""Target, proxy and what clients train, as shapes on the meta device: no weight is loaded."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedproxy.config import RunConfig
+from fedproxy.data.assets import resolve
+from fedproxy.errors import ConfigError, ModelError
+from fedproxy.federation.realigner import emulator_weights
+from fedproxy.models import Decoder, LayerMap
+from fedproxy.models.decoder import parameter_count
+from fedproxy.models.feed_forward import WIDTH_KEYS
+from fedproxy.seeding import generator
+from fedproxy.strategies.trainable.base import TrainableModel
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The models of a run without their weights."""
+
+    config: RunConfig
+    target: Decoder
+    proxy: Decoder
+    """The proxy, with what clients train attached."""
+    trainable: TrainableModel
+    target_parameters: int
+    """Tied tensors counted once, as everywhere."""
+    proxy_parameters: int
+    """Of the plain proxy, what clients add to it left out."""
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Outline":
+        """Build it.
+
+        Raises:
+            ModelError: If the target's shape is not to be had.
+            ConfigError: If compressor, trainable or clients_per_round do not fit.
+        """
+        dtype = getattr(torch, config.target.dtype)
+        with torch.device("meta"):
+            target = Decoder.of(AutoModelForCausalLM.from_config(target_config(config), dtype=dtype))
+            proxy = AutoModelForCausalLM.from_config(config.compression.outline(target), dtype=dtype)
+            places = tuple(config.compression.places(target))
+        counts = parameter_count(target.model), parameter_count(proxy)
+        options = config.trainable.placed(LayerMap(places, ""))
+        trainable = options.attach(proxy, generator(config.seed))
+        outline = cls(config, target, Decoder.of(proxy), trainable, *counts)
+        if outline.clients_in_round > outline.clients:
+            raise ConfigError(
+                f"federation.clients_per_round must be at most the {outline.clients} clients there are, "
+                f"got {outline.clients_in_round}"
+            )
+        return outline
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of a frozen weight."""
+        size: int = getattr(torch, self.config.target.dtype).itemsize
+        return size
+
+    @cached_property
+    def clients(self) -> int:
+        """Clients of the federation."""
+        data = self.config.data
+        return data.partition.count(len(data.tasks) + len(data.files))
+
+    @property
+    def clients_in_round(self) -> int:
+        """Clients that take part in each round."""
+        drawn = self.config.federation.clients_per_round
+        return self.clients if drawn == "all" else int(drawn)
+
+    @property
+    def emulator(self) -> dict[str, nn.Parameter]:
+        """Frozen weights that are re-aligned and sent in every round; mostly none."""
+        return emulator_weights(self.trainable) if any(self.config.realignment.reads) else {}
+
+    @property
+    def text(self) -> Any:
+        """The configuration of the language model itself."""
+        return self.target.model.config.get_text_config()
+
+    @property
+    def feed_forward_width(self) -> int:
+        """Neurons of the widest feed-forward layer."""
+        widths = [value for key in WIDTH_KEYS if isinstance(value := getattr(self.text, key, None), int)]
+        return max(widths, default=4 * int(self.text.hidden_size))
+
+
+def target_config(config: RunConfig) -> Any:
+    """Return the target's architecture: from its folder, from the hub, or from the catalog of known shapes.
+
+    Raises:
+        ModelError: If none of them has it.
+    """
+    path = config.target.path
+    local = resolve(path)
+    text = resources.files("fedproxy").joinpath("catalog/architectures.yaml").read_text()
+    known: dict[str, dict[str, Any]] = OmegaConf.to_container(OmegaConf.create(text))  # type: ignore[assignment]
+    if local is None and path in known:
+        shape = dict(known[path])
+        return AutoConfig.for_model(shape.pop("model_type"), **shape)
+    try:
+        return AutoConfig.from_pretrained(str(local or path))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"target.path={path}: no shape to plan with; give a local folder or one of {', '.join(known)}"
+        ) from error

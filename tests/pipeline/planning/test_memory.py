@@ -1,0 +1,77 @@
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from fedproxy.config import load_config
+from fedproxy.data.assets import resolve
+from fedproxy.models import Decoder, load_model
+from fedproxy.pipeline.plan import plan
+from fedproxy.pipeline.planning.memory import saved_bytes
+from fedproxy.pipeline.planning.outline import Outline
+
+TINY, LOGITS = "recipe=fedproxy_tiny", "fusion.name=logit_offset"
+
+
+@pytest.mark.parametrize("words", [(), ("trainable.blocks=last",), ("trainable.name=full",)])
+def test_saved_bytes_are_those_that_training_keeps(words):
+    config = load_config([TINY, "compression.name=none", *words])
+    model = load_model(resolve("asset:tiny-llama"))
+    config.trainable.attach(model)
+    model.train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        Decoder.of(model).body(input_ids=torch.zeros(4, 37, dtype=torch.long), use_cache=False)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    # attention kernels differ between the meta device and the CPU in what they keep beside their inputs
+    assert saved_bytes(Outline.of(config), 4, 37) == pytest.approx(measured, rel=0.1)
+
+
+def test_what_lies_in_memory_by_stage():
+    with_all, bare = plan([TINY]), plan([TINY, "evaluation.models=[]", "engine.name=workers"])
+    target, proxy = 4 * with_all.target_parameters, 4 * with_all.proxy_parameters
+    assert with_all.peak("server", "compression") == target + proxy + with_all.activation_bytes
+    # evaluation: target, proxy, merged weights of the tuned one, the fused model, and one batch
+    assert with_all.peak("server", "evaluation") > with_all.peak("server", "fusion") + target
+    assert {need.role for need in with_all.memory} == {"server", "client"}
+    assert {need.role for need in bare.memory} == {"server", "client", "each worker"}
+    assert not [need for need in bare.memory if need.stage == "evaluation"]
+    # in one process the clients' training is the server's, too
+    inside, outside = with_all.peak("server", "federation"), bare.peak("server", "federation")
+    assert inside - outside >= with_all.peak("client") - proxy
+
+
+def test_updates_in_memory_grow_with_the_clients_of_a_round_and_files_do_not():
+    many = (TINY, "data.partition.name=iid", "data.partition.clients=512")
+    peaks = {
+        (engine, drawn): plan([*many, f"federation.clients_per_round={drawn}", f"engine.name={engine}"])
+        for engine in ("in_process", "workers")
+        for drawn in (16, 256)
+    }
+    more = {
+        engine: peaks[engine, 256].peak("server", "federation") - peaks[engine, 16].peak("server", "federation")
+        for engine in ("in_process", "workers")
+    }
+    assert more["in_process"] == 240 * peaks["workers", 16].upload_bytes
+    assert more["workers"] < more["in_process"] / 10
+
+
+def test_fusion_that_keeps_more_takes_more():
+    plain, delta, joined = (plan([TINY, word]) for word in ("fusion.mode=replace", "fusion.mode=delta", LOGITS))
+    proxy = 4 * plain.proxy_parameters
+    # replaced weights are the merged ones; a delta makes new ones; logits are added by three models instead of one
+    assert delta.peak("server", "fusion") > plain.peak("server", "fusion")
+    assert joined.peak("server", "evaluation") == plain.peak("server", "evaluation") + 2 * proxy
+
+
+def test_nothing_is_trained():
+    predicted = plan(["recipe=zero_shot"])
+    assert predicted.trainable_parameters == 0
+    assert predicted.seconds.client == 0
+    assert "training                    none\n" in str(predicted)
