@@ -20,6 +20,7 @@ from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.regularizers import Regularizer
@@ -112,7 +113,7 @@ class LocalClient:
             callbacks=[] if deadline is None else [_Deadline(deadline)],
         )
         with _resting(parameters[name] for name in job.frozen):
-            fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
+            fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
         tuned = self.model.state()
         own = {name: tuned[name].clone() for name in job.own}
         delta = _difference(tuned, state)
@@ -120,7 +121,7 @@ class LocalClient:
         extras: dict[str, Tensors] = {regularizer.name: upload} if upload else {}
         extras |= self._statistics(job, client_id, trainer.strategy.root_device)
         tokens = loader.num_tokens * job.epochs
-        if own or remembered:
+        if (own or remembered) and rank_and_size()[0] == 0:
             kept = Memory(own, remembered, len(self.examples[client_id]), tokens)
             self.store.memory.save(client_id, broadcast.round, kept)
         return ClientUpdate(
@@ -142,7 +143,7 @@ class LocalClient:
         return self.store.memory.load(client_id, before=broadcast.round)
 
     def _statistics(self, job: Job, client_id: str, device: torch.device) -> Mapping[str, Tensors]:
-        if not job.statistics:
+        if not job.statistics or rank_and_size()[0]:
             return {}
         from fedproxy.federation.statistics import client_statistics
 
@@ -160,6 +161,12 @@ class _Deadline(Callback):  # type: ignore[misc]
     def on_train_batch_end(self, *_: Any) -> None:
         if time.monotonic() > self.deadline:
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
+
+
+def _dropout_seed(job: Job, round_: int, client_id: str) -> int:
+    """Return the seed of a client's dropout in a round; processes that share a batch each draw their own masks."""
+    rank = rank_and_size()[0]
+    return derive_seed(job.seed, round_, client_id, "dropout", *([rank] if rank else []))
 
 
 @contextmanager
