@@ -83,6 +83,8 @@ class ClientConfig:
     """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    gradient_checkpointing: bool = False
+    """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
 
     def __post_init__(self) -> None:
         _require("client.lr", self.lr, self.lr > 0, "positive")

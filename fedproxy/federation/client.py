@@ -1,6 +1,7 @@
 """One client's work in one round: start from the broadcast state, tune on its own rows, send back the change."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Job:
     max_grad_norm: float | None
     regularizer: Mapping[str, Any]
     """Name and options of the client-side term."""
+    gradient_checkpointing: bool = False
+    """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
     own: Sequence[str] = ()
@@ -112,7 +115,7 @@ class LocalClient:
             max_grad_norm=job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
         )
-        with _resting(parameters[name] for name in job.frozen):
+        with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
             fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
         tuned = self.model.state()
         own = {name: tuned[name].clone() for name in job.own}
@@ -179,6 +182,25 @@ def _resting(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in resting:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recomputing(model: TrainableModel, wanted: bool) -> Iterator[None]:
+    """Let blocks forget their activations after the forward pass, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    if not model.model.supports_gradient_checkpointing:
+        raise ClientError(
+            f"client.gradient_checkpointing: {model.model.config.model_type} models do not have it; set it to false"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23; the new name is not in 5.0
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.model.gradient_checkpointing_disable()
 
 
 def _with_own(conflict: Tensors | None, state: Tensors, own: Sequence[str]) -> Tensors | None:

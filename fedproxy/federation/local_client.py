@@ -77,7 +77,9 @@ class LocalSetup:
     def _group(self, devices: ClientDevices, place: int) -> RankGroup:
         """Return a client that trains in processes of its own on the ``place``-th group of devices."""
         own = accelerators(self.trainer)[place * devices.count :][: devices.count]
-        return RankGroup(asdict(self), devices, own, plugins=self.plugins, scratch=self.scratch)
+        options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
+        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins)
+        return RankGroup(remote, devices.count, scratch=self.scratch)
 
 
 def load(*, device: int | None, **options: Any) -> Client:

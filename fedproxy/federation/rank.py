@@ -14,6 +14,9 @@ from fedproxy.federation.local_client import LocalSetup
 from fedproxy.models.sharding import shard
 from fedproxy.modules.distributed import NAMES
 
+PATIENCE_S = 300.0
+"""How long a process waits for the others in one step: far longer than a step takes, far shorter than for ever."""
+
 
 def load(
     *,
@@ -23,8 +26,8 @@ def load(
     count: int,
     strategy: str,
     rendezvous: str,
-    patience_s: float,
     setup: Mapping[str, Any],
+    patience_s: float = PATIENCE_S,
 ) -> LocalClient:
     """Join the other processes, load the proxy and return the client that trains on it with them.
 
@@ -35,8 +38,8 @@ def load(
         count: Number of processes.
         strategy: ``ddp``, or ``fsdp`` to spread the proxy's weights over the processes.
         rendezvous: File that all processes can write, by which they find each other.
-        patience_s: Seconds that a process waits for the others in one step before it gives up.
         setup: Fields of :class:`LocalSetup`.
+        patience_s: Seconds that a process waits for the others in one step before it gives up.
     """
     # Lightning takes these as a sign that its processes have been started already.
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0"}

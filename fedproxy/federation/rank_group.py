@@ -5,10 +5,8 @@ import selectors
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,11 +14,8 @@ from safetensors import SafetensorError
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines.base import RemoteClient
 from fedproxy.federation.engines.worker_process import WorkerProcess
-from fedproxy.modules.devices import ClientDevices
 from fedproxy.protocol import Broadcast, ClientUpdate
 
-PATIENCE_S = 300.0
-"""How long a process waits for the others in one step: far longer than a step takes, far shorter than for ever."""
 _TRIES = 2
 """How often a client is tried one of whose processes dies."""
 _GRACE_S = 2.0
@@ -34,26 +29,14 @@ class RankGroup:
     dies or fails all are ended, and new ones start for the next client.
 
     Args:
-        setup: Fields of :class:`fedproxy.federation.local_client.LocalSetup`.
-        devices: How many processes, and how they share the work.
-        accelerators: One for each process, by index; empty for the CPU.
-        plugins: Modules that each process imports first.
+        remote: How each process makes the client; ``rank`` and ``rendezvous``, a file by which the processes find each
+            other, are added to its options.
+        count: Number of processes.
         scratch: Folder for messages' files; None is the system's.
-        patience_s: See :data:`PATIENCE_S`.
     """
 
-    def __init__(
-        self,
-        setup: Mapping[str, Any],
-        devices: ClientDevices,
-        accelerators: Sequence[int],
-        *,
-        plugins: Sequence[str] = (),
-        scratch: str | None = None,
-        patience_s: float = PATIENCE_S,
-    ) -> None:
-        self.setup, self.devices, self.accelerators, self.plugins = setup, devices, accelerators, plugins
-        self.patience_s = patience_s
+    def __init__(self, remote: RemoteClient, count: int, *, scratch: str | None = None) -> None:
+        self.remote, self.count = remote, count
         self._scratch = scratch
         self._folder: Path | None = None
         self._processes: list[WorkerProcess] = []
@@ -125,22 +108,13 @@ class RankGroup:
         return path
 
     def _start(self, folder: Path) -> None:
-        count = self.devices.count
         place = Path(tempfile.mkdtemp(prefix="start_", dir=folder))
-        shared = {
-            "devices": list(self.accelerators),
-            "count": count,
-            "strategy": self.devices.strategy,
-            "rendezvous": str(place / "rendezvous"),
-            "patience_s": self.patience_s,
-            "setup": dict(self.setup),
-        }
-        for rank in range(count):
+        for rank in range(self.count):
+            options = {**self.remote.options, "rank": rank, "rendezvous": str(place / "rendezvous")}
             setup = place / f"setup_{rank}.json"
-            remote = RemoteClient("fedproxy.federation.rank:load", {**shared, "rank": rank}, list(self.plugins))
-            setup.write_text(json.dumps(asdict(remote)))
+            setup.write_text(json.dumps(asdict(replace(self.remote, options=options))))
             log = place / f"rank_{rank}.log"
-            threads = max(1, torch.get_num_threads() // count)
+            threads = max(1, torch.get_num_threads() // self.count)
             self._processes.append(WorkerProcess(setup, device=None, threads=threads, log=log))
 
     def _wait(self, deadline: float | None) -> None:

@@ -21,8 +21,10 @@ class ShardedStrategy(DDPStrategy):  # type: ignore[misc]
 
     def teardown(self) -> None:
         """End the fit; the parts of the model stay on their devices."""
-        self._lightning_module = None
+        module = self.lightning_module
+        self._lightning_module = None  # else it would be moved to the CPU
         super().teardown()
+        self._lightning_module = module
 
 
 NAMES = {"ddp": "fedproxy_ddp", "fsdp": "fedproxy_fsdp"}

@@ -173,10 +173,6 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
-    devices = ClientDevices.of(config.trainer)
-    if devices.count > 1:
-        run.display.say(devices.describe(config.client.batch_size))
-    shutil.rmtree(run.folder.exchange, ignore_errors=True)  # what a killed run left
     engine = config.engine.start(
         lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
     )
@@ -239,7 +235,12 @@ def _job(config: RunConfig) -> dict[str, Any]:
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
+    """Return what clients are made from, and say how several devices share their batches."""
     config = run.config
+    devices = ClientDevices.of(config.trainer)
+    if devices.count > 1:
+        run.display.say(devices.describe(config.client.batch_size))
+    shutil.rmtree(run.folder.exchange, ignore_errors=True)  # what a killed run left
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
         dtype=config.target.dtype,
