@@ -85,6 +85,9 @@ class ClientConfig:
     """Gradients are clipped to this norm; null does not clip."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the frozen proxy's linear layers on clients (bitsandbytes); the adapters keep theirs, and fusion is into
+    the target as it is."""
 
     def __post_init__(self) -> None:
         _require("client.lr", self.lr, self.lr > 0, "positive")

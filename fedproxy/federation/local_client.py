@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.federation.client import LocalClient
@@ -13,7 +14,8 @@ from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Client, RemoteClient
 from fedproxy.federation.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
-from fedproxy.modules.devices import ClientDevices, accelerators, one_device
+from fedproxy.models.quantized import load_quantized
+from fedproxy.modules.devices import ClientDevices, accelerators, one_device, training_device
 from fedproxy.strategies.trainable import Trainable
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -36,17 +38,22 @@ class LocalSetup:
     max_target_tokens: int
     trainer: Mapping[str, Any]
     """Options of lightning.Trainer."""
+    quantization: str = "none"
+    """Bits of the frozen weights: none, 8bit or 4bit."""
     plugins: Sequence[str] = ()
     """Modules that a client's own processes import."""
     scratch: str | None = None
     """Folder for what a client's own processes exchange; None is the system's."""
 
     def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
-        """Return a client for this process; with one device it trains on a proxy which is loaded already."""
+        """Return a client for this process, which trains on a proxy that is loaded already where it can."""
         devices = ClientDevices.of(self.trainer)
         if devices.count > 1:
             return self._group(devices, 0)
-        return self.in_this_process(model, tokenizer, one_device(self.trainer))
+        trainer = one_device(self.trainer)
+        if self.quantization != "none":
+            model, tokenizer = self.load(training_device(trainer))
+        return self.in_this_process(model, tokenizer, trainer)
 
     def in_this_process(
         self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
@@ -68,11 +75,18 @@ class LocalSetup:
         places = there if count == 1 else tuple(range(len(there) // count))
         return RemoteClient(f"{__name__}:load", asdict(self), plugins, places)
 
-    def load(self) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
-        """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state."""
+    def load(self, device: torch.device) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
+        """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state.
+
+        Only quantised weights are put on the device at once.
+        """
         node = dict(self.trainable)
         trainable = Trainable.by_name(node.pop("name"))(**node)
-        return trainable.attach(load_model(self.proxy, dtype=self.dtype)), load_tokenizer(self.proxy)
+        if self.quantization == "none":
+            proxy = load_model(self.proxy, dtype=self.dtype)
+        else:
+            proxy = load_quantized(self.proxy, self.quantization, dtype=getattr(torch, self.dtype), device=device)
+        return trainable.attach(proxy), load_tokenizer(self.proxy)
 
     def _group(self, devices: ClientDevices, place: int) -> RankGroup:
         """Return a client that trains in processes of its own on the ``place``-th group of devices."""
@@ -95,4 +109,4 @@ def load(*, device: int | None, **options: Any) -> Client:
     if devices.count > 1:
         return setup._group(devices, device or 0)
     trainer = one_device(setup.trainer) if device is None else {**setup.trainer, "devices": [device]}
-    return setup.in_this_process(*setup.load(), trainer)
+    return setup.in_this_process(*setup.load(training_device(trainer)), trainer)

@@ -55,7 +55,7 @@ def load(
         timeout=timedelta(seconds=patience_s),
     )
     options = LocalSetup(**setup)
-    model, tokenizer = options.load()
+    model, tokenizer = options.load(own)
     if strategy == "fsdp":
         model.rebind(shard(model.model, init_device_mesh(own.type, (count,))))
     trainer = {

@@ -142,6 +142,11 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
             list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay, **self._optimizer_kind()
         )
 
+    def cpu(self) -> "CausalLMModule":
+        """Move to the CPU, as Lightning asks after a fit; sharded and quantised weights stay where they were made."""
+        stays = is_sharded(self.tuned) or getattr(self.model, "is_quantized", False)
+        return self if stays else super().cpu()
+
     @property
     def task_loss(self) -> float:
         """Mean task loss over all steps of the fit, nats per answer token; NaN before the first epoch ended."""

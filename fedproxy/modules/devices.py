@@ -69,6 +69,13 @@ def accelerators(trainer: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(devices) if isinstance(devices, list) else tuple(range(torch.accelerator.device_count()))
 
 
+def training_device(trainer: Mapping[str, Any]) -> torch.device:
+    """Return the device of Trainer options for one device."""
+    there = accelerators(trainer)
+    found = torch.accelerator.current_accelerator(check_available=True) if there else None
+    return torch.device("cpu") if found is None else torch.device(found.type, there[0])
+
+
 def _indices(devices: Any) -> int | tuple[int, ...]:
     """Return a number of devices, or those that are listed."""
     if devices == "auto":

@@ -19,13 +19,6 @@ class ShardedStrategy(DDPStrategy):  # type: ignore[misc]
     def _register_ddp_hooks(self) -> None:
         pass
 
-    def teardown(self) -> None:
-        """End the fit; the parts of the model stay on their devices."""
-        module = self.lightning_module
-        self._lightning_module = None  # else it would be moved to the CPU
-        super().teardown()
-        self._lightning_module = module
-
 
 NAMES = {"ddp": "fedproxy_ddp", "fsdp": "fedproxy_fsdp"}
 """Names under which Lightning makes a strategy for each Trainer, by the name in a recipe."""

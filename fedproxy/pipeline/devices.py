@@ -2,7 +2,8 @@
 
 from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError
-from fedproxy.modules.devices import ClientDevices
+from fedproxy.models.quantized import check_quantization
+from fedproxy.modules.devices import ClientDevices, one_device, training_device
 
 
 def check_devices(config: RunConfig) -> ClientDevices:
@@ -20,6 +21,8 @@ def check_devices(config: RunConfig) -> ClientDevices:
         )
     if devices.strategy == "fsdp":
         _check_sharded(config)
+    if config.client.quantization != "none":
+        _check_quantized(config, devices)
     return devices
 
 
@@ -35,3 +38,20 @@ def _check_sharded(config: RunConfig) -> None:
     else:
         return
     raise ConfigError(f"{key} {why}, which trainer.strategy=fsdp cannot do on spread weights; use trainer.strategy=ddp")
+
+
+def _check_quantized(config: RunConfig, devices: ClientDevices) -> None:
+    """Refuse what reads or moves weights that are quantised."""
+    rule, trained, bits = config.aggregator, config.trainable, config.client.quantization
+    if trained.lora_scaling is None and trained.trains:
+        key = f"trainable.name={trained.name}"
+    elif rule.moves_base or rule.needs_extras:
+        key = f"aggregator.name={rule.name}"
+    elif any(config.realignment.reads):
+        key = f"realignment.name={config.realignment.name}"
+    elif devices.strategy == "fsdp":
+        key = "trainer.strategy=fsdp"
+    else:
+        check_quantization(bits, training_device(one_device(config.trainer)).type)
+        return
+    raise ConfigError(f"{key} needs the proxy's own weights, which client.quantization={bits} rounds; set it to none")

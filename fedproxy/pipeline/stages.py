@@ -231,7 +231,9 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
-    return {"seed": config.seed, **to_dict(config.client), "regularizer": to_dict(config.regularizer)}
+    settings = to_dict(config.client)
+    del settings["quantization"]  # of how a client is made, not of a round
+    return {"seed": config.seed, **settings, "regularizer": to_dict(config.regularizer)}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
@@ -250,6 +252,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         max_input_tokens=config.data.max_input_tokens,
         max_target_tokens=config.data.max_target_tokens,
         trainer=config.trainer,
+        quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
     )

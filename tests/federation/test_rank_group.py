@@ -1,4 +1,4 @@
-"""Processes that train one client together: faults tried for real on light processes; test_ranks.py has the real ones."""
+"""Processes of one client: faults tried for real on light processes; test_ranks.py has those that train."""
 
 import os
 import time
