@@ -71,5 +71,10 @@ def load_quantized(path: str | Path, bits: str, *, dtype: torch.dtype, device: t
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
         raise ModelError(f"{path} cannot be loaded in {bits}: {first}; set client.quantization=none") from error
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 a forward pass in evaluation mode packs 4-bit weights for a kernel without a backward
+        # pass, which is then used in training too: gradients are wrong without a word (bitsandbytes 0.50).
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen

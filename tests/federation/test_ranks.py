@@ -1,5 +1,8 @@
 """Two processes with gloo train a client as one process does: ddp and fsdp against the plain client."""
 
+import os
+import signal
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -8,9 +11,12 @@ import torch
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
+from fedproxy.errors import ClientError
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.engines import RemoteClient
 from fedproxy.federation.local_client import LocalSetup, load
+from fedproxy.federation.rank_group import RankGroup
 from fedproxy.protocol import Broadcast
 
 JOB = {
@@ -119,3 +125,38 @@ def test_statistics_of_the_rows_come_from_the_first_process(alone, group):
     given = broadcast(alone, {"statistics": ["fisher"]})
     one, two = alone.train(given, "ann"), group.train(given, "ann")
     assert distance(two.extras["fisher"], one.extras["fisher"]) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_gpus_do_what_one_process_does(strategy, setup, alone):
+    trainer = {"accelerator": "gpu", "devices": 2, "strategy": strategy}
+    pair = load(device=None, **asdict(replace(setup, trainer=trainer)))
+    given = broadcast(alone, JOBS["conflict, clipped and accumulated"])
+    try:
+        first, second = pair.train(given, "ann"), pair.train(given, "ann")
+    finally:
+        pair.close()
+    # Kernels of another device, over eight AdamW steps.
+    assert distance(first.delta, alone.train(given, "ann").delta) < 1e-2
+    assert distance(second.delta, first.delta) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_is_given_up_by_the_others(setup, alone):
+    """The others wait in a step for patience_s; then the client is dropped with their words, and all are ended."""
+    options = {"setup": asdict(setup), "devices": [], "count": 2, "strategy": "ddp", "patience_s": 60.0}
+    group = RankGroup(RemoteClient("fedproxy.federation.rank:load", options), 2, scratch=setup.scratch)
+    given = broadcast(alone, {})
+    try:
+        group.train(given, "ann")
+        stopped = group.pids[1]
+        os.kill(stopped, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(ClientError, match=r"^process 1 of 2: .*[Tt]imed out"):
+            group.train(given, "ann")
+        assert 50 < time.monotonic() - started < 150
+        assert not os.path.exists(f"/proc/{stopped}")
+    finally:
+        group.close()

@@ -14,6 +14,7 @@ from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_model
 from fedproxy.models.quantized import check_quantization, load_quantized
 from fedproxy.protocol import Broadcast
+from fedproxy.strategies.trainable import Trainable
 
 JOB = {
     "seed": 7, "lr": 0.01, "batch_size": 4, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
@@ -47,6 +48,35 @@ def test_logits_stay_near_those_of_the_whole_weights(bits, near):
     bytes_of = layer.numel() * layer.element_size()
     assert bytes_of * {"8bit": 4, "4bit": 8}[bits] == whole.model.layers[0].mlp.up_proj.weight.numel() * 4
     assert not any(parameter.requires_grad for parameter in small.parameters())
+
+
+@installed
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_gradients_are_those_of_the_rounded_weights(bits):
+    """Against plain layers that hold what the quantised ones stand for."""
+    import bitsandbytes
+
+    path = resolve("asset:tiny-llama")
+    small = load_quantized(path, bits, dtype=torch.float32, device=torch.device("cpu"))
+    whole = load_model(path)
+    for name, module in small.named_modules():
+        if bits == "4bit" and isinstance(module, bitsandbytes.nn.Linear4bit):
+            rounded = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        elif bits == "8bit" and isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            rounded = module.weight.CB.float() * module.weight.SCB[:, None] / 127
+        else:
+            continue
+        whole.get_submodule(name).weight.data.copy_(rounded)
+    draw, ids = torch.Generator().manual_seed(0), torch.arange(26).view(2, 13)
+    state, gradients = {}, []
+    for model in (small, whole):
+        tuned = Trainable.by_name("lora")(r=2).attach(model)  # runs the model once in evaluation mode
+        state = state or {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in tuned.state().items()}
+        tuned.load_state(state)
+        model.train()
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in tuned.parameters().values()]))
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[1].norm()
 
 
 def client(tmp_path, device, **trainer):
