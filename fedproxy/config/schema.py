@@ -219,7 +219,8 @@ class RunConfig:
     trainer: dict[str, Any] = field(
         default_factory=lambda: {"accelerator": "auto", "devices": "auto", "precision": "32-true"}
     )
-    """Options of lightning.Trainer, for clients and distillation alike."""
+    """Options of lightning.Trainer, for clients and distillation alike; ``devices`` above 1 and ``strategy``
+    (ddp, fsdp) are for clients alone, and ``devices: auto`` is one for each client."""
     loggers: list[str] = field(default_factory=list)
     """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 
