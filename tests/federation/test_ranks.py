@@ -27,7 +27,7 @@ RESTING = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 OWN = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 JOBS = {
     "conflict, clipped and accumulated": {"regularizer": {"name": "conflict", "strength": 0.1}, "accumulate": 2},
-    "scaffold, with tensors that rest or stay": {
+    "scaffold, tensors that rest or stay": {
         "regularizer": {"name": "scaffold"},
         "frozen": [RESTING],
         "own": [OWN],
