@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
-FOUNDATION = ("errors", "registry", "protocol", "seeding", "plain_json", "task_means")
+FOUNDATION = ("errors", "registry", "protocol", "processes", "seeding", "plain_json", "task_means")
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
     "strategies/aggregators": (*FOUNDATION, "strategies.aggregators", "strategies.functional"),

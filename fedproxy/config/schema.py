@@ -83,6 +83,11 @@ class ClientConfig:
     """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    gradient_checkpointing: bool = False
+    """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the frozen proxy's linear layers on clients (bitsandbytes); the adapters keep theirs, and fusion is into
+    the target as it is."""
 
     def __post_init__(self) -> None:
         _require("client.lr", self.lr, self.lr > 0, "positive")
@@ -214,7 +219,8 @@ class RunConfig:
     trainer: dict[str, Any] = field(
         default_factory=lambda: {"accelerator": "auto", "devices": "auto", "precision": "32-true"}
     )
-    """Options of lightning.Trainer, for clients and distillation alike."""
+    """Options of lightning.Trainer, for clients and distillation alike; ``devices`` above 1 and ``strategy``
+    (ddp, fsdp) are for clients alone, and ``devices: auto`` is one for each client."""
     loggers: list[str] = field(default_factory=list)
     """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 

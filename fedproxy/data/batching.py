@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError
+from fedproxy.processes import rank_and_size
 
 IGNORED = -100
 """Label of tokens that no loss is taken on, as in PyTorch and transformers."""
@@ -67,7 +68,9 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 class ExampleLoader:
     """Endless epochs of collated batches: every iteration is one epoch in a new order.
 
-    Under a distributed strategy each process takes every n-th batch, and all take equally many.
+    Processes that train one model together split every batch: a step sees the same examples whatever their number. Each
+    part then holds ``share``, 0-dim float32, by which its mean loss counts: n times its part of the batch's target
+    tokens, so that the mean over the n processes is the mean over all the batch's tokens.
 
     Args:
         examples: All examples of a client.
@@ -90,18 +93,23 @@ class ExampleLoader:
         self.generator = generator
 
     def __len__(self) -> int:
-        """Batches of one epoch in this process."""
-        total = -(-len(self.examples) // self.batch_size)
-        return -(-total // _processes()[1])
+        """Batches of one epoch."""
+        return -(-len(self.examples) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         lengths = [len(example.input_ids) for example in self.examples]
-        plan = batches(lengths, self.batch_size, self.generator)
-        rank, processes = _processes()
-        for step in range(len(self)):
-            # A last, incomplete turn starts over, so that no process waits for a batch that never comes.
-            chosen = plan[(step * processes + rank) % len(plan)]
-            yield collate([self.examples[index] for index in chosen], self.pad_id)
+        rank, processes = rank_and_size()
+        for chosen in batches(lengths, self.batch_size, self.generator):
+            whole = [self.examples[index] for index in chosen]
+            yield collate(whole, self.pad_id) if processes == 1 else self._part(whole, rank, processes)
+
+    def _part(self, whole: list[Example], rank: int, processes: int) -> dict[str, Tensor]:
+        """Return one process's part of a batch: neighbours in length go to different processes."""
+        own = whole[rank::processes]
+        tokens = sum(example.target_length for example in own)
+        share = processes * tokens / sum(example.target_length for example in whole)
+        # A process without examples runs one that counts nothing: the others wait for it in every step.
+        return {**collate(own or whole[:1], self.pad_id), "share": torch.tensor(share)}
 
     @property
     def num_tokens(self) -> int:
@@ -122,16 +130,10 @@ class ShuffledBatches:
 
     def __len__(self) -> int:
         """Batches of one epoch in this process."""
-        return -(-len(self.batches) // _processes()[1])
+        return -(-len(self.batches) // rank_and_size()[1])
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = torch.randperm(len(self.batches), generator=self.generator).tolist()
-        rank, processes = _processes()
+        rank, processes = rank_and_size()
         for step in range(len(self)):
             yield self.batches[order[(step * processes + rank) % len(order)]]
-
-
-def _processes() -> tuple[int, int]:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -1,6 +1,7 @@
 """One client's work in one round: start from the broadcast state, tune on its own rows, send back the change."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.regularizers import Regularizer
@@ -39,6 +41,8 @@ class Job:
     max_grad_norm: float | None
     regularizer: Mapping[str, Any]
     """Name and options of the client-side term."""
+    gradient_checkpointing: bool = False
+    """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
     own: Sequence[str] = ()
@@ -111,8 +115,8 @@ class LocalClient:
             max_grad_norm=job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
         )
-        with _resting(parameters[name] for name in job.frozen):
-            fit(trainer, module, loader, seed=derive_seed(job.seed, broadcast.round, client_id, "dropout"))
+        with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
+            fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
         tuned = self.model.state()
         own = {name: tuned[name].clone() for name in job.own}
         delta = _difference(tuned, state)
@@ -120,7 +124,7 @@ class LocalClient:
         extras: dict[str, Tensors] = {regularizer.name: upload} if upload else {}
         extras |= self._statistics(job, client_id, trainer.strategy.root_device)
         tokens = loader.num_tokens * job.epochs
-        if own or remembered:
+        if (own or remembered) and rank_and_size()[0] == 0:
             kept = Memory(own, remembered, len(self.examples[client_id]), tokens)
             self.store.memory.save(client_id, broadcast.round, kept)
         return ClientUpdate(
@@ -142,7 +146,7 @@ class LocalClient:
         return self.store.memory.load(client_id, before=broadcast.round)
 
     def _statistics(self, job: Job, client_id: str, device: torch.device) -> Mapping[str, Tensors]:
-        if not job.statistics:
+        if not job.statistics or rank_and_size()[0]:
             return {}
         from fedproxy.federation.statistics import client_statistics
 
@@ -162,6 +166,12 @@ class _Deadline(Callback):  # type: ignore[misc]
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
+def _dropout_seed(job: Job, round_: int, client_id: str) -> int:
+    """Return the seed of a client's dropout in a round; processes that share a batch each draw their own masks."""
+    rank = rank_and_size()[0]
+    return derive_seed(job.seed, round_, client_id, "dropout", *([rank] if rank else []))
+
+
 @contextmanager
 def _resting(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     resting = list(parameters)
@@ -172,6 +182,25 @@ def _resting(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in resting:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def _recomputing(model: TrainableModel, wanted: bool) -> Iterator[None]:
+    """Let blocks forget their activations after the forward pass, where that is wanted."""
+    if not wanted:
+        yield
+        return
+    if not model.model.supports_gradient_checkpointing:
+        raise ClientError(
+            f"client.gradient_checkpointing: {model.model.config.model_type} models do not have it; set it to false"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # renamed in transformers 5.23; the new name is not in 5.0
+        model.model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            model.model.gradient_checkpointing_disable()
 
 
 def _with_own(conflict: Tensors | None, state: Tensors, own: Sequence[str]) -> Tensors | None:

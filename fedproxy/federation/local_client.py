@@ -1,7 +1,7 @@
 """How a client that trains for real is made, in this process or in another one, from plain values alone."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.client_rows import ClientExamples
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.engines import RemoteClient
+from fedproxy.federation.engines import Client, RemoteClient
+from fedproxy.federation.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
+from fedproxy.models.quantized import load_quantized
+from fedproxy.modules.devices import ClientDevices, accelerators, one_device, training_device
 from fedproxy.strategies.trainable import Trainable
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -35,9 +38,27 @@ class LocalSetup:
     max_target_tokens: int
     trainer: Mapping[str, Any]
     """Options of lightning.Trainer."""
+    quantization: str = "none"
+    """Bits of the frozen weights: none, 8bit or 4bit."""
+    plugins: Sequence[str] = ()
+    """Modules that a client's own processes import."""
+    scratch: str | None = None
+    """Folder for what a client's own processes exchange; None is the system's."""
 
-    def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> LocalClient:
-        """Return a client that trains on a proxy which is loaded already."""
+    def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
+        """Return a client for this process, which trains on a proxy that is loaded already where it can."""
+        devices = ClientDevices.of(self.trainer)
+        if devices.count > 1:
+            return self._group(devices, 0)
+        trainer = one_device(self.trainer)
+        if self.quantization != "none":
+            model, tokenizer = self.load(training_device(trainer))
+        return self.in_this_process(model, tokenizer, trainer)
+
+    def in_this_process(
+        self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
+    ) -> LocalClient:
+        """Return a client that trains on a given proxy with given Trainer options."""
         examples = ClientExamples(
             Path(self.rows),
             tokenizer,
@@ -46,32 +67,46 @@ class LocalSetup:
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         store = ClientStore(Path(self.store))
-        return LocalClient(model, examples, pad_id=pad, trainer=self.trainer, store=store)
+        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store)
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
-        """Return how another process makes this client, on each device that the trainer may use."""
-        return RemoteClient(f"{__name__}:load", asdict(self), plugins, _accelerators(self.trainer))
+        """Return how another process makes this client, on each device, or group of devices, that it may use."""
+        there, count = accelerators(self.trainer), ClientDevices.of(self.trainer).count
+        places = there if count == 1 else tuple(range(len(there) // count))
+        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places)
+
+    def load(self, device: torch.device) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
+        """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state.
+
+        Only quantised weights are put on the device at once.
+        """
+        node = dict(self.trainable)
+        trainable = Trainable.by_name(node.pop("name"))(**node)
+        if self.quantization == "none":
+            proxy = load_model(self.proxy, dtype=self.dtype)
+        else:
+            proxy = load_quantized(self.proxy, self.quantization, dtype=getattr(torch, self.dtype), device=device)
+        return trainable.attach(proxy), load_tokenizer(self.proxy)
+
+    def _group(self, devices: ClientDevices, place: int) -> RankGroup:
+        """Return a client that trains in processes of its own on the ``place``-th group of devices."""
+        own = accelerators(self.trainer)[place * devices.count :][: devices.count]
+        options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
+        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins)
+        return RankGroup(remote, devices.count, scratch=self.scratch)
 
 
-def load(*, device: int | None, **options: Any) -> LocalClient:
+def load(*, device: int | None, **options: Any) -> Client:
     """Load the proxy and return the client that trains on it.
 
     Args:
-        device: Index of the accelerator to train on; None leaves the trainer's choice.
+        device: Index of the accelerator to train on, or of the group of accelerators where a client has several; None
+            leaves the trainer's choice.
         options: Fields of :class:`LocalSetup`.
     """
     setup = LocalSetup(**options)
-    if device is not None:
-        setup = replace(setup, trainer={**setup.trainer, "devices": [device]})
-    node = dict(setup.trainable)
-    trainable = Trainable.by_name(node.pop("name"))(**node)
-    model = trainable.attach(load_model(setup.proxy, dtype=setup.dtype))  # the broadcast brings the initial state
-    return setup.client(model, load_tokenizer(setup.proxy))
-
-
-def _accelerators(trainer: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the accelerators of this node that the trainer may use; none where it stays on the CPU."""
-    if trainer.get("accelerator") == "cpu" or not torch.accelerator.is_available():
-        return ()
-    devices = trainer.get("devices", "auto")
-    return tuple(devices) if isinstance(devices, list) else tuple(range(torch.accelerator.device_count()))
+    devices = ClientDevices.of(setup.trainer)
+    if devices.count > 1:
+        return setup._group(devices, device or 0)
+    trainer = one_device(setup.trainer) if device is None else {**setup.trainer, "devices": [device]}
+    return setup.in_this_process(*setup.load(training_device(trainer)), trainer)

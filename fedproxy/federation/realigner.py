@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.models import Decoder
+from fedproxy.models.sharding import assign
 from fedproxy.protocol import Tensors
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material, Realignment
@@ -101,4 +102,4 @@ def receive(model: TrainableModel, weights: Tensors) -> None:
                 "of this proxy; start from the proxy and the trainable options of this run"
             )
     for name in weights:
-        own[name].copy_(weights[name])
+        assign(own[name], weights[name])

@@ -49,7 +49,7 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any]) -
     client_id: str = task["client"]
     try:
         answer = attempt(client, broadcasts.load(task["broadcast"]), client_id)
-        if not isinstance(answer, Dropped):
+        if not isinstance(answer, Dropped) and "update" in task:  # of several processes of a client, one writes
             answer.save(task["update"])
     except (FedProxyError, OSError, SafetensorError) as error:
         return Dropped(client_id, one_line(error))

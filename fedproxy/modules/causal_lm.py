@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ClientError, ConfigError
+from fedproxy.models.sharding import is_sharded, local_parts, part_like
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
+from fedproxy.processes import rank_and_size
 
 if TYPE_CHECKING:
     from fedproxy.strategies.regularizers import Regularizer
@@ -79,9 +81,12 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         """Return the loss of one batch and note its two terms."""
         logits, targets = answer_logits(self.model, batch)
         nll = answer_nll(logits, targets)
-        task = nll.mean()
-        self.train_accuracy.update(logits, targets)
-        self.train_perplexity.update(nll)
+        # A part of a batch that several processes share counts by its tokens (ExampleLoader).
+        share = batch.get("share")
+        task = nll.mean() if share is None else nll.mean() * share
+        if share is None or share > 0:
+            self.train_accuracy.update(logits, targets)
+            self.train_perplexity.update(nll)
         self.log("train/task_loss", task.detach())
         self._task_losses.append(task.detach())
         if self.regularizer is None or self.anchor is None or self._adds_gradient:
@@ -93,7 +98,10 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Add the regularizer's gradient, once per step and before the gradients are clipped."""
         if self.regularizer is not None and self.anchor is not None and self._adds_gradient:
-            self._note_penalty(self.regularizer.add_gradient(self.tuned, self.anchor, self.conflict, self.pull))
+            parts, processes = local_parts(self.tuned), rank_and_size()[1] if is_sharded(self.tuned) else 1
+            penalty = self.regularizer.add_gradient(parts, self.anchor, self.conflict, self.pull)
+            # Of sharded parameters this is the term of one part: the mean over processes is then the whole term.
+            self._note_penalty(penalty * processes if processes > 1 else penalty)
 
     def on_train_start(self) -> None:
         """Switch dropout on, and bring what the regularizer reads to the parameters' device, once."""
@@ -107,8 +115,8 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     def on_train_epoch_end(self) -> None:
         """Add up the epoch's losses in one transfer and log the epoch's metrics."""
         # One transfer per epoch: reading each step's loss would make the device wait every step.
-        self._task_sum += _drain(self._task_losses)
-        self._penalty_sum += _drain(self._penalties)
+        self._task_sum += self._over_processes(_drain(self._task_losses))
+        self._penalty_sum += self._over_processes(_drain(self._penalties))
         self.log("train/accuracy", self.train_accuracy)
         self.log("train/perplexity", self.train_perplexity)
 
@@ -134,6 +142,11 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
             list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay, **self._optimizer_kind()
         )
 
+    def cpu(self) -> "CausalLMModule":
+        """Move to the CPU, as Lightning asks after a fit; sharded and quantised weights stay where they were made."""
+        stays = is_sharded(self.tuned) or getattr(self.model, "is_quantized", False)
+        return self if stays else super().cpu()
+
     @property
     def task_loss(self) -> float:
         """Mean task loss over all steps of the fit, nats per answer token; NaN before the first epoch ended."""
@@ -148,10 +161,17 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self.log("train/regularizer_loss", penalty)
         self._penalties.append(penalty)
 
+    def _over_processes(self, total: Tensor) -> Tensor:
+        """Return the mean over the processes that train together; what each adds up is its share of a batch's loss."""
+        if self.trainer.world_size == 1:
+            return total
+        mean: Tensor = self.trainer.strategy.reduce(total.to(self.device), reduce_op="mean")
+        return mean.cpu()
+
     def _placed(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor] | None:
         if tensors is None:
             return None
-        return {name: tensors[name].to(own.device, own.dtype) for name, own in self.tuned.items()}
+        return {name: part_like(tensors[name], own) for name, own in self.tuned.items()}
 
     def _optimizer_kind(self) -> dict[str, Any]:
         """Use AdamW's fused kernel on CPU; under mixed precision Lightning cannot clip in front of it."""

@@ -14,7 +14,7 @@ from fedproxy.errors import CheckpointError, ConfigError
 # Keys that may change between a run and its continuation; federation.rounds may also grow.
 _FREE = {
     *("resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"),
-    *("federation.min_clients", "federation.round_timeout_s"),
+    *("federation.min_clients", "federation.round_timeout_s", "trainer.strategy"),
 }
 
 

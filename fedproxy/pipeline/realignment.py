@@ -9,6 +9,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.federation.realigner import Realigner
 from fedproxy.models import LayerMap
 from fedproxy.models.decoder import positions_limit
+from fedproxy.modules.devices import one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -41,8 +42,6 @@ def check_realignment(config: RunConfig) -> None:
 
 def realigner(run: "Run", model: TrainableModel, clients: Mapping[str, Sequence[Row]]) -> Realigner | None:
     """Return what aligns the proxy before every broadcast, or None where the recipe asks for nothing."""
-    from fedproxy.pipeline.stages import one_device
-
     config = run.config
     rows, batch_size = config.realignment.reads
     if not rows:

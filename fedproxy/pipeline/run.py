@@ -18,9 +18,11 @@ from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import check_same_owners, heterogeneity, save_partition
 from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
+from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import make_trainer
 from fedproxy.pipeline.checks import check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import measure_fidelity
@@ -29,7 +31,7 @@ from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.pipeline.sharing import SharedWork
-from fedproxy.pipeline.stages import Run, compress, federate, one_device
+from fedproxy.pipeline.stages import Run, compress, federate
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.plain_json import write_text
@@ -186,7 +188,7 @@ def check_components(config: RunConfig) -> None:
     _check_trainable(config)
     _check_validation(config)
     check_realignment(config)
-    _refuse_what_the_loop_lacks(config)
+    check_devices(config)
     _check_own(config)
 
 
@@ -226,16 +228,6 @@ def _check_validation(config: RunConfig) -> None:
     if config.federation.validation.every and not one_state:
         raise ConfigError(
             f"federation.validation.every must be 0 with aggregator.name={rule.name}: there is no one state to score"
-        )
-
-
-def _refuse_what_the_loop_lacks(config: RunConfig) -> None:
-    """Refuse what a client of the engine cannot do."""
-    devices = config.trainer.get("devices", "auto")
-    if devices not in ("auto", 1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-        raise ConfigError(
-            f"trainer.devices must be auto, 1 or a list of one device, got {devices!r}; "
-            "every client trains on one device"
         )
 
 

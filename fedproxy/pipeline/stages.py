@@ -1,5 +1,6 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
+from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
@@ -79,12 +81,6 @@ class Run:
             check_tokenizer(model, tokenizer, self.config.target.path)
             self._target = model, tokenizer
         return self._target
-
-
-def one_device(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return Trainer options in which ``devices: auto`` is one device, whatever the machine has."""
-    devices = trainer.get("devices", "auto")
-    return {**trainer, "devices": 1 if devices == "auto" else devices}
 
 
 def compress(run: Run, clients: ClientRows) -> None:
@@ -235,11 +231,18 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
-    return {"seed": config.seed, **to_dict(config.client), "regularizer": to_dict(config.regularizer)}
+    settings = to_dict(config.client)
+    del settings["quantization"]  # of how a client is made, not of a round
+    return {"seed": config.seed, **settings, "regularizer": to_dict(config.regularizer)}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
+    """Return what clients are made from, and say how several devices share their batches."""
     config = run.config
+    devices = ClientDevices.of(config.trainer)
+    if devices.count > 1:
+        run.display.say(devices.describe(config.client.batch_size))
+    shutil.rmtree(run.folder.exchange, ignore_errors=True)  # what a killed run left
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
         dtype=config.target.dtype,
@@ -248,7 +251,10 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         store=str(run.folder.checkpoints.absolute()),
         max_input_tokens=config.data.max_input_tokens,
         max_target_tokens=config.data.max_target_tokens,
-        trainer=one_device(config.trainer),
+        trainer=config.trainer,
+        quantization=config.client.quantization,
+        plugins=config.plugins,
+        scratch=str(run.folder.exchange.absolute()),
     )
 
 

@@ -72,17 +72,30 @@ def test_loader_gives_a_new_order_each_epoch_and_draws_only_when_read():
     assert loader.num_tokens == sum(1 + index % 5 for index in range(20))
 
 
-def test_processes_share_an_epoch(monkeypatch):
-    examples = [Example((1, 2 + index), 1, str(index)) for index in range(10)]
-    seen = []
+def test_processes_split_every_batch_and_count_by_their_tokens(monkeypatch):
+    # Example i has i % 3 + 1 target tokens and its own second token.
+    examples = [Example((1, *[20 + index] * (index % 3 + 1)), 1, str(index)) for index in range(7)]
+    parts = []
     for rank in range(2):
-        monkeypatch.setattr("fedproxy.data.batching._processes", lambda rank=rank: (rank, 2))
-        loader = ExampleLoader(examples, 2, pad_id=0, generator=make_generator())
-        assert len(loader) == 3
-        seen.append([tuple(batch["input_ids"][:, 1].tolist()) for batch in loader])
-    # Five batches in turns of two: the odd one is repeated, so that both processes take three.
-    assert {value for part in seen for batch in part for value in batch} == set(range(2, 12))
-    assert len(seen[0]) == len(seen[1]) == 3
+        monkeypatch.setattr("fedproxy.data.batching.rank_and_size", lambda rank=rank: (rank, 2))
+        loader = ExampleLoader(examples, 3, pad_id=0, generator=make_generator())
+        parts.append(list(loader))
+        assert len(loader) == len(parts[rank]) == 3
+    monkeypatch.setattr("fedproxy.data.batching.rank_and_size", lambda: (0, 1))
+    whole = list(ExampleLoader(examples, 3, pad_id=0, generator=make_generator()))
+    assert all("share" not in batch for batch in whole)
+    for step, batch in enumerate(whole):
+        mine, yours = (part[step] for part in parts)
+        own, others = (set(part["input_ids"][:, 1].tolist()) for part in (mine, yours))
+        if len(batch["input_ids"]) == 1:  # the last row of seven: the second process repeats it for nothing
+            assert (float(mine["share"]), float(yours["share"])) == (2.0, 0.0)
+            continue
+        assert own | others == set(batch["input_ids"][:, 1].tolist())
+        assert (len(own), len(others)) == (2, 1)
+        tokens = [int((part["labels"] != -100).sum()) for part in (mine, yours)]
+        # The mean over two processes of share * (part's mean) is the batch's mean: share = 2 * part / all.
+        assert float(mine["share"]) == pytest.approx(2 * tokens[0] / sum(tokens))
+        assert float(mine["share"] + yours["share"]) == pytest.approx(2.0)
 
 
 def test_empty_client():

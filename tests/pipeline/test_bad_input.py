@@ -41,7 +41,7 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("evaluation.limit=100000", EvaluationError, r"evaluation.limit 100000 is above the 200 questions of tiny_"),
         ("target.path=asset:tiny-lama", FedProxyError, r"tiny-lama.*tiny-llama"),
         ("target.path=./nowhere", ModelError, r"^./nowhere is no folder; give an asset"),
-        ("trainer.devices=2", ConfigError, r"trainer.devices must be auto, 1 or a list of one device, got 2"),
+        ("trainer.devices=0", ConfigError, r"trainer.devices must be auto \(one per client\), a number .*, got 0"),
         ("trainer.precision=bf16-true", ConfigError, r"trainer.precision=bf16-true converts what is trained.*32-true"),
         ("trainer.precision=foo", ConfigError, r"trainer: .*foo"),
         ("trainable.modules=[q_prj]", ConfigError, r"trainable.modules: .* 'q_prj'; did you mean 'q_proj'\?"),

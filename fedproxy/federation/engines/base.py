@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedproxy.errors import FedProxyError
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -25,6 +25,15 @@ class Client(Protocol):
             client_id: Whose rows to train on.
             deadline: ``time.monotonic()`` after which to give up; passed only where a round has a timeout.
         """
+        ...
+
+
+@runtime_checkable
+class Closing(Protocol):
+    """A client that holds more than memory, such as processes of its own."""
+
+    def close(self) -> None:
+        """Let go of it; the client may train again and then starts afresh."""
         ...
 
 

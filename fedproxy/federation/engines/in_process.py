@@ -5,7 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedproxy.federation.engines.base import Answer, Answers, Client, Dropped, Engine, RemoteClient, attempt, late
+from fedproxy.federation.engines.base import (
+    Answer,
+    Answers,
+    Client,
+    Closing,
+    Dropped,
+    Engine,
+    RemoteClient,
+    attempt,
+    late,
+)
 from fedproxy.federation.engines.threads import cpu_threads
 from fedproxy.protocol import Broadcast
 
@@ -51,4 +61,5 @@ class _Running:
         return Dropped(client_id, late(timeout_s))
 
     def close(self) -> None:
-        pass
+        if isinstance(self.client, Closing):
+            self.client.close()

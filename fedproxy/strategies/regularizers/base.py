@@ -22,6 +22,9 @@ class Regularizer(Component, family="regularizer"):
     """Every client keeps :meth:`finish`'s first result for its next round."""
     keeps_shared_memory: ClassVar[bool] = False
     """The server keeps :meth:`merge_shared`'s result, checkpoints it and broadcasts it."""
+    coordinatewise: ClassVar[bool] = False
+    """The term is a sum over coordinates, so that processes which hold parts of the parameters can add up their parts'
+    terms; asked for by ``trainer.strategy=fsdp``."""
     partner: ClassVar[str] = ""
     """Name of the server optimizer that is the other half of the method, if it has one."""
     reference: ClassVar[str] = ""

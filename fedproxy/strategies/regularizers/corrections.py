@@ -21,6 +21,7 @@ class Scaffold(Regularizer, name="scaffold"):
     """
 
     reference: ClassVar[str] = "Karimireddy et al. 2020, arXiv 1910.06378, Alg. 1"
+    coordinatewise: ClassVar[bool] = True
     keeps_client_memory: ClassVar[bool] = True
     keeps_shared_memory: ClassVar[bool] = True
 
@@ -65,6 +66,7 @@ class FedDyn(Regularizer, name="feddyn"):
     """
 
     reference: ClassVar[str] = "Acar et al. 2021, arXiv 2111.04263, Alg. 1"
+    coordinatewise: ClassVar[bool] = True
     keeps_client_memory: ClassVar[bool] = True
     partner: ClassVar[str] = "feddyn"
 

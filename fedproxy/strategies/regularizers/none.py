@@ -16,6 +16,7 @@ class NoRegularizer(Regularizer, name="none"):
     """The task loss alone."""
 
     reference: ClassVar[str] = "the task loss alone"
+    coordinatewise: ClassVar[bool] = True
 
     def loss(
         self, params: Mapping[str, Tensor], anchor: Tensors, conflict: Tensors | None, pull: Tensors | None = None

@@ -16,6 +16,7 @@ class Proximal(Regularizer, name="proximal"):
     """mu / 2 ||phi - phi^t||^2 (FedProx, Li et al. 2020, arXiv 1812.06127)."""
 
     reference: ClassVar[str] = "Li et al. 2020 (FedProx), arXiv 1812.06127"
+    coordinatewise: ClassVar[bool] = True
 
     strength: float = 0.01
     """mu, >= 0."""
@@ -48,6 +49,7 @@ class Conflict(Regularizer, name="conflict"):
     """lambda sum_p C_p (phi_p - phi_p^t)^2 (FedProxy's PCR, Eqs 8-9): a sum without 1/2; C = 0 in the first round."""
 
     reference: ClassVar[str] = "Fan et al. 2026 (FedProxy), arXiv 2604.19015, Eqs 8-9"
+    coordinatewise: ClassVar[bool] = True
     needs_conflict: ClassVar[bool] = True
 
     strength: float = 1e-5

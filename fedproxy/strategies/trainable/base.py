@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
 from fedproxy.models import LayerMap
+from fedproxy.models.sharding import assign, whole
 from fedproxy.registry import Component
 
 
@@ -43,7 +44,7 @@ class TrainableModel(ABC):
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of the trainable state on the CPU, sorted by name."""
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._parameters.items()}
+        return {name: whole(tensor.detach()).to("cpu", copy=True) for name, tensor in self._parameters.items()}
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -65,7 +66,14 @@ class TrainableModel(ABC):
                     f"{tuple(own.shape)}; use a state made with the same trainable options"
                 )
         for name, tensor in tensors.items():
-            self._parameters[name].copy_(tensor)
+            assign(self._parameters[name], tensor)
+
+    def rebind(self, successors: Mapping[int, nn.Parameter]) -> None:
+        """Take over the parameters that stand in the model now, by the ``id`` of those they stand for.
+
+        States stay whole: of a sharded model, :meth:`state` gathers every parameter once, in all processes.
+        """
+        self._parameters = {name: successors[id(own)] for name, own in self._parameters.items()}
 
     def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
         """Add what an aggregator moved into the frozen weights: factors of a product, times s, by LoRA's names.
