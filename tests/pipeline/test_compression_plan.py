@@ -47,6 +47,6 @@ def test_memory_of_compression_is_weights_and_one_batch():
     batch = 16 * 32 * 4 * (7 * config.hidden_size + 3 * config.intermediate_size)
     assert predicted.activation_bytes == batch
     assert predicted.compression_bytes == 4 * (predicted.target_parameters + predicted.proxy_parameters) + batch
-    assert "compression memory" in str(predicted)
+    assert "server, compression" in str(predicted)
     half = plan([*arguments, "target.dtype=bfloat16"])
     assert half.compression_bytes < predicted.compression_bytes
