@@ -72,6 +72,7 @@ def make_setup(folder: Path, options: dict[str, str]) -> LocalSetup:
         dtype="float32",
         trainable={"name": "lora", "r": 8},
         rows=str(folder / "rows"),
+        store=str(folder / "kept"),
         max_input_tokens=256,
         max_target_tokens=16,
         trainer={"accelerator": "cpu", "devices": 1},
