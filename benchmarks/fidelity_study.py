@@ -7,7 +7,8 @@
 A row's result goes to docs/results/fidelity/<row>.json, the tables to docs/results/fidelity.md. KL and perplexity are
 taken on 64 public texts that neither compression nor distillation read, accuracy (acc_norm) and answer NLL on the first
 questions of four tasks, zero-shot. Every distillation sees the same texts in the same order, and the teacher's outputs
-are kept between rows. The last rows tune and fuse (recipe fedproxy_llama with 15 of 30 blocks removed).
+are kept between rows. Distillation, tuning and scoring multiply in bfloat16 (trainer.precision=bf16-mixed); KL and
+perplexity are in float32. The last rows tune and fuse (recipe fedproxy_llama with 15 of 30 blocks removed).
 """
 
 import argparse
@@ -41,6 +42,7 @@ from fedproxy.strategies.compression import Compressor
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SEED, CALIBRATION_ROWS, HELD_OUT_ROWS = 42, 64, 64
+PRECISION = "bf16-mixed"
 RULES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "block_influence": ("block_influence", {}),
     "iterative": ("block_influence", {"iterative": True}),
@@ -93,8 +95,10 @@ class Study:
     def measure(self, proxy: Any) -> dict[str, Any]:
         """Return KL, perplexity, speed and scores of a proxy."""
         near = compare(self.target, proxy, self.batches(self.texts[-HELD_OUT_ROWS:], 4))
-        scores = evaluate_model(proxy, self.tokenizer, self.tasks, limit=self.limit, batch_tokens=4096).mean
-        return {**asdict(near), "parameters": parameter_count(proxy), "scores": scores}
+        scored = evaluate_model(
+            proxy, self.tokenizer, self.tasks, limit=self.limit, batch_tokens=4096, autocast=torch.bfloat16
+        )
+        return {**asdict(near), "parameters": parameter_count(proxy), "scores": scored.mean}
 
     def row(self, rule: str, removed: int, distilled: bool) -> dict[str, Any]:
         """Compress, distil on request, and measure."""
@@ -117,7 +121,7 @@ class Study:
                 self.batches(self.texts[: settings.rows], settings.batch_size),
                 settings=settings,
                 layer_map=layer_map,
-                trainer={"accelerator": "cpu", "devices": 1},
+                trainer={"accelerator": "cpu", "devices": 1, "precision": PRECISION},
                 generator=generator(SEED, "distillation"),
                 cache=cache_root() / "teacher",
             )
@@ -184,6 +188,7 @@ def fused_rows(study: Study, recipe: str) -> Iterator[tuple[str, Any]]:
         own = FUSED[name] if name == "plain" else (*words, *FUSED[name])
         models = "evaluation.models=[proxy,proxy_tuned,fused]"
         common = [f"recipe={recipe}", "compression.ratio=0.5", f"evaluation.limit={study.limit}", models]
+        common.append(f"trainer.precision={PRECISION}")
         report = run(load_config([*common, "resume=auto", f"output_dir={out}", *own]))
         shutil.rmtree(out)
         return {"scores": {model: tasks["mean"] for model, tasks in report.scores.items()}}

@@ -58,6 +58,7 @@ def evaluate_model(
     batch_tokens: int = 2048,
     seed: int = 0,
     split: Split | None = None,
+    autocast: torch.dtype | None = None,
     progress: bool | Progress = False,
 ) -> EvaluationResult:
     """Score a causal language model on lm-eval tasks.
@@ -72,6 +73,7 @@ def evaluate_model(
         batch_tokens: Tokens per forward where they do.
         seed: Seed of the few-shot sampler.
         split: Score on ``test`` or ``validation``; None is lm-eval's choice (test where there is one).
+        autocast: Dtype of the matrix products before the head; None is the weights' own.
         progress: True shows a bar, a function is called with (done, total).
 
     Raises:
@@ -88,7 +90,14 @@ def evaluate_model(
     for task in loaded.values():
         task.prepare(num_fewshot, seed)
     with quiet(), _bar(progress) as report:
-        lm = PrefixSharingLM(model, tokenizer, batch_size=batch_size, batch_tokens=batch_tokens, on_progress=report)
+        lm = PrefixSharingLM(
+            model,
+            tokenizer,
+            batch_size=batch_size,
+            batch_tokens=batch_tokens,
+            autocast=autocast,
+            on_progress=report,
+        )
         try:
             raw = evaluate(
                 lm=lm,

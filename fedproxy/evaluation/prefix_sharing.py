@@ -37,6 +37,7 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         batch_size: int = 16,
         batch_tokens: int = 2048,
         max_length: int | None = None,
+        autocast: torch.dtype | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         """Wrap a model.
@@ -47,9 +48,16 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
             batch_size: Sequences per forward of HFLM's own methods.
             batch_tokens: Tokens per forward of shared prefixes, padding included.
             max_length: Longest sequence in tokens; None is the model's.
+            autocast: HFLM's ``mixed_precision_dtype``; None for none.
             on_progress: Called with (requests done, requests in all).
         """
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            max_length=max_length,
+            mixed_precision_dtype=autocast,
+        )
         self.batch_tokens, self.on_progress = batch_tokens, on_progress
         self.answer_tokens: dict[tuple[str, str], int] = {}
         self.obstacle = sharing_obstacle(self.model) if self.backend == "causal" else "not a causal model"

@@ -7,7 +7,8 @@ hidden state that the sequence alone would have had there. No cache is needed, a
 the nodes that are scored and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,21 +186,43 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
         hidden = inputs[0].flatten(0, 1)
         return (hidden[where.to(hidden.device)][None], *inputs[1:])
 
-    handles = [head.register_forward_pre_hook(keep_scored) for head in output_heads(model)]
-    try:
+    with ExitStack() as stack:
+        for head in output_heads(model):
+            stack.callback(head.register_forward_pre_hook(keep_scored).remove)
+            stack.enter_context(_without_autocast(head))
         output = model(
             input_ids=tokens.to(device),
             attention_mask=mask.to(device),
             position_ids=depths.to(device),
             use_cache=False,
         )
-    finally:
-        for handle in handles:
-            handle.remove()
     logits: Tensor = output.logits
     if logits.shape[:2] != (1, len(where)):
         raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(where)} scored tokens")
     return logits[0]
+
+
+@contextmanager
+def _without_autocast(head: Any) -> Iterator[None]:
+    """Let a head compute in its weight's dtype: bfloat16 has steps of 1/8 where logits are about 20."""
+    if not torch.is_autocast_enabled(head.weight.device.type):
+        yield
+        return
+    plain, own = head.forward, vars(head).get("forward")
+
+    def forward(hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits: Tensor = plain(hidden.to(head.weight.dtype))
+        return logits
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del head.forward
+        else:
+            head.forward = own
 
 
 def output_heads(model: Any) -> list[Any]:

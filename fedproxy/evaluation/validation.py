@@ -15,6 +15,7 @@ from fedproxy.seeding import generator
 from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ACCURACIES = ("acc", "acc_norm")
@@ -94,9 +95,18 @@ def too_few(source: str, wanted: int, left: int) -> DataError:
 
 
 def score_questions(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: Sequence[Question]
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    autocast: "torch.dtype | None" = None,
 ) -> dict[str, dict[str, float | None]]:
     """Score a model in memory, zero-shot; its weights and its training mode are left as they were.
+
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        questions: What is asked.
+        autocast: Dtype of the matrix products before the head; None is the weights' own.
 
     Returns:
         Source, and ``mean``, to: ``acc`` and ``acc_norm`` with standard errors where the source has them, by lm-eval's
@@ -113,7 +123,7 @@ def score_questions(
     ]
     training = model.training
     with quiet():
-        lm = PrefixSharingLM(model, tokenizer, batch_tokens=_BATCH_TOKENS)
+        lm = PrefixSharingLM(model, tokenizer, batch_tokens=_BATCH_TOKENS, autocast=autocast)
         try:
             answers = iter(lm.loglikelihood(asked, disable_tqdm=True))
         finally:

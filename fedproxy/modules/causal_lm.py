@@ -14,6 +14,7 @@ from fedproxy.models.sharding import is_sharded, local_parts, part_like
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
+from fedproxy.modules.trainer import adamw
 from fedproxy.processes import rank_and_size
 
 if TYPE_CHECKING:
@@ -138,9 +139,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW with PyTorch's betas and eps and a constant learning rate."""
-        return torch.optim.AdamW(
-            list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay, **self._optimizer_kind()
-        )
+        return adamw(self.trainer, list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay)
 
     def cpu(self) -> "CausalLMModule":
         """Move to the CPU, as Lightning asks after a fit; sharded and quantised weights stay where they were made."""
@@ -172,12 +171,6 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         if tensors is None:
             return None
         return {name: part_like(tensors[name], own) for name, own in self.tuned.items()}
-
-    def _optimizer_kind(self) -> dict[str, Any]:
-        """Use AdamW's fused kernel on CPU; under mixed precision Lightning cannot clip in front of it."""
-        mixed = "mixed" in str(self.trainer.precision)
-        on_cpu = all(tensor.device.type == "cpu" for tensor in self.tuned.values())
-        return {"fused": True} if on_cpu and not mixed else {}
 
 
 def _drain(losses: list[Tensor]) -> Tensor:

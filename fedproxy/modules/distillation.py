@@ -19,7 +19,7 @@ from fedproxy.modules.divergence import DivergenceName, mean_divergence
 from fedproxy.modules.losses import hidden_distance
 from fedproxy.modules.teacher import Head, Teacher, observe
 from fedproxy.modules.teacher_cache import TeacherCache
-from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.modules.trainer import adamw, fit, make_trainer
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
 
@@ -102,10 +102,7 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Return AdamW without decay, with a constant learning rate."""
-        # Lightning cannot clip in front of the fused kernel under mixed precision.
-        fused = all(p.device.type == "cpu" for p in self.tuned) and "mixed" not in str(self.trainer.precision)
-        kind: dict[str, Any] = {"fused": True} if fused else {}
-        return torch.optim.AdamW(self.tuned, lr=self.lr, weight_decay=0.0, **kind)
+        return adamw(self.trainer, self.tuned, lr=self.lr, weight_decay=0.0)
 
     @property
     def last_loss(self) -> float:

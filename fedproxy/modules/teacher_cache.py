@@ -73,7 +73,7 @@ class Entry:
 
 
 class TeacherCache:
-    """Entries by what they depend on: the target's hash, the batch's tokens, k, the temperature and the blocks.
+    """Entries by what they depend on: the target's hash, the batch's tokens, k, temperature, blocks and autocast's dtype.
 
     A batch, not a text, is the unit: the same text in another batch gives other last bits, and a run must not depend on
     who filled the cache. Batches are the same in every epoch and for every proxy of one recipe and seed.
@@ -107,6 +107,9 @@ class TeacherCache:
         """Return the name of a batch's entry."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
         what = [_FORMAT, self.target_sha256, list(blocks), *([self.top_k, temperature] if distributions else [])]
+        device = batch["input_ids"].device.type
+        if torch.is_autocast_enabled(device):
+            what.append(str(torch.get_autocast_dtype(device)))
         digest = hashlib.sha256(json.dumps([*what, list(ids.shape)]).encode())
         for tensor in (ids, mask):
             digest.update(tensor.cpu().contiguous().numpy().tobytes())

@@ -5,7 +5,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedproxy.errors import ConfigError, nearest
 
@@ -33,6 +35,8 @@ _QUIET: Mapping[str, Any] = {
     "num_sanity_val_steps": 0,
 }
 _LOGGERS: Mapping[str, type[Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
+
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
 
 
 def trainer_options() -> tuple[str, ...]:
@@ -115,7 +119,7 @@ def fit(
         KeyboardInterrupt: If the user interrupts. (Lightning would end the process and ignore further interrupts.)
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with quiet(), torch.random.fork_rng(enabled=seed is not None):
+    with quiet(), _attention(trainer), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
@@ -127,6 +131,37 @@ def fit(
             raise KeyboardInterrupt from None
         finally:
             _release(trainer, module)
+
+
+def autocast_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    """Return the dtype of matrix products under a recipe's ``trainer.precision``, None where it is the weights'."""
+    return _AUTOCAST.get(str(options.get("precision")))
+
+
+def adamw(
+    trainer: lightning.Trainer, parameters: Sequence[Tensor], *, lr: float, weight_decay: float
+) -> torch.optim.AdamW:
+    """Return AdamW with PyTorch's betas and eps, as one kernel where all parameters are on the CPU.
+
+    Args:
+        trainer: The Trainer that will step it.
+        parameters: What it steps.
+        lr: Learning rate, constant.
+        weight_decay: Decoupled weight decay.
+    """
+    scales = "16-mixed" == str(trainer.precision)  # only there does a scaler have to come before clipping
+    fused = all(parameter.device.type == "cpu" for parameter in parameters) and not scales
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **({"fused": True} if fused else {}))
+    if fused:
+        optimizer._step_supports_amp_scaling = False  # or Lightning refuses to clip under bf16-mixed too
+    return optimizer
+
+
+def _attention(trainer: lightning.Trainer) -> AbstractContextManager[None]:
+    """Return where a fit runs: the CPU's flash kernel goes backward in bfloat16 at a third of the plain one's speed."""
+    slow = trainer.strategy.root_device.type == "cpu" and "bf16" in str(trainer.precision)
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+    return context
 
 
 @contextmanager

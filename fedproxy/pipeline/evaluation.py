@@ -10,6 +10,7 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.models import load_model, placed
+from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.sharing import evaluation_key
 from fedproxy.pipeline.stages import Run
@@ -56,7 +57,9 @@ def evaluation_settings(config: RunConfig, rounds: int) -> dict[str, Any]:
     """Return what a model's scores depend on, besides the model: they are reused where it is the same."""
     settings = to_dict(config.evaluation)
     del settings["models"], settings["batch_tokens"]
-    return {**settings, "tasks": config.evaluation_tasks, "rounds": rounds}
+    autocast = autocast_dtype(config.trainer)
+    precision = None if autocast is None else str(autocast).removeprefix("torch.")
+    return {**settings, "tasks": config.evaluation_tasks, "rounds": rounds, "autocast": precision}
 
 
 def client_scores(folder: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Scores]]:
@@ -101,6 +104,7 @@ def _score(
                 num_fewshot=evaluation.num_fewshot,
                 batch_tokens=evaluation.batch_tokens,
                 seed=evaluation.seed,
+                autocast=autocast_dtype(run.config.trainer),
                 progress=advance,
             )
 

@@ -12,6 +12,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
 from fedproxy.federation.validation import RoundValidation, Scores
 from fedproxy.models import LayerMap, load_model, placed
+from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.data import file_rows
 from fedproxy.reporting import ValidationReport
 from fedproxy.seeding import derive_seed
@@ -60,7 +61,7 @@ def round_validation(
         model.load_state(state)
         candidate = model.model if settings.model == "proxy" else fused()
         with placed(candidate, run.device):
-            return score_questions(candidate, tokenizer, questions)
+            return score_questions(candidate, tokenizer, questions, autocast_dtype(run.config.trainer))
 
     return RoundValidation(score, settings.every, settings.metric, settings.select == "best")
 

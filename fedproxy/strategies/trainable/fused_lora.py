@@ -23,8 +23,9 @@ _BASES = (nn.Linear, Conv1D)
 def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> None:
     """Let LoRA layers run fused wherever that is exact, and as PEFT's own otherwise.
 
-    Layers are grouped by what they read, seen in a forward pass over two tokens. A layer falls back to PEFT's forward,
-    call by call, under dropout, autocast, mixed dtypes, quantised or sharded weights and a merged or disabled adapter.
+    Layers are grouped by what they read, seen in a forward pass over two tokens. Under autocast all products are in its
+    dtype, as PEFT's are. A layer falls back to PEFT's forward, call by call, under dropout, mixed dtypes without
+    autocast, quantised or sharded weights and a merged or disabled adapter.
 
     Args:
         model: The model that the layers are in; its mode and weights are left as they are.
@@ -93,17 +94,22 @@ def _fusible(layer: LoraLinear, x: Tensor, adapter: str) -> bool:
         return False
     weight, a = layer.get_base_layer().weight, layer.lora_A[adapter].weight
     whole = weight.ndim == 2 and not weight.requires_grad and type(weight.data) is Tensor
-    return whole and x.dtype == weight.dtype == a.dtype and not torch.is_autocast_enabled(x.device.type)
+    floats = weight.is_floating_point() and x.is_floating_point()
+    one_dtype = x.dtype == weight.dtype == a.dtype
+    return whole and (one_dtype or (floats and torch.is_autocast_enabled(x.device.type)))
 
 
 def _run(layers: Sequence[LoraLinear], x: Tensor, adapter: str) -> tuple[Tensor, ...]:
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     flat = x.reshape(-1, x.shape[-1])
     weights: list[Tensor | None] = []
     for layer in layers:
         base = layer.get_base_layer()
         weight = base.weight.T if isinstance(base, Conv1D) else base.weight
         weights += [weight, base.bias, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-    outputs = _LowRankLinears.apply(flat, layers[0].scaling[adapter], *weights)  # type: ignore[no-untyped-call]
+    scale = layers[0].scaling[adapter]
+    outputs = _LowRankLinears.apply(flat, dtype, scale, *weights)  # type: ignore[no-untyped-call]
     return tuple(output.view(*x.shape[:-1], output.shape[-1]) for output in outputs)
 
 
@@ -111,18 +117,24 @@ class _LowRankLinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s (x A_i^T) B_i^T for several i, with gradients for x, A_i and B_i.
 
     dx = sum_i g_i W_i + s u A;  dA_i = s u_i^T x;  dB_i = s g_i^T (x A_i^T);  u_i = g_i B_i.
-    x: (tokens, in); W_i: (out_i, in); A_i: (r, in); B_i: (out_i, r).
+    x: (tokens, in); W_i: (out_i, in); A_i: (r, in); B_i: (out_i, r). Products and outputs are in ``dtype``, gradients in
+    that of what they belong to.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, *weights: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, scale: float, *weights: Any) -> tuple[Tensor, ...]:
         w, bias, a, b = (weights[part::4] for part in range(4))
-        stacked = a[0] if len(a) == 1 else torch.cat(a)
-        low = x @ stacked.T
-        outputs = []
-        for i, low_i in enumerate(low.chunk(len(a), dim=1)):
-            output = x @ w[i].T if bias[i] is None else torch.addmm(bias[i], x, w[i].T)
-            outputs.append(output.addmm_(low_i, b[i].T, alpha=scale))
+        ctx.dtypes = x.dtype, a[0].dtype
+        x, stacked = x.to(dtype), (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)
+        b = [b_i.to(dtype) for b_i in b]
+        with torch.autocast(x.device.type, enabled=False):
+            low = x @ stacked.T
+            outputs = []
+            for w_i, bias_i, b_i, low_i in zip(w, bias, b, low.chunk(len(a), dim=1), strict=True):
+                wide = w_i.to(dtype).T
+                output = x @ wide if bias_i is None else torch.addmm(bias_i.to(dtype), x, wide)
+                outputs.append(output.addmm_(low_i, b_i.T, alpha=scale))
+        # Frozen weights are kept as they are: casting them once more costs less than holding a copy of each.
         ctx.save_for_backward(x, low, stacked, *w, *b)
         ctx.scale = scale
         ctx.set_materialize_grads(True)
@@ -135,16 +147,18 @@ class _LowRankLinears(torch.autograd.Function):
         count = len(grads)
         w, b = rest[:count], rest[count:]
         back = torch.cat([grad @ b_i for grad, b_i in zip(grads, b, strict=True)], dim=1)
+        read, trained = ctx.dtypes
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = grads[0] @ w[0]
+            dx = grads[0] @ w[0].to(x.dtype)
             for grad, w_i in zip(grads[1:], w[1:], strict=True):
-                dx.addmm_(grad, w_i)
-            dx.addmm_(back, stacked, alpha=ctx.scale)
-        da = (back.T @ x).mul_(ctx.scale).chunk(count)
+                dx.addmm_(grad, w_i.to(x.dtype))
+            dx = dx.addmm_(back, stacked, alpha=ctx.scale).to(read)
+        da = (back.T @ x).to(trained).mul_(ctx.scale).chunk(count)
         # (g^T low) as (low^T g)^T: a short and wide product is several times faster than a tall and thin one.
-        db = [(low_i.T @ grad).mul_(ctx.scale).T for grad, low_i in zip(grads, low.chunk(count, dim=1), strict=True)]
-        result: list[Tensor | None] = [dx, None]
+        lows = low.chunk(count, dim=1)
+        db = [(low_i.T @ grad).to(trained).mul_(ctx.scale).T for grad, low_i in zip(grads, lows, strict=True)]
+        result: list[Tensor | None] = [dx, None, None]
         for da_i, db_i in zip(da, db, strict=True):
             result += [None, None, da_i, db_i]
         return tuple(result)
