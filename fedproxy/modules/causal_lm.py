@@ -1,7 +1,7 @@
 """A client's training: task loss on answer tokens plus a regularizer against the round's broadcast."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import lightning
 import torch

@@ -149,9 +149,9 @@ def adamw(
         lr: Learning rate, constant.
         weight_decay: Decoupled weight decay.
     """
-    scales = "16-mixed" == str(trainer.precision)  # only there does a scaler have to come before clipping
+    scales = str(trainer.precision) == "16-mixed"  # only there does a scaler have to come before clipping
     fused = all(parameter.device.type == "cpu" for parameter in parameters) and not scales
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, **({"fused": True} if fused else {}))
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True if fused else None)
     if fused:
         optimizer._step_supports_amp_scaling = False  # or Lightning refuses to clip under bf16-mixed too
     return optimizer

@@ -121,6 +121,20 @@ def test_bfloat16_answers_stay_within_its_precision(tokenizer):
         assert value == pytest.approx(wanted, rel=0.02)
 
 
+def test_under_autocast_the_head_keeps_its_dtype(tokenizer):
+    model = build("llama", {**FAMILIES["llama"], "initializer_range": 0.1}, tokenizer)
+    head, dtypes = model.get_output_embeddings(), []
+    head.register_forward_hook(lambda _, inputs, output: dtypes.append(output.dtype))
+    _, exact, _ = both(model, tokenizer)
+    dtypes.clear()
+    ours = PrefixSharingLM(model, tokenizer, autocast=torch.bfloat16)
+    found = ours.loglikelihood(instances(REQUESTS), disable_tqdm=True)
+    assert set(dtypes) == {torch.float32}
+    assert "forward" not in vars(head)
+    differences = [abs(value - wanted) for (value, _), (wanted, _) in zip(found, exact, strict=True)]
+    assert 0 < max(differences) < 0.05 * max(abs(value) for value, _ in exact)
+
+
 def count_tokens(model):
     """Record the number of tokens of every forward."""
     counts = []

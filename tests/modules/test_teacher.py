@@ -72,7 +72,7 @@ def test_all_of_the_vocabulary_is_exact(make_model, tmp_path):
     torch.testing.assert_close(part, full, rtol=1e-5, atol=1e-6)
 
 
-def test_entries_depend_on_target_text_k_temperature_and_blocks(make_model, tmp_path):
+def test_entries_depend_on_target_text_k_temperature_blocks_and_precision(make_model, tmp_path):
     [one, two] = text_batches(2)
     masked = {**one, "attention_mask": one["attention_mask"].clone().index_fill_(1, torch.tensor([4, 5, 6, 7]), 0)}
     cache = make_cache(tmp_path)
@@ -86,6 +86,8 @@ def test_entries_depend_on_target_text_k_temperature_and_blocks(make_model, tmp_
         make_cache(tmp_path, top_k=9).key(one, [0], 1.0, True),
         make_cache(tmp_path, target="b" * 64).key(one, [0], 1.0, True),
     ]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(cache.key(one, [0], 1.0, True))
     assert len(set(keys)) == len(keys)
     assert keys[5] == cache.key(one, [0], 2.0, False)  # hidden states know no temperature
     assert keys[0] == make_cache(tmp_path).key({k: t.clone() for k, t in one.items()}, (0,), 1.0, True)

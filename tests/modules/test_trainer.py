@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedproxy.errors import ConfigError
-from fedproxy.modules.trainer import fit, make_trainer, trainer_options
+from fedproxy.modules.trainer import adamw, autocast_dtype, fit, make_trainer, trainer_options
 
 
 class Line(lightning.LightningModule):
@@ -130,3 +130,46 @@ def test_nothing_large_outlives_a_fit():
     fit(trainer, module, Ones(2))
     assert module.w.grad is None
     assert not trainer.optimizers[0].state
+
+
+class Attends(Line):
+    """Notes which attention kernels its steps may use."""
+
+    def training_step(self, batch, batch_idx):
+        self.flash = torch.backends.cuda.flash_sdp_enabled()
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("precision", "flash"), [("32-true", True), ("bf16-mixed", False)])
+def test_bfloat16_on_a_cpu_leaves_the_slow_flash_kernel_out(precision, flash):
+    module = Attends()
+    fit(make_trainer({"accelerator": "cpu", "precision": precision}), module, Ones(1))
+    assert module.flash is flash
+    assert torch.backends.cuda.flash_sdp_enabled()  # as before, afterwards
+
+
+class Tuned(Line):
+    def configure_optimizers(self):
+        self.optimizer = adamw(self.trainer, [self.w], lr=0.5, weight_decay=0.0)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_one_kernel_steps_and_gradients_are_clipped(precision):
+    module = Tuned()
+    seen = []
+    module.on_after_backward = lambda: seen.append(module.w.grad.item())
+    module.configure_gradient_clipping = lambda optimizer, gradient_clip_val, gradient_clip_algorithm: (
+        module.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm),
+        seen.append(module.w.grad.item()),
+    )
+    fit(make_trainer({"accelerator": "cpu", "precision": precision}, max_grad_norm=0.25), module, Ones(2))
+    assert module.optimizer.defaults["fused"]
+    assert seen == pytest.approx([1.0, 0.25, 1.0, 0.25], abs=1e-5)
+    assert module.w.item() == pytest.approx(9.0, abs=1e-4)
+
+
+def test_the_dtype_of_mixed_precision():
+    assert autocast_dtype({"precision": "bf16-mixed"}) == torch.bfloat16
+    assert autocast_dtype({"precision": "16-mixed"}) == torch.float16
+    assert autocast_dtype({"precision": "32-true"}) is autocast_dtype({}) is None

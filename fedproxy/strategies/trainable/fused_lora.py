@@ -123,10 +123,10 @@ class _LowRankLinears(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, scale: float, *weights: Any) -> tuple[Tensor, ...]:
-        w, bias, a, b = (weights[part::4] for part in range(4))
+        w, bias, a, full_b = (weights[part::4] for part in range(4))
         ctx.dtypes = x.dtype, a[0].dtype
         x, stacked = x.to(dtype), (a[0] if len(a) == 1 else torch.cat(a)).to(dtype)
-        b = [b_i.to(dtype) for b_i in b]
+        b = [b_i.to(dtype) for b_i in full_b]
         with torch.autocast(x.device.type, enabled=False):
             low = x @ stacked.T
             outputs = []
