@@ -73,7 +73,7 @@ class Entry:
 
 
 class TeacherCache:
-    """Entries by what they depend on: the target's hash, the batch's tokens, k, temperature, blocks and autocast's dtype.
+    """Entries by what they depend on: target's hash, batch's tokens, k, temperature, blocks and autocast's dtype.
 
     A batch, not a text, is the unit: the same text in another batch gives other last bits, and a run must not depend on
     who filled the cache. Batches are the same in every epoch and for every proxy of one recipe and seed.

@@ -117,8 +117,8 @@ class _LowRankLinears(torch.autograd.Function):
     """y_i = x W_i^T + b_i + s (x A_i^T) B_i^T for several i, with gradients for x, A_i and B_i.
 
     dx = sum_i g_i W_i + s u A;  dA_i = s u_i^T x;  dB_i = s g_i^T (x A_i^T);  u_i = g_i B_i.
-    x: (tokens, in); W_i: (out_i, in); A_i: (r, in); B_i: (out_i, r). Products and outputs are in ``dtype``, gradients in
-    that of what they belong to.
+    x: (tokens, in); W_i: (out_i, in); A_i: (r, in); B_i: (out_i, r). Products and outputs are in ``dtype``, gradients
+    in that of what they belong to.
     """
 
     @staticmethod
