@@ -59,3 +59,21 @@ def test_a_run_on_two_devices_is_that_on_one(tiny_run, run_tiny, capsys):
     assert first["update_norms"] == pytest.approx(alone["update_norms"], rel=1e-3)
     assert report.rounds[0].upload_bytes == alone["upload_bytes"]
     assert not (folder / "exchange").exists() or not any((folder / "exchange").iterdir())
+
+
+@pytest.mark.slow
+def test_workers_whose_clients_have_two_devices_give_the_bits_of_one_process(run_tiny):
+    common = ("trainer.devices=2", "federation.rounds=1", "evaluation.models=[]")
+    folders = [run_tiny(*common, *engine)[1] for engine in ((), ("engine.name=workers", "engine.workers=2"))]
+    alone, side_by_side = ((folder / "adapter/adapter_model.safetensors").read_bytes() for folder in folders)
+    assert alone == side_by_side
+
+
+@pytest.mark.slow
+def test_spread_weights_can_be_trained_whole(run_tiny):
+    common = ("trainable.name=full", "regularizer.name=none", "federation.rounds=1", "evaluation.models=[]")
+    spread, _ = run_tiny(*common, "trainer.devices=2", "trainer.strategy=fsdp")
+    plain, _ = run_tiny(*common)
+    assert spread.rounds[0].train_loss == pytest.approx(plain.rounds[0].train_loss, rel=1e-4)
+    assert spread.rounds[0].update_norms == pytest.approx(plain.rounds[0].update_norms, rel=1e-3)
+    assert spread.cost.upload_bytes == plain.cost.upload_bytes

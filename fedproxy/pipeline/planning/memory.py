@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedproxy.models.decoder import positions_limit
@@ -15,6 +15,8 @@ from fedproxy.protocol import nbytes
 
 SERVER_PROCESS, CLIENT_PROCESS = 665 * 2**20, 450 * 2**20
 """Resident bytes of Python with the libraries that a role imports, before it loads a model (measured, Linux, CPU)."""
+_ROUNDED_BYTES = {"8bit": 1.0, "4bit": 0.52}
+"""Bytes of a quantised weight; in 4 bits with its share of the scales, themselves quantised."""
 _LOGITS_BYTES = 2**28
 """Most logits that evaluation holds at once."""
 
@@ -42,7 +44,8 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     calibration = calibration_bytes(outline)
     inside = outline.config.engine.name == "in_process"
     received = _received(outline, traffic, in_memory=inside)
-    federation = target + proxy + received + (training - proxy if inside else 0)
+    shared = proxy if outline.config.client.quantization == "none" else 0  # rounded weights are a model of their own
+    federation = target + proxy + received + (training - shared if inside else 0)
     found = [
         Need("server", "compression", target + proxy + calibration, target + calibration),
         Need("server", "federation", federation, on_device if inside else 0),
@@ -109,16 +112,40 @@ def _copies(outline: Outline) -> bool:
 def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, int]:
     """Return what a client holds while it trains, in all and on its accelerator."""
     state = sum(p.numel() * p.element_size() for p in outline.trainable.parameters().values())
-    proxy = outline.proxy_parameters * outline.weight_bytes
+    proxy = _clients_proxy(outline)
     # On the device: the parameters, their gradients, AdamW's two moments, the anchor, and what the regularizer reads.
     device_copies = 5 + bool(traffic.conflict) + bool(traffic.own_memory)
     # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
     host_copies = 3 + bool(traffic.conflict) + 2 * bool(traffic.own_memory)
     answers = outline.config.client.batch_size * row.target_tokens
     logits = answers * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
-    saved = saved_bytes(outline, outline.config.client.batch_size, row.tokens)
+    saved = _saved(outline, row)
     device = proxy + device_copies * state + saved + logits
     return device + host_copies * state + traffic.statistics, device
+
+
+def _clients_proxy(outline: Outline) -> int:
+    """Return the bytes of the frozen proxy that clients train on."""
+    whole, bits = outline.proxy_parameters * outline.weight_bytes, outline.config.client.quantization
+    if bits == "none":
+        return whole
+    adapters = {id(parameter) for parameter in outline.trainable.parameters().values()}
+    rounded = sum(
+        module.weight.numel()
+        for module in outline.proxy.blocks.modules()
+        if isinstance(module, nn.Linear) and id(module.weight) not in adapters
+    )
+    return whole - int(rounded * (outline.weight_bytes - _ROUNDED_BYTES[bits]))
+
+
+def _saved(outline: Outline, row: RowLength) -> int:
+    """Return what autograd keeps of a batch; under checkpointing, the blocks' inputs and one block's own."""
+    batch, blocks = outline.config.client.batch_size, len(outline.proxy)
+    saved = saved_bytes(outline, batch, row.tokens)
+    if not outline.config.client.gradient_checkpointing:
+        return saved
+    inputs = blocks * batch * row.tokens * int(outline.text.hidden_size) * outline.weight_bytes
+    return min(saved, inputs + saved // blocks)
 
 
 def saved_bytes(outline: Outline, batch: int, tokens: int) -> int:

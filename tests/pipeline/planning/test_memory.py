@@ -47,6 +47,27 @@ def test_what_lies_in_memory_by_stage():
     assert inside - outside >= with_all.peak("client") - proxy
 
 
+def test_checkpointing_keeps_the_blocks_inputs_and_one_block():
+    words = ["recipe=paper/fedproxy_llama2_7b_heterogeneous", "engine.name=workers"]
+    plain, checkpointed = (plan([*words, f"client.gradient_checkpointing={on}"]) for on in ("false", "true"))
+    config = load_config(words)
+    batch, tokens = config.client.batch_size, config.data.max_input_tokens + config.data.max_target_tokens
+    saved, inputs = saved_bytes(Outline.of(config), batch, tokens), 16 * batch * tokens * 4096 * 2
+    assert plain.peak("client") - checkpointed.peak("client") == saved - inputs - saved // 16
+    assert checkpointed.peak("client") < plain.peak("client")
+
+
+@pytest.mark.parametrize(("bits", "bytes_each"), [("8bit", 1.0), ("4bit", 0.52)])
+def test_quantised_linear_layers_take_fewer_bytes(bits, bytes_each):
+    words = ["recipe=paper/fedproxy_llama2_7b_heterogeneous"]
+    plain, rounded = plan([*words]), plan([*words, f"client.quantization={bits}"])
+    linear = 16 * (4 * 4096 * 4096 + 3 * 4096 * 11008)
+    assert plain.peak("client") - rounded.peak("client") == pytest.approx(linear * (2 - bytes_each), rel=1e-6)
+    # in one process the rounded proxy lies beside the server's own
+    more = rounded.peak("server", "federation") - plain.peak("server", "federation")
+    assert more == pytest.approx(2 * plain.proxy_parameters - linear * (2 - bytes_each), rel=1e-6)
+
+
 def test_updates_in_memory_grow_with_the_clients_of_a_round_and_files_do_not():
     many = (TINY, "data.partition.name=iid", "data.partition.clients=512")
     peaks = {
