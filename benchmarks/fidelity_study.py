@@ -1,6 +1,6 @@
 """How faithful proxies are: each compressor on SmolLM2, with and without a short distillation; resumable.
 
-    python -m benchmarks.fidelity_study                  # every row: about an hour on 2 quiet cores
+    python -m benchmarks.fidelity_study                  # every row: about two hours on one core
     python -m benchmarks.fidelity_study --removed 15     # in parts; finished rows are not repeated
     python -m benchmarks.fidelity_study --table          # only write the tables from the results that are there
 
@@ -203,7 +203,8 @@ def write_tables(folder: Path) -> None:
     removed = sorted(
         {name.removesuffix("_distilled").rsplit("_", 1)[1] for name in found if "kept" in found[name]}, key=int
     )
-    lines = ["# Fidelity of proxies", "", "Written by `python -m benchmarks.fidelity_study`; its head says how.", ""]
+    lines = ["# Fidelity of proxies", "", "Written by `python -m benchmarks.fidelity_study`; its head says how. Speed: tokens"]
+    lines += ["per second of a forward pass with the head as a multiple of the target's, the two in turns on one core.", ""]
     for count in removed:
         lines += [f"## {count} blocks' worth removed", "", *HEAD]
         if "target" in found:
@@ -220,7 +221,7 @@ def write_tables(folder: Path) -> None:
 
 
 HEAD = [
-    "| proxy | KL, nats per token | perplexity | acc_norm, % | answer NLL | parameters, M | tokens/s |",
+    "| proxy | KL, nats per token | perplexity | acc_norm, % | answer NLL | parameters, M | speed |",
     "|---|---:|---:|---:|---:|---:|---:|",
 ]
 
@@ -238,7 +239,7 @@ def line(label: str, rows: list[dict[str, Any]]) -> str:
         f"| {label} | {mean(lambda row: row['kl']):.3f}{spread} | {mean(lambda row: row['proxy_perplexity']):.1f} "
         f"| {mean(lambda row: 100 * row['scores']['acc_norm']):.1f} ± {error:.1f} "
         f"| {mean(lambda row: row['scores']['answer_nll']):.2f} | {mean(lambda row: row['parameters']) / 1e6:.1f} "
-        f"| {mean(lambda row: row['proxy_tokens_per_second']):.0f} |"
+        f"| {mean(lambda row: row['proxy_tokens_per_second'] / row['target_tokens_per_second']):.2f} |"
     )
 
 
