@@ -203,8 +203,11 @@ def write_tables(folder: Path) -> None:
     removed = sorted(
         {name.removesuffix("_distilled").rsplit("_", 1)[1] for name in found if "kept" in found[name]}, key=int
     )
-    lines = ["# Fidelity of proxies", "", "Written by `python -m benchmarks.fidelity_study`; its head says how. Speed: tokens"]
-    lines += ["per second of a forward pass with the head as a multiple of the target's, the two in turns on one core.", ""]
+    lines = ["# Fidelity of proxies", "", "Written by `python -m benchmarks.fidelity_study`; its head says how. Speed:"]
+    lines += [
+        "tokens per second of a forward pass with the head, in multiples of the target's; the two take turns.",
+        "",
+    ]
     for count in removed:
         lines += [f"## {count} blocks' worth removed", "", *HEAD]
         if "target" in found:
