@@ -205,7 +205,7 @@ def write_tables(folder: Path) -> None:
     )
     lines = ["# Fidelity of proxies", "", "Written by `python -m benchmarks.fidelity_study`; its head says how. Speed:"]
     lines += [
-        "tokens per second of a forward pass with the head, in multiples of the target's; the two take turns.",
+        "tokens per second of a forward pass with the head, in multiples of the target's; both take turns.",
         "",
     ]
     for count in removed:
