@@ -48,6 +48,21 @@ def observe(model: PreTrainedModel, batch: Mapping[str, Tensor], blocks: Sequenc
     return seen
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Return the entries of a model's vocabulary, padding entries included."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def check_top_k(top_k: int, vocabulary: int) -> None:
+    """Check that a cache keeps no more tokens of a distribution than there are.
+
+    Raises:
+        ConfigError: If it does.
+    """
+    if not 1 <= top_k <= vocabulary:
+        raise ConfigError(f"distillation.top_k must be in [1, {vocabulary}], the target's vocabulary, got {top_k}")
+
+
 class Head:
     """A model's output head with all that its family does around it (soft-capping, scaling, bias), by its own code.
 
@@ -67,7 +82,7 @@ class Head:
     @property
     def vocabulary(self) -> int:
         """Entries of the vocabulary, padding entries included."""
-        return int(self.model.get_output_embeddings().weight.shape[0])
+        return vocabulary_size(self.model)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return logits (tokens, vocabulary) of hidden states that enter the head, (tokens, hidden)."""
@@ -124,40 +139,44 @@ class Teacher:
         self.head = Head(model)
         self.runs = 0
         """How often the model was run."""
-        if cache is not None and not 1 <= cache.top_k <= self.head.vocabulary:
-            raise ConfigError(
-                f"distillation.top_k must be in [1, {self.head.vocabulary}], the target's vocabulary, got {cache.top_k}"
-            )
+        if cache is not None:
+            check_top_k(cache.top_k, self.head.vocabulary)
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor]) -> TeacherOutputs:
         """Return what the teacher says about a batch of ``input_ids`` and ``attention_mask``."""
         if self.cache is None:
-            seen = self._observe(batch)
+            seen = self._observe(batch, self.blocks)
             blocks = {index: seen[f"block_{index}"] for index in self.blocks}
             return TeacherOutputs(
                 _Live(self.head, seen["head"], self.temperature) if self.distributions else None, blocks
             )
-        key = self.cache.key(batch, self.blocks, self.temperature, self.distributions)
-        entry = self.cache.read(key)
-        if entry is None:
-            entry = self._entry(batch)
-            self.cache.write(key, entry)
-        entry = entry.to(batch["input_ids"].device)
+        keys = self.cache.keys(batch, self.blocks, self.temperature, self.distributions)
+        parts = {part: entry for part, key in keys.items() if (entry := self.cache.read(key)) is not None}
+        missing = [part for part in keys if part not in parts]
+        if missing:
+            for part, entry in self._entries(batch, missing).items():
+                self.cache.write(keys[part], entry)
+                parts[part] = entry
+        entry = Entry.joined(parts.values()).to(batch["input_ids"].device)
         stored = None if entry.log_p is None or entry.index is None else _Stored(entry.log_p, entry.index)
         return TeacherOutputs(stored, {index: entry.hidden(index) for index in self.blocks})
 
-    def _observe(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _observe(self, batch: Mapping[str, Tensor], blocks: Sequence[int]) -> dict[str, Tensor]:
         self.runs += 1
-        return observe(self.model, batch, self.blocks)
+        return observe(self.model, batch, blocks)
 
-    def _entry(self, batch: Mapping[str, Tensor]) -> Entry:
+    def _entries(self, batch: Mapping[str, Tensor], parts: Sequence[int | None]) -> dict[int | None, Entry]:
+        """Return entries, made in one run of the model: of blocks, and of the distributions under None."""
         assert self.cache is not None
-        seen = self._observe(batch)
-        log_p = index = None
-        if self.distributions:
-            index, log_p = _likeliest(self.head, seen["head"], self.cache.top_k, self.temperature)
-        return Entry.of(index, log_p, {block: seen[f"block_{block}"] for block in self.blocks})
+        blocks = [part for part in parts if part is not None]
+        seen = self._observe(batch, blocks)
+        made: dict[int | None, Entry] = {
+            block: Entry.of(None, None, {block: seen[f"block_{block}"]}) for block in blocks
+        }
+        if None in parts:
+            made[None] = Entry.of(*_likeliest(self.head, seen["head"], self.cache.top_k, self.temperature), {})
+        return made
 
 
 def _likeliest(head: Head, hidden: Tensor, count: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,15 @@
-"""A teacher's outputs on disk: the likeliest tokens, the mass of the rest and hidden states, one file per batch."""
+"""A teacher's outputs on disk: of every batch one file for the distributions, and one per block for hidden states."""
 
 import hashlib
 import json
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 
-_FORMAT = "teacher-1"
+_FORMAT = "teacher-2"
 _STALE_S = 3600.0
 """Age in seconds after which a temporary file is taken for one of a killed run."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a teacher says about the real tokens of one batch."""
+    """What a teacher says about the real tokens of one batch, or a part of it."""
 
     index: Tensor | None
     """Likeliest tokens, int32 (tokens, k); None where distributions are not wanted."""
@@ -67,13 +68,21 @@ class Entry:
         }
         return cls(named.get("index"), named.get("log_p"), parts["unit_"], parts["scale_"])
 
+    @classmethod
+    def joined(cls, parts: Iterable["Entry"]) -> "Entry":
+        """Make one entry of several parts."""
+        return cls.from_tensors({name: tensor for part in parts for name, tensor in part.tensors().items()})
+
     def to(self, device: torch.device) -> "Entry":
         """Return the entry on a device."""
         return Entry.from_tensors({name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 
 class TeacherCache:
-    """Entries by what they depend on: target's hash, batch's tokens, k, temperature, blocks and autocast's dtype.
+    """Entries by what they depend on: target's hash, batch's tokens, autocast's dtype, and what they hold of it.
+
+    The distributions of a batch (with k and temperature) are one entry, the hidden states of each block another, so
+    that proxies of other blocks, or distillation without hidden states, find what they have in common.
 
     A batch, not a text, is the unit: the same text in another batch gives other last bits, and a run must not depend on
     who filled the cache. Batches are the same in every epoch and for every proxy of one recipe and seed.
@@ -103,17 +112,24 @@ class TeacherCache:
                     part.unlink()
         self._bytes = sum(size for _, size, _ in self._entries())
 
-    def key(self, batch: Mapping[str, Tensor], blocks: Sequence[int], temperature: float, distributions: bool) -> str:
-        """Return the name of a batch's entry."""
+    def keys(
+        self, batch: Mapping[str, Tensor], blocks: Sequence[int], temperature: float, distributions: bool
+    ) -> dict[int | None, str]:
+        """Return the names of a batch's entries: by block for hidden states, under None for the distributions."""
         ids, mask = batch["input_ids"], batch["attention_mask"]
-        what = [_FORMAT, self.target_sha256, list(blocks), *([self.top_k, temperature] if distributions else [])]
-        device = batch["input_ids"].device.type
-        if torch.is_autocast_enabled(device):
-            what.append(str(torch.get_autocast_dtype(device)))
-        digest = hashlib.sha256(json.dumps([*what, list(ids.shape)]).encode())
+        device = ids.device.type
+        precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+        common = hashlib.sha256(json.dumps([_FORMAT, self.target_sha256, precision, list(ids.shape)]).encode())
         for tensor in (ids, mask):
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+            common.update(tensor.cpu().contiguous().numpy().tobytes())
+        parts: dict[int | None, list[Any]] = {None: ["distributions", self.top_k, temperature]} if distributions else {}
+        parts |= {block: ["block", block] for block in blocks}
+        found = {}
+        for part, what in parts.items():
+            digest = common.copy()
+            digest.update(json.dumps(what).encode())
+            found[part] = digest.hexdigest()
+        return found
 
     def read(self, key: str) -> Entry | None:
         """Return an entry, or None where there is no whole one."""

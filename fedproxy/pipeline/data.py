@@ -78,10 +78,10 @@ def held_out_texts(
     """Return up to ``rows`` public texts beyond the ``used`` ones that compression and distillation read.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or there are fewer than ``used``.
     """
     available = count_texts(config.path)
-    seen = public_texts(config, clients, rows=min(used, available), seed=seed)
+    seen = public_texts(config, clients, rows=used, seed=seed)
     texts = public_texts(config, clients, rows=min(used + rows, available), seed=seed)[len(seen) :]
     if not texts:
         raise DataError(

@@ -19,27 +19,46 @@ HELD_OUT_ROWS = 64
 _TEXTS_PER_PASS = 4  # logits of all positions are held, for both models
 
 
-def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
-    """Note how near ``proxy/`` is to the target, and the blocks' influence where the compressor did not take it.
+def fidelity_texts(run: Run, clients: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Return the public texts to measure fidelity on, which neither compression nor distillation reads.
+
+    None are wanted where a continued run has measured it.
 
     Raises:
-        DataError: If no public text is left to measure on.
+        DataError: If none is left.
+    """
+    config = run.config
+    if run.facts.get("fidelity") is not None:
+        return []
+    calibration = config.compression.calibration
+    used = max(calibration.rows, config.distillation.rows if config.distillation.steps else 0)
+    return held_out_texts(calibration, clients, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
+
+
+def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> None:
+    """Note how near ``proxy/`` is to the target, and the blocks' influence where the compressor did not take it.
+
+    Args:
+        run: The run, compressed.
+        clients: Each client's rows.
+        texts: :func:`fidelity_texts`.
+
+    Raises:
+        DataError: If no text has two tokens.
         CheckpointError: If the plot cannot be written.
     """
     if run.facts.get("fidelity") is None:
-        _measure(run, clients)
+        _measure(run, clients, texts)
     scores = run.facts["block_scores"]
     kept = LayerMap.load(run.folder.layer_map).proxy_to_target
     write_influence_plot(CompressionReport(scores, kept), run.folder.influence_plot)
 
 
-def _measure(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
+def _measure(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> None:
     config, started = run.config, time.perf_counter()
     calibration = config.compression.calibration
     target, tokenizer = run.target()
     limit = positions_limit(target, calibration.max_tokens)
-    used = max(calibration.rows, config.distillation.rows if config.distillation.steps else 0)
-    texts = held_out_texts(calibration, clients, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
     proxy = load_model(run.folder.proxy, dtype=config.target.dtype)
     scores = run.facts.get("block_scores")
     with placed(target, run.device):

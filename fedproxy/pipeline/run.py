@@ -25,7 +25,7 @@ from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
-from fedproxy.pipeline.fidelity import measure_fidelity
+from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.loggers import check_loggers
@@ -139,8 +139,9 @@ def _compress_only(current: Run) -> RunReport:
     folder = current.folder
     current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
     clients = _clients(current)
+    texts = fidelity_texts(current, clients)  # before the work: too little text would throw it away
     compress(current, clients)
-    measure_fidelity(current, clients)
+    measure_fidelity(current, clients, texts)
     scores: dict[str, Any] = {}
     if current.config.evaluation.models:
         proxy = load_model(folder.proxy, dtype=current.config.target.dtype)

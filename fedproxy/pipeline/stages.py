@@ -84,13 +84,18 @@ class Run:
 
 
 def compress(run: Run, clients: ClientRows) -> None:
-    """Stage (i): write ``proxy/`` and, last, the server's layer map."""
+    """Stage (i): write ``proxy/`` and, last, the server's layer map.
+
+    Raises:
+        DataError: If there is too little public text for compression or distillation; nothing is compressed then.
+    """
     if run.folder.layer_map.is_file():
         return
     config, started = run.config, time.perf_counter()
-    target, tokenizer = run.target()
-    calibration = config.compression.calibration
+    calibration, distillation = config.compression.calibration, config.distillation
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
+    lessons = public_texts(calibration, clients, rows=distillation.rows, seed=config.seed) if distillation.steps else []
+    target, tokenizer = run.target()
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
@@ -98,10 +103,10 @@ def compress(run: Run, clients: ClientRows) -> None:
     depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
     run.display.say(f"compressed: {describe(layer_map, depth)} ({config.compression.name})")
     compressed = time.perf_counter()
-    if config.distillation.steps:
+    if distillation.steps:
         # Kept by the server, so that what distillation and what tuning changed can be told apart later.
         save_model(proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True)
-        distil(run, proxy, layer_map, clients)
+        distil(run, proxy, layer_map, lessons)
     run.note(
         target_parameters=parameter_count(target),
         proxy_parameters=parameter_count(proxy),
@@ -124,15 +129,13 @@ def describe(layer_map: LayerMap, depth: int) -> str:
     return words if layer_map.neurons is None else f"{words}, {len(layer_map.neurons[0])} neurons in each"
 
 
-def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: ClientRows) -> None:
-    """Distil the target into the proxy on public text, in place."""
+def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[str]) -> None:
+    """Distil the target into the proxy on public texts, in place."""
     from fedproxy.modules.distillation import distil as fit
 
     settings = run.config.distillation
-    calibration = run.config.compression.calibration
     target, tokenizer = run.target()
-    texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
-    limit = positions_limit(target, calibration.max_tokens)
+    limit = positions_limit(target, run.config.compression.calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
         loss = fit(

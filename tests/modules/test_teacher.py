@@ -72,38 +72,78 @@ def test_all_of_the_vocabulary_is_exact(make_model, tmp_path):
     torch.testing.assert_close(part, full, rtol=1e-5, atol=1e-6)
 
 
-def test_entries_depend_on_target_text_k_temperature_blocks_and_precision(make_model, tmp_path):
+def test_entries_depend_on_target_text_k_temperature_block_and_precision(make_model, tmp_path):
     [one, two] = text_batches(2)
     masked = {**one, "attention_mask": one["attention_mask"].clone().index_fill_(1, torch.tensor([4, 5, 6, 7]), 0)}
     cache = make_cache(tmp_path)
-    keys = [
-        cache.key(one, [0], 1.0, True),
-        cache.key(two, [0], 1.0, True),
-        cache.key(masked, [0], 1.0, True),
-        cache.key(one, [1], 1.0, True),
-        cache.key(one, [0], 2.0, True),
-        cache.key(one, [0], 1.0, False),
-        make_cache(tmp_path, top_k=9).key(one, [0], 1.0, True),
-        make_cache(tmp_path, target="b" * 64).key(one, [0], 1.0, True),
-    ]
+    plain = cache.keys(one, [0, 1], 1.0, True)
+    assert list(plain) == [None, 0, 1]
+    elsewhere = [cache.keys(two, [0, 1], 1.0, True), cache.keys(masked, [0, 1], 1.0, True)]
+    elsewhere.append(make_cache(tmp_path, target="b" * 64).keys(one, [0, 1], 1.0, True))
     with torch.autocast("cpu", torch.bfloat16):
-        keys.append(cache.key(one, [0], 1.0, True))
-    assert len(set(keys)) == len(keys)
-    assert keys[5] == cache.key(one, [0], 2.0, False)  # hidden states know no temperature
-    assert keys[0] == make_cache(tmp_path).key({k: t.clone() for k, t in one.items()}, (0,), 1.0, True)
+        elsewhere.append(cache.keys(one, [0, 1], 1.0, True))
+    names = [name for keys in (plain, *elsewhere) for name in keys.values()]
+    assert len(set(names)) == 5 * 3
+    # temperature and k are of the distributions alone
+    for keys in (cache.keys(one, [0, 1], 2.0, True), make_cache(tmp_path, top_k=9).keys(one, [0, 1], 1.0, True)):
+        assert keys[None] not in names
+        assert (keys[0], keys[1]) == (plain[0], plain[1])
+    assert cache.keys(one, [1], 1.0, False) == {1: plain[1]}
+    assert plain == make_cache(tmp_path).keys({k: t.clone() for k, t in one.items()}, (0, 1), 1.0, True)
+
+
+def test_another_proxy_finds_what_the_first_left_and_only_the_rest_is_made(make_model, tmp_path):
+    model, [batch] = make_model("llama"), text_batches(1)
+    Teacher(model, [0, 1], cache=make_cache(tmp_path / "shared"))(batch)
+    first = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "shared").iterdir()}
+    assert len(first) == 3  # distributions, block 0, block 1
+
+    # Nothing is missing: logits alone, one of the blocks, a block without distributions.
+    for blocks, distributions in (([], True), ([1], True), ([0], False)):
+        teacher = Teacher(model, blocks, distributions=distributions, cache=make_cache(tmp_path / "shared"))
+        outputs = teacher(batch)
+        assert (teacher.runs, list(outputs.blocks)) == (0, blocks)
+        assert (outputs.distribution is not None) == distributions
+
+    # Block 2 is missing: one run, one new entry, and all that is said is what a cache of its own would say.
+    mixed = Teacher(model, [1, 2], cache=make_cache(tmp_path / "shared"))
+    now, alone = mixed(batch), Teacher(model, [1, 2], cache=make_cache(tmp_path / "alone"))(batch)
+    assert mixed.runs == 1
+    assert all(torch.equal(a, b) for a, b in zip(said(now), said(alone), strict=True))
+    assert all(torch.equal(now.blocks[block], alone.blocks[block]) for block in (1, 2))
+    files = {path.name: path.read_bytes() for path in (tmp_path / "shared").iterdir()}
+    assert len(files) == 4
+    for path in (tmp_path / "alone").iterdir():  # the same names, the same bytes
+        assert files[path.name] == path.read_bytes()
+
+    # Another temperature makes distributions anew and takes over the blocks.
+    warm = Teacher(model, [0, 1, 2], temperature=2.0, cache=make_cache(tmp_path / "shared"))
+    warm(batch)
+    assert warm.runs == 1
+    assert len(list((tmp_path / "shared").iterdir())) == 5
+
+
+def test_the_head_is_left_out_where_only_a_block_is_missing(make_model, tmp_path, monkeypatch):
+    model, [batch] = make_model("llama"), text_batches(1)
+    Teacher(model, [], cache=make_cache(tmp_path))(batch)
+    teacher = Teacher(model, [1], cache=make_cache(tmp_path))
+    monkeypatch.setattr("fedproxy.modules.teacher._likeliest", lambda *_: pytest.fail("the distributions are there"))
+    assert teacher(batch).blocks[1].shape == (19, 32)
 
 
 def test_a_damaged_entry_is_made_again(make_model, tmp_path):
     model, [batch] = make_model("llama"), text_batches(1)
     Teacher(model, [0], cache=make_cache(tmp_path))(batch)
-    [path] = tmp_path.glob("*.safetensors")
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"\x80\x04pickle"):
-        path.write_bytes(content)
-        teacher = Teacher(model, [0], cache=make_cache(tmp_path))
-        teacher(batch)
-        assert teacher.runs == 1
-        assert path.read_bytes() == whole
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == 2
+    for path in paths:
+        whole = path.read_bytes()
+        for content in (whole[: len(whole) // 2], b"", b"\x80\x04pickle"):
+            path.write_bytes(content)
+            teacher = Teacher(model, [0], cache=make_cache(tmp_path))
+            teacher(batch)
+            assert teacher.runs == 1
+            assert path.read_bytes() == whole
 
 
 def entry(tokens):
@@ -172,10 +212,9 @@ def test_k_beyond_the_vocabulary(make_model, tmp_path):
 def test_entries_are_what_the_design_says(make_model, tmp_path):
     model, [batch] = make_model("llama"), text_batches(1)
     Teacher(model, [1], cache=make_cache(tmp_path))(batch)
-    tensors = load_file(next(tmp_path.glob("*.safetensors")))
-    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
-        "index": (torch.int32, (19, 8)),
-        "log_p": (torch.float32, (19, 9)),
-        "unit_1": (torch.float16, (19, 32)),
-        "scale_1": (torch.float32, (19, 1)),
-    }
+    files = [load_file(path) for path in tmp_path.glob("*.safetensors")]
+    shapes = [{name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} for tensors in files]
+    assert sorted(shapes, key=sorted) == [
+        {"index": (torch.int32, (19, 8)), "log_p": (torch.float32, (19, 9))},
+        {"unit_1": (torch.float16, (19, 32)), "scale_1": (torch.float32, (19, 1))},
+    ]

@@ -12,6 +12,7 @@ from fedproxy.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedproxy.models import load_model, state_sha256
 from fedproxy.pipeline.run import compress_only, run
 from fedproxy.reporting import RunReport
+from fedproxy.strategies.compression.block_influence import BlockInfluence
 from tests.strategies.compression.architectures import small_model
 
 SMALL = (
@@ -148,6 +149,52 @@ def test_calibration_text_without_text_is_one_line(tmp_path):
     texts.write_text('{"text": "the only one there is"}\n')
     few = (f"compression.calibration.path={texts}", "compression.calibration.rows=1")
     refuse(DataError, r"holds 1 texts and compression reads 1; add some", tmp_path / "out", *few)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Stop where compression begins to compute, and note that it did."""
+    calls = []
+
+    def score(self, decoder, calibration):
+        calls.append(self)
+        raise InterruptedError
+
+    monkeypatch.setattr(BlockInfluence, "score", score)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        (("distillation.rows=201",), DataError, r"tiny-calibration holds 200 texts, 201 are asked for; ask for fewer"),
+        (
+            ("distillation.cache_teacher=true", "distillation.top_k=100000"),
+            ConfigError,
+            r"^distillation.top_k must be in \[1, \d+\], the target's vocabulary, got 100000$",
+        ),
+        (
+            ("target.dtype=bfloat16",),
+            ConfigError,
+            r"^distillation.train=full trains the proxy's own weights, and in bfloat16 .*; use distillation.train=lora",
+        ),
+    ],
+)
+def test_what_distillation_lacks_is_said_before_compressing(tmp_path, begun, words, error, message):
+    refuse(error, message, tmp_path / "out", "distillation.steps=2", *words)
+    with pytest.raises(error, match=message):
+        run(load_config([*SMALL, f"output_dir={tmp_path / 'fit'}", "distillation.steps=2", *words]))
+    assert not begun
+
+
+def test_text_that_fidelity_lacks_is_missed_before_compressing_and_only_by_who_measures_it(tmp_path, begun):
+    words = ("distillation.steps=2", "distillation.rows=200")  # all that there are
+    message = r"tiny-calibration holds 200 texts and compression reads 200; add some"
+    refuse(DataError, message, tmp_path / "out", *words)
+    assert not begun
+    with pytest.raises(InterruptedError):
+        run(load_config([*SMALL, f"output_dir={tmp_path / 'fit'}", *words]))
+    assert begun
 
 
 @pytest.mark.parametrize("name", ["proxy", "layer_map.json", "block_influence.png"])
