@@ -1,7 +1,7 @@
 """The decoder stack of a causal language model, found by its structure and not by its class."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,11 @@ class Decoder:
         result is an ordinary checkpoint of a shallower model.
         """
         source = self.model.state_dict()
-        state = {name: tensor.clone() for name, tensor in source.items() if not name.startswith(f"{self.prefix}.")}
-        for new, old in enumerate(kept):
-            for name in self.weight_names(old):
-                state[self.full_name(new, name)] = source[self.full_name(old, name)].clone()
+        state = copied({name: tensor for name, tensor in source.items() if self.block_index(name) is None})
+        for new, old in enumerate(kept):  # a block that is kept twice is copied twice: its places may be tuned apart
+            names = self.weight_names(old)
+            block = copied({name: source[self.full_name(old, name)] for name in names})
+            state |= {self.full_name(new, name): tensor for name, tensor in block.items()}
         return self.rebuilt(self.subset_config(kept), state)
 
     def rebuilt(self, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
@@ -121,6 +122,18 @@ class Decoder:
         for name, value in per_layer.items():
             setattr(text, name, value)
         return config
+
+
+def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of named tensors; what is one tensor under several names (tied) is copied once and stays one."""
+    copies: dict[tuple[Any, ...], Tensor] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        place = (tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.stride())
+        if place not in copies:
+            copies[place] = tensor.clone()
+        found[name] = copies[place]
+    return found
 
 
 def hidden_state(output: Tensor | tuple[Tensor, ...]) -> Tensor:

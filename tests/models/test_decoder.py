@@ -13,7 +13,7 @@ from transformers import (
 
 from fedproxy.errors import CheckpointError, ModelError
 from fedproxy.models import Decoder, load_model, save_model, state_sha256
-from fedproxy.models.decoder import parameter_count, set_weights, share_weights
+from fedproxy.models.decoder import copied, parameter_count, set_weights, share_weights
 
 FAMILIES = ["llama", "qwen2", "gemma2", "granite", "cohere", "opt", "gpt2"]
 IDS = torch.tensor([[1, 5, 9, 7, 3, 11], [1, 4, 8, 2, 6, 10]])
@@ -76,6 +76,23 @@ def test_tied_embeddings_stay_tied_and_weights_are_copies(make_model):
     for parameter in shallow.parameters():
         parameter.data.zero_()
     assert state_sha256(model) == before
+
+
+def test_copies_of_one_tensor_under_two_names_are_one_and_parts_of_it_are_not():
+    weight = torch.arange(6.0).reshape(2, 3)
+    copies = copied({"embedding": weight, "head": weight.detach(), "row": weight[:1], "square": weight.T})
+    assert copies["head"] is copies["embedding"]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in (weight, *copies.values())}
+    assert len(storages) == 4  # weight itself, embedding and head, row, square
+    assert torch.equal(copies["row"], torch.tensor([[0.0, 1.0, 2.0]]))
+    assert torch.equal(copies["square"], weight.T)
+
+
+def test_a_block_kept_twice_is_two_blocks(make_model):
+    shallow = Decoder.of(make_model("llama", layers=4)).subset([1, 1])
+    first, second = (block.mlp.up_proj.weight for block in shallow.model.layers)
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
 
 
 def test_parameters_count_tied_tensors_once(make_model):

@@ -36,7 +36,7 @@ class Need:
 def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     """Return the peak of every stage of every role.
 
-    Distillation and re-alignment are not counted.
+    What ``fit`` does is counted, distillation and re-alignment left out; ``compress`` measures fidelity on top.
     """
     training, on_device = _training(outline, traffic, row)
     target = outline.target_parameters * outline.weight_bytes

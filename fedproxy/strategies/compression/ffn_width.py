@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
-from fedproxy.models.decoder import parameter_count
+from fedproxy.models.decoder import copied, parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS, FeedForward
 from fedproxy.strategies.compression.base import Batch, Compressor
 from fedproxy.strategies.compression.states import watch_blocks
@@ -81,12 +81,12 @@ class FfnWidth(Compressor, name="ffn_width"):
         count = self.kept_count(decoder, layers)
         order = scores.sort(dim=1, stable=True).indices[:, layers[0].width - count :]
         neurons = tuple(tuple(row) for row in order.sort(dim=1).values.tolist())
-        state = {name: tensor.clone() for name, tensor in target.state_dict().items()}
+        source, narrow = target.state_dict(), {}
         for index, layer in enumerate(layers):
             for name in layer.axes:
                 full = decoder.full_name(index, name)
-                state[full] = layer.gather(name, state[full], neurons[index])
-        proxy = decoder.rebuilt(self._narrowed(decoder, count), state)
+                narrow[full] = layer.gather(name, source.pop(full), neurons[index])
+        proxy = decoder.rebuilt(self._narrowed(decoder, count), {**copied(source), **narrow})
         return proxy, LayerMap(tuple(range(len(decoder))), state_sha256(target), neurons)
 
     def _narrowed(self, decoder: Decoder, count: int) -> Any:
