@@ -43,7 +43,7 @@ HELD_OUT, CALIBRATION, SEED = 64, 64, 42
 TRAINER = {"accelerator": "cpu", "devices": 1}
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the parts that were asked for, print and keep their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("kl", "cache", "both"), default="both")
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="share of blocks removed")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("overrides", nargs="*", help="distillation.key=value")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     settings = load_config(
         [
             f"target.path={options.target}", "data.tasks=[arc_easy]", f"distillation.steps={options.steps}",

@@ -16,7 +16,7 @@ import json
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,7 +137,7 @@ class Study:
         }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Do what is missing and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="asset:smollm2-135m")
@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="fedproxy_llama", help="recipe of the fused rows; empty leaves them out")
     parser.add_argument("--results", type=Path, default=RESULTS / "fidelity")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    options = parser.parse_args()
+    options = parser.parse_args(words)
     rows = min(16 * options.steps, 1000)
     settings = DistillationConfig(steps=options.steps, rows=rows, lr=options.lr, cache_teacher=True)
     study = Study(options.target, options.calibration, options.tasks, options.limit, settings, options.results)
