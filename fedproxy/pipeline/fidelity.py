@@ -8,7 +8,7 @@ from fedproxy.data.rows import Row
 from fedproxy.models import Decoder, LayerMap, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
-from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches
+from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches, texts_read
 from fedproxy.pipeline.stages import Run
 from fedproxy.reporting import CompressionReport
 from fedproxy.reporting.block_plot import write_influence_plot
@@ -38,8 +38,7 @@ def _measure(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
     calibration = config.compression.calibration
     target, tokenizer = run.target()
     limit = positions_limit(target, calibration.max_tokens)
-    used = max(calibration.rows, config.distillation.rows if config.distillation.steps else 0)
-    texts = held_out_texts(calibration, clients, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
+    texts = held_out_texts(calibration, clients, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
     proxy = load_model(run.folder.proxy, dtype=config.target.dtype)
     scores = run.facts.get("block_scores")
     with placed(target, run.device):
