@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -121,8 +122,8 @@ def _import_plugin(module: str) -> None:
 
 
 def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
-    """Where ``layer`` names another class for a node, drop the options that earlier layers gave the old one."""
-    for path in _component_paths(RunConfig):
+    """Where ``layer`` names another class for a node, drop what the old one's options do not share with it."""
+    for path, family in _component_nodes(RunConfig):
         new = _lookup(layer, path)
         old = OmegaConf.select(merged, path)
         if (
@@ -131,17 +132,26 @@ def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
             and isinstance(old, DictConfig)
             and old.get("name") != new["name"]
         ):
-            OmegaConf.update(merged, path, {}, merge=False)
+            common = _common_options(family, old.get("name"), new["name"])
+            options = typing.cast(dict[str, Any], OmegaConf.to_container(old, resolve=False))
+            kept = {key: value for key, value in options.items() if key in common}
+            OmegaConf.update(merged, path, kept, merge=False)
 
 
-def _component_paths(cls: type, prefix: str = "") -> list[str]:
-    paths: list[str] = []
+def _common_options(family: type[Component], old: Any, new: Any) -> set[str]:
+    if old not in family.names() or new not in family.names():  # an unknown name is refused when the node is built
+        return set()
+    return family.by_name(new).common_options(family.by_name(old))
+
+
+def _component_nodes(cls: type, prefix: str = "") -> list[tuple[str, type[Component]]]:
+    nodes: list[tuple[str, type[Component]]] = []
     for name, hint in typing.get_type_hints(cls).items():
         if isinstance(hint, type) and issubclass(hint, Component):
-            paths.append(prefix + name)
+            nodes.append((prefix + name, hint))
         elif dataclasses.is_dataclass(hint):
-            paths += _component_paths(typing.cast(type, hint), f"{prefix}{name}.")
-    return paths
+            nodes += _component_nodes(typing.cast(type, hint), f"{prefix}{name}.")
+    return nodes
 
 
 def _lookup(node: Any, path: str) -> Any:
@@ -191,9 +201,32 @@ def _component_name(cls: type[Component], node: dict[str, Any], path: str) -> st
 def _typed(hint: Any, value: Any, key: str) -> Any:
     """Convert one plain value to its declared type, or say in one line why it does not fit."""
     schema = dataclasses.make_dataclass("Schema", [("value", hint)])
+    rule = _collection_rule(hint)
+    misfit = ConfigError(f"{key} must be {rule}, got {value!r}")
+    if rule and isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
+        raise misfit
     with _one_line_errors(key):
-        typed = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        try:
+            typed = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        except (OmegaConfBaseException, TypeError):
+            if rule:
+                raise misfit from None
+            raise
         return OmegaConf.to_object(typed).value  # type: ignore[union-attr]
+
+
+_ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}
+
+
+def _collection_rule(hint: Any) -> str | None:
+    """Return in words what a list or mapping must be, and None for any other type, of which OmegaConf speaks well."""
+    if isinstance(hint, types.UnionType):
+        rules = [rule for part in typing.get_args(hint) if (rule := _collection_rule(part))]
+        return f"{rules[0]}, or null" if rules else None
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is dict:
+        return "a mapping like {a: b}"
+    return f"a list of {_ELEMENTS[parts[0]]}" if origin in (list, tuple) else None
 
 
 @contextmanager

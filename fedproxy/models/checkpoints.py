@@ -1,12 +1,10 @@
 """Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
+from fedproxy.models.anonymity import strip_origin, without_templates
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -97,7 +96,7 @@ def save_model(
         tokenizer: Its tokenizer.
         folder: Where it is to lie; an older one there is replaced.
         card: Text of ``README.md``.
-        anonymous: Leave out all that could name the model's origin: paths, chat template and version stamps.
+        anonymous: Leave out all that could name the model's origin: paths, code, chat templates, unknown text.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -108,40 +107,28 @@ def save_model(
         part.mkdir(parents=True)
         with without_bars():
             model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
         if anonymous:
-            _strip_origin(part)
+            strip_origin(part, model, tokenizer)
         (part / "README.md").write_text(card)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
-    except (OSError, SafetensorError) as error:  # a full disk comes as either
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if not isinstance(error, OSError | SafetensorError):  # a full disk comes as either
+            raise
         raise CheckpointError(
             f"{folder} cannot be written: {error}; free disk space or choose another output_dir"
         ) from error
 
 
-_ORIGIN_KEYS = (
-    "_name_or_path",
-    "name_or_path",
-    "base_model",
-    "chat_template",
-    "transformers_version",
-    "local_files_only",
-)
-
-
-def _strip_origin(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    for path in folder.glob("*config.json"):
-        fields: dict[str, Any] = json.loads(path.read_text())
-        path.write_text(json.dumps(_without_origin(fields), indent=2) + "\n")
-
-
-def _without_origin(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration without keys that tell where it comes from, those of configurations inside it included."""
-    kept = {key: value for key, value in fields.items() if key not in _ORIGIN_KEYS}
-    return {key: _without_origin(value) if isinstance(value, dict) else value for key, value in kept.items()}
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is Exception:  # how the tokenizers library says that a file cannot be written
+            raise OSError(str(error)) from error
+        raise
 
 
 def state_sha256(model: PreTrainedModel) -> str:

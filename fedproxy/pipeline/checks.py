@@ -1,12 +1,14 @@
-"""What can be known to be wrong with a compression from shapes alone, before anything is loaded or written."""
+"""What can be known to be wrong with a compression before a model is loaded and before anything is written."""
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
+from fedproxy.data.sources import read_texts
 from fedproxy.models import Decoder
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
+from fedproxy.pipeline.data import check_held_out, texts_read
 from fedproxy.pipeline.planning.outline import target_config
 
 
@@ -25,3 +27,20 @@ def check_compression(config: RunConfig) -> None:
         require_float32(target, "distillation.train=full", "distillation.train=lora")
     if settings.steps and settings.cache_teacher:
         check_top_k(settings.top_k, vocabulary_size(target))
+
+
+def check_calibration(config: RunConfig, *, held_out: bool = False) -> None:
+    """Refuse calibration text that cannot be read, or too little of it.
+
+    Args:
+        config: The recipe.
+        held_out: Whether more texts are needed than compression reads, to measure fidelity on.
+
+    Raises:
+        DataError: If it cannot be read, a text is empty, or there are too few.
+        AssetError: If it is an asset that is unknown or cannot be fetched.
+    """
+    calibration, rows = config.compression.calibration, texts_read(config)
+    read_texts(calibration.path, rows, config.seed)
+    if held_out:
+        check_held_out(calibration, used=rows)

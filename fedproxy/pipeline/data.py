@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from fedproxy.config import DataConfig
+from fedproxy.config import DataConfig, RunConfig
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.errors import DataError
@@ -72,6 +72,12 @@ def public_texts(config: CalibrationConfig, clients: Mapping[str, Sequence[Row]]
     return public
 
 
+def texts_read(config: RunConfig) -> int:
+    """Return how many calibration texts compression and distillation read, before clients' rows are left out."""
+    distilled = config.distillation.rows if config.distillation.steps else 0
+    return max(config.compression.calibration.rows, distilled)
+
+
 def held_out_texts(
     config: CalibrationConfig, clients: Mapping[str, Sequence[Row]], *, used: int, rows: int, seed: int
 ) -> list[str]:
@@ -80,15 +86,31 @@ def held_out_texts(
     Raises:
         DataError: If there is none, or there are fewer than ``used``.
     """
-    available = count_texts(config.path)
+    available = check_held_out(config, used=used)
     seen = public_texts(config, clients, rows=used, seed=seed)
     texts = public_texts(config, clients, rows=min(used + rows, available), seed=seed)[len(seen) :]
     if not texts:
-        raise DataError(
-            f"compression.calibration.path={config.path} holds {available} texts and compression reads {used}; add "
-            "some, so that fidelity can be measured on others"
-        )
+        raise _no_held_out(config, available, used)
     return texts
+
+
+def check_held_out(config: CalibrationConfig, *, used: int) -> int:
+    """Return how many texts there are, if that is more than the ``used`` ones.
+
+    Raises:
+        DataError: If it is not.
+    """
+    available = count_texts(config.path)
+    if available <= used:
+        raise _no_held_out(config, available, used)
+    return available
+
+
+def _no_held_out(config: CalibrationConfig, available: int, used: int) -> DataError:
+    return DataError(
+        f"compression.calibration.path={config.path} holds {available} texts and compression reads {used}; add "
+        "some, so that fidelity can be measured on others"
+    )
 
 
 def _tail(text: str) -> tuple[str, ...]:

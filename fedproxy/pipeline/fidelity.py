@@ -8,7 +8,7 @@ from fedproxy.data.rows import Row
 from fedproxy.models import Decoder, LayerMap, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
-from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches
+from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches, texts_read
 from fedproxy.pipeline.stages import Run
 from fedproxy.reporting import CompressionReport
 from fedproxy.reporting.block_plot import write_influence_plot
@@ -31,8 +31,7 @@ def fidelity_texts(run: Run, clients: Mapping[str, Sequence[Row]]) -> list[str]:
     if run.facts.get("fidelity") is not None:
         return []
     calibration = config.compression.calibration
-    used = max(calibration.rows, config.distillation.rows if config.distillation.steps else 0)
-    return held_out_texts(calibration, clients, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
+    return held_out_texts(calibration, clients, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
 
 
 def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,26 +43,58 @@ class RunFolder:
         self.evaluation = self.root / "evaluation"
         self.report = self.root / "report.json"
         self.influence_plot = self.root / "block_influence.png"
+        self._was_empty = False
 
-    def open(self, config: RunConfig) -> None:
+    def open(self, config: RunConfig) -> bool:
         """Claim the folder for a run and write ``config.yaml`` before any work.
+
+        Returns:
+            Whether the folder held nothing, or nothing that stays: what is written from now on can be taken back with
+            :meth:`clear`.
 
         Raises:
             ConfigError: If the folder holds another run, or files that are none, and the recipe does not say
                 what to do about it.
             CheckpointError: If it cannot be written.
         """
-        if self.config.is_file() and self.server.is_dir():
-            self._claim_existing(config)
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        self._was_empty = self.root.is_dir() and not any(self.root.iterdir())
+        begins = self._was_empty or not self.root.exists()
+        if self._holds_run():
+            self._check_claim(config)
+            begins = config.overwrite
+        elif not begins:
             raise ConfigError(f"output_dir {self.root} holds files that are no run; choose another output_dir")
         try:
+            if begins and self.root.exists() and not self._was_empty:
+                shutil.rmtree(self.root)
             self.server.mkdir(parents=True, exist_ok=True)
             self.config.write_text(to_yaml(config))
-        except OSError as error:
+        except BaseException as error:
+            if begins:
+                self.clear()
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(
                 f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
             ) from error
+        return begins
+
+    def clear(self) -> None:
+        """Delete the folder; one that was there before, empty, is left empty."""
+        if not self._was_empty:
+            shutil.rmtree(self.root, ignore_errors=True)
+            return
+        for path in self.root.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    path.unlink()
+
+    def is_past_compression(self) -> bool:
+        """Return whether a run here went on after its proxy was made."""
+        facts = read_json(self.server / "facts.json") or {}
+        return bool(facts.get("finished") or self.rounds() or self.fused.is_dir())
 
     def fused_folders(self) -> list[Path]:
         """Return the folders of fused models: ``fused`` itself, or one for each client."""
@@ -73,12 +106,13 @@ class RunFolder:
         """Return the lines of rounds.jsonl."""
         return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.is_file() else []
 
-    def _claim_existing(self, config: RunConfig) -> None:
-        if config.overwrite:
-            shutil.rmtree(self.root)
-        elif config.resume == "auto":
+    def _holds_run(self) -> bool:
+        return self.config.is_file() and self.server.is_dir()
+
+    def _check_claim(self, config: RunConfig) -> None:
+        if config.resume == "auto":
             check_same_run(_read_config(self.config), to_dict(config), self.root)
-        else:
+        elif not config.overwrite:
             raise ConfigError(
                 f"output_dir {self.root} already holds a run; use resume=auto to go on with it, overwrite=true to "
                 f"delete it, or another output_dir"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import resource
-import shutil
 import sys
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,7 +19,7 @@ from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import make_trainer
-from fedproxy.pipeline.checks import check_compression
+from fedproxy.pipeline.checks import check_calibration, check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.display import Display
@@ -74,6 +73,8 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     fetch_assets(config)
     check_compression(config)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    if config.resume != "auto":
+        check_calibration(config)
     folder = RunFolder(config.output_dir)
     folder.open(config)
     current = Run(config, folder, display, shared)
@@ -111,11 +112,17 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
 def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:
     """Make the proxy, measure its fidelity and return the report; :func:`run` with resume=auto goes on from there.
 
-    An error leaves nothing of a folder that was not there before.
+    An error leaves nothing in a folder that was not there before, was empty, or is overwritten.
 
     Raises:
-        FedProxyError: If something that a user or a file causes ends it.
+        FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
+    folder = RunFolder(config.output_dir)
+    if config.resume == "auto" and folder.is_past_compression():
+        raise ConfigError(
+            f"output_dir {folder.root} holds a run that is past compression, and its report would be lost; go on with "
+            "it by python -m fedproxy.fit, or compress into another output_dir"
+        )
     evaluation = config.evaluation
     early = [name for name in evaluation.models if name in ("target", "proxy")]
     config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
@@ -124,14 +131,14 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     check_compression(config)
     if early:
         check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
-    folder = RunFolder(config.output_dir)
-    is_new = not folder.root.exists()
-    folder.open(config)
+    if config.resume != "auto":  # a run to go on with may have all it needs of the texts
+        check_calibration(config, held_out=True)
+    begins = folder.open(config)
     try:
         return _compress_only(Run(config, folder, display or Display()))
     except BaseException:
-        if is_new:
-            shutil.rmtree(folder.root, ignore_errors=True)
+        if begins:
+            folder.clear()
         raise
 
 

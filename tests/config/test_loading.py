@@ -39,6 +39,27 @@ def test_another_class_drops_the_recipes_options_of_that_node_only():
     assert config.compression.ratio == 0.27  # type: ignore[attr-defined]
 
 
+def test_another_class_keeps_what_both_have_from_one_base():
+    for name in ("angular", "uniform", "random", "cluster", "ffn_width"):
+        assert to_dict(load_config([LLAMA, f"compression.name={name}"]).compression)["ratio"] == 0.27
+    config = load_config(["recipe=fedproxy_tiny", "compression.name=none", "compression.calibration.rows=9"])
+    calibration = config.compression.calibration
+    assert (calibration.path, calibration.rows, calibration.max_tokens) == ("asset:tiny-calibration", 9, 64)
+    trainable = to_dict(load_config(["recipe=crash", "trainable.name=full"]).trainable)
+    assert trainable["blocks"] == "centres"
+    # two members' options of one name are not one option: conflict's strength is no proximal one
+    assert to_dict(load_config([LLAMA, "regularizer.name=proximal"]).regularizer)["strength"] == 0.01
+
+
+def test_another_compressor_chooses_itself_where_the_recipe_chose_by_hand(tmp_path):
+    path = tmp_path / "by_hand.yaml"
+    path.write_text("extends: fedproxy_tiny\ncompression: {keep: [0, 1], ratio: 0.2, ratio_of: parameters}\n")
+    switched = to_dict(load_config([f"recipe={path}", "compression.name=angular"]).compression)
+    assert (switched["keep"], switched["ratio"], switched["ratio_of"]) == (None, 0.2, "parameters")
+    # ffn_width counts neurons, not blocks, and has an option of its own for it
+    assert to_dict(load_config([f"recipe={path}", "compression.name=ffn_width"]).compression)["ratio_of"] == "neurons"
+
+
 def test_the_same_class_keeps_the_recipes_options():
     config = load_config([LLAMA, "aggregator.name=h_ties", "aggregator.rho=1.5"])
     assert (config.aggregator.delta, config.aggregator.rho) == (0.2, 1.5)  # type: ignore[attr-defined]
@@ -107,6 +128,18 @@ def test_plugins_register_their_components(tmp_path, monkeypatch):
         ([LLAMA, "overwrite"], r"'overwrite' is no key=value argument"),
         ([LLAMA, "--rounds=3"], r"'--rounds=3' is no key=value argument"),
         ([LLAMA, "data.tasks=[a"], r"^data.tasks: "),
+        ([LLAMA, "data.tasks=3"], r"^data.tasks must be a list of words like \[a,b\], got 3$"),
+        ([LLAMA, "data.tasks=[[1]]"], r"^data.tasks must be a list of words like \[a,b\], got \[\[1\]\]$"),
+        ([LLAMA, "data.files=[a]"], r"^data.files must be a mapping like \{a: b\}, got \['a'\]$"),
+        (
+            [LLAMA, "compression.keep=[a]"],
+            r"^compression.keep must be a list of whole numbers like \[0,1\], or null, got \['a'\]$",
+        ),
+        (
+            [LLAMA, "compression.keep=3"],
+            r"^compression.keep must be a list of whole numbers like \[0,1\], or null, got 3$",
+        ),
+        ([LLAMA, "compression.keep={a: 1}"], r"^compression.keep must be a list of whole numbers like"),
         ([LLAMA, "data.tasks=[]"], r"^data.tasks must be non-empty"),
         ([LLAMA, "fusion.mode=add"], r"^fusion.mode: Invalid value 'add', expected one of"),
         ([LLAMA, "output_dir=${nix}"], r"^output_dir: Interpolation key 'nix' not found"),

@@ -10,9 +10,11 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.run import compress_only, run
 from fedproxy.reporting import RunReport
 from fedproxy.strategies.compression.block_influence import BlockInfluence
+from tests.models.test_anonymity import telling_target
 from tests.strategies.compression.architectures import small_model
 
 SMALL = (
@@ -68,19 +70,52 @@ def test_the_pages_show_fidelity_and_what_was_removed(compressed):
 
 def test_nothing_in_the_proxy_names_the_target(compressed):
     _, folder = compressed
-    secrets = [b"tiny-llama", b"tiny_llama", b"proxy_to_target", b"base_model", b"/cache/", b"chat_template"]
+    secrets = [b"tiny-llama", b"tiny_llama", b"proxy_to_target", b"base_model", b"/cache/"]
     secrets.append(json.loads((folder / "server/layer_map.json").read_text())["target_sha256"].encode())
     for path in (folder / "proxy").rglob("*"):
         assert not [secret for secret in secrets if secret in path.read_bytes()], path
 
 
-def test_fit_goes_on_from_it(compressed):
+def test_no_proxy_tells_of_a_target_that_has_templates_code_and_notes(tmp_path):
+    target = telling_target(tmp_path / "secret-llm")
+    compress(tmp_path / "out", f"target.path={target}", "distillation.steps=1", "distillation.rows=16")
+    proxies = [tmp_path / "out" / "proxy", tmp_path / "out" / "server" / "proxy_undistilled"]
+    files = [path for proxy in proxies for path in proxy.rglob("*") if path.is_file()]
+    assert len(files) == 12
+    words = [b"acmecorp", b"secret", b"auto_map", b"model_id", b"chat_template"]
+    for path in files:
+        content = path.read_bytes().lower()
+        assert not [word for word in words if word in content], path
+
+
+def test_fit_goes_on_from_it_and_compress_does_not_take_its_report(compressed):
     _, folder = compressed
     before = state_sha256(load_model(folder / "proxy"))
     report = run(load_config([*SMALL, "resume=auto", f"output_dir={folder}"]))
     assert len(report.rounds) == 1
     assert report.fidelity is not None
     assert state_sha256(load_model(folder / "proxy")) == before
+    kept = {name: (folder / name).read_bytes() for name in ("report.json", "config.yaml")}
+    message = r"holds a run that is past compression, .*; go on with it by python -m fedproxy.fit, or compress into an"
+    with pytest.raises(ConfigError, match=message):
+        compress(folder, "resume=auto")
+    assert {name: (folder / name).read_bytes() for name in kept} == kept
+
+
+def test_compress_goes_on_with_a_compression_that_was_cut_short(tmp_path, monkeypatch):
+    from fedproxy.pipeline import run as module
+
+    def stop(*_):
+        raise DataError("stopped")
+
+    compress(tmp_path / "out")
+    (tmp_path / "out" / "report.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "measure_fidelity", stop)
+        with pytest.raises(DataError, match="stopped"):
+            compress(tmp_path / "out", "resume=auto")
+    assert (tmp_path / "out" / "proxy" / "model.safetensors").is_file()  # what was there before stays
+    assert compress(tmp_path / "out", "resume=auto").fidelity.kl > 0
 
 
 @pytest.mark.parametrize("compressor", ["name=random", "name=ffn_width", "name=cluster compression.share=true"])
@@ -215,9 +250,73 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name)
     refuse(CheckpointError, r"(cannot be written|cannot write).*No space left on device", tmp_path / "out")
 
 
+def full_config(monkeypatch):
+    write = Path.write_text
+
+    def full(self, *arguments, **options):
+        if self.name == "config.yaml":
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+
+
+def test_a_disk_full_at_the_first_file_leaves_nothing(tmp_path, monkeypatch):
+    full_config(monkeypatch)
+    refuse(CheckpointError, r"output_dir .*out cannot be written \(.*No space left on device", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot be written"):  # fit claims its folder in the same way
+        run(load_config([*SMALL, f"output_dir={tmp_path / 'out'}"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_left_empty_and_can_be_used_again(tmp_path, monkeypatch):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        full_config(patch)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            compress(folder)
+    assert not list(folder.iterdir())
+    with pytest.raises(DataError, match="every text is a client's row"):  # found only after rows/ were written
+        compress(folder, f"compression.calibration.path={clients_rows(tmp_path)}", "compression.calibration.rows=1")
+    assert not list(folder.iterdir())
+    assert compress(folder).fidelity.kl > 0
+
+
+def clients_rows(tmp_path):
+    config = load_config([*SMALL])
+    rows = [row for own in client_rows(config.data, seed=config.seed).values() for row in own]
+    path = tmp_path / "owned.jsonl"
+    path.write_text("".join(json.dumps({"text": row.prompt + row.target}) + "\n" for row in rows[:2]))
+    return path
+
+
+def test_overwrite_deletes_the_old_run_only_when_the_texts_are_good(tmp_path):
+    folder, texts = tmp_path / "out", tmp_path / "texts.jsonl"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("recipe: older\n")
+    (folder / "server").mkdir()
+    before = sorted(folder.rglob("*"))
+    bad = ["", '{"text": "  "}\n', '{"txt": "a"}\n', '{"text": "the only one"}\n']
+    for content in bad:
+        texts.write_text(content)
+        words = ("overwrite=true", f"compression.calibration.path={texts}", "compression.calibration.rows=1")
+        with pytest.raises(DataError, match=r"texts\.jsonl"):
+            compress(folder, *words)
+        assert sorted(folder.rglob("*")) == before, content
+    for content in bad[:3]:
+        texts.write_text(content)
+        with pytest.raises(DataError, match=r"texts\.jsonl"):
+            run(load_config([*SMALL, f"output_dir={folder}", *words]))
+        assert sorted(folder.rglob("*")) == before, content
+    with pytest.raises(DataError, match="every text is a client's row"):  # too late to spare the old run
+        compress(folder, "overwrite=true", f"compression.calibration.path={clients_rows(tmp_path)}", words[-1])
+    assert not folder.exists()
+
+
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("do not lose")
     with pytest.raises(ConfigError, match="holds files that are no run"):
-        compress(tmp_path / "out")
+        compress(tmp_path / "out", "overwrite=true")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose"

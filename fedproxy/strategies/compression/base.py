@@ -97,3 +97,14 @@ class Compressor(Component, family="compression"):
             DataError: If scores are needed and the calibration text holds no token.
         """
         return self.build(target, self.score(Decoder.of(target), calibration))
+
+
+@dataclass(frozen=True)
+class Removal(Compressor):
+    """Removes a share of something; a subclass says of what in its own ``ratio_of``."""
+
+    ratio: float = 0.5
+    """Share removed, in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")

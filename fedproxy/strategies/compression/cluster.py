@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fedproxy.errors import ModelError
+from fedproxy.errors import ConfigError, DataError, ModelError
 from fedproxy.models import Decoder
 from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.compression.removal import BlockRemoval
@@ -30,14 +30,32 @@ class Cluster(BlockRemoval, name="cluster"):
     share: bool = False
     """Repeat a cluster's centre at the places of its removed blocks, so that depth is kept."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.calibration.rows < 2 and self.keep is None and self.ratio:
+            raise ConfigError(
+                f"compression.calibration.rows must be at least 2 with compression.name=cluster, got "
+                f"{self.calibration.rows}: one text tells no block from another"
+            )
+
     def places(self, decoder: Decoder) -> Sequence[int]:
         """Return as many blocks as there will be centres, each repeated where it is shared."""
         chosen = super().places(decoder)
         return shared_by_nearest(chosen, len(decoder)) if self.share else chosen
 
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
-        """Return the linear CKA between the outputs of all pairs of blocks, float64 (blocks, blocks)."""
-        return linear_cka(mean_states(decoder, calibration))
+        """Return the linear CKA between the outputs of all pairs of blocks, float64 (blocks, blocks).
+
+        Raises:
+            DataError: If there are fewer than two texts: CKA centres over them, and one has none to differ from.
+        """
+        states = mean_states(decoder, calibration)
+        if states.shape[1] < 2:
+            raise DataError(
+                "compression.calibration: cluster compares blocks over at least 2 public texts, and "
+                f"{states.shape[1]} is left; add texts or choose another compressor"
+            )
+        return linear_cka(states)
 
     def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
         """Return the centres, ascending; with ``share`` each as often as its cluster has blocks."""

@@ -12,12 +12,12 @@ from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import copied, parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS, FeedForward
-from fedproxy.strategies.compression.base import Batch, Compressor
+from fedproxy.strategies.compression.base import Batch, Removal
 from fedproxy.strategies.compression.states import watch_blocks
 
 
 @dataclass(frozen=True)
-class FfnWidth(Compressor, name="ffn_width"):
+class FfnWidth(Removal, name="ffn_width"):
     """Removes the feed-forward neurons of lowest saliency, equally many from each block; every block stays.
 
     ``weights``: the L2 norm of all weights connected to the neuron, FedPFT's. ``activations``: the root mean square,
@@ -25,15 +25,14 @@ class FfnWidth(Compressor, name="ffn_width"):
     saliencies the lower index goes first. The layer map notes which neurons stayed, and fusion puts them back in place.
     """
 
-    ratio: float = 0.5
-    """Share removed, in [0, 1); of neurons: keep = max(1, n - floor(n * ratio)) of each block's n."""
     ratio_of: Literal["neurons", "parameters"] = "neurons"
-    """What ``ratio`` counts: a block's neurons, or the target's parameters (as many whole neurons as they hold)."""
+    """What ``ratio`` counts: neurons (of a block's n stay max(1, n - floor(n * ratio))), or the target's parameters
+    (as many whole neurons as they hold)."""
     saliency: Literal["weights", "activations"] = "weights"
     """What a neuron is ranked by."""
 
     def __post_init__(self) -> None:
-        self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")
+        super().__post_init__()
         self.require("ratio_of", self.ratio_of in ("neurons", "parameters"), "neurons or parameters")
         self.require("saliency", self.saliency in ("weights", "activations"), "weights or activations")
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -10,22 +10,22 @@ from torch import Tensor
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
-from fedproxy.strategies.compression.base import Batch, Compressor
+from fedproxy.registry import OF_ONE_CLASS
+from fedproxy.strategies.compression.base import Batch, Removal
 
 
 @dataclass(frozen=True)
-class BlockRemoval(Compressor):
+class BlockRemoval(Removal):
     """Removes whole blocks; a member says which (:meth:`choose`), from scores (:meth:`measure`) where it needs any."""
 
-    ratio: float = 0.5
-    """Share removed, in [0, 1); of blocks: keep = max(1, L - floor(L * ratio))."""
     ratio_of: Literal["blocks", "parameters"] = "blocks"
-    """What ``ratio`` counts: blocks, or the target's parameters (as many whole blocks as they hold)."""
-    keep: tuple[int, ...] | None = None
+    """What ``ratio`` counts: blocks (of L stay max(1, L - floor(L * ratio))), or the target's parameters (as many
+    whole blocks as they hold)."""
+    keep: tuple[int, ...] | None = field(default=None, metadata=OF_ONE_CLASS)
     """Ascending indices of the blocks to keep, instead of ``ratio`` and of any score; null chooses by score."""
 
     def __post_init__(self) -> None:
-        self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")
+        super().__post_init__()
         self.require("ratio_of", self.ratio_of in ("blocks", "parameters"), "blocks or parameters")
         if self.keep is not None:
             object.__setattr__(self, "keep", tuple(self.keep))

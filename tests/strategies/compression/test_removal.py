@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ConfigError, DataError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import disclosed_count, parameter_count
-from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.compression import CalibrationConfig, Compressor
 from fedproxy.strategies.compression.angular import last_token_states, run_distances
 from fedproxy.strategies.compression.cluster import linear_cka, mean_states, neighbour_clusters, shared_by_nearest
 from fedproxy.strategies.compression.uniform import even_positions
@@ -161,6 +161,15 @@ def test_cka_equals_its_definition():
         for j in range(6):
             cross = (x[j].T @ x[i]).norm() ** 2 / ((x[i].T @ x[i]).norm() * (x[j].T @ x[j]).norm())
             assert similarity[i, j] == pytest.approx(float(cross), abs=1e-4)
+
+
+def test_one_text_has_no_cka_to_cluster_by():
+    one = {name: rows[:1] for name, rows in texts().items()}
+    with pytest.raises(DataError, match=r"^compression.calibration: cluster compares .* at least 2 public texts"):
+        Compressor.by_name("cluster")().compress(small_model("llama"), [one])
+    with pytest.raises(ConfigError, match=r"^compression.calibration.rows must be at least 2 with .*cluster, got 1"):
+        Compressor.by_name("cluster")(calibration=CalibrationConfig(rows=1))
+    assert Compressor.by_name("cluster")(calibration=CalibrationConfig(rows=1), keep=(0,)).keep == (0,)
 
 
 def test_clusters_by_hand():
