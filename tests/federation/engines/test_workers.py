@@ -82,24 +82,20 @@ def test_two_runs_of_the_same_round_start_from_their_own_states(pool, words):
     assert [moved(1.0), moved(2.0), moved(5.0)] == [1.0, 2.0, 5.0]
 
 
-def test_each_client_starts_from_its_own_state_side_by_side_and_again_after_a_death(pool, words):
+def test_each_client_starts_from_its_own_state_also_in_a_second_try(pool, words):
     for client in CLIENTS:
-        (words / client).write_text("echo")
+        (words / client).write_text("echo" if client != "bob" else "die once")
+    values = {client: 1.0 + k for k, client in enumerate(CLIENTS)}
     states = {
-        client: {name: torch.full_like(tensor, 1.0 + k) for name, tensor in broadcast(3).state.items()}
-        for k, client in enumerate(CLIENTS)
+        client: {name: torch.full_like(tensor, value) for name, tensor in broadcast(3).state.items()}
+        for client, value in values.items()
     }
-    got = {
-        answer.client_id: answer
-        for answer in pool.run(Broadcast(3, {}, job={"lr": 0.5}, states=states), ("ann", "cid", "dot"))
-    }
-    assert {client: float(update.delta["a"][0, 0]) for client, update in got.items()} == {
-        "ann": 1.0, "cid": 3.0, "dot": 4.0,
-    }  # fmt: skip
-    (words / "bob").write_text("die once")
-    (again,) = pool.run(Broadcast(3, {}, states={"bob": states["bob"]}), ("bob",))
-    assert_honest(again)
+    got = {answer.client_id: answer for answer in pool.run(Broadcast(3, {}, states=states), CLIENTS)}
     assert len(pids(words, "bob")) == 2
+    assert_honest(got.pop("bob"))
+    assert {client: float(update.delta["a"][0, 0]) for client, update in got.items()} == {
+        client: value for client, value in values.items() if client != "bob"
+    }
 
 
 def test_a_killed_worker_is_replaced_and_its_client_tried_again(pool, words):
