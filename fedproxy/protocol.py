@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -112,9 +112,16 @@ class Broadcast:
     """Plain settings of the client's task (learning rate, batch size, ...)."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
     """What a rule sends beyond the state, by group."""
+    states: Mapping[str, Tensors] | None = None
+    """Where clients share no state, each client's own one in place of ``state``; read when that client is served."""
+
+    def addressed_to(self, client_id: str) -> "Broadcast":
+        """Return what one client is sent: this broadcast, or one with that client's own state."""
+        return self if self.states is None else replace(self, state=self.states[client_id], states=None)
 
     def save(self, path: str | Path) -> None:
-        """Write the broadcast as one safetensors file."""
+        """Write the broadcast, addressed to its client where each has its own state, as one safetensors file."""
+        assert self.states is None, "only addressed_to() a client does it have a state"
         groups = {"state": self.state, **({} if self.conflict is None else {"conflict": self.conflict})}
         meta = {"round": self.round, "job": dict(self.job), "has_conflict": self.conflict is not None}
         _save(path, "broadcast", meta, groups, self.extras)

@@ -1,10 +1,9 @@
 """Round checkpoints: written whole or not at all, read back to the bit."""
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
+from fedproxy.federation.round_files import flush
 
 _NAME = re.compile(r"round_(\d{4,})")
 _GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change", "emulator")
@@ -26,7 +26,7 @@ class Progress:
     round: int
     """Last finished round; 0 before the first."""
     state: dict[str, Tensor]
-    """Trainable state phi."""
+    """Trainable state phi; where clients are never merged, the state that each of them starts from."""
     conflict: dict[str, Tensor] = field(default_factory=dict)
     """Per-coordinate conflict of the last round; empty before the first."""
     server_memory: dict[str, Tensor] = field(default_factory=dict)
@@ -76,10 +76,10 @@ class CheckpointFolder:
                 )
             content = {"round": progress.round, "tensors": names, "records": progress.records}
             (part / "progress.json").write_text(json.dumps(content) + "\n")
-            _flush([*part.iterdir(), part])
+            flush([*part.iterdir(), part])
             shutil.rmtree(final, ignore_errors=True)
             part.rename(final)
-            _flush([self.folder])
+            flush([self.folder])
         except (OSError, SafetensorError) as error:  # a full disk comes as either
             raise CheckpointError(
                 f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
@@ -117,12 +117,3 @@ class CheckpointFolder:
             if lost := sorted(set(listed[group]) - set(tensors)):
                 raise CheckpointError(f"checkpoint {path} lacks the tensor {lost[0]} in {group}.safetensors; {hint}")
         return Progress(content["round"], **groups, records=content["records"])
-
-
-def _flush(paths: Iterable[Path]) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -8,16 +8,12 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import quote
 
 from safetensors import SafetensorError, safe_open
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.round_files import RoundFiles
+from fedproxy.federation.round_files import ClientFiles
 from fedproxy.protocol import TensorFile, Tensors
-
-_KEPT = 3
-"""Files that stay per client: one for the round under way, one for each of the loop's two latest checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class ClientMemory:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self._files = ClientFiles(folder)
 
     def load(self, client_id: str, before: int) -> Memory:
         """Return what a client remembers from its last round before round ``before``.
@@ -52,7 +48,7 @@ class ClientMemory:
         Raises:
             CheckpointError: If the file is damaged.
         """
-        files = self._files(client_id)
+        files = self._files.of(client_id)
         rounds = [number for number in files.rounds() if number < before]
         if not rounds:
             return Memory()
@@ -72,24 +68,16 @@ class ClientMemory:
         Raises:
             CheckpointError: If it cannot be written.
         """
-        files = self._files(client_id)
         tensors = {f"own/{name}": tensor for name, tensor in memory.own.items()}
         tensors |= {f"regularizer/{name}": tensor for name, tensor in memory.regularizer.items()}
         counts = {"num_examples": memory.num_examples, "num_tokens": memory.num_tokens}
-        files.write(round_, tensors, {"counts": json.dumps(counts)})
-        for old in files.rounds()[:-_KEPT]:
-            files.remove(old)
+        self._files.write(client_id, round_, tensors, {"counts": json.dumps(counts)})
 
     def drop(self, client_ids: Iterable[str], round_: int) -> None:
         """Undo a round of clients whose update was not used."""
         for client_id in client_ids:
-            self._files(client_id).remove(round_)
+            self._files.of(client_id).remove(round_)
 
     def rewind(self, round_: int) -> None:
         """Forget everything that was kept after round ``round_``."""
-        if self.folder.is_dir():
-            for folder in self.folder.iterdir():
-                RoundFiles(folder).rewind(round_)
-
-    def _files(self, client_id: str) -> RoundFiles:
-        return RoundFiles(self.folder / quote(client_id, safe=""))
+        self._files.rewind(round_)

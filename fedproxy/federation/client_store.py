@@ -1,8 +1,9 @@
-"""What clients keep on disk beside their rows, in one folder: their memories and the changes of the frozen weights."""
+"""What is kept on disk for single clients beside their rows, in one folder, and the changes of the frozen weights."""
 
 from pathlib import Path
 
 from fedproxy.federation.client_memory import ClientMemory
+from fedproxy.federation.client_states import ClientStates
 from fedproxy.federation.frozen_weights import FrozenChanges
 
 
@@ -15,9 +16,11 @@ class ClientStore:
 
     def __init__(self, folder: Path) -> None:
         self.memory = ClientMemory(folder / "clients")
+        self.states = ClientStates(folder / "states")
         self.frozen = FrozenChanges(folder / "frozen_changes")
 
     def rewind(self, round_: int) -> None:
         """Bring the store to where it was after round ``round_``, before a run goes on from there."""
         self.memory.rewind(round_)
+        self.states.rewind(round_)
         self.frozen.rewind(round_)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.client_states import ClientState
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
@@ -19,7 +20,6 @@ from fedproxy.federation.participation import OnAnswer, Participation
 from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
-from fedproxy.federation.separate import separate_round
 from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.plain_json import plain, write_text
@@ -95,26 +95,49 @@ class Federation:
         return progress
 
     def _separate_round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
-        """Run a round in which no client's update meets another's."""
-        number = before.round + 1
-        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
-        alone = replace(self.participation, min_clients=None)
+        """Run a round in which every client goes on from a state of its own and no update meets another's.
 
-        def one_round(client: str, own: Progress, note: OnAnswer) -> Progress:
-            federation = replace(self, clients=[client], clients_per_round="all", participation=alone, rows=None)
-            return federation._round(own, engine, note)
+        Who is dropped keeps the state it had.
+        """
+        started, number = time.perf_counter(), before.round + 1
+        chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
+        broadcast = Broadcast(number, {}, job=self._job(before.state, number), states=states)
+        updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
+        trained = time.perf_counter()
+        norms = []
+        for update in updates:
+            own = states.load(update.client_id)
+            context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
+            merged = self._aggregate([update], own.aggregator_memory, context)
+            state, memory = self.server_optimizer.step(own.state, merged.delta, own.server_memory)
+            self.store.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
+            norms += merged.diagnostics["update_norms"]
+        record: Record = {
+            **_taken(number, updates, dropped),
+            "update_norms": norms,
+            "download_bytes": sum(broadcast.addressed_to(client).bytes for client in chosen),
+            "server_seconds": time.perf_counter() - trained,
+            "seconds": time.perf_counter() - started,
+        }
+        return replace(before, round=number, records=[*before.records, record])
 
-        return separate_round(before, chosen, one_round, on_client)
+    def _chosen(self, number: int) -> list[str]:
+        return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
+
+    def _job(self, state: Tensors, number: int) -> dict[str, Any]:
+        """Return what clients of a round are asked to do, with the tensors that rest and those that stay with them."""
+        resting = [name for name in state if not self.aggregator.trains(name, number)]
+        own = own_tensors(state, self.aggregator)
+        return {**self.job, "frozen": resting, "own": own, "statistics": list(self.aggregator.needs_extras)}
 
     def _round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
         started = time.perf_counter()
         number = before.round + 1
-        chosen = sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
+        chosen = self._chosen(number)
         conflict = before.conflict if self.regularizer.needs_conflict and before.conflict else None
-        resting = [name for name in before.state if not self.aggregator.trains(name, number)]
-        own = own_tensors(before.state, self.aggregator)
+        job = self._job(before.state, number)
+        own = job["own"]
         sent = {name: tensor for name, tensor in before.state.items() if name not in own}
-        job = {**self.job, "frozen": resting, "own": own, "statistics": list(self.aggregator.needs_extras)}
         extras = broadcast_extras(before, self.aggregator, self.regularizer)
         aligned = None if self.realigner is None else self.realigner.align(before)
         if aligned is not None:
@@ -122,25 +145,17 @@ class Federation:
         broadcast = Broadcast(number, sent, conflict, job, extras)
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
-        clients = [update.client_id for update in updates]
-        self.store.memory.drop(set(chosen).difference(clients), number)
+        self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)
         context = RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
         merged = self._aggregate(updates, before.aggregator_memory, context)
         state, memory = self.server_optimizer.step(sent, merged.delta, before.server_memory)
-        examples = [update.num_examples for update in updates]
         record: Record = {
-            "round": number,
-            "clients": clients,
-            **({"dropped": dropped} if dropped else {}),
-            "train_loss": _mean([update.train_loss for update in updates], examples),
-            "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
+            **_taken(number, updates, dropped),
             **merged.diagnostics,
             "conflict_by_layer": merged.conflict_by_layer(),
             "factor_mean_error": None if own else self._factor_error(before.state, updates),
             "realignment_loss": None if aligned is None else aligned.loss,
-            "upload_bytes": sum(update.bytes for update in updates),
             "download_bytes": broadcast.bytes * len(chosen) + self._bytes_for_the_rest(extras, len(chosen)),
-            "client_seconds": sum(update.seconds for update in updates),
             "server_seconds": time.perf_counter() - trained + (0.0 if aligned is None else aligned.seconds),
             "seconds": time.perf_counter() - started,
         }
@@ -196,6 +211,20 @@ class _Moved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.state)
+
+
+def _taken(number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
+    """Return what a record says of the updates that were taken; losses are means over examples."""
+    examples = [update.num_examples for update in updates]
+    return {
+        "round": number,
+        "clients": [update.client_id for update in updates],
+        **({"dropped": dict(dropped)} if dropped else {}),
+        "train_loss": _mean([update.train_loss for update in updates], examples),
+        "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
+        "upload_bytes": sum(update.bytes for update in updates),
+        "client_seconds": sum(update.seconds for update in updates),
+    }
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

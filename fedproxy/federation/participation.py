@@ -65,7 +65,7 @@ class _Round:
             self.drop(answer)
             return
         try:
-            self.norms[answer.client_id] = check_update(answer, self.broadcast)
+            self.norms[answer.client_id] = check_update(answer, self.broadcast.addressed_to(answer.client_id))
         except ClientError as error:
             self.drop(Dropped(answer.client_id, one_line(error)))
             return

@@ -1,9 +1,10 @@
-"""One safetensors file per round in a folder, written whole or not at all."""
+"""One safetensors file per round in a folder, written whole or not at all, and such a folder for each client."""
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -12,6 +13,8 @@ from torch import Tensor
 from fedproxy.errors import CheckpointError
 
 _NAME = re.compile(r"round_(\d{4,})\.safetensors")
+_KEPT = 3
+"""Files that stay per client: one for the round under way, one for each of the loop's two latest checkpoints."""
 
 
 class RoundFiles:
@@ -43,11 +46,12 @@ class RoundFiles:
         final = self.path(round_)
         part = final.with_suffix(f".part{os.getpid()}")  # several processes may write the same round
         try:
+            is_new = not self.folder.is_dir()
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, dict(metadata))
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            flush([part])
             part.replace(final)
+            flush([self.folder, *([self.folder.parent] if is_new else [])])
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{final} cannot be written: {error}; free space, then resume=auto") from error
 
@@ -62,3 +66,51 @@ class RoundFiles:
                 self.remove(later)
         for part in self.folder.glob("*.part*"):
             part.unlink()
+
+
+class ClientFiles:
+    """The round files of many clients, a folder for each.
+
+    A client's folder has one file per round it took part in, and only the latest few: a run that goes on from its last
+    checkpoint, or the one before, finds every client's file as it was then, whatever was written later.
+
+    Args:
+        folder: Holds the clients' folders; made when something is written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, client_id: str) -> RoundFiles:
+        """Return one client's files; its name may hold any characters."""
+        name = quote(client_id, safe="")
+        return RoundFiles(self.folder / (f"%2E{name[1:]}" if name.startswith(".") else name))
+
+    def write(
+        self, client_id: str, round_: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Write a client's file of a round, and delete those that no checkpoint needs any more.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        files = self.of(client_id)
+        files.write(round_, tensors, metadata or {})
+        for old in files.rounds()[:-_KEPT]:
+            files.remove(old)
+
+    def rewind(self, round_: int) -> None:
+        """Delete what was written after round ``round_``."""
+        if self.folder.is_dir():
+            for folder in self.folder.iterdir():
+                RoundFiles(folder).rewind(round_)
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Bring files, or folders' lists of files, to the disk itself."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
-from fedproxy.protocol import ClientUpdate, Tensors
+from fedproxy.protocol import ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -71,15 +73,36 @@ def assemble(
     """
     if aggregator.moves_base and progress.round:
         store.frozen.receive(model, progress.round, progress.frozen_change)
-    state, own = dict(progress.state), own_tensors(progress.state, aggregator)
-    handed = []
-    for client in sorted(clients) if own else ():
-        memory = store.memory.load(client, before=progress.round + 1)
+    own = {name: progress.state[name] for name in own_tensors(progress.state, aggregator)}
+    means, handed = _mean_of_own(own, aggregator, store, sorted(clients), progress.round) if own else ({}, 0)
+    model.load_state({**progress.state, **means})
+    return handed
+
+
+def _mean_of_own(
+    start: Mapping[str, Tensor], aggregator: Aggregator, store: ClientStore, clients: Sequence[str], round_: int
+) -> tuple[dict[str, Tensor], int]:
+    """Return the clients' own tensors merged by a linear rule, and their bytes; one client's are held at a time.
+
+    Raises:
+        CheckpointError: If a file is damaged.
+        ClientError: If a client's values are not finite.
+    """
+    counts = []
+    for client in clients:
+        memory = store.memory.load(client, before=round_ + 1)
         if memory.own:
-            kept = {name: memory.own[name] - state[name] for name in own}
-            handed.append(ClientUpdate(client, kept, memory.num_examples, memory.num_tokens))
-    if handed:
-        merged = aggregator.aggregate(handed, None, RoundContext(progress.round), figures=False)
-        state |= {name: state[name] + merged.delta[name] for name in own}
-    model.load_state(state)
-    return sum(update.bytes for update in handed)
+            counts.append(ClientUpdate(client, {}, memory.num_examples, memory.num_tokens))
+    if not counts:
+        return {}, 0
+    weights = aggregator.linear_weights(counts, RoundContext(round_))
+    sums, handed = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}, 0
+    for update, weight in zip(counts, weights.tolist(), strict=True):
+        own = store.memory.load(update.client_id, before=round_ + 1).own
+        handed += nbytes(own)
+        for name, total in sums.items():
+            change = (own[name] - start[name]).float()
+            if not bool(change.isfinite().all()):
+                raise not_finite(update.client_id, name)
+            total.add_(change, alpha=weight)
+    return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed

@@ -11,6 +11,7 @@ from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
@@ -30,7 +31,8 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     Where every client has a state of its own, both folders hold one folder per client.
     """
     started = time.perf_counter()
-    config, states = run.config, final_states(run.config, progress, clients)
+    config = run.config
+    states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
     done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
     if not done:
         shutil.rmtree(run.folder.fused, ignore_errors=True)

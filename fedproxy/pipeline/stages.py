@@ -30,7 +30,7 @@ from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import realigner
-from fedproxy.pipeline.tuned import final_states, first_progress
+from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
@@ -168,8 +168,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
     progress = checkpoints.load_latest() or first_progress(config, model, clients)
-    for state in final_states(config, progress, clients).values():
-        _check_state(state, model, checkpoints)
+    _check_state(progress.state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
     store = ClientStore(run.folder.checkpoints)

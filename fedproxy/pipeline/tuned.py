@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from fedproxy.config import RunConfig
 from fedproxy.errors import DataError
 from fedproxy.federation.checkpoint import Progress
-from fedproxy.federation.separate import own, spread
+from fedproxy.federation.client_store import ClientStore
 from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.protocol import Tensors
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable import Trainable
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -26,22 +27,22 @@ def first_progress(config: RunConfig, model: TrainableModel, clients: Mapping[st
     Raises:
         DataError: If clients get folders of their own, and one's name makes no folder.
     """
-    if config.aggregator.aggregates:
-        return Progress(0, model.state())
-    for client in clients:
+    for client in () if config.aggregator.aggregates else clients:
         if client in (".", "..") or Path(client).name != client:
             raise DataError(
                 f"data: with aggregator.name={config.aggregator.name} client {client!r} gets a folder of its own; "
                 "give it a name without slashes"
             )
-    return Progress(0, spread(model.state(), clients))
+    return Progress(0, model.state())
 
 
-def final_states(config: RunConfig, progress: Progress, clients: Mapping[str, object]) -> dict[str, dict[str, Tensor]]:
-    """Return the trained states of a run: one under :data:`MERGED`, or every client's own."""
+def final_states(
+    config: RunConfig, progress: Progress, store: ClientStore, clients: Mapping[str, object]
+) -> Mapping[str, Tensors]:
+    """Return the trained states of a run: one under :data:`MERGED`, or every client's own, read when asked for."""
     if config.aggregator.aggregates:
         return {MERGED: progress.state}
-    return {client: own(progress.state, client) for client in sorted(clients)}
+    return store.states.after(progress, sorted(clients))
 
 
 @dataclass
@@ -78,7 +79,7 @@ class TunedProxies(Mapping[str, TunedProxy]):
         self,
         proxy: PreTrainedModel,
         trainable: Trainable,
-        states: Mapping[str, Mapping[str, Tensor]],
+        states: Mapping[str, Tensors],
         *,
         seed: int,
         known: TunedProxy | None = None,

@@ -51,6 +51,11 @@ def check_capabilities(
             f"aggregator.name: {aggregator.name!r} needs clients that send {missing[0]!r} statistics, which they do "
             "not; choose another aggregator or a client that sends them"
         )
+    if type(aggregator).shares is not Aggregator.shares and not aggregator.linear:
+        raise ConfigError(
+            f"aggregator.name: {aggregator.name!r} leaves clients tensors of their own, of which the fused model gets "
+            f"the weighted mean, and has no weights because it is not linear; use {_with('linear')}"
+        )
     if regularizer.needs_conflict and not aggregator.aggregates:
         raise ConfigError(
             f"regularizer.name: {regularizer.name!r} needs the conflict between clients, which aggregator "

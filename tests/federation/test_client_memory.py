@@ -67,6 +67,15 @@ def test_names_that_are_no_file_names_stay_inside_the_folder(tmp_path):
     assert value(store.load("../a/b", before=2)) == 1.0
 
 
+@pytest.mark.parametrize("name", [".", "..", "..."])
+def test_names_of_dots_stay_inside_too(tmp_path, name):
+    store = ClientMemory(tmp_path / "clients")
+    store.save(name, 1, kept(1))
+    assert [path.is_dir() for path in (tmp_path / "clients").iterdir()] == [True]
+    assert [path.name for path in tmp_path.iterdir()] == ["clients"]
+    assert value(store.load(name, before=2)) == 1.0
+
+
 def test_a_truncated_file_is_one_line(tmp_path):
     store = ClientMemory(tmp_path)
     store.save("c", 1, kept(1))

@@ -1,5 +1,7 @@
 """The loop's part in what rules share: what a broadcast carries, what comes back, what is put together at the end."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -8,8 +10,8 @@ from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.shared import assemble, broadcast_extras, merge_shared, own_tensors
-from fedproxy.protocol import ClientUpdate
-from fedproxy.strategies.aggregators import Aggregator
+from fedproxy.protocol import ClientUpdate, TensorFile
+from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.trainable import Trainable
 
@@ -56,6 +58,43 @@ def test_the_fused_b_is_the_mean_over_clients_that_took_part_weighted_by_example
     assert handed == 2 * 3 * 32 * 2 * 4
     for name, tensor in trainable.state().items():
         assert torch.equal(tensor, torch.full_like(tensor, 2.0) if name in own else state[name])
+
+
+def test_the_mean_holds_one_client_at_a_time_and_has_the_bits_of_aggregation(make_model, tmp_path, monkeypatch):
+    trainable = Trainable.by_name("lora")(r=2, modules=["q_proj"]).attach(make_model("llama"))
+    state, store = trainable.state(), ClientStore(tmp_path)
+    own, draw = own_tensors(state, FedSA), torch.Generator().manual_seed(0)
+    clients = [f"c{k:02d}" for k in range(40)]
+    updates = []
+    for k, client in enumerate(clients):
+        kept = {name: torch.randn(state[name].shape, generator=draw) for name in own}
+        store.memory.save(client, 1, Memory(own=kept, num_examples=1 + k))
+        updates.append(ClientUpdate(client, {name: kept[name] - state[name] for name in own}, 1 + k))
+    expected = FedSA.aggregate(updates, None, RoundContext(1), figures=False).delta
+    alive, most = weakref.WeakSet(), []
+    load = type(store.memory).load
+
+    def watch(self, *arguments, **named):
+        memory = load(self, *arguments, **named)
+        alive.add(memory.own)
+        most.append(len(alive))
+        return memory
+
+    monkeypatch.setattr(TensorFile, "__hash__", object.__hash__)
+    monkeypatch.setattr(type(store.memory), "load", watch)
+    assemble(trainable, Progress(1, state), FedSA, store, clients)
+    assert max(most) <= 2  # the one before is let go of when the next one is there
+    for name in own:
+        assert torch.equal(trainable.state()[name], state[name] + expected[name])
+
+
+def test_a_client_whose_own_tensors_are_not_finite_is_named(make_model, tmp_path):
+    trainable = Trainable.by_name("lora")(r=2, modules=["q_proj"]).attach(make_model("llama"))
+    state, store = trainable.state(), ClientStore(tmp_path)
+    own = {name: torch.full_like(state[name], float("nan")) for name in own_tensors(state, FedSA)}
+    store.memory.save("a", 1, Memory(own=own, num_examples=1))
+    with pytest.raises(ClientError, match=r"client 'a': tensor '.*lora_B.*' must be finite"):
+        assemble(trainable, Progress(1, state), FedSA, store, ["a"])
 
 
 def test_other_rules_put_nothing_together(make_model, tmp_path):

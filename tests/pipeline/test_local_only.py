@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from fedproxy.errors import DataError
+from fedproxy.federation.client import LocalClient
 from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.plan import plan
 from fedproxy.reporting import RunReport
 from fedproxy.reporting.samples import load_evaluation
 
@@ -74,14 +76,59 @@ def test_resume_ends_with_the_same_bits(local_run, run_tiny):
     _, folder = run_tiny(*LOCAL, "federation.rounds=1", "evaluation.models=[]")
     report, _ = run_tiny(*LOCAL, "federation.rounds=2", "resume=auto", "evaluation.models=[]", folder=folder)
     assert [line.round for line in report.rounds] == [1, 2]
-    state = "checkpoints/round_0002/state.safetensors"
-    left, right = load_file(whole / state), load_file(folder / state)
-    assert {name.partition("/")[0] for name in left} == set(CLIENTS)
-    assert sorted(left) == sorted(right)
-    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert_same_states(whole, folder)
     for client in CLIENTS:
         one, other = weights(whole / "fused" / client), weights(folder / "fused" / client)
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def assert_same_states(left, right):
+    for client in CLIENTS:
+        one, other = (load_file(run / f"checkpoints/states/{client}/round_0002.safetensors") for run in (left, right))
+        assert sorted(one) == sorted(other)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+        assert any(tensor.any() for name, tensor in one.items() if "lora_B" in name)
+
+
+def test_two_rounds_have_the_same_bits_in_this_process_and_with_workers(run_tiny):
+    runs = [
+        run_tiny(*LOCAL, "evaluation.models=[]", *engine)[1]
+        for engine in (
+            ("engine.name=in_process", "engine.threads=1"),
+            ("engine.name=workers", "engine.workers=1"),  # one worker serves both clients of a round
+        )
+    ]
+    assert_same_states(*runs)
+    # in the second round each went on from its own state
+    lines = [[json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()] for run in runs]
+    for here, there in zip(*lines, strict=True):
+        assert here["train_loss"] == there["train_loss"]
+        assert here["update_norms"] == there["update_norms"]
+
+
+def test_the_plan_predicts_the_bytes(local_run):
+    _, folder = local_run
+    predicted = plan(["recipe=fedproxy_tiny", *LOCAL]).traffic
+    for number, line in enumerate((folder / "rounds.jsonl").read_text().splitlines(), start=1):
+        record = json.loads(line)
+        assert (record["upload_bytes"], record["download_bytes"]) == (predicted.all_up(), predicted.all_down(number))
+
+
+def test_a_failing_client_is_named_and_fused_from_its_last_state(run_tiny, monkeypatch):
+    train = LocalClient.train
+
+    def fail(self, broadcast, client_id, **limits):
+        if broadcast.round == 2 and client_id == "tiny_sums":
+            raise RuntimeError("out of memory")
+        return train(self, broadcast, client_id, **limits)
+
+    monkeypatch.setattr(LocalClient, "train", fail)
+    report, folder = run_tiny(*LOCAL, "federation.min_clients=1", "evaluation.models=[]")
+    assert [line.dropped for line in report.rounds] == [{}, {"tiny_sums": "RuntimeError: out of memory"}]
+    kept = load_file(folder / "checkpoints/states/tiny_sums/round_0001.safetensors")
+    adapter = load_file(folder / "adapter/tiny_sums/adapter_model.safetensors")
+    assert adapter
+    assert all(torch.equal(tensor, kept[f"state/{name}"]) for name, tensor in adapter.items())
 
 
 def test_a_name_that_makes_no_folder_is_refused(run_tiny, tmp_path):

@@ -96,3 +96,13 @@ def test_what_cannot_work_is_refused_in_one_line(facts, message):
     with pytest.raises(ConfigError, match=message) as caught:
         check(**facts)
     assert "\n" not in str(caught.value)
+
+
+def test_a_rule_that_leaves_clients_tensors_must_have_weights_for_their_mean():
+    class Halves(Aggregator, name="halves_without_weights"):
+        def shares(self, name):
+            return not name.endswith("lora_B.weight")
+
+    with pytest.raises(ConfigError, match=r"aggregator.name: 'halves_without_weights' leaves clients tensors .*; use"):
+        check("halves_without_weights")
+    check("fedsa_lora")

@@ -60,7 +60,7 @@ class RunningEngine(Protocol):
         File-backed updates stay readable until the next round begins or the engine is closed.
 
         Args:
-            broadcast: What every client starts from.
+            broadcast: What every client starts from; each is sent what ``broadcast.addressed_to`` gives for it.
             client_ids: The round's clients.
             timeout_s: Seconds after which clients that have not finished are dropped; None waits for all.
         """

@@ -47,7 +47,7 @@ class _Running:
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for client_id in client_ids:
-            yield self._answer(broadcast, client_id, timeout_s, deadline)
+            yield self._answer(broadcast.addressed_to(client_id), client_id, timeout_s, deadline)
 
     def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
         if deadline is None or timeout_s is None:

@@ -28,6 +28,7 @@ from fedproxy.federation.engines.base import (
 from fedproxy.federation.engines.worker_process import Message, WorkerProcess
 from fedproxy.protocol import Broadcast, ClientUpdate
 
+_BROADCAST = "broadcast.safetensors"
 _TRIES = 2
 """How often a client is tried whose worker dies or hangs."""
 
@@ -37,7 +38,8 @@ class Workers(Engine, name="workers"):
     """Clients side by side: each process holds one proxy and takes the next client when it is free.
 
     Results depend neither on the number of workers nor on the order in which clients finish. The round's state is
-    written once as a safetensors file that all workers read, updates come back as files that are merged one tensor at
+    written once as a safetensors file that all workers read (once for each client where clients have states of their
+    own), updates come back as files that are merged one tensor at
     a time. A worker that dies or hangs is replaced and its client tried once more.
     """
 
@@ -124,9 +126,9 @@ class WorkerPool:
             CheckpointError: If the broadcast cannot be written.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        shared = self._write_broadcast(broadcast)
+        folder = self._begin(broadcast)
         todo = deque(
-            _Task(number, client_id, shared.parent / f"update_{number:05d}.safetensors")
+            _Task(number, client_id, folder / f"update_{number:05d}.safetensors")
             for number, client_id in enumerate(client_ids)
         )
         try:
@@ -135,7 +137,7 @@ class WorkerPool:
                     left = [slot.task for slot in self._busy() if slot.task is not None] + list(todo)
                     yield from (Dropped(task.client_id, late(timeout_s)) for task in left)
                     return
-                self._hand_out(todo, shared)
+                self._hand_out(todo, broadcast, folder)
                 for slot in self._wait(deadline):
                     yield from self._hear(slot, todo)
                 yield from self._stop_hung(todo)
@@ -149,31 +151,45 @@ class WorkerPool:
             self._remove(slot)
         shutil.rmtree(self._base, ignore_errors=True)
 
-    def _write_broadcast(self, broadcast: Broadcast) -> Path:
+    def _begin(self, broadcast: Broadcast) -> Path:
+        """Return a new folder for what a round's files hold, with the broadcast in it where all clients get the same.
+
+        No two runs share a folder, whatever their rounds: workers know what they have read by its path.
+        """
         try:
             for old in self.folder.glob("round_*"):
                 shutil.rmtree(old)
-            path = self.folder / f"round_{broadcast.round:04d}" / "broadcast.safetensors"
-            path.parent.mkdir()
-            broadcast.save(path)
+            folder = Path(tempfile.mkdtemp(prefix=f"round_{broadcast.round:04d}_", dir=self.folder))
+            if broadcast.states is None:
+                broadcast.save(folder / _BROADCAST)
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the broadcast of round {broadcast.round} cannot be written to {self.folder}: {error}; "
-                f"free disk space, then resume=auto"
-            ) from error
+            raise _unwritten(broadcast, self.folder, error) from error
+        return folder
+
+    def _sent(self, task: _Task, broadcast: Broadcast, folder: Path) -> Path:
+        """Return the file of what a client is sent, written now if it is that client's alone."""
+        if broadcast.states is None:
+            return folder / _BROADCAST
+        path = folder / f"{task.number:05d}_{_BROADCAST}"
+        if not path.exists():
+            try:
+                broadcast.addressed_to(task.client_id).save(path)
+            except (OSError, SafetensorError) as error:
+                raise _unwritten(broadcast, self.folder, error) from error
         return path
 
     def _busy(self) -> list[_Slot]:
         return [slot for slot in self._slots if slot.task is not None]
 
-    def _hand_out(self, todo: deque[_Task], shared: Path) -> None:
+    def _hand_out(self, todo: deque[_Task], broadcast: Broadcast, folder: Path) -> None:
         """Give tasks to free workers, and start as many as there are tasks left, up to the engine's number."""
         for slot in self._slots:
             if slot.ready and slot.task is None and todo:
                 slot.task, slot.since = todo.popleft(), time.monotonic()
                 slot.task.tries += 1
+                sent = str(self._sent(slot.task, broadcast, folder))
                 task = {"task": slot.task.number, "client": slot.task.client_id}
-                slot.process.send({**task, "broadcast": str(shared), "update": str(slot.task.update)})
+                slot.process.send({**task, "broadcast": sent, "update": str(slot.task.update)})
         starting = sum(not slot.ready for slot in self._slots)
         for _ in range(min(len(todo) - starting, self.size - len(self._slots))):
             self._slots.append(_Slot(self._spawn()))
@@ -250,6 +266,13 @@ def _answer(task: _Task, message: Message) -> Answer:
         return signed(ClientUpdate.load(task.update), task.client_id)
     except ClientError as error:
         return Dropped(task.client_id, one_line(error))
+
+
+def _unwritten(broadcast: Broadcast, folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the broadcast of round {broadcast.round} cannot be written to {folder}: {error}; free disk space, then "
+        f"resume=auto"
+    )
 
 
 def _cores() -> int:

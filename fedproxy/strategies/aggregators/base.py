@@ -171,6 +171,17 @@ class Aggregator(Component, family="aggregator"):
 
         return Plan(merge, threaded=self.coordinatewise)
 
+    def linear_weights(self, updates: Sequence[ClientUpdate], context: RoundContext) -> Tensor:
+        """Return the weights of a ``linear`` rule, float64 (clients,) in the order of ``updates``, sorted by client.
+
+        Args:
+            updates: One per client; their counts are read, their tensors need not be there.
+            context: Round and seed.
+        """
+        cohort, unseen = Cohort(updates), Survey({}, {}, 0.0, 1.0)
+        weights = self.plan(cohort, unseen, {}, context).weights
+        return self.weigh(cohort, unseen) if weights is None else weights
+
     def aggregate(
         self,
         updates: Sequence[ClientUpdate],

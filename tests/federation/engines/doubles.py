@@ -42,6 +42,8 @@ class Double:
         if once:
             path.unlink()
         (Path(self.folder) / f"{client_id}.seen").open("a").write(f"{os.getpid()}\n")
+        if word == "echo":  # the state that it was sent, read out of its file
+            return replace(update, delta={name: tensor.clone() for name, tensor in broadcast.state.items()})
         return FAULTS[word](update)
 
 

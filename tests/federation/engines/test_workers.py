@@ -2,6 +2,7 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
-from fedproxy.protocol import ClientUpdate, TensorFile
+from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile
 
 from .doubles import CLIENTS, broadcast, honest, remote
 
@@ -69,6 +70,32 @@ def test_all_clients_answer_from_two_other_processes(pool, words):
     assert os.getpid() not in seen
     assert seen == set(pool.pids)
     assert len(seen) == 2
+
+
+def test_two_runs_of_the_same_round_start_from_their_own_states(pool, words):
+    def moved(value):
+        state = {name: torch.full_like(tensor, value) for name, tensor in broadcast(3).state.items()}
+        (words / "ann").write_text("echo")
+        (update,) = pool.run(replace(broadcast(3), state=state), ("ann",))
+        return float(update.delta["b"][0])
+
+    assert [moved(1.0), moved(2.0), moved(5.0)] == [1.0, 2.0, 5.0]
+
+
+def test_each_client_starts_from_its_own_state_also_in_a_second_try(pool, words):
+    for client in CLIENTS:
+        (words / client).write_text("echo" if client != "bob" else "die once")
+    values = {client: 1.0 + k for k, client in enumerate(CLIENTS)}
+    states = {
+        client: {name: torch.full_like(tensor, value) for name, tensor in broadcast(3).state.items()}
+        for client, value in values.items()
+    }
+    got = {answer.client_id: answer for answer in pool.run(Broadcast(3, {}, states=states), CLIENTS)}
+    assert len(pids(words, "bob")) == 2
+    assert_honest(got.pop("bob"))
+    assert {client: float(update.delta["a"][0, 0]) for client, update in got.items()} == {
+        client: value for client, value in values.items() if client != "bob"
+    }
 
 
 def test_a_killed_worker_is_replaced_and_its_client_tried_again(pool, words):

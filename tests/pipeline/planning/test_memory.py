@@ -83,6 +83,21 @@ def test_updates_in_memory_grow_with_the_clients_of_a_round_and_files_do_not():
     assert more["workers"] < more["in_process"] / 10
 
 
+@pytest.mark.parametrize("rule", ["none", "fedsa_lora"])
+@pytest.mark.parametrize("engine", ["in_process", "workers"])
+def test_what_clients_keep_does_not_grow_the_server(rule, engine):
+    few, many = (
+        plan([
+            TINY, "regularizer.name=none", f"aggregator.name={rule}", f"engine.name={engine}",
+            "data.partition.name=iid", f"data.partition.clients={clients}", "federation.clients_per_round=8",
+        ])
+        for clients in (8, 10_000)
+    )  # fmt: skip
+    assert few.memory == many.memory
+    # three rounds of one client's tensors beside the models, not one for each of the 10,000
+    assert many.peak("server", "federation") < few.peak("server", "fusion") + 64 * 4 * few.trainable_parameters
+
+
 def test_fusion_that_keeps_more_takes_more():
     plain, delta, joined = (plan([TINY, word]) for word in ("fusion.mode=replace", "fusion.mode=delta", LOGITS))
     proxy = 4 * plain.proxy_parameters
