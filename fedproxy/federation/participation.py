@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine, one_line
+from fedproxy.federation.expected import Expected
 from fedproxy.federation.update_checks import check_update, too_long
 from fedproxy.protocol import Broadcast, ClientUpdate
 
@@ -22,6 +23,8 @@ class Participation:
     """Seconds that a round's clients have together; None waits for all."""
     max_norm_ratio: float | None = 1000.0
     """Longest update, as a multiple of the round's median norm; None checks no length."""
+    expected: Expected = field(default_factory=Expected)
+    """What the server knows of the updates."""
 
     def collect(
         self,
@@ -38,14 +41,13 @@ class Participation:
         Raises:
             ClientError: As soon as fewer than ``min_clients`` can be left; the message names a client and its reason.
         """
-        round_ = _Round(broadcast, len(clients), self.min_clients or len(clients), on_answer)
+        round_ = _Round(broadcast, self.expected, len(clients), self.min_clients or len(clients), on_answer)
         # closing: where too many clients are dropped, the engine stops those that still run.
         with closing(engine.run(broadcast, clients, timeout_s=self.round_timeout_s)) as answers:
             for answer in answers:
                 round_.take(answer)
         if self.max_norm_ratio is not None:
-            for client_id, reason in too_long(round_.norms, self.max_norm_ratio).items():
-                round_.drop(Dropped(client_id, reason))
+            round_.drop_long(self.max_norm_ratio)
         updates = [round_.updates[client] for client in sorted(round_.updates)]
         return updates, dict(sorted(round_.dropped.items()))
 
@@ -53,11 +55,12 @@ class Participation:
 @dataclass
 class _Round:
     broadcast: Broadcast
+    expected: Expected
     asked: int
     wanted: int
     on_answer: OnAnswer
     updates: dict[str, ClientUpdate] = field(default_factory=dict)
-    norms: dict[str, float] = field(default_factory=dict)
+    norms: dict[str, dict[str, float]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
 
     def take(self, answer: Answer) -> None:
@@ -65,12 +68,23 @@ class _Round:
             self.drop(answer)
             return
         try:
-            self.norms[answer.client_id] = check_update(answer, self.broadcast.addressed_to(answer.client_id))
+            sent = self.broadcast.addressed_to(answer.client_id)
+            self.norms[answer.client_id] = check_update(answer, sent, self.expected)
         except ClientError as error:
             self.drop(Dropped(answer.client_id, one_line(error)))
             return
+        except Exception as error:  # a payload may be odd in ways that nobody thought of
+            reason = f"its update cannot be read: {type(error).__name__}: {one_line(error)}"
+            self.drop(Dropped(answer.client_id, reason))
+            return
         self.updates[answer.client_id] = answer
         self.on_answer(self.broadcast.round, answer)
+
+    def drop_long(self, ratio: float) -> None:
+        for part in ("", *sorted(self.expected.extras)):
+            norms = {client: self.norms[client][part] for client in self.updates}
+            for client, reason in too_long(norms, ratio, part).items():
+                self.drop(Dropped(client, reason))
 
     def drop(self, client: Dropped) -> None:
         self.updates.pop(client.client_id, None)

@@ -12,7 +12,9 @@ import torch
 from torch.distributions import Dirichlet
 
 from fedproxy.data.rows import Row
-from fedproxy.errors import CheckpointError, DataError
+from fedproxy.errors import DataError
+from fedproxy.federation.owners import read_owners
+from fedproxy.plain_json import write_text
 from fedproxy.registry import Component
 from fedproxy.seeding import derive_seed, generator
 
@@ -145,27 +147,28 @@ def heterogeneity(clients: Mapping[str, Sequence[Row]]) -> dict[str, float]:
 
 
 def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Write which rows (by key) each client owns, with the heterogeneity figures."""
+    """Write which rows (by key) each client owns, with the heterogeneity figures.
+
+    Raises:
+        CheckpointError: If it cannot be written.
+    """
     content = {
         "heterogeneity": heterogeneity(clients),
         "clients": {name: [row.key for row in own] for name, own in clients.items()},
     }
-    try:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}") from error
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Compare with the partition that a run began with, where one is there.
 
     Raises:
-        DataError: If a row has another owner now; the message names a client.
+        DataError: If a row has another owner now, where the message names a client, or the file cannot be used.
     """
-    try:
-        before: dict[str, list[str]] = json.loads(path.read_text())["clients"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if not path.exists():
         return
+    way_out = "put back the file that the run wrote, or delete it and resume=auto writes it anew from the recipe"
+    before = read_owners(path, f"resume=auto: {path}, which says with whose rows the run began,", way_out)
     now = {name: [row.key for row in own] for name, own in clients.items()}
     changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     if changed:

@@ -1,13 +1,12 @@
 """Partitions written by hand: who owns which rows, read from a file like the one that every run leaves."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedproxy.data.rows import Row
 from fedproxy.errors import DataError, nearest
+from fedproxy.federation.owners import read_owners
 from fedproxy.federation.partition import Clients, Partition
 
 
@@ -61,25 +60,4 @@ class PartitionFile(Partition, name="file"):
 
     def _read(self) -> dict[str, list[str]]:
         where = f"data.partition.path={self.path}"
-        try:
-            content = json.loads(Path(self.path).read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
-        except (OSError, ValueError) as error:
-            raise DataError(
-                f"{where} cannot be read as JSON ({error}); give a file like a run's partition.json"
-            ) from error
-        clients = content.get("clients") if isinstance(content, dict) else None
-        if not isinstance(clients, dict) or not clients:
-            raise DataError(f'{where} must hold {{"clients": {{name: [row keys]}}}} with at least one client')
-        for client, entries in clients.items():
-            if not (client and isinstance(entries, list) and all(isinstance(entry, str) for entry in entries)):
-                raise DataError(f"{where}: client {client!r} must have a name and a list of row keys or source names")
-        return clients
-
-
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twin!r} stands twice in one object")
-    return content
+        return read_owners(Path(self.path), where, "give a file like a run's partition.json")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines.base import RemoteClient
-from fedproxy.federation.engines.worker_process import WorkerProcess
+from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, WorkerProcess
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 _TRIES = 2
@@ -130,9 +130,9 @@ class RankGroup:
             for rank, process in enumerate(self._processes):
                 selector.register(process, selectors.EVENT_READ, rank)
             while news.waiting:
-                timeout = None if limit is None else max(0.0, limit - time.monotonic())
+                timeout = None if limit is None else min(LONGEST_WAIT_S, max(0.0, limit - time.monotonic()))
                 ready = [key.data for key, _ in selector.select(timeout)]
-                if not ready:
+                if not ready and limit is not None and time.monotonic() >= limit:
                     break
                 for rank in ready:
                     if not news.take(rank, self._processes[rank]):

@@ -13,6 +13,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.models import placed
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
+from fedproxy.protocol import nbytes
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -101,28 +102,51 @@ STATISTICS: Mapping[str, Callable[[TrainableModel, Sequence[Example], int], dict
 """What clients can send, by group of ``extras``."""
 
 
-def statistics_bytes(groups: Sequence[str], model: TrainableModel) -> int:
-    """Return the bytes that a client sends for these groups, from shapes alone (the model may be on the meta device).
+NON_NEGATIVE = frozenset({"fisher"})
+"""Groups in which no value is below zero."""
+
+
+def statistics_forms(groups: Sequence[str], model: TrainableModel) -> dict[str, dict[str, Tensor]]:
+    """Return names, shapes and dtypes of what a client sends for these groups, as tensors on the meta device.
+
+    Args:
+        groups: Names in :data:`STATISTICS`.
+        model: The proxy with what is trained attached; it may be on the meta device itself.
 
     Raises:
         ConfigError: If a group is not among :data:`STATISTICS`.
     """
-    unknown = sorted(set(groups).difference(_SIZES))
+    unknown = sorted(set(groups).difference(_SHAPES))
     if unknown:
         raise ConfigError(f"aggregator.name: clients send no {unknown[0]!r} statistics; choose another aggregator")
-    return sum(_SIZES[group](model) for group in groups)
+    return {
+        group: {
+            name: torch.empty(shape, dtype=torch.float32, device="meta")
+            for name, shape in _SHAPES[group](model).items()
+        }
+        for group in groups
+    }
 
 
-def _gram_bytes(model: TrainableModel) -> int:
-    trained = {id(parameter) for parameter in model.parameters().values()}
+def statistics_bytes(groups: Sequence[str], model: TrainableModel) -> int:
+    """Return the bytes that a client sends for these groups; see :func:`statistics_forms`."""
+    return sum(nbytes(tensors) for tensors in statistics_forms(groups, model).values())
+
+
+def _parameter_shapes(model: TrainableModel) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.parameters().items()}
+
+
+def _gram_shapes(model: TrainableModel) -> dict[str, tuple[int, ...]]:
+    names = {id(parameter): name for name, parameter in model.parameters().items()}
     chains = (chain for module in model.model.modules() for chain in _chains(module))
-    widths = {id(weight): weight.shape[1] for chain in chains for weight in chain if id(weight) in trained}
-    return sum(4 * width * width for width in widths.values())
+    trained = {names[id(weight)]: weight.shape[1] for chain in chains for weight in chain if id(weight) in names}
+    return {name: (width, width) for name, width in trained.items()}
 
 
-_SIZES: Mapping[str, Callable[[TrainableModel], int]] = {
-    "fisher": lambda model: 4 * model.num_parameters,
-    "gram": _gram_bytes,
+_SHAPES: Mapping[str, Callable[[TrainableModel], dict[str, tuple[int, ...]]]] = {
+    "fisher": _parameter_shapes,
+    "gram": _gram_shapes,
 }
 
 

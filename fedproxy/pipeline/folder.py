@@ -1,6 +1,7 @@
 """The run folder: who may write into it, where things lie, and what is already done."""
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -110,12 +111,36 @@ class RunFolder:
         return self.config.is_file() and self.server.is_dir()
 
     def _check_claim(self, config: RunConfig) -> None:
-        if config.resume == "auto":
+        if config.overwrite:
+            check_inputs_outside(to_dict(config), self.root)
+        elif config.resume == "auto":
             check_same_run(_read_config(self.config), to_dict(config), self.root)
-        elif not config.overwrite:
+        else:
             raise ConfigError(
                 f"output_dir {self.root} already holds a run; use resume=auto to go on with it, overwrite=true to "
                 f"delete it, or another output_dir"
+            )
+
+
+def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
+    """Refuse to delete a run's folder while the recipe reads something that lies in it.
+
+    Args:
+        config: The configuration as plain values; its inputs are every ``path`` and what ``data.files`` names.
+        root: The folder.
+
+    Raises:
+        ConfigError: Naming the first such key.
+    """
+    folders = {Path(os.path.abspath(root)), root.resolve()}
+    for key, value in flat(config).items():
+        if not (key.endswith(".path") or key.startswith("data.files.")) or not isinstance(value, str):
+            continue
+        places = {Path(os.path.abspath(value)), Path(value).resolve()}
+        if os.path.lexists(value) and any(place.is_relative_to(folder) for place in places for folder in folders):
+            raise ConfigError(
+                f"overwrite=true would delete {key}={value}, which lies in output_dir {root}; copy it elsewhere and "
+                f"name the copy, or choose another output_dir"
             )
 
 

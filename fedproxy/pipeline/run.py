@@ -184,6 +184,8 @@ def check_components(config: RunConfig) -> None:
     drawn, least = config.federation.clients_per_round, config.federation.min_clients
     if least is not None and least > clients:
         raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")
+    if drawn != "all" and int(drawn) > clients:
+        raise ConfigError(f"federation.clients_per_round must be at most the {clients} clients there are, got {drawn}")
     check_capabilities(
         config.aggregator,
         config.regularizer,

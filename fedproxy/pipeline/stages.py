@@ -18,6 +18,7 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Answer, Dropped
+from fedproxy.federation.expected import Expected, expected_extras
 from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
@@ -192,7 +193,14 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         validation=round_validation(run, model, tokenizer, questions),
         realigner=realigner(run, model, clients),
         participation=Participation(
-            config.federation.min_clients, config.federation.round_timeout_s, config.federation.max_norm_ratio
+            config.federation.min_clients,
+            config.federation.round_timeout_s,
+            config.federation.max_norm_ratio,
+            Expected(
+                rows=clients.sizes,
+                target_tokens=config.data.max_target_tokens,
+                extras=expected_extras(config.regularizer, config.aggregator, model),
+            ),
         ),
         rows=clients.sizes if config.federation.sampling == "weighted" else None,
     )

@@ -95,3 +95,21 @@ def test_owners_may_not_change_within_a_run(tmp_path):
     check_same_owners({"x": DATA[:3], "y": DATA[3:]}, path)
     with pytest.raises(DataError, match=r"resume=auto: client 'x' owns other rows than in .*partition.json"):
         check_same_owners({"x": DATA[:2], "y": DATA[2:]}, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"clients": []}', r'must hold {"clients": {name: \[row keys\]}} with at least one client'),
+        ('{"clients": {"x": 3}}', r"client 'x' must have a name and a list"),
+        ("[1]", r'must hold {"clients"'),
+        ('{"clients": {"x": ["a', r"cannot be read as JSON"),
+        ("[" * 10**6, r"cannot be read as JSON"),
+    ],
+)
+def test_a_runs_own_partition_file_that_was_spoilt_is_one_line(tmp_path, content, message):
+    path = tmp_path / "partition.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=rf"^resume=auto: .*partition.json, .*{message}.*; .*delete it and resume=auto"):
+        check_same_owners({"x": DATA}, path)
+    assert path.read_text() == content

@@ -8,6 +8,7 @@ import torch
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import Dropped, Engine
+from fedproxy.federation.expected import Expected, Group
 from fedproxy.federation.participation import Participation
 
 from .engines.doubles import CLIENTS, Double, broadcast, honest, remote
@@ -34,7 +35,18 @@ FAULTS = [
     ("shape", r"tensor 'b' must be float32 \(4,\), got float32 \(3,\)"),
     ("dtype", r"tensor 'b' must be float32 \(4,\), got float64 \(4,\)"),
     ("replay", r"answers round 1, not 2"),
-    ("counts", r"num_examples must be a whole number of at least 1, got -5"),
+    ("counts", r"num_examples must be a whole number from 1 to 1000000000, got -5"),
+    ("weighs 1e12", r"num_examples must be a whole number from 1 to 1000000000, got 1000000000000"),
+    ("weighs 1e400", r"num_examples must be a whole number from 1 to 1000000000, got 10{56}\.\.\."),
+    ("trained 1e12", r"num_tokens must be a whole number from 0 to 1000000000, got 1000000000000"),
+    ("loss 1e400", r"train_loss must be a number from -1e\+09 to 1e\+09, got 10{56}\.\.\."),
+    ("loss nan", r"train_loss must be a number from -1e\+09 to 1e\+09, got nan"),
+    ("loss true", r"train_loss must be a number from -1e\+09 to 1e\+09, got True"),
+    ("term inf", r"regularizer_loss must be a number from -1e\+09 to 1e\+09, got inf"),
+    ("seconds 1e400", r"seconds must be a number from 0 to 1e\+08, got 10{56}\.\.\."),
+    ("seconds none", r"seconds must be a number from 0 to 1e\+08, got None"),
+    ("seconds -1", r"seconds must be a number from 0 to 1e\+08, got -1.0"),
+    ("unasked", r"has unknown extras 'fisher'; send exactly the extras that the round asks for"),
     ("name", r"in the name of client 'dot'"),
     # bob moves each of 10 coordinates by 4e6, the others by 2, 6 and 8: lower median 6 sqrt(10), ratio 4e6 / 6
     ("huge", r"norm 1.26e\+07 is 6.67e\+05 times the round's median 19, federation.max_norm_ratio allows 1000"),
@@ -92,6 +104,80 @@ class Given:
 
     def close(self):
         pass
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_examples": 3}, r"num_examples must be the 2 that it was dealt, got 3"),
+        ({"num_examples": 1}, r"num_examples must be the 2 that it was dealt, got 1"),
+        # 2 rows, 3 epochs, 1 to 5 answer tokens each
+        ({"num_tokens": 5}, r"num_tokens must be a whole number from 6 to 30, got 5"),
+        ({"num_tokens": 31}, r"num_tokens must be a whole number from 6 to 30, got 31"),
+    ],
+)
+def test_a_client_weighs_what_it_was_dealt(change, reason):
+    asked = replace(broadcast(), job={"epochs": 3})
+    good = [replace(honest(client), num_tokens=30) for client in ("ann", "bob")]
+    terms = Participation(1, expected=Expected(rows={"ann": 2, "bob": 2}, target_tokens=5))
+    assert terms.collect(Given(good), asked, ["ann", "bob"]) == (good, {})
+    updates, dropped = terms.collect(Given([good[0], replace(good[1], **change)]), asked, ["ann", "bob"])
+    assert updates == good[:1]
+    assert re.fullmatch(f"the update's {reason}", dropped["bob"])
+
+
+SQUARES = Expected(
+    extras={
+        "scaffold": Group({"a": torch.zeros(2, device="meta")}),
+        "fisher": Group({"a": torch.zeros(2, device="meta")}, squares=True, non_negative=True),
+    }
+)
+
+
+def with_extras(client, **extras):
+    """An honest update whose extras are lists of numbers; by default [1, 0] times the client's step."""
+    step = CLIENTS.index(client) + 1.0
+    groups = {"scaffold": [step, 0.0], "fisher": [step, 0.0], **extras}
+    tensors = {group: {"a": torch.tensor(value)} for group, value in groups.items() if isinstance(value, list)}
+    kept = {group: value for group, value in groups.items() if isinstance(value, dict)}
+    return replace(honest(client), extras={**tensors, **kept})
+
+
+@pytest.mark.parametrize(
+    ("extras", "reason"),
+    [
+        ({"scaffold": None}, r"lacks extras 'scaffold'; send exactly the extras that the round asks for"),
+        ({"scaffold": {}}, r"lacks extras\['scaffold'\] tensor 'a'"),
+        ({"fisher": {"b": torch.ones(2)}}, r"lacks extras\['fisher'\] tensor 'a'"),
+        ({"scaffold": {"a": torch.ones(2), "b": torch.ones(2)}}, r"has unknown extras\['scaffold'\] tensor 'b'"),
+        ({"scaffold": [1.0]}, r"extras\['scaffold'\] tensor 'a' must be float32 \(2,\), got float32 \(1,\)"),
+        ({"fisher": {"a": torch.ones(2).double()}}, r"must be float32 \(2,\), got float64 \(2,\)"),
+        ({"scaffold": [1.0, float("nan")]}, r"extras\['scaffold'\] tensor 'a' must be finite"),
+        ({"fisher": [1.0, -2.0]}, r"extras\['fisher'\] tensor 'a' must be non-negative, got -2"),
+        # lower median of 1, 3, 4 and bob's is 3; of Fisher information square roots are compared: 3e3 / sqrt(3)
+        ({"scaffold": [0.0, 9e3]}, r"norm of extras\['scaffold'\] 9e\+03 is 3e\+03 times the round's median 3, "),
+        ({"fisher": [9e6, 0.0]}, r"norm of extras\['fisher'\] 3e\+03 is 1.73e\+03 times the round's median 1.73, "),
+    ],
+)
+def test_extras_are_those_that_the_round_asks_for(extras, reason):
+    terms = Participation(3, expected=SQUARES)
+    sent = [with_extras(client, **(extras if client == "bob" else {})) for client in CLIENTS]
+    updates, dropped = terms.collect(Given(sent), broadcast(), CLIENTS)
+    assert [update.client_id for update in updates] == ["ann", "cid", "dot"]
+    assert list(dropped) == ["bob"]
+    assert re.search(reason, dropped["bob"])
+
+
+def test_squares_may_differ_by_the_square_of_the_ratio():
+    sent = [with_extras(client, fisher=[9e5, 0.0] if client == "bob" else [1.0, 0.0]) for client in CLIENTS]
+    assert len(Participation(expected=SQUARES).collect(Given(sent), broadcast(), CLIENTS)[0]) == 4
+
+
+def test_what_nobody_thought_of_drops_the_client_too():
+    sent = [honest("ann"), replace(honest("bob"), delta={"a": None, "b": None})]
+    updates, dropped = Participation(1).collect(Given(sent), broadcast(), ["ann", "bob"])
+    assert updates == sent[:1]
+    assert dropped["bob"].startswith("its update cannot be read: AttributeError: 'NoneType' object has no attribute")
 
 
 def test_zero_updates_have_no_median_to_compare_with(tmp_path):

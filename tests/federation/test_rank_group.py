@@ -44,9 +44,9 @@ def seen(words, rank):
     return [client for client, _ in lines], {int(pid) for _, pid in lines}
 
 
-def assert_honest(update, client_id):
+def assert_honest(update, client_id, round_=3):
     assert update.client_id == client_id
-    assert all(torch.equal(update.delta[name], tensor) for name, tensor in honest(client_id, 3).delta.items())
+    assert all(torch.equal(update.delta[name], tensor) for name, tensor in honest(client_id, round_).delta.items())
 
 
 def gone(pid):
@@ -110,6 +110,12 @@ def test_a_process_that_hangs_is_ended_at_the_rounds_deadline(group, words):
     assert all(gone(pid) for pid in pids)
     engine.close()
     assert group.pids == []
+
+
+def test_a_deadline_may_be_months_away_and_waits_are_short(group, words, monkeypatch):
+    assert_honest(group.train(broadcast(3), "ann", deadline=time.monotonic() + 3e6), "ann")
+    monkeypatch.setattr("fedproxy.federation.rank_group.LONGEST_WAIT_S", 1e-3)
+    assert_honest(group.train(broadcast(4), "bob", deadline=time.monotonic() + 3e6), "bob", 4)
 
 
 def test_processes_that_cannot_start_are_one_line(group, words):

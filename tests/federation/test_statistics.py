@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fedproxy.data.tokenisation import Example
-from fedproxy.federation.statistics import client_statistics
+from fedproxy.federation.statistics import client_statistics, statistics_forms
 from fedproxy.strategies.trainable import Trainable
 
 
@@ -76,3 +76,14 @@ def test_nothing_asked_is_nothing_computed(make_model, examples):
     assert client_statistics([], trainable, examples, pad_id=0, device=torch.device("cpu")) == {}
     statistics(trainable, examples, "fisher")
     assert trainable.model.training
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+@pytest.mark.parametrize("group", ["fisher", "gram"])
+def test_forms_are_those_of_what_is_sent(make_model, examples, name, group):
+    options = {"r": 2} if name == "lora" else {"blocks": [0]}
+    trainable = Trainable.by_name(name)(**options).attach(make_model("llama"))
+    sent = statistics(trainable, examples, group)
+    forms = statistics_forms([group], trainable)[group]
+    assert {n: (t.shape, t.dtype) for n, t in sent.items()} == {n: (t.shape, t.dtype) for n, t in forms.items()}
+    assert sent  # norms have no Gram matrix, linear weights do

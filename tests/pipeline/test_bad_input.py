@@ -66,6 +66,13 @@ def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):
     assert "\n" not in str(caught.value)
 
 
+def test_too_many_clients_per_round_are_refused_before_anything_is_made(run_tiny, tmp_path):
+    message = "^federation.clients_per_round must be at most the 4 clients there are, got 5$"
+    with pytest.raises(ConfigError, match=message):
+        run_tiny(*QUICK, "federation.clients_per_round=5", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_fused_model_per_client_is_refused(run_tiny):
     rule = ("regularizer.name=none", "aggregator.name=fedsa_lora", "aggregator.fused_b=own")
     with pytest.raises(ConfigError, match=r"aggregator.fused_b: .*; use aggregator.fused_b=mean"):

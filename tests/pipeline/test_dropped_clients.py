@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,74 @@ def test_a_failing_client_is_left_out_and_named_in_log_journal_and_pages(run_tin
     for page in ("report.md", "report.html"):
         assert "RuntimeError: out of memory" in (folder / page).read_text()
     assert "round 2: client 'tiny_places' is dropped: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def _moved(group, change):
+    """Return a change of one group of an update's extras."""
+
+    def alter(update):
+        extras = {name: dict(tensors) for name, tensors in update.extras.items()}
+        extras[group] = {name: change(tensor) for name, tensor in extras[group].items()}
+        return replace(update, extras=extras)
+
+    return alter
+
+
+def _renamed(group):
+    def alter(update):
+        (first, *rest) = sorted(update.extras[group])
+        tensors = {"odd": update.extras[group][first], **{name: update.extras[group][name] for name in rest}}
+        return replace(update, extras={**update.extras, group: tensors})
+
+    return alter
+
+
+ATTACKS = {
+    "scaffold": (
+        (lambda update: replace(update, extras={}), "lacks extras 'scaffold'"),
+        (_renamed("scaffold"), "lacks extras['scaffold'] tensor "),
+        (_moved("scaffold", lambda tensor: tensor[:1]), "got float32 (1, "),
+        (_moved("scaffold", lambda tensor: 1e30 * tensor), "norm of extras['scaffold'] "),
+    ),
+    "fisher": (
+        (lambda update: replace(update, extras={}), "lacks extras 'fisher'"),
+        (_moved("fisher", lambda tensor: tensor[:1]), "got float32 (1, "),
+        (_moved("fisher", lambda tensor: -tensor), "must be non-negative"),
+        (_moved("fisher", lambda tensor: 1e30 * tensor), "norm of extras['fisher'] "),
+    ),
+    "fedavg": (
+        (lambda update: replace(update, num_examples=10**12), "num_examples must be the 8 that it was dealt"),
+        (lambda update: replace(update, num_tokens=10**12), "num_tokens must be a whole number from 8 to "),
+        (lambda update: replace(update, train_loss=float("nan")), "train_loss must be a number"),
+        (lambda update: replace(update, seconds=10**400), "seconds must be a number"),
+    ),
+}
+RULES = {
+    "scaffold": ("regularizer.name=scaffold", "aggregator.name=fedavg"),
+    "fisher": ("regularizer.name=none", "aggregator.name=fisher"),
+    "fedavg": ("regularizer.name=none", "aggregator.name=fedavg", "aggregator.weighting=tokens"),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_one_hostile_client_neither_ends_nor_poisons_the_run(run_tiny, monkeypatch, rule):
+    train = LocalClient.train
+
+    def attack(self, broadcast, client_id, **limits):
+        update = train(self, broadcast, client_id, **limits)
+        return ATTACKS[rule][broadcast.round - 1][0](update) if client_id == "tiny_places" else update
+
+    monkeypatch.setattr(LocalClient, "train", attack)
+    brief = ("data.rows_per_task=8", "client.batch_size=4", "evaluation.models=[]")
+    report, folder = run_tiny(*RULES[rule], *brief, "federation.rounds=4", "federation.min_clients=3")
+    assert report.run.status == "completed"
+    for line, (_, reason) in zip(report.rounds, ATTACKS[rule], strict=True):
+        assert list(line.dropped) == ["tiny_places"]
+        assert reason in line.dropped["tiny_places"]
+        assert line.train_loss is not None
+    for path in (folder / "checkpoints/round_0004").glob("*.safetensors"):
+        for tensor in load_file(path).values():
+            assert tensor.abs().max() < 1e6
 
 
 def workers_of(folder):

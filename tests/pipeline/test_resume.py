@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.errors import CheckpointError, ConfigError, DataError
 from fedproxy.reporting import RunReport
 
 from .conftest import SMALL
@@ -79,6 +79,44 @@ def test_foreign_files_are_never_deleted(run_tiny, tmp_path):
         with pytest.raises(ConfigError, match="holds files that are no run; choose another output_dir"):
             run_tiny(way, folder=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
+
+
+def test_a_run_is_not_deleted_while_the_recipe_reads_from_it(run_tiny, tmp_path):
+    _, folder = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    partition = folder / "partition.json"
+    partition.write_text(partition.read_text().replace("tiny_places", "tiny_towns"))  # hours of work
+    (tmp_path / "link.json").symlink_to(partition)
+    (tmp_path / "same").symlink_to(folder)
+    (folder / "mine.jsonl").write_text('{"text": "a"}\n')
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for key, value in [
+        ("data.partition.path", partition),
+        ("data.partition.path", tmp_path / "link.json"),
+        ("data.partition.path", tmp_path / "same/partition.json"),
+        ("compression.calibration.path", folder / "mine.jsonl"),
+        ("data.files.ward", folder / "mine.jsonl"),
+        ("target.path", folder / "proxy"),
+    ]:
+        named = ["data.partition.name=file"] if "partition" in key else []
+        with pytest.raises(
+            ConfigError, match=rf"^overwrite=true would delete {key}=.*; copy it elsewhere and name the"
+        ):
+            run_tiny("evaluation.models=[]", *named, f"{key}={value}", "overwrite=true", folder=folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_run_whose_partition_file_was_spoilt_goes_on_once_it_is_away(run_tiny):
+    _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
+    path = folder / "partition.json"
+    whole = path.read_text()
+    path.write_text('{"clients": []}')
+    more = ("federation.rounds=2", "evaluation.models=[]", "resume=auto")
+    with pytest.raises(DataError, match=r"partition.json, .* with at least one client; put back .*, or delete it and"):
+        run_tiny(*more, folder=folder)
+    path.unlink()
+    report, _ = run_tiny(*more, folder=folder)
+    assert len(report.rounds) == 2
+    assert path.read_text() == whole
 
 
 def test_resume_under_another_configuration_names_the_key(run_tiny):

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
+LONGEST_WAIT_S = 3600.0
+"""Longest single wait for a process to say something: what waits longer waits again."""
 
 
 class WorkerProcess:

@@ -25,7 +25,7 @@ from fedproxy.federation.engines.base import (
     one_line,
     signed,
 )
-from fedproxy.federation.engines.worker_process import Message, WorkerProcess
+from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, Message, WorkerProcess
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 _BROADCAST = "broadcast.safetensors"
@@ -210,7 +210,8 @@ class WorkerPool:
         limits = [] if deadline is None else [deadline]
         if self.options.client_timeout_s is not None:
             limits += [slot.since + self.options.client_timeout_s for slot in self._busy()]
-        timeout = max(0.0, min(limits) - time.monotonic()) if limits else None
+        # The caller looks at the limits again: a system call takes no wait of months.
+        timeout = min(LONGEST_WAIT_S, max(0.0, min(limits) - time.monotonic())) if limits else None
         with selectors.DefaultSelector() as selector:
             for slot in self._slots:
                 selector.register(slot.process, selectors.EVENT_READ, slot)
@@ -266,6 +267,8 @@ def _answer(task: _Task, message: Message) -> Answer:
         return signed(ClientUpdate.load(task.update), task.client_id)
     except ClientError as error:
         return Dropped(task.client_id, one_line(error))
+    except Exception as error:  # a payload may be odd in ways that nobody thought of
+        return Dropped(task.client_id, f"its update cannot be read: {type(error).__name__}: {one_line(error)}")
 
 
 def _unwritten(broadcast: Broadcast, folder: Path, error: Exception) -> CheckpointError:

@@ -83,6 +83,8 @@ class Regularizer(Component, family="regularizer"):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the client's new memory, and what it uploads as ``extras[name]``.
 
+        The upload has the same names, shapes and dtypes in every round: the server refuses any other.
+
         Args:
             own: The client's memory before the round.
             shared: The server's memory, as broadcast.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import RemoteClient
@@ -38,8 +39,9 @@ class Double:
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         update = honest(client_id, broadcast.round)
         path = Path(self.folder) / client_id
-        word, _, once = path.read_text().partition(" ") if path.is_file() else ("", "", "")
-        if once:
+        word = path.read_text() if path.is_file() else ""
+        if word.endswith(" once"):
+            word = word.removesuffix(" once")
             path.unlink()
         (Path(self.folder) / f"{client_id}.seen").open("a").write(f"{os.getpid()}\n")
         if word == "echo":  # the state that it was sent, read out of its file
@@ -93,6 +95,14 @@ class _Foreign(ClientUpdate):
         Path(path).write_bytes(pickle.dumps({"delta": [1.0]}))
 
 
+class _Nested(ClientUpdate):
+    """A header nested so deeply that it cannot be parsed."""
+
+    def save(self, path):
+        meta = {"format": "fedproxy-1", "kind": "client_update", "meta": "[" * 10**6}
+        save_file(dict(self.delta), path, metadata=meta)
+
+
 class _Truncated(ClientUpdate):
     def save(self, path):
         super().save(path)
@@ -117,7 +127,19 @@ FAULTS = {
     "huge": _delta(lambda delta: {name: 1e6 * tensor for name, tensor in delta.items()}),
     "replay": lambda update: replace(update, round=update.round - 1),
     "counts": _changed(num_examples=-5),
+    "weighs 1e12": _changed(num_examples=10**12),
+    "weighs 1e400": _changed(num_examples=10**400),
+    "trained 1e12": _changed(num_tokens=10**12),
+    "loss 1e400": _changed(train_loss=10**400),
+    "loss nan": _changed(train_loss=float("nan")),
+    "loss true": _changed(train_loss=True),
+    "term inf": _changed(regularizer_loss=float("inf")),
+    "seconds 1e400": _changed(seconds=10**400),
+    "seconds none": _changed(seconds=None),
+    "seconds -1": _changed(seconds=-1.0),
+    "unasked": _changed(extras={"fisher": {"a": torch.ones(3, 2)}}),
     "name": _changed(client_id="dot"),
     "pickle": _as(_Foreign),
+    "nested": _as(_Nested),
     "truncated": _as(_Truncated),
 }

@@ -10,6 +10,7 @@ import torch
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.federation.participation import Participation
 from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile
 
 from .doubles import CLIENTS, broadcast, honest, remote
@@ -121,6 +122,32 @@ def test_what_is_no_update_is_refused_and_never_unpickled(pool, words):
     assert "is not a readable safetensors file" in got["bob"].reason
     assert got["cid"].reason == "its update is in the name of client 'dot'"
     assert got["dot"].reason == "RuntimeError: out of memory"
+
+
+def test_figures_and_headers_that_crash_a_reader_drop_their_clients(pool, words):
+    for client, word in {"ann": "seconds 1e400", "bob": "nested", "cid": "loss nan"}.items():
+        (words / client).write_text(word)
+    updates, dropped = Participation(min_clients=1).collect(pool, broadcast(3), CLIENTS)
+    assert [update.client_id for update in updates] == ["dot"]
+    assert dropped["ann"].startswith("the update's seconds must be a number from 0 to 1e+08, got 1000")
+    assert dropped["bob"].startswith("its update cannot be read: RecursionError")
+    assert dropped["cid"] == "the update's train_loss must be a number from -1e+09 to 1e+09, got nan"
+
+
+def test_a_time_limit_may_be_months(pool, words):
+    object.__setattr__(pool.options, "client_timeout_s", 3e6)  # more than a single wait may last
+    try:
+        for update in answers(pool, timeout_s=1e12).values():
+            assert_honest(update)
+    finally:
+        object.__setattr__(pool.options, "client_timeout_s", None)
+
+
+def test_a_single_wait_that_ends_is_followed_by_another(pool, words, monkeypatch):
+    monkeypatch.setattr("fedproxy.federation.engines.workers.LONGEST_WAIT_S", 0.01)
+    (words / "ann").write_text("slow")  # .3 s
+    for update in answers(pool, timeout_s=1e12).values():
+        assert_honest(update)
 
 
 def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
