@@ -2,9 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container
 
-from fedproxy.data.rows import Row
 from fedproxy.models import Decoder, LayerMap, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
@@ -19,32 +18,36 @@ HELD_OUT_ROWS = 64
 _TEXTS_PER_PASS = 4  # logits of all positions are held, for both models
 
 
-def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
+def measure_fidelity(run: Run, owned: Container[str]) -> None:
     """Note how near ``proxy/`` is to the target, and the blocks' influence where the compressor did not take it.
+
+    Args:
+        run: The run.
+        owned: Clients' texts, which it must not read.
 
     Raises:
         DataError: If no public text is left to measure on.
         CheckpointError: If the plot cannot be written.
     """
     if run.facts.get("fidelity") is None:
-        _measure(run, clients)
+        _measure(run, owned)
     scores = run.facts["block_scores"]
     kept = LayerMap.load(run.folder.layer_map).proxy_to_target
     write_influence_plot(CompressionReport(scores, kept), run.folder.influence_plot)
 
 
-def _measure(run: Run, clients: Mapping[str, Sequence[Row]]) -> None:
+def _measure(run: Run, owned: Container[str]) -> None:
     config, started = run.config, time.perf_counter()
     calibration = config.compression.calibration
     target, tokenizer = run.target()
     limit = positions_limit(target, calibration.max_tokens)
     used = max(calibration.rows, config.distillation.rows if config.distillation.steps else 0)
-    texts = held_out_texts(calibration, clients, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
+    texts = held_out_texts(calibration, owned, used=used, rows=HELD_OUT_ROWS, seed=config.seed)
     proxy = load_model(run.folder.proxy, dtype=config.target.dtype)
     scores = run.facts.get("block_scores")
     with placed(target, run.device):
         if scores is None:
-            known = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
+            known = public_texts(calibration, owned, rows=calibration.rows, seed=config.seed)
             scores = block_influence(Decoder.of(target), text_batches(known, tokenizer, max_tokens=limit)).tolist()
         with placed(proxy, run.device):
             batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=_TEXTS_PER_PASS)

@@ -90,7 +90,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     config, started = run.config, time.perf_counter()
     target, tokenizer = run.target()
     calibration = config.compression.calibration
-    texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
+    texts = public_texts(calibration, clients.owned, rows=calibration.rows, seed=config.seed)
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
@@ -131,7 +131,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Clien
     settings = run.config.distillation
     calibration = run.config.compression.calibration
     target, tokenizer = run.target()
-    texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
+    texts = public_texts(calibration, clients.owned, rows=settings.rows, seed=run.config.seed)
     limit = positions_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
     with placed(target, run.device):
@@ -153,7 +153,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 
     Args:
         run: The run.
-        clients: Each client's rows.
+        clients: The clients, with their numbers of rows.
         questions: Held-out rows to score the state on between rounds, where the recipe asks for it.
 
     Returns:
@@ -188,11 +188,11 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         store=store,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
-        realigner=realigner(run, model, clients),
+        realigner=realigner(run, model, clients.owned),
         participation=Participation(
             config.federation.min_clients, config.federation.round_timeout_s, config.federation.max_norm_ratio
         ),
-        rows=clients.sizes if config.federation.sampling == "weighted" else None,
+        rows=clients if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
