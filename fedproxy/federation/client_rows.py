@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 from transformers import PreTrainedTokenizerBase
 
+from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import DataError
@@ -36,8 +37,8 @@ def read_client_rows(folder: Path, client_id: str) -> list[Row]:
         ) from error
 
 
-class ClientRows(Mapping[str, list[Row]]):
-    """Clients' rows by name, on disk: memory holds names and counts alone.
+class ClientRows(Mapping[str, int]):
+    """Clients' rows, written to disk and not read again here: names with numbers of rows, and a hash of every row.
 
     Args:
         clients: Each client's rows; they are written out and not kept.
@@ -48,23 +49,21 @@ class ClientRows(Mapping[str, list[Row]]):
     """
 
     def __init__(self, clients: Mapping[str, Sequence[Row]], folder: Path) -> None:
-        self.folder = folder
-        self.sizes = {name: len(rows) for name, rows in clients.items()}
-        """Rows of each client."""
+        self._sizes = {name: len(rows) for name, rows in clients.items()}
+        self.owned = OwnedTexts(row for rows in clients.values() for row in rows)
+        """Tells whether a text is a client's."""
         for name, rows in clients.items():
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             write_text(rows_file(folder, name), "".join(lines))
 
-    def __getitem__(self, client_id: str) -> list[Row]:
-        if client_id not in self.sizes:
-            raise KeyError(client_id)
-        return read_client_rows(self.folder, client_id)
+    def __getitem__(self, client_id: str) -> int:
+        return self._sizes[client_id]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.sizes)
+        return iter(self._sizes)
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self._sizes)
 
 
 class ClientExamples(Mapping[str, list[Example]]):

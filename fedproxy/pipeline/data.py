@@ -1,7 +1,7 @@
 """The run's texts: clients' rows, tokenised, and public calibration text that no client owns."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from fedproxy.evaluation.harness import render_rows
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
-_TAIL_WORDS = 10
 CALIBRATION_BATCH = 16
 """Texts per pass over calibration text."""
 
@@ -55,18 +54,14 @@ def rows_sha256(clients: Mapping[str, Sequence[Row]]) -> str:
     return digest.hexdigest()
 
 
-def public_texts(config: CalibrationConfig, clients: Mapping[str, Sequence[Row]], *, rows: int, seed: int) -> list[str]:
-    """Return calibration texts, without any that a client's row holds.
-
-    A text counts as a client's where the last ten words of both agree: that finds rows of one data set that were
-    rendered in two ways.
+def public_texts(config: CalibrationConfig, owned: Container[str], *, rows: int, seed: int) -> list[str]:
+    """Return calibration texts, without any that a client's row holds (``owned``).
 
     Raises:
         DataError: If nothing is left.
     """
-    owned = {_tail(row.prompt + row.target) for own in clients.values() for row in own}
     texts = read_texts(config.path, rows, derive_seed(seed, "calibration"))
-    public = [text for text in texts if _tail(text) not in owned]
+    public = [text for text in texts if text not in owned]
     if not public:
         raise DataError(f"compression.calibration.path={config.path}: every text is a client's row; give public text")
     return public
@@ -78,17 +73,15 @@ def texts_read(config: RunConfig) -> int:
     return max(config.compression.calibration.rows, distilled)
 
 
-def held_out_texts(
-    config: CalibrationConfig, clients: Mapping[str, Sequence[Row]], *, used: int, rows: int, seed: int
-) -> list[str]:
+def held_out_texts(config: CalibrationConfig, owned: Container[str], *, used: int, rows: int, seed: int) -> list[str]:
     """Return up to ``rows`` public texts beyond the ``used`` ones that compression and distillation read.
 
     Raises:
         DataError: If there is none, or there are fewer than ``used``.
     """
     available = check_held_out(config, used=used)
-    seen = public_texts(config, clients, rows=used, seed=seed)
-    texts = public_texts(config, clients, rows=min(used + rows, available), seed=seed)[len(seen) :]
+    seen = public_texts(config, owned, rows=used, seed=seed)
+    texts = public_texts(config, owned, rows=min(used + rows, available), seed=seed)[len(seen) :]
     if not texts:
         raise _no_held_out(config, available, used)
     return texts
@@ -111,10 +104,6 @@ def _no_held_out(config: CalibrationConfig, available: int, used: int) -> DataEr
         f"compression.calibration.path={config.path} holds {available} texts and compression reads {used}; add "
         "some, so that fidelity can be measured on others"
     )
-
-
-def _tail(text: str) -> tuple[str, ...]:
-    return tuple(text.lower().split()[-_TAIL_WORDS:])
 
 
 def text_batches(

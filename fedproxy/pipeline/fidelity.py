@@ -2,9 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Sequence
 
-from fedproxy.data.rows import Row
 from fedproxy.models import Decoder, LayerMap, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
@@ -19,10 +18,14 @@ HELD_OUT_ROWS = 64
 _TEXTS_PER_PASS = 4  # logits of all positions are held, for both models
 
 
-def fidelity_texts(run: Run, clients: Mapping[str, Sequence[Row]]) -> list[str]:
+def fidelity_texts(run: Run, owned: Container[str]) -> list[str]:
     """Return the public texts to measure fidelity on, which neither compression nor distillation reads.
 
     None are wanted where a continued run has measured it.
+
+    Args:
+        run: The run.
+        owned: Clients' texts, which it must not read.
 
     Raises:
         DataError: If none is left.
@@ -31,15 +34,15 @@ def fidelity_texts(run: Run, clients: Mapping[str, Sequence[Row]]) -> list[str]:
     if run.facts.get("fidelity") is not None:
         return []
     calibration = config.compression.calibration
-    return held_out_texts(calibration, clients, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
+    return held_out_texts(calibration, owned, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
 
 
-def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> None:
+def measure_fidelity(run: Run, owned: Container[str], texts: Sequence[str]) -> None:
     """Note how near ``proxy/`` is to the target, and the blocks' influence where the compressor did not take it.
 
     Args:
         run: The run, compressed.
-        clients: Each client's rows.
+        owned: Clients' texts, which it must not read.
         texts: :func:`fidelity_texts`.
 
     Raises:
@@ -47,13 +50,13 @@ def measure_fidelity(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequ
         CheckpointError: If the plot cannot be written.
     """
     if run.facts.get("fidelity") is None:
-        _measure(run, clients, texts)
+        _measure(run, owned, texts)
     scores = run.facts["block_scores"]
     kept = LayerMap.load(run.folder.layer_map).proxy_to_target
     write_influence_plot(CompressionReport(scores, kept), run.folder.influence_plot)
 
 
-def _measure(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str]) -> None:
+def _measure(run: Run, owned: Container[str], texts: Sequence[str]) -> None:
     config, started = run.config, time.perf_counter()
     calibration = config.compression.calibration
     target, tokenizer = run.target()
@@ -62,7 +65,7 @@ def _measure(run: Run, clients: Mapping[str, Sequence[Row]], texts: Sequence[str
     scores = run.facts.get("block_scores")
     with placed(target, run.device):
         if scores is None:
-            known = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
+            known = public_texts(calibration, owned, rows=calibration.rows, seed=config.seed)
             scores = block_influence(Decoder.of(target), text_batches(known, tokenizer, max_tokens=limit)).tolist()
         with placed(proxy, run.device):
             batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=_TEXTS_PER_PASS)

@@ -2,15 +2,15 @@
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
-from fedproxy.data.rows import Row
 from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
@@ -25,7 +25,7 @@ from fedproxy.strategies.fusion.base import Judge
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
-def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[str, Sequence[Row]]) -> TunedProxies:
+def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRows) -> TunedProxies:
     """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy.
 
     Where every client has a state of its own, both folders hold one folder per client.
@@ -48,7 +48,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: Mapping[s
     if done:
         return tuned
     for client in states:
-        plug_in(run, tuned[client], run.folder.fused / client, clients)
+        plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
@@ -60,14 +60,14 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
-def plug_in(run: Run, tuned: TunedProxy, folder: Path, clients: Mapping[str, Sequence[Row]]) -> None:
+def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
     """Fuse one tuned proxy with the target and write the result into ``folder``."""
     target, tokenizer = run.target()
     layer_map = LayerMap.load(run.folder.layer_map)
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
     fusion = run.config.fusion
     if fusion.judged_texts:
-        fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, clients))
+        fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, owned))
         chosen = to_dict(fusion)
         run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
         run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
@@ -77,11 +77,11 @@ def plug_in(run: Run, tuned: TunedProxy, folder: Path, clients: Mapping[str, Seq
     save_model(fused, tokenizer, folder, card=card)
 
 
-def judge(run: Run, rows: int, clients: Mapping[str, Sequence[Row]]) -> Judge:
+def judge(run: Run, rows: int, owned: Container[str]) -> Judge:
     """Return a function that gives a model's negative log-likelihood on public text, nats per token."""
     target, tokenizer = run.target()
     calibration, seed = run.config.compression.calibration, derive_seed(run.config.seed, "fusion")
-    texts = public_texts(calibration, clients, rows=rows, seed=seed)
+    texts = public_texts(calibration, owned, rows=rows, seed=seed)
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens), batch_size=4)
 
     def loss(model: PreTrainedModel) -> float:

@@ -110,9 +110,14 @@ class Plan:
 
     def _memory(self) -> Iterator[Line]:
         for need in self.memory:
-            device = f", {size(need.device)} of it on an accelerator where there is one" if need.device else ""
-            yield f"{need.role}, {need.stage}", f"{size(need.total)}{device}"
+            yield f"{need.role}, {need.stage}", f"{size(need.total)}{_placed(need)}"
         yield "each process, besides", f"{size(SERVER_PROCESS)} (server), {size(CLIENT_PROCESS)} (client): libraries"
+
+    def _devices(self) -> str:
+        """Return in words what a round's clients share."""
+        each = self.outline.devices
+        together = f", {each.count} to a client ({each.strategy})" if each.count > 1 else ""
+        return f"{self.seconds.devices:,} device(s){together}"
 
     def _time(self) -> Iterator[Line]:
         hardware, seconds = self.hardware, self.seconds
@@ -125,7 +130,7 @@ class Plan:
             of = f"{rows:,} rows of {row.input_tokens} + {row.target_tokens} tokens"
             epochs = self.outline.config.client.epochs
             yield "training, one client", f"{duration(seconds.client)} ({of}, {epochs} epochs)"
-            yield "training, all clients", f"{duration(seconds.clients)} on {hardware.devices:,} device(s)"
+            yield "training, all clients", f"{duration(seconds.clients)} on {self._devices()}"
         if hardware.client_mbps is not None:
             yield "transfer per round", duration(seconds.transfer)
             yield "transfer of the proxy", f"{duration(seconds.proxy)}, once"
@@ -151,6 +156,15 @@ def plan(arguments: Sequence[str]) -> Plan:
     traffic = Traffic.of(outline)
     memory = needs(outline, traffic, RowLength.of(hardware, outline))
     return Plan(outline, hardware, traffic, tuple(memory), Seconds.of(outline, traffic, hardware))
+
+
+def _placed(need: Need) -> str:
+    """Return in words what of a need lies on accelerators."""
+    if not need.device:
+        return ""
+    if need.devices > 1:
+        return f", {size(need.device // need.devices)} of it on each of {need.devices} accelerators where there are any"
+    return f", {size(need.device)} of it on an accelerator where there is one"
 
 
 def _parts(**parts: int) -> str:

@@ -1,10 +1,9 @@
 """What a run needs so that its server can re-align the proxy's frozen blocks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container
 from typing import TYPE_CHECKING
 
 from fedproxy.config import RunConfig
-from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.federation.realigner import Realigner
 from fedproxy.models import LayerMap
@@ -40,7 +39,7 @@ def check_realignment(config: RunConfig) -> None:
         )
 
 
-def realigner(run: "Run", model: TrainableModel, clients: Mapping[str, Sequence[Row]]) -> Realigner | None:
+def realigner(run: "Run", model: TrainableModel, owned: Container[str]) -> Realigner | None:
     """Return what aligns the proxy before every broadcast, or None where the recipe asks for nothing."""
     config = run.config
     rows, batch_size = config.realignment.reads
@@ -48,7 +47,7 @@ def realigner(run: "Run", model: TrainableModel, clients: Mapping[str, Sequence[
         return None
     target, tokenizer = run.target()
     calibration = config.compression.calibration
-    texts = public_texts(calibration, clients, rows=rows, seed=config.seed)
+    texts = public_texts(calibration, owned, rows=rows, seed=config.seed)
     limit = positions_limit(target, calibration.max_tokens)
     material = Material(
         target=target,

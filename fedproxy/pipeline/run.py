@@ -13,8 +13,9 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
+from fedproxy.evaluation.validation import Question
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.partition import check_same_owners, heterogeneity, save_partition
+from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.devices import one_device
@@ -84,8 +85,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
     scores: dict[str, Any] = {}
     try:
-        clients = _clients(current)
-        questions = held_out(config, clients)
+        clients, questions = _clients_and_questions(current)
         _compress(current, clients)
         check_vocabulary(current)
         model, progress = federate(current, clients, questions)
@@ -145,10 +145,10 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
 def _compress_only(current: Run) -> RunReport:
     folder = current.folder
     current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
-    clients = _clients(current)
-    texts = fidelity_texts(current, clients)  # before the work: too little text would throw it away
+    clients = _hand_out(current, _deal(current))
+    texts = fidelity_texts(current, clients.owned)  # before the work: too little text would throw it away
     compress(current, clients)
-    measure_fidelity(current, clients, texts)
+    measure_fidelity(current, clients.owned, texts)
     scores: dict[str, Any] = {}
     if current.config.evaluation.models:
         proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
@@ -249,11 +249,23 @@ def _check_own(config: RunConfig) -> None:
         )
 
 
-def _clients(current: Run) -> ClientRows:
+def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
+    """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
+    dealt = _deal(current)
+    return _hand_out(current, dealt), held_out(current.config, dealt)
+
+
+def _deal(current: Run) -> Clients:
+    """Read the sources and say who owns which row, as when the run began."""
     clients = client_rows(current.config.data, seed=current.config.seed)
     check_same_owners(clients, current.folder.partition)
     save_partition(clients, current.folder.partition)
     current.note(data_sha256=rows_sha256(clients))
+    return clients
+
+
+def _hand_out(current: Run, clients: Clients) -> ClientRows:
+    """Give every client the file with its rows; counts and hashes stay."""
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
     kept = ClientRows(clients, current.folder.rows)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
@@ -262,15 +274,15 @@ def _clients(current: Run) -> ClientRows:
 
 def _sizes(clients: ClientRows) -> str:
     if len(clients) <= 16:
-        return ", ".join(f"{name} {rows}" for name, rows in clients.sizes.items())
-    return f"{min(clients.sizes.values())} to {max(clients.sizes.values())}"
+        return ", ".join(f"{name} {rows}" for name, rows in clients.items())
+    return f"{min(clients.values())} to {max(clients.values())}"
 
 
 def _compress(current: Run, clients: ClientRows) -> None:
     if current.shared is None:
         compress(current, clients)
     else:
-        current.shared.compress(current, clients, lambda: compress(current, clients))
+        current.shared.compress(current, clients.owned, lambda: compress(current, clients))
 
 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:

@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fedproxy
 from fedproxy.config import to_dict
-from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
@@ -51,15 +50,15 @@ class SharedWork:
 
     folder: Path
 
-    def compress(self, run: "Run", clients: Mapping[str, Sequence[Row]], stage: Callable[[], None]) -> None:
+    def compress(self, run: "Run", owned: Container[str], stage: Callable[[], None]) -> None:
         """Do stage (i) of a run, or take over what an equal stage made.
 
         Args:
             run: The run; its folder ends up with the same files, and its facts with the same entries, either way.
-            clients: Clients' rows, whose texts the stage must not read.
+            owned: Clients' texts, which the stage must not read.
             stage: Does the work: ``compress`` of :mod:`fedproxy.pipeline.stages`.
         """
-        key = None if run.folder.layer_map.is_file() else proxy_key(run, clients)
+        key = None if run.folder.layer_map.is_file() else proxy_key(run, owned)
         kept = None if key is None else self.folder / "proxies" / key
         if kept is not None and self._take(kept, run):
             run.display.say("compressed: taken from an equal run")
@@ -108,7 +107,7 @@ class SharedWork:
             raise CheckpointError(f"{kept} cannot be written: {error}; free disk space, then start again") from error
 
 
-def proxy_key(run: "Run", clients: Mapping[str, Sequence[Row]]) -> str | None:
+def proxy_key(run: "Run", owned: Container[str]) -> str | None:
     """Return the hash of all that stage (i) depends on, or None where the target cannot be told by its content."""
     config = run.config
     target = model_key(*run.target())
@@ -122,7 +121,7 @@ def proxy_key(run: "Run", clients: Mapping[str, Sequence[Row]]) -> str | None:
             "dtype": config.target.dtype,
             "compression": _named(config.compression),
             "distillation": [to_dict(distillation), config.trainer] if distillation.steps else None,
-            "texts": [public_texts(calibration, clients, rows=rows, seed=config.seed) for rows in wanted],
+            "texts": [public_texts(calibration, owned, rows=rows, seed=config.seed) for rows in wanted],
             "seed": config.seed,
             "environment": _environment(run),
         }

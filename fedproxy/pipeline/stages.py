@@ -94,8 +94,10 @@ def compress(run: Run, clients: ClientRows) -> None:
         return
     config, started = run.config, time.perf_counter()
     calibration, distillation = config.compression.calibration, config.distillation
-    texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
-    lessons = public_texts(calibration, clients, rows=distillation.rows, seed=config.seed) if distillation.steps else []
+    texts = public_texts(calibration, clients.owned, rows=calibration.rows, seed=config.seed)
+    lessons = (
+        public_texts(calibration, clients.owned, rows=distillation.rows, seed=config.seed) if distillation.steps else []
+    )
     target, tokenizer = run.target()
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
@@ -157,7 +159,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 
     Args:
         run: The run.
-        clients: Each client's rows.
+        clients: The clients, with their numbers of rows.
         questions: Held-out rows to score the state on between rounds, where the recipe asks for it.
 
     Returns:
@@ -191,18 +193,18 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         store=store,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
-        realigner=realigner(run, model, clients),
+        realigner=realigner(run, model, clients.owned),
         participation=Participation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
             Expected(
-                rows=clients.sizes,
+                rows=clients,
                 target_tokens=config.data.max_target_tokens,
                 extras=expected_extras(config.regularizer, config.aggregator, model),
             ),
         ),
-        rows=clients.sizes if config.federation.sampling == "weighted" else None,
+        rows=clients if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
+from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.evaluation.harness import render_rows
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
@@ -127,7 +129,7 @@ def test_clients_get_nothing_that_names_the_target_or_the_removed_blocks(tiny_ru
 def test_calibration_text_holds_no_clients_row():
     config = load_config(["recipe=fedproxy_tiny"])
     clients = client_rows(config.data, seed=42)
-    texts = public_texts(config.compression.calibration, clients, rows=32, seed=42)
+    texts = public_texts(config.compression.calibration, OwnedTexts(chain(*clients.values())), rows=32, seed=42)
     owned = {" ".join((row.prompt + row.target).split()) for own in clients.values() for row in own}
     assert texts
     assert not owned & {" ".join(text.split()) for text in texts}
@@ -142,7 +144,7 @@ def test_calibration_that_is_a_clients_row_is_left_out(tmp_path):
         {"text": "This sentence is in public use, no client has it."},
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = public_texts(config.compression.calibration, clients, rows=2, seed=1)
+    texts = public_texts(config.compression.calibration, OwnedTexts(chain(*clients.values())), rows=2, seed=1)
     assert texts == ["This sentence is in public use, no client has it."]
 
 

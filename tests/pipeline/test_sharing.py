@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
+from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
@@ -93,7 +95,7 @@ def key_of(folder, target, *overrides):
     own = config(folder, *overrides)
     current = Run(own, RunFolder(folder), Display())
     current._target = target
-    return proxy_key(current, client_rows(own.data, seed=own.seed))
+    return proxy_key(current, OwnedTexts(chain(*client_rows(own.data, seed=own.seed).values())))
 
 
 def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):

@@ -17,8 +17,9 @@ MEASURE = "measure"
 class Hardware:
     """Devices, links and rows; the defaults are assumptions, and a plan says so."""
 
-    devices: int = 1
-    """Devices that a round's clients share, one client at a time on each; in the field, the clients of a round."""
+    devices: int | None = None
+    """Devices that a round's clients share, each with trainer.devices of them at a time; null takes those of one
+    client. In the field: of all clients of a round together."""
     tflops: str = "100"
     """TFLOP/s that a device sustains in training, or ``measure`` to time two blocks of the target on this machine."""
     client_mbps: float | None = 100.0

@@ -1,5 +1,6 @@
 """Peak memory of every role, from shapes alone."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class Need:
     """Bytes, wherever they lie."""
     device: int
     """Those of them that lie on an accelerator, where the role has one."""
+    devices: int = 1
+    """Accelerators that hold them in equal parts."""
 
 
 def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
@@ -38,21 +41,31 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
 
     What ``fit`` does is counted, distillation and re-alignment left out; ``compress`` measures fidelity on top.
     """
-    training, on_device = _training(outline, traffic, row)
+    (training, on_device), loading = _training(outline, traffic, row), _loading(outline)
     target = outline.target_parameters * outline.weight_bytes
     proxy = outline.proxy_parameters * outline.weight_bytes
     calibration = calibration_bytes(outline)
-    inside = outline.config.engine.name == "in_process"
+    inside, devices = outline.config.engine.name == "in_process", outline.devices.count
     received = _received(outline, traffic, in_memory=inside)
-    shared = proxy if outline.config.client.quantization == "none" else 0  # rounded weights are a model of their own
-    federation = target + proxy + received + (training - shared if inside else 0)
+    # Rounded weights are a model of their own, and so are those of a client's own processes.
+    shared = proxy if outline.config.client.quantization == "none" and devices == 1 else 0
+    federation = target + proxy + received + (max(training, loading) - shared if inside else 0)
     found = [
         Need("server", "compression", target + proxy + calibration, target + calibration),
-        Need("server", "federation", federation, on_device if inside else 0),
+        Need("server", "federation", federation, on_device if inside else 0, devices if inside else 1),
         *_after(outline, target, proxy),
-        Need("client", "training", training, on_device),
+        *([Need("client", "loading", loading, 0)] if loading else []),
+        Need("client", "training", training, on_device, devices),
     ]
-    return found if inside else [*found, Need("each worker", "training", training, on_device)]
+    # A worker whose client has processes of its own holds no proxy, only what goes to them and what comes back.
+    passed_on = traffic.down(2) + traffic.up if devices > 1 else 0
+    return found if inside else [*found, Need("each worker", "training", training + passed_on, on_device, devices)]
+
+
+def _loading(outline: Outline) -> int:
+    """Return what the processes of a client hold before they spread its weights: each reads all of them."""
+    devices = outline.devices
+    return devices.count * outline.proxy_parameters * outline.weight_bytes if devices.strategy == "fsdp" else 0
 
 
 def calibration_bytes(outline: Outline) -> int:
@@ -110,18 +123,35 @@ def _copies(outline: Outline) -> bool:
 
 
 def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, int]:
-    """Return what a client holds while it trains, in all and on its accelerator."""
+    """Return what a client holds while it trains, in all and on its accelerators, all of its devices together."""
+    count, spread = outline.devices.count, outline.devices.strategy == "fsdp"
     state = sum(p.numel() * p.element_size() for p in outline.trainable.parameters().values())
     proxy = _clients_proxy(outline)
     # On the device: the parameters, their gradients, AdamW's two moments, the anchor, and what the regularizer reads.
     device_copies = 5 + bool(traffic.conflict) + bool(traffic.own_memory)
+    device_copies += outline.devices.strategy == "ddp"  # the buckets in which gradients are averaged
     # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
     host_copies = 3 + bool(traffic.conflict) + 2 * bool(traffic.own_memory)
-    answers = outline.config.client.batch_size * row.target_tokens
-    logits = answers * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
-    saved = _saved(outline, row)
-    device = proxy + device_copies * state + saved + logits
-    return device + host_copies * state + traffic.statistics, device
+    rows = math.ceil(outline.config.client.batch_size / count)
+    logits = rows * row.target_tokens * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
+    weights = proxy + device_copies * state
+    if spread:
+        weights = weights // count + _gathered(outline)
+    device = weights + _saved(outline, rows, row) + logits
+    return count * (device + host_copies * state) + traffic.statistics, count * device
+
+
+def _gathered(outline: Outline) -> int:
+    """Return the bytes of whole weights on a device that holds a part of all.
+
+    Counted: the block that runs and the next one, and what belongs to no block.
+    """
+    blocks = [_weights(block) for block in outline.proxy.blocks]
+    return 2 * max(blocks) + _weights(outline.proxy.model) - _weights(outline.proxy.blocks)
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
 
 
 def _clients_proxy(outline: Outline) -> int:
@@ -138,9 +168,9 @@ def _clients_proxy(outline: Outline) -> int:
     return whole - int(rounded * (outline.weight_bytes - _ROUNDED_BYTES[bits]))
 
 
-def _saved(outline: Outline, row: RowLength) -> int:
+def _saved(outline: Outline, batch: int, row: RowLength) -> int:
     """Return what autograd keeps of a batch; under checkpointing, the blocks' inputs and one block's own."""
-    batch, blocks = outline.config.client.batch_size, len(outline.proxy)
+    blocks = len(outline.proxy)
     saved = saved_bytes(outline, batch, row.tokens)
     if not outline.config.client.gradient_checkpointing:
         return saved

@@ -17,6 +17,7 @@ from fedproxy.federation.realigner import emulator_weights
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.decoder import parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS
+from fedproxy.modules.devices import ClientDevices
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -76,6 +77,15 @@ class Outline:
         """Clients that take part in each round."""
         drawn = self.config.federation.clients_per_round
         return self.clients if drawn == "all" else int(drawn)
+
+    @cached_property
+    def devices(self) -> ClientDevices:
+        """The devices that train one client; the machine that plans need not have them.
+
+        Raises:
+            ConfigError: If trainer.devices and trainer.strategy do not go together.
+        """
+        return ClientDevices.of({**self.config.trainer, "accelerator": "cpu"})
 
     @property
     def emulator(self) -> dict[str, nn.Parameter]:

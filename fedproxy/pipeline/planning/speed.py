@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
 from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
@@ -43,6 +44,8 @@ class RowLength:
 class Seconds:
     """Predicted wall time of one round."""
 
+    devices: int
+    """Devices that the clients of a round share."""
     tflops: float
     """Sustained rate of a device in training."""
     client: float | None
@@ -63,16 +66,22 @@ class Seconds:
 
     @classmethod
     def of(cls, outline: Outline, traffic: Traffic, hardware: Hardware) -> "Seconds":
-        """Count operations and bytes and divide them by the rates."""
+        """Count operations and bytes and divide them by the rates.
+
+        Raises:
+            ConfigError: If the given devices are fewer than those of one client.
+        """
         trains = outline.trainable.num_parameters > 0
         given = 0.0 if hardware.tflops == MEASURE else float(hardware.tflops)
         tflops = measured_tflops(outline) if trains and not given else given
         rows, client = rows_per_client(outline, hardware), None if trains else 0.0
         if rows is not None and trains:
             operations = training_operations(outline.proxy, outline.trainable, RowLength.of(hardware, outline))
-            client = rows * outline.config.client.epochs * operations / (tflops * 1e12)
-        turns = math.ceil(traffic.drawn / hardware.devices)
+            client = rows * outline.config.client.epochs * operations * _share(outline) / (tflops * 1e12)
+        devices = _devices(outline, hardware)
+        turns = math.ceil(traffic.drawn / (devices // outline.devices.count))
         return cls(
+            devices=devices,
             tflops=tflops,
             client=client,
             clients=None if client is None else turns * client,
@@ -81,6 +90,25 @@ class Seconds:
             merge=traffic.all_up() / (hardware.merge_gb_per_s * 1e9),
             proxy=_transfer(traffic.proxy, traffic.proxy * traffic.clients, hardware),
         )
+
+
+def _devices(outline: Outline, hardware: Hardware) -> int:
+    """Return how many devices a round's clients share."""
+    each = outline.devices.count
+    if hardware.devices is None:
+        return each
+    if hardware.devices < each:
+        raise ConfigError(
+            f"plan.devices must be at least the {each} devices that train one client together (trainer.devices), "
+            f"got {hardware.devices}"
+        )
+    return hardware.devices
+
+
+def _share(outline: Outline) -> float:
+    """Return the part of a batch that the busiest of a client's devices takes."""
+    rows = outline.config.client.batch_size
+    return math.ceil(rows / outline.devices.count) / rows
 
 
 def rows_per_client(outline: Outline, hardware: Hardware) -> int | None:

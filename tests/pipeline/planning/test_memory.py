@@ -68,6 +68,74 @@ def test_quantised_linear_layers_take_fewer_bytes(bits, bytes_each):
     assert more == pytest.approx(2 * plain.proxy_parameters - linear * (2 - bytes_each), rel=1e-6)
 
 
+LLAMA = "recipe=paper/fedproxy_llama2_7b_heterogeneous"
+FOUR = ("trainer.devices=4", "client.batch_size=8")
+
+
+def training(predicted, role="client"):
+    """(bytes of all processes, bytes on one accelerator, accelerators) while a client trains."""
+    [need] = [need for need in predicted.memory if (need.role, need.stage) == (role, "training")]
+    return need.total, need.device // need.devices, need.devices
+
+
+def per_batch(rows, target_tokens=128, vocabulary=32_000):
+    """What a batch keeps: activations, and the logits of answers as they are and twice in float32."""
+    config = load_config([LLAMA])
+    tokens = config.data.max_input_tokens + config.data.max_target_tokens
+    assert config.data.max_target_tokens == target_tokens
+    return saved_bytes(Outline.of(config), rows, tokens) + rows * target_tokens * vocabulary * (2 + 8)
+
+
+# Llama-2-7B's shape: a block in bfloat16; embedding, head and last norm; LoRA of rank 32 at all seven layers, float32
+BLOCK = 2 * (4 * 4096 * 4096 + 3 * 4096 * 11008 + 2 * 4096)
+REST = 2 * (2 * 32_000 * 4096 + 4096)
+LORA = 4 * 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+
+
+def test_ddp_splits_the_batch_and_keeps_whole_weights_on_every_device():
+    one, four = plan([LLAMA, "client.batch_size=8"]), plan([LLAMA, *FOUR])
+    copies = 6  # LoRA, gradients, two moments, anchor, conflict map
+    assert training(one)[1:] == (16 * BLOCK + REST + copies * 16 * LORA + per_batch(8), 1)
+    # one copy more: the buckets in which gradients are averaged
+    assert training(four)[1:] == (16 * BLOCK + REST + (copies + 1) * 16 * LORA + per_batch(2), 4)
+    # initial state, broadcast, conflict map and tuned state on the host of each process
+    assert training(four)[0] == 4 * (training(four)[1] + 4 * 16 * LORA)
+
+
+def test_fsdp_spreads_weights_gradients_and_moments():
+    four = plan([LLAMA, *FOUR, "trainer.strategy=fsdp"])
+    part = (16 * BLOCK + REST + 6 * 16 * LORA) // 4
+    whole = 2 * (BLOCK + LORA) + REST  # gathered: two blocks, and what is in no block
+    assert training(four)[1:] == (part + whole + per_batch(2), 4)
+    # every process reads the whole proxy before it lets three quarters go
+    assert four.peak("client", "loading") == 4 * (16 * BLOCK + REST)
+    assert "accelerators where there are any" in str(four)
+
+
+def test_an_odd_batch_counts_by_the_device_that_takes_most():
+    four, two = plan([LLAMA, *FOUR, "client.batch_size=5"]), plan([LLAMA, *FOUR])  # 5 rows: 2, 1, 1 and 1
+    assert training(four)[1] == training(two)[1]
+
+
+def test_processes_of_a_client_have_proxies_of_their_own_beside_the_servers():
+    bare = plan([LLAMA, *FOUR, "engine.name=workers"])
+    inside = plan([LLAMA, *FOUR])
+    updates = inside.traffic.drawn * inside.upload_bytes - LORA_LARGEST
+    assert inside.peak("server", "federation") - bare.peak("server", "federation") == training(inside)[0] + updates
+    # a worker holds what it passes on to its client's processes, and no proxy of its own
+    assert training(bare, "each worker")[0] == training(bare)[0] + bare.download_bytes + bare.upload_bytes
+
+
+LORA_LARGEST = 8 * 4 * 32 * 11008
+"""The largest tensor of each of eight updates, which is all that the server holds of updates in files."""
+
+
+def test_a_plan_does_not_look_for_the_devices(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    assert plan([TINY, "trainer.devices=4"]).seconds.devices == 4
+
+
 def test_updates_in_memory_grow_with_the_clients_of_a_round_and_files_do_not():
     many = (TINY, "data.partition.name=iid", "data.partition.clients=512")
     peaks = {

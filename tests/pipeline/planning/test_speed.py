@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedproxy.config import load_config
-from fedproxy.errors import ModelError
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.speed import RowLength, training_operations
@@ -40,6 +40,20 @@ def test_seconds_follow_from_the_given_rates():
     assert one.seconds.merge == pytest.approx(4 * traffic.up / 1e6)
     assert one.seconds.proxy == pytest.approx(4 * traffic.proxy / 2e6)
     assert one.seconds.round == pytest.approx(one.seconds.clients + one.seconds.transfer + one.seconds.merge)
+
+
+def test_devices_of_one_client_share_its_batches_and_count_in_turns():
+    words = [TINY, "plan.tflops=2e-6", "client.batch_size=8"]
+    alone, pairs = plan([*words, "plan.devices=5"]), plan([*words, "trainer.devices=2", "plan.devices=5"])
+    assert pairs.seconds.client == pytest.approx(alone.seconds.client / 2)
+    assert alone.seconds.clients == pytest.approx(alone.seconds.client)  # four clients on five devices
+    assert pairs.seconds.clients == pytest.approx(2 * pairs.seconds.client)  # two pairs, the fifth is idle
+    assert "on 5 device(s), 2 to a client (ddp)" in str(pairs)
+    three = plan([*words, "trainer.devices=3"])  # of eight rows the busiest device takes three
+    assert three.seconds.client == pytest.approx(alone.seconds.client * 3 / 8)
+    assert three.seconds.clients == pytest.approx(4 * three.seconds.client)  # by default, the devices of one client
+    with pytest.raises(ConfigError, match=r"^plan.devices must be at least the 4 devices .*trainer.devices\), got 3$"):
+        plan([*words, "trainer.devices=4", "plan.devices=3"])
 
 
 def test_one_machine_has_no_transfer_and_rows_may_be_unknown():
