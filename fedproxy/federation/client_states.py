@@ -71,15 +71,18 @@ class StatesAfter(Mapping[str, Tensors]):
     """
 
     def __init__(self, files: ClientFiles, progress: Progress, clients: Sequence[str]) -> None:
-        self._files, self._start, self._clients = files, progress.state, tuple(clients)
+        self._files, self._start, self._clients = files, progress.state, dict.fromkeys(clients)
         self._last = {client: int(line["round"]) for line in progress.records for client in line["clients"]}
 
     def load(self, client_id: str) -> ClientState:
         """Return what a client goes on from; tensors stay in its file until they are used.
 
         Raises:
+            KeyError: If there is no such client.
             CheckpointError: If the file is missing or damaged.
         """
+        if client_id not in self._clients:
+            raise KeyError(client_id)
         if client_id not in self._last:
             return ClientState(self._start)
         path = self._files.of(client_id).path(self._last[client_id])
@@ -93,6 +96,9 @@ class StatesAfter(Mapping[str, Tensors]):
 
     def __getitem__(self, client_id: str) -> Tensors:
         return self.load(client_id).state
+
+    def __contains__(self, client_id: object) -> bool:
+        return client_id in self._clients
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._clients)

@@ -117,7 +117,7 @@ def test_server_optimizers_keep_a_memory_per_client_and_resume_is_exact(tmp_path
     again = go(tmp_path / "parts", 4, start=CheckpointFolder(tmp_path / "parts").load_latest(), **options)
     for client in Adding.numbers:
         left, right = (
-            ClientStore(tmp_path / name).states.after(progress, []).load(client)
+            ClientStore(tmp_path / name).states.after(progress, [client]).load(client)
             for name, progress in (("whole", whole), ("parts", again))
         )
         assert left.server_memory
@@ -165,6 +165,14 @@ def test_neither_memory_nor_checkpoints_hold_the_clients_states(tmp_path):
     assert not progress.state["layer.weight"].any()
     assert all(isinstance(sent.state, TensorFile) for sent in engine.served[3:])  # read tensor by tensor when used
     assert list(CheckpointFolder(tmp_path).load(2).state) == ["layer.weight"]
+
+
+def test_there_are_states_of_clients_alone(tmp_path):
+    own = ClientStore(tmp_path).states.after(go(tmp_path, 1), ["a", "b", "c"])
+    assert "a" in own
+    assert "" not in own
+    with pytest.raises(KeyError):
+        own[""]
 
 
 def test_a_lost_or_damaged_state_is_one_line_and_no_fresh_start(tmp_path):

@@ -83,7 +83,7 @@ def test_the_mean_holds_one_client_at_a_time_and_has_the_bits_of_aggregation(mak
     monkeypatch.setattr(TensorFile, "__hash__", object.__hash__)
     monkeypatch.setattr(type(store.memory), "load", watch)
     assemble(trainable, Progress(1, state), FedSA, store, clients)
-    assert max(most) <= 2  # the one before is let go of when the next one is there
+    assert max(most) <= 3  # of 40: a client is let go of when the next one is there
     for name in own:
         assert torch.equal(trainable.state()[name], state[name] + expected[name])
 

@@ -162,8 +162,10 @@ def test_what_clients_keep_does_not_grow_the_server(rule, engine):
         for clients in (8, 10_000)
     )  # fmt: skip
     assert few.memory == many.memory
-    # three rounds of one client's tensors beside the models, not one for each of the 10,000
-    assert many.peak("server", "federation") < few.peak("server", "fusion") + 64 * 4 * few.trainable_parameters
+    shared = plan([TINY, "regularizer.name=none", "aggregator.name=fedavg", f"engine.name={engine}",
+                   "data.partition.name=iid", "data.partition.clients=8"])  # fmt: skip
+    # what is not merged in rounds is merged, or fused, one client at a time: no more than one shared state needs
+    assert many.peak("server", "federation") <= shared.peak("server", "federation")
 
 
 def test_fusion_that_keeps_more_takes_more():
