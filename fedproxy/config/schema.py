@@ -136,7 +136,8 @@ class FederationConfig:
     min_clients: int | None = None
     """Clients of a round that must send a usable update; others are dropped and named. Null asks for all of them."""
     round_timeout_s: float | None = None
-    """Seconds that a round's clients have together; late ones are dropped. Null waits for all."""
+    """Seconds that a round's clients have together, from when the first can run; late ones are dropped. Null waits for
+    all."""
     max_norm_ratio: float | None = 1000.0
     """An update longer than this multiple of the round's median norm is dropped; null checks no length. Honest
     clients differ by about the ratio of their optimiser steps: the default stops broken ones, not clever ones."""

@@ -38,6 +38,7 @@ def main(setup: Path, device: int | None, threads: int) -> None:
     broadcasts = _Broadcasts()
     while True:
         task = tasks.get()
+        _say(channel, started=task["task"])
         answer = _serve(client, broadcasts, task)
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: stages, one line per round, a bar for slow work."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -23,6 +24,17 @@ class Display:
     def say(self, message: str) -> None:
         """Print one line."""
         self.console.print(message, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def warnings(self) -> Iterator[None]:
+        """Print each warning that the package logs as a line, for the length of the context."""
+        handler = _Lines(self)
+        logger = logging.getLogger("fedproxy")
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator["Bar"]:
@@ -51,6 +63,15 @@ class Display:
         parts.append(f"{record['seconds']:.1f} s")
         parts.append(f"up {size(record['upload_bytes'])}, down {size(record['download_bytes'])}")
         self.say("  ".join(parts))
+
+
+class _Lines(logging.Handler):
+    def __init__(self, display: Display) -> None:
+        super().__init__(logging.WARNING)
+        self._display = display
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._display.say(record.getMessage())
 
 
 class Bar:

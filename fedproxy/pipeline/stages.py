@@ -208,7 +208,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
-    with run.display.bar("clients", left * federation.clients_in_round) as bar:
+    with run.display.warnings(), run.display.bar("clients", left * federation.clients_in_round) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)

@@ -93,6 +93,18 @@ def test_no_length_is_checked_where_the_option_is_null(tmp_path):
     assert (ids, dropped) == (list(CLIENTS), {})
 
 
+def test_a_time_limit_that_cannot_stop_a_hanging_client_is_said_once(tmp_path, caplog):
+    engine = Engine.by_name("in_process")()
+    running = engine.start(lambda: Double(str(tmp_path)), remote(tmp_path), tmp_path)
+    list(running.run(broadcast(), CLIENTS))
+    assert not caplog.messages
+    for _ in range(2):
+        list(running.run(broadcast(), CLIENTS, timeout_s=60.0))
+    (line,) = caplog.messages
+    assert line.startswith("federation.round_timeout_s: engine.name=in_process looks at the time after each batch only")
+    assert line.endswith("engine.name=workers stops it")
+
+
 @dataclass
 class Given:
     """An engine that answers with given updates."""

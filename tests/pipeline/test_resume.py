@@ -1,5 +1,6 @@
 """Runs that are killed, repeated or continued: nothing is lost, nothing is overwritten."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from fedproxy.errors import CheckpointError, ConfigError, DataError
+from fedproxy.federation.checkpoint import CheckpointFolder
 from fedproxy.reporting import RunReport
 
+from . import hooked_clients
 from .conftest import SMALL
 
 FOUR_ROUNDS = ("federation.rounds=4", "evaluation.models=[]")
@@ -44,6 +47,25 @@ def test_kill_in_round_two_of_four_and_resume_is_bit_identical(run_tiny, tmp_pat
     assert journal.read_text().count("\n") < 4
     report, _ = run_tiny(*FOUR_ROUNDS, "resume=auto", folder=folder)
     assert report.run.status == "completed"
+    assert [line.round for line in report.rounds] == [1, 2, 3, 4]
+    assert_same_states(final_state(whole), final_state(folder))
+
+
+def test_kill_between_checkpoint_and_journal_loses_no_round(run_tiny, tmp_path):
+    _, whole = run_tiny(*FOUR_ROUNDS)
+    folder, hooks = tmp_path / "killed", tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "2.kill").touch()
+    arguments = (*SMALL, *FOUR_ROUNDS, f"plugins=[{hooked_clients.NAME}]", f"output_dir={folder}")
+    environment = {**os.environ, hooked_clients.VARIABLE: str(hooks), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "fedproxy.fit", *arguments]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    journal = folder / "rounds.jsonl"
+    assert journal.read_text().count("\n") == 1
+    assert CheckpointFolder(folder / "checkpoints").rounds() == [1, 2]
+    report, _ = run_tiny(*FOUR_ROUNDS, "resume=auto", folder=folder)
+    assert [json.loads(line)["round"] for line in journal.read_text().splitlines()] == [1, 2, 3, 4]
     assert [line.round for line in report.rounds] == [1, 2, 3, 4]
     assert_same_states(final_state(whole), final_state(folder))
 

@@ -1,8 +1,9 @@
 """Clients one after another in this process."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedproxy.federation.engines.base import (
@@ -19,12 +20,15 @@ from fedproxy.federation.engines.base import (
 from fedproxy.federation.engines.threads import cpu_threads
 from fedproxy.protocol import Broadcast
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class InProcess(Engine, name="in_process"):
     """One resident base model; clients' states are swapped in and out of it.
 
-    A round's timeout is looked at after each batch of a client's training: what hangs within one batch is not stopped.
+    A round's timeout is looked at after each batch of a client's training: what hangs within one batch is not stopped,
+    which a run says when it starts.
     """
 
     threads: int | None = None
@@ -43,11 +47,22 @@ class InProcess(Engine, name="in_process"):
 class _Running:
     client: Client
     threads: int | None
+    _warned: bool = field(default=False, init=False)
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
+        if timeout_s is not None:
+            self._warn_once()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for client_id in client_ids:
             yield self._answer(broadcast.addressed_to(client_id), client_id, timeout_s, deadline)
+
+    def _warn_once(self) -> None:
+        if not self._warned and not isinstance(self.client, Closing):  # processes of its own end with the time
+            _log.warning(
+                "federation.round_timeout_s: engine.name=in_process looks at the time after each batch only, so a "
+                "client that hangs within one holds up the run; engine.name=workers stops it"
+            )
+        self._warned = True
 
     def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
         if deadline is None or timeout_s is None:

@@ -48,6 +48,11 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.poll() is None
+
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when there is something to receive."""
         assert self._process.stdout is not None

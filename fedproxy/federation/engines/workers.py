@@ -1,12 +1,13 @@
 """Clients side by side in processes of their own, one for each device or several on the CPU."""
 
 import json
+import logging
 import os
 import selectors
 import shutil
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,9 +29,10 @@ from fedproxy.federation.engines.base import (
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, Message, WorkerProcess
 from fedproxy.protocol import Broadcast, ClientUpdate
 
+_log = logging.getLogger(__name__)
 _BROADCAST = "broadcast.safetensors"
 _TRIES = 2
-"""How often a client is tried whose worker dies or hangs."""
+"""How often a client is tried whose worker dies or hangs, and how often in a row a worker may fail to start."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Workers(Engine, name="workers"):
 
     Results depend neither on the number of workers nor on the order in which clients finish. The round's state is
     written once as a safetensors file that all workers read (once for each client where clients have states of their
-    own), updates come back as files that are merged one tensor at
-    a time. A worker that dies or hangs is replaced and its client tried once more.
+    own), updates come back as files that are merged one tensor at a time. A worker that dies or hangs is replaced and
+    its client tried once more; one that cannot be replaced is done without as long as another is left. A round's
+    timeout counts from when its first client is handed out.
     """
 
     workers: int | str = "auto"
@@ -50,6 +53,8 @@ class Workers(Engine, name="workers"):
     (with ``in_process`` too, which has the same option)."""
     client_timeout_s: float | None = None
     """Seconds after which a client's worker counts as hung; null waits until the round ends."""
+    start_timeout_s: float = 600.0
+    """Seconds that a worker has to start and load the proxy, after which it counts as hung and is replaced."""
 
     def __post_init__(self) -> None:
         count = self.workers
@@ -57,6 +62,7 @@ class Workers(Engine, name="workers"):
         self.require("threads", self.threads >= 1, "at least 1")
         limit = self.client_timeout_s
         self.require("client_timeout_s", limit is None or limit > 0, "positive, or null")
+        self.require("start_timeout_s", self.start_timeout_s > 0, "positive")
 
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> "WorkerPool":
         """Make ready; processes start when the first round needs them."""
@@ -77,6 +83,8 @@ class _Task:
     client_id: str
     update: Path
     tries: int = 0
+    spared: bool = False
+    """Whether a worker died before it took the client up, which costs no try, but only once."""
 
 
 @dataclass
@@ -86,8 +94,10 @@ class _Slot:
     process: WorkerProcess
     task: _Task | None = None
     ready: bool = False
+    begun: bool = False
+    """Whether it has taken its task up."""
     since: float = field(default_factory=time.monotonic)
-    """When it was given its task."""
+    """When it was started, or given its last task."""
 
 
 class WorkerPool:
@@ -105,6 +115,7 @@ class WorkerPool:
     def __init__(self, options: Workers, remote: RemoteClient, folder: Path) -> None:
         self.options, self.devices, self.size = options, remote.devices, options.count(remote.devices)
         self._base, self._slots, self._started, self._lost_starts = folder, list[_Slot](), 0, 0
+        self._any_ready, self._lost_on = False, Counter[int | None]()
         try:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -122,10 +133,10 @@ class WorkerPool:
         """Run one round's clients; see :class:`fedproxy.federation.engines.base.RunningEngine`.
 
         Raises:
-            ClientError: If workers cannot start.
+            ClientError: If workers cannot start and none is left.
             CheckpointError: If the broadcast cannot be written.
         """
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        deadline: float | None = None
         folder = self._begin(broadcast)
         todo = deque(
             _Task(number, client_id, folder / f"update_{number:05d}.safetensors")
@@ -136,8 +147,11 @@ class WorkerPool:
                 if deadline is not None and timeout_s is not None and time.monotonic() >= deadline:
                     left = [slot.task for slot in self._busy() if slot.task is not None] + list(todo)
                     yield from (Dropped(task.client_id, late(timeout_s)) for task in left)
+                    self._stop_slow_starts(timeout_s)
                     return
                 self._hand_out(todo, broadcast, folder)
+                if deadline is None and timeout_s is not None and self._busy():
+                    deadline = time.monotonic() + timeout_s  # what workers need to start is not the clients' time
                 for slot in self._wait(deadline):
                     yield from self._hear(slot, todo)
                 yield from self._stop_hung(todo)
@@ -183,9 +197,11 @@ class WorkerPool:
 
     def _hand_out(self, todo: deque[_Task], broadcast: Broadcast, folder: Path) -> None:
         """Give tasks to free workers, and start as many as there are tasks left, up to the engine's number."""
-        for slot in self._slots:
-            if slot.ready and slot.task is None and todo:
-                slot.task, slot.since = todo.popleft(), time.monotonic()
+        for slot in [slot for slot in self._slots if slot.ready and slot.task is None]:
+            if todo and not slot.process.alive:
+                self._lose(slot, f"was {slot.process.end()}")
+            elif todo:
+                slot.task, slot.begun, slot.since = todo.popleft(), False, time.monotonic()
                 slot.task.tries += 1
                 sent = str(self._sent(slot.task, broadcast, folder))
                 task = {"task": slot.task.number, "client": slot.task.client_id}
@@ -196,7 +212,8 @@ class WorkerPool:
 
     def _spawn(self) -> WorkerProcess:
         used = [slot.process.device for slot in self._slots]
-        device = min(self.devices, key=used.count) if self.devices else None
+        order = {device: (used.count(device), self._lost_on[device]) for device in self.devices}
+        device = min(order, key=order.__getitem__) if order else None
         self._started += 1
         return WorkerProcess(
             self.folder / "setup.json",
@@ -208,8 +225,7 @@ class WorkerPool:
     def _wait(self, deadline: float | None) -> list[_Slot]:
         """Wait until a worker says something or a time limit is reached, and return who has something to say."""
         limits = [] if deadline is None else [deadline]
-        if self.options.client_timeout_s is not None:
-            limits += [slot.since + self.options.client_timeout_s for slot in self._busy()]
+        limits += [slot.since + limit for slot in self._slots if (limit := self._limit(slot)) is not None]
         # The caller looks at the limits again: a system call takes no wait of months.
         timeout = min(LONGEST_WAIT_S, max(0.0, min(limits) - time.monotonic())) if limits else None
         with selectors.DefaultSelector() as selector:
@@ -220,40 +236,88 @@ class WorkerPool:
     def _hear(self, slot: _Slot, todo: deque[_Task]) -> Iterator[Answer]:
         messages = slot.process.receive()
         if messages is None:
-            yield from self._gone(slot, f"its worker was {slot.process.ended()}", todo)
+            task, how = slot.task, slot.process.ended()
+            if task is not None and not slot.begun and not task.spared:
+                task.tries, task.spared = task.tries - 1, True
+            yield from self._gone(slot, f"was {how}", todo)
             return
         for message in messages:
             if "failed" in message:
-                raise ClientError(f"engine.name=workers: a worker cannot start: {message['failed']}")
+                if not self._any_ready:
+                    raise ClientError(f"engine.name=workers: a worker cannot start: {message['failed']}")
+                self._lose(slot, f"cannot start: {message['failed']}")
+                return
             if message.get("ready"):
-                slot.ready, self._lost_starts = True, 0
+                slot.ready, self._any_ready, self._lost_starts = True, True, 0
+            elif "started" in message:
+                slot.begun = True
             elif slot.task is not None and message["task"] == slot.task.number:
                 task, slot.task = slot.task, None
                 yield _answer(task, message)
 
-    def _stop_hung(self, todo: deque[_Task]) -> Iterator[Answer]:
-        limit = self.options.client_timeout_s
-        for slot in self._busy() if limit is not None else []:
-            if time.monotonic() >= slot.since + limit:  # type: ignore[operator]
-                yield from self._gone(slot, f"it hung: no update within engine.client_timeout_s of {limit:g} s", todo)
+    def _limit(self, slot: _Slot) -> float | None:
+        """Return how many seconds a worker has for what it is doing."""
+        if not slot.ready:
+            return self.options.start_timeout_s
+        return None if slot.task is None else self.options.client_timeout_s
 
-    def _gone(self, slot: _Slot, reason: str, todo: deque[_Task]) -> Iterator[Answer]:
+    def _stop_hung(self, todo: deque[_Task]) -> Iterator[Answer]:
+        for slot in list(self._slots):
+            limit = self._limit(slot)
+            if limit is None or time.monotonic() < slot.since + limit:
+                continue
+            if slot.ready:
+                yield from self._gone(slot, f"hung: no update within engine.client_timeout_s of {limit:g} s", todo)
+            else:
+                self._lose(slot, f"hung: not ready within engine.start_timeout_s of {limit:g} s")
+
+    def _stop_slow_starts(self, timeout_s: float) -> None:
+        """At a round's end in time, give up workers that have been starting for as long as the whole round."""
+        for slot in list(self._slots):
+            if not slot.ready and time.monotonic() >= slot.since + timeout_s:
+                self._remove(slot)
+                _log.warning("worker replaced: process %d was not ready for a whole round", slot.process.pid)
+
+    def _gone(self, slot: _Slot, how: str, todo: deque[_Task]) -> Iterator[Answer]:
         """Forget a worker; its client goes to the front of the queue, or is dropped after its last try.
 
+        Args:
+            slot: The worker.
+            how: What it did, to go after its name.
+            todo: The queue.
+        """
+        task = slot.task
+        if task is None:
+            self._lose(slot, how)
+        elif task.tries < _TRIES:
+            self._lose(slot, f"{how}; client {task.client_id!r} is tried again")
+            todo.appendleft(task)
+        else:
+            self._lose(slot, how)
+            yield Dropped(task.client_id, f"its worker {how} ({_TRIES} tries)")
+
+    def _lose(self, slot: _Slot, how: str) -> None:
+        """Forget a worker, and go on with one less where its place cannot be filled.
+
         Raises:
-            ClientError: If workers die while they start.
+            ClientError: If workers cannot start and none is left.
         """
         self._remove(slot)
         if not slot.ready:
+            self._lost_on[slot.process.device] += 1
             self._lost_starts += 1
-            if self._lost_starts >= _TRIES:
-                raise ClientError(f"engine.name=workers: workers cannot start, the last one: {reason}")
-        if slot.task is None:
+        if self._lost_starts < _TRIES:
+            _log.warning("worker replaced: process %d %s", slot.process.pid, how)
             return
-        if slot.task.tries < _TRIES:
-            todo.appendleft(slot.task)
-        else:
-            yield Dropped(slot.task.client_id, f"{reason} ({_TRIES} tries)")
+        self._lost_starts, self.size = 0, self.size - 1
+        if not self._any_ready or self.size < 1:
+            raise ClientError(
+                f"engine.name=workers: workers cannot start, the last one: it {how}; mend that, or raise "
+                f"engine.start_timeout_s if they need longer, then resume=auto"
+            )
+        _log.warning(
+            "worker lost: process %d %s (%d tries); workers left: %d", slot.process.pid, how, _TRIES, self.size
+        )
 
     def _remove(self, slot: _Slot) -> None:
         slot.process.end()

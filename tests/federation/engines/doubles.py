@@ -61,8 +61,23 @@ def dying_factory(device: int | None = None) -> Double:
     os._exit(3)
 
 
-def remote(folder: Path) -> RemoteClient:
-    return RemoteClient(f"{__name__}:client", {"folder": str(folder)})
+def starting_client(folder: str, device: int | None = None) -> Double:
+    """A client whose start obeys the word in ``<folder>/start``."""
+    path = Path(folder) / "start"
+    word, _, once = path.read_text().partition(" ") if path.is_file() else ("", "", "")
+    if once:
+        path.unlink()
+    (Path(folder) / "starts").open("a").write(f"{os.getpid()}\n")
+    if word == "fail":
+        raise ClientError("out of device memory")
+    if word == "die":
+        os._exit(3)
+    time.sleep({"hang": 3600.0, "slow": 4.0}.get(word, 0.0))
+    return Double(folder, device)
+
+
+def remote(folder: Path, factory: str = "client") -> RemoteClient:
+    return RemoteClient(f"{__name__}:{factory}", {"folder": str(folder)})
 
 
 def _die(update):

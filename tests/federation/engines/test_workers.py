@@ -160,7 +160,7 @@ def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
         object.__setattr__(pool.options, "client_timeout_s", None)
     assert_honest(got["ann"])
     assert len(pids(words, "ann")) == 2
-    assert got["bob"].reason == "it hung: no update within engine.client_timeout_s of 2 s (2 tries)"
+    assert got["bob"].reason == "its worker hung: no update within engine.client_timeout_s of 2 s (2 tries)"
     (words / "bob").unlink()
     for client in CLIENTS:
         (words / client).write_text("slow once")  # brings both workers up
@@ -215,3 +215,5 @@ def test_options_are_checked():
         Workers(threads=0)
     with pytest.raises(ConfigError, match=r"engine.client_timeout_s must be positive, or null, got -1"):
         Workers(client_timeout_s=-1)
+    with pytest.raises(ConfigError, match=r"engine.start_timeout_s must be positive, got 0"):
+        Workers(start_timeout_s=0)
