@@ -42,7 +42,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
                 str(path), dtype=_DTYPES[dtype], output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be loaded as a causal LM: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be loaded as a causal LM: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -62,9 +62,9 @@ def check_model(path: str | Path) -> None:
         raise ModelError(f"{path} is no folder; give an asset, a from_pretrained folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a family's own checks of its configuration raise whatever they like
         raise ModelError(
-            f"{path} is no model: {_first_line(error)}; give an asset, a from_pretrained folder or a hub id"
+            f"{path} is no model: {first_line(error)}; give an asset, a from_pretrained folder or a hub id"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{path} is an encoder-decoder model ({config.model_type}); give a decoder-only causal LM")
@@ -81,7 +81,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} has no tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{path} has no tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -181,6 +181,18 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
+def without_reports() -> Iterator[None]:
+    """Hold back all that transformers says, tables of weights included, where an error says it in one line."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
 def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """Hold a model on ``device`` for the length of the context, then bring it back.
 
@@ -201,5 +213,6 @@ def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedM
         model.to(home)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

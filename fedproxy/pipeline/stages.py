@@ -24,6 +24,7 @@ from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
+from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
@@ -93,6 +94,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     texts = public_texts(calibration, clients, rows=calibration.rows, seed=config.seed)
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
+        check_target(target)
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)

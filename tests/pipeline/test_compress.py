@@ -4,7 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    ReformerConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
@@ -132,6 +140,21 @@ def test_a_model_that_is_no_decoder_is_one_line(tmp_path):
     config = T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     refuse(ModelError, r"encoder-decoder model \(t5\)", tmp_path / "out", f"target.path={tmp_path / 't5'}")
+
+
+def test_a_model_that_is_not_causal_is_one_line(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("asset:tiny-llama"))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    message = r"^BertLMHeadModel is not causal: .* later tokens; give another target.path, a decoder-only causal LM$"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'bert'}", "compression.name=none")
+
+
+def test_a_family_that_refuses_its_own_configuration_is_one_line(tmp_path):
+    ReformerConfig().save_pretrained(tmp_path / "llm")  # "make sure that is_decoder=True", by an assert
+    message = r"^target.path=.*llm \(reformer\) cannot be built: .*; give a decoder-only causal LM$"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
 
 
 def test_a_tokenizer_of_another_vocabulary_is_one_line(tmp_path):
