@@ -17,6 +17,8 @@ from transformers.utils import logging
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 
+_FILLED = 0.9
+"""Least share of a model's vocabulary that its own tokenizer fills; padding to a round number takes a few per cent."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,18 +156,40 @@ def state_sha256(model: PreTrainedModel) -> str:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Check that every token of a tokenizer has a place in the model's vocabulary.
+    """Check that a tokenizer can be the model's own.
+
+    Every token has a place in the model's vocabulary, it leaves no more of that empty than padding to a round number
+    does, and the model's special tokens are among its own.
 
     Raises:
-        ModelError: If one has not.
+        ModelError: If it cannot.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    known = set(tokenizer.get_vocab().values())
+    highest, remedy = max(known, default=-1), "put the model's own tokenizer into its folder"
     if highest >= rows:
         raise ModelError(
-            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; "
-            "put the model's own tokenizer into its folder"
+            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; {remedy}"
         )
+    if len(known) < _FILLED * rows:
+        raise ModelError(
+            f"{path}: the tokenizer has {len(known)} tokens, under {_FILLED:.0%} of the model's vocabulary of {rows}; "
+            f"{remedy}"
+        )
+    for name, token in special_ids(model.config.get_text_config()):
+        if token > highest:
+            raise ModelError(
+                f"{path}: the model's {name} is {token}, and the tokenizer's tokens end at id {highest}; {remedy}"
+            )
+
+
+def special_ids(config: Any) -> list[tuple[str, int]]:
+    """Return the ids of padding, begin and end of text that a configuration names; a negative one is none."""
+    found = []
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        found += [(name, token) for token in (value if isinstance(value, list) else [value])]
+    return [(name, token) for name, token in found if token is not None and token >= 0]
 
 
 @contextmanager
@@ -197,12 +221,15 @@ def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedM
     """Hold a model on ``device`` for the length of the context, then bring it back.
 
     A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
-    forward passes.
+    forward passes. One that works on the device already is left as it is.
     """
     from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
 
     home = model.device
-    if home != device and not fits(model, device):
+    if home == device:  # as it seems of a model whose blocks another context brings there
+        yield model
+        return
+    if not fits(model, device):
         with streamed(model, device):
             yield model
         return

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from fedproxy.errors import FedProxyError, ModelError
-from fedproxy.models.checkpoints import first_line, without_reports
+from fedproxy.models.checkpoints import first_line, special_ids, without_reports
 from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.models.skipping import skipping
 
@@ -103,12 +103,8 @@ def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) 
 
 def _special(model: PreTrainedModel) -> set[int]:
     """Return the ids of padding, begin and end of text, which some families treat in a way of their own."""
-    found: set[int] = set()
-    for config in (model.config.get_text_config(), getattr(model, "generation_config", None)):
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            value = getattr(config, name, None)
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return {token for token in found if token >= 0}
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    return {token for config in configs for _, token in special_ids(config)}
 
 
 def _probe(model: PreTrainedModel) -> Tensor:

@@ -136,17 +136,16 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, clients: Clien
     texts = public_texts(calibration, clients, rows=settings.rows, seed=run.config.seed)
     limit = positions_limit(target, calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
-    with placed(target, run.device):
-        loss = fit(
-            proxy,
-            target,
-            batches,
-            settings=settings,
-            layer_map=layer_map,
-            trainer=one_device(run.config.trainer),
-            generator=generator(run.config.seed, "distillation"),
-            cache=cache_root() / "teacher",
-        )
+    loss = fit(
+        proxy,
+        target,
+        batches,
+        settings=settings,
+        layer_map=layer_map,
+        trainer=one_device(run.config.trainer),
+        generator=generator(run.config.seed, "distillation"),
+        cache=cache_root() / "teacher",
+    )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 
