@@ -16,6 +16,8 @@ from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.models.anonymity import strip_origin, without_templates
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 
+_FILLED = 0.9
+"""Least share of a model's vocabulary that its own tokenizer fills; padding to a round number takes a few per cent."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,7 +43,7 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
                 str(path), dtype=_DTYPES[dtype], output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be loaded as a causal LM: {_first_line(error)}") from error
+        raise ModelError(f"{path} cannot be loaded as a causal LM: {first_line(error)}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -61,9 +63,9 @@ def check_model(path: str | Path) -> None:
         raise ModelError(f"{path} is no folder; give an asset, a from_pretrained folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a family's own checks of its configuration raise whatever they like
         raise ModelError(
-            f"{path} is no model: {_first_line(error)}; give an asset, a from_pretrained folder or a hub id"
+            f"{path} is no model: {first_line(error)}; give an asset, a from_pretrained folder or a hub id"
         ) from error
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{path} is an encoder-decoder model ({config.model_type}); give a decoder-only causal LM")
@@ -80,7 +82,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} has no tokenizer: {_first_line(error)}") from error
+        raise ModelError(f"{path} has no tokenizer: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -141,18 +143,40 @@ def state_sha256(model: PreTrainedModel) -> str:
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Check that every token of a tokenizer has a place in the model's vocabulary.
+    """Check that a tokenizer can be the model's own.
+
+    Every token has a place in the model's vocabulary, it leaves no more of that empty than padding to a round number
+    does, and the model's special tokens are among its own.
 
     Raises:
-        ModelError: If one has not.
+        ModelError: If it cannot.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
+    rows: int = model.get_input_embeddings().weight.shape[0]
+    known = set(tokenizer.get_vocab().values())
+    highest, remedy = max(known, default=-1), "put the model's own tokenizer into its folder"
     if highest >= rows:
         raise ModelError(
-            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; "
-            "put the model's own tokenizer into its folder"
+            f"{path}: the tokenizer has tokens up to id {highest}, the model's vocabulary {rows} entries; {remedy}"
         )
+    if len(known) < _FILLED * rows:
+        raise ModelError(
+            f"{path}: the tokenizer has {len(known)} tokens, under {_FILLED:.0%} of the model's vocabulary of {rows}; "
+            f"{remedy}"
+        )
+    for name, token in special_ids(model.config.get_text_config()):
+        if token > highest:
+            raise ModelError(
+                f"{path}: the model's {name} is {token}, and the tokenizer's tokens end at id {highest}; {remedy}"
+            )
+
+
+def special_ids(config: Any) -> list[tuple[str, int]]:
+    """Return the ids of padding, begin and end of text that a configuration names; a negative one is none."""
+    found = []
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        found += [(name, token) for token in (value if isinstance(value, list) else [value])]
+    return [(name, token) for name, token in found if token is not None and token >= 0]
 
 
 @contextmanager
@@ -168,16 +192,31 @@ def without_bars() -> Iterator[None]:
 
 
 @contextmanager
+def without_reports() -> Iterator[None]:
+    """Hold back all that transformers says, tables of weights included, where an error says it in one line."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with without_bars():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+@contextmanager
 def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
     """Hold a model on ``device`` for the length of the context, then bring it back.
 
     A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
-    forward passes.
+    forward passes. One that works on the device already is left as it is.
     """
     from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
 
     home = model.device
-    if home != device and not fits(model, device):
+    if home == device:  # as it seems of a model whose blocks another context brings there
+        yield model
+        return
+    if not fits(model, device):
         with streamed(model, device):
             yield model
         return
@@ -188,5 +227,6 @@ def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedM
         model.to(home)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's text, or its type where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

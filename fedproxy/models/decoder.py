@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
-from fedproxy.models.checkpoints import without_bars
+from fedproxy.models.checkpoints import first_line, without_reports
 from fedproxy.models.layer_map import LayerMap
+
+OTHER_PARTS = "keep other blocks (compression.keep) or choose compression.name=none"
 
 
 @dataclass(frozen=True)
@@ -93,16 +95,25 @@ class Decoder:
         """
         kind = type(self.model)
         try:
-            with without_bars():
+            with without_reports():
                 built, info = kind.from_pretrained(
-                    None, config=config, state_dict=state, dtype=self.model.dtype, output_loading_info=True
+                    None,
+                    config=config,
+                    state_dict=state,
+                    dtype=self.model.dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # listed, as all that does not fit
                 )
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ModelError(f"{kind.__name__} cannot be rebuilt from parts of its weights: {reason}") from error
-        lost = sorted(info["missing_keys"]) + sorted(info["unexpected_keys"])
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"{kind.__name__} cannot be rebuilt from parts of its weights: {first_line(error)}; {OTHER_PARTS}"
+            ) from error
+        other = [name for name, *_ in info["mismatched_keys"]]
+        lost = sorted({*info["missing_keys"], *other}) + sorted(info["unexpected_keys"])
         if lost:
-            raise ModelError(f"{kind.__name__} cannot be rebuilt from {len(state)} weights: {lost[0]} was lost")
+            raise ModelError(
+                f"{kind.__name__} cannot be rebuilt from {len(state)} weights: {lost[0]} was lost; {OTHER_PARTS}"
+            )
         built.generation_config = copy.deepcopy(self.model.generation_config)
         model: PreTrainedModel = built.to(self.model.device).eval()
         return model

@@ -32,6 +32,15 @@ class LayerMap:
         own |= {target: new for new, target in enumerate(self.proxy_to_target) if new == target}
         return tuple(sorted(own.values()))
 
+    def counterparts(self, depth: int) -> tuple[int, ...]:
+        """Return, for each proxy block, the block of a target of ``depth`` behind which it stands in the same stead.
+
+        Where blocks went, it is the block that it is a copy of; where shared blocks keep the depth, it is the one in
+        the same place.
+        """
+        shared = len(set(self.proxy_to_target)) < len(self.proxy_to_target)
+        return tuple(range(depth)) if shared and len(self.proxy_to_target) == depth else self.proxy_to_target
+
     def save(self, path: str | Path) -> None:
         """Write the map as JSON, whole or not at all.
 

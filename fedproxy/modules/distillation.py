@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedproxy.data.batching import ShuffledBatches
 from fedproxy.errors import ConfigError, ModelError
+from fedproxy.models.checkpoints import placed
 from fedproxy.models.decoder import Decoder, set_weights
 from fedproxy.models.layer_map import LayerMap
 from fedproxy.modules.distillation_config import DistillationConfig
@@ -36,7 +37,8 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
 
     Args:
         student: The proxy, in the mode that it shall be trained in.
-        teacher: The target, asked about every batch; never part of the module's state or checkpoints.
+        teacher: The target, asked about every batch; it takes them on the student's device (:func:`placed`). Never
+            part of the module's state or checkpoints.
         parameters: The student's weights that are trained; none of its output head.
         lr: Learning rate of AdamW, constant.
         pairs: Blocks whose hidden states are compared; empty for none.
@@ -70,10 +72,6 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
         self._teacher, self._head = (teacher,), (Head(student),)
         self.losses: list[Tensor] = []
         """Loss of every step so far, 0-dim, on the module's device."""
-
-    def on_train_start(self) -> None:
-        """Bring the teacher to the student's device."""
-        self._teacher[0].model.to(self.device)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of public text."""
@@ -127,7 +125,8 @@ def distil(
 
     Args:
         proxy: The student.
-        target: The teacher; left as it is but frozen.
+        target: The teacher; left as it is but frozen. On the trainer's device for the length of the training, as a
+            whole or, where it has no room there, one block at a time.
         batches: ``input_ids`` and ``attention_mask`` of public text, int64 (batch, length), padded on the right; gone
             over in a new order per epoch until the steps are done.
         settings: Steps, learning rate, losses; at least one step.
@@ -149,7 +148,7 @@ def distil(
     if settings.train == "full":
         require_float32(proxy, "distillation.train=full", "distillation.train=lora")
     target.requires_grad_(False).eval()
-    pairs = tuple(enumerate(layer_map.proxy_to_target)) if settings.hidden_weight else ()
+    pairs = tuple(enumerate(layer_map.counterparts(len(Decoder.of(target))))) if settings.hidden_weight else ()
     kept = None
     if settings.cache_teacher and cache is not None:
         kept = TeacherCache(
@@ -158,30 +157,31 @@ def distil(
             top_k=settings.top_k,
             max_bytes=int(settings.cache_gib * 2**30),
         )
-    teacher = Teacher(
-        target,
-        sorted({other for _, other in pairs}),
-        temperature=settings.temperature,
-        distributions=settings.kl_weight > 0,
-        cache=kept,
-    )
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
-    module = DistillationModule(
-        proxy,
-        teacher,
-        tuned,
-        lr=settings.lr,
-        pairs=pairs,
-        divergence=settings.divergence,
-        temperature=settings.temperature,
-        kl_weight=settings.kl_weight,
-        hidden_weight=settings.hidden_weight,
-    )
-    proxy.train()
     seed = int(torch.randint(2**62, (), generator=generator))
     runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM)
-    fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
+    with placed(target, runner.strategy.root_device):
+        teacher = Teacher(
+            target,
+            sorted({other for _, other in pairs}),
+            temperature=settings.temperature,
+            distributions=settings.kl_weight > 0,
+            cache=kept,
+        )
+        module = DistillationModule(
+            proxy,
+            teacher,
+            tuned,
+            lr=settings.lr,
+            pairs=pairs,
+            divergence=settings.divergence,
+            temperature=settings.temperature,
+            kl_weight=settings.kl_weight,
+            hidden_weight=settings.hidden_weight,
+        )
+        proxy.train()
+        fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
     if adapter is not None:
         merged = {name: weight.to(proxy.dtype) for name, weight in adapter.merged_weights().items()}
         set_weights(adapter.detach(), merged)

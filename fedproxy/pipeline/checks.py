@@ -5,7 +5,9 @@ from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.sources import read_texts
+from fedproxy.errors import ModelError
 from fedproxy.models import Decoder
+from fedproxy.models.checkpoints import first_line, without_reports
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
 from fedproxy.pipeline.data import check_held_out, texts_read
@@ -19,8 +21,16 @@ def check_compression(config: RunConfig) -> None:
         ConfigError: If an option does not fit the target.
         ModelError: If the target is no decoder that the compressor can work on.
     """
+    shape = target_config(config)
     with torch.device("meta"):
-        target = AutoModelForCausalLM.from_config(target_config(config), dtype=getattr(torch, config.target.dtype))
+        try:
+            with without_reports():
+                target = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.target.dtype))
+        except Exception as error:  # a family's own checks raise whatever they like
+            raise ModelError(
+                f"target.path={config.target.path} ({shape.model_type}) cannot be built: {first_line(error)}; "
+                "give a decoder-only causal LM"
+            ) from error
         config.compression.outline(Decoder.of(target))
     settings = config.distillation
     if settings.steps and settings.train == "full":

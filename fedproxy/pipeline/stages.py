@@ -25,6 +25,7 @@ from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
+from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
@@ -101,6 +102,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     target, tokenizer = run.target()
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
+        check_target(target)
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
@@ -140,17 +142,16 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequenc
     target, tokenizer = run.target()
     limit = positions_limit(target, run.config.compression.calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
-    with placed(target, run.device):
-        loss = fit(
-            proxy,
-            target,
-            batches,
-            settings=settings,
-            layer_map=layer_map,
-            trainer=one_device(run.config.trainer),
-            generator=generator(run.config.seed, "distillation"),
-            cache=cache_root() / "teacher",
-        )
+    loss = fit(
+        proxy,
+        target,
+        batches,
+        settings=settings,
+        layer_map=layer_map,
+        trainer=one_device(run.config.trainer),
+        generator=generator(run.config.seed, "distillation"),
+        cache=cache_root() / "teacher",
+    )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 

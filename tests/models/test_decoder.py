@@ -5,8 +5,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    BertConfig,
-    BertForMaskedLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -126,8 +124,6 @@ def test_other_kinds_of_model_are_refused():
 
 
 def test_checkpoints_of_other_kinds_are_refused_in_one_line(tmp_path, make_model):
-    bert = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
     T5ForConditionalGeneration(
         T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2)
     ).save_pretrained(tmp_path / "t5")

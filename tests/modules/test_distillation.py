@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from fedproxy.errors import ModelError
 from fedproxy.models.decoder import Decoder
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.streaming import streamed
 from fedproxy.modules import distillation
 from fedproxy.modules.distillation import DistillationModule, check_pair, check_same_tokenizer, distil, mean_kl
 from fedproxy.modules.distillation_config import DistillationConfig
@@ -34,14 +35,14 @@ def make_pair(make_model, family="llama"):
     return Decoder.of(teacher).subset(PI), teacher
 
 
-def run(student, teacher, *, batches=None, seed=0, cache=None, steps=3, lr=1e-3, **options):
+def run(student, teacher, *, batches=None, places=PI, seed=0, cache=None, steps=3, lr=1e-3, device="cpu", **options):
     return distil(
         student,
         teacher,
         batches or text_batches(),
         settings=DistillationConfig(steps=steps, lr=lr, **options),
-        layer_map=LayerMap(PI, "0" * 64),
-        trainer={"accelerator": "cpu"},
+        layer_map=LayerMap(places, "0" * 64),
+        trainer={"accelerator": device, "devices": 1},
         generator=torch.Generator().manual_seed(seed),
         cache=cache,
     )
@@ -208,6 +209,63 @@ def test_a_killed_run_and_a_second_proxy_end_with_the_same_bits(make_model, tmp_
         student, teacher = make_pair(make_model)
         run(student, teacher, cache=tmp_path / folder, **options)
         assert torch.equal(flat(student), flat(cold))
+
+
+def test_an_identical_student_has_no_loss_where_shared_blocks_keep_the_depth(make_model):
+    teacher = make_model("llama", layers=6)
+    student = copy.deepcopy(teacher)
+    only_hidden = {"kl_weight": 0.0, "hidden_weight": 1.0, "steps": 1}
+    assert run(student, teacher, places=(0, 1, 1, 4, 4, 4), **only_hidden) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_blocks_are_compared_with_those_in_whose_stead_they_stand():
+    assert LayerMap((0, 1, 1, 4, 4, 4), "").counterparts(6) == (0, 1, 2, 3, 4, 5)
+    assert LayerMap((0, 3, 5), "").counterparts(6) == (0, 3, 5)
+    assert LayerMap((0, 1, 2), "").counterparts(3) == (0, 1, 2)
+
+
+def test_a_streamed_teacher_stays_where_it_is_and_says_the_same(make_model, monkeypatch):
+    plain, teacher = make_pair(make_model)
+    options = {"hidden_weight": 1.0, "lr": 1e-2}
+    run(plain, teacher, **options)
+    student, _ = make_pair(make_model)
+    homes = [tensor.data_ptr() for tensor in teacher.parameters()]
+
+    def moved(*_):
+        raise AssertionError("the whole teacher is moved")
+
+    monkeypatch.setattr(teacher, "to", moved)
+    with streamed(teacher, torch.device("cpu"), move=torch.clone):
+        run(student, teacher, **options)
+    assert torch.equal(flat(student), flat(plain))
+    assert [tensor.data_ptr() for tensor in teacher.parameters()] == homes
+
+
+def test_the_teacher_is_placed_on_the_trainers_device(make_model, monkeypatch):
+    student, teacher = make_pair(make_model)
+    seen = []
+
+    def stand_in(model, device):
+        seen.append((model, device))
+        return streamed(model, device, move=torch.clone)
+
+    monkeypatch.setattr(distillation, "placed", stand_in)
+    run(student, teacher)
+    assert seen == [(teacher, torch.device("cpu"))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("room", [False, True])
+def test_a_teacher_without_room_on_the_gpu_comes_there_block_by_block(make_model, monkeypatch, room):
+    student, teacher = make_pair(make_model)
+    monkeypatch.setattr("fedproxy.models.streaming.fits", lambda *_: room)
+    blocks, there = Decoder.of(teacher).blocks, set()
+    for block in blocks:
+        block.mlp.register_forward_pre_hook(lambda *_: there.add(sum(next(one.parameters()).is_cuda for one in blocks)))
+    run(student, teacher, hidden_weight=1.0, device="gpu")
+    assert there == {3 if room else 1}
+    assert not any(parameter.is_cuda for model in (student, teacher) for parameter in model.parameters())
 
 
 def test_models_and_text_that_do_not_fit(make_model):

@@ -4,12 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    ReformerConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError, ConfigError, DataError, ModelError
-from fedproxy.models import load_model, state_sha256
+from fedproxy.models import check_tokenizer, load_model, state_sha256
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.run import compress_only, run
 from fedproxy.reporting import RunReport
@@ -170,11 +181,53 @@ def test_a_model_that_is_no_decoder_is_one_line(tmp_path):
     refuse(ModelError, r"encoder-decoder model \(t5\)", tmp_path / "out", f"target.path={tmp_path / 't5'}")
 
 
+def test_a_model_that_is_not_causal_is_one_line(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("asset:tiny-llama"))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    message = r"^BertLMHeadModel is not causal: .* later tokens; give another target.path, a decoder-only causal LM$"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'bert'}", "compression.name=none")
+
+
+def test_a_family_that_refuses_its_own_configuration_is_one_line(tmp_path):
+    ReformerConfig().save_pretrained(tmp_path / "llm")  # "make sure that is_decoder=True", by an assert
+    message = r"^target.path=.*llm \(reformer\) cannot be built: .*; give a decoder-only causal LM$"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
+
+
 def test_a_tokenizer_of_another_vocabulary_is_one_line(tmp_path):
     small_model("llama").save_pretrained(tmp_path / "llm")  # 61 tokens
     AutoTokenizer.from_pretrained(resolve("asset:tiny-llama")).save_pretrained(tmp_path / "llm")
     message = r"llm: the tokenizer has tokens up to id \d+, the model's vocabulary 61 entries; put the model's own"
     refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
+
+
+def words_only(count):
+    """Return a tokenizer of ``count`` whole words."""
+    words = Tokenizer(WordLevel({f"w{index}": index for index in range(count)}, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0", eos_token="w1", pad_token="w2")
+
+
+def test_a_tokenizer_of_a_far_smaller_vocabulary_is_one_line(tmp_path):
+    small_model("llama").save_pretrained(tmp_path / "llm")  # 61 tokens
+    words_only(4).save_pretrained(tmp_path / "llm")
+    message = r"llm: the tokenizer has 4 tokens, under 90% of the model's vocabulary of 61; put the model's own"
+    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
+
+
+def test_a_vocabulary_may_be_padded_but_not_leave_out_special_tokens():
+    model = small_model("llama")
+    check_tokenizer(model, words_only(55), "llm")  # 55 of 61 are 90.2 %
+    with pytest.raises(
+        ModelError, match=r"^llm: the tokenizer has 54 tokens, under 90% of the model's vocabulary of 61"
+    ):
+        check_tokenizer(model, words_only(54), "llm")
+    model.config.eos_token_id, model.config.pad_token_id = [2, 55], -1  # -1 stands for none in old checkpoints
+    message = r"^llm: the model's eos_token_id is 55, and the tokenizer's tokens end at id 54; put the model's own"
+    with pytest.raises(ModelError, match=message):
+        check_tokenizer(model, words_only(55), "llm")
+    check_tokenizer(model, words_only(56), "llm")
 
 
 def test_calibration_text_without_text_is_one_line(tmp_path):

@@ -141,7 +141,9 @@ def test_bad_input_is_one_line(make_model):
     broken = make_model("llama")
     broken.model.layers[1].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ModelError, match="hidden states of block 1 are not finite"):
-        Compressor.by_name("block_influence")(ratio=0.5).compress(broken, [batch()])
+        Compressor.by_name("block_influence")(ratio=0.5).score(Decoder.of(broken), [batch()])
+    with pytest.raises(ModelError, match="LlamaForCausalLM: its logits are not numbers; load it in another"):
+        Compressor.by_name("none")().compress(broken)
 
 
 def test_layer_map_survives_the_disk(tmp_path):

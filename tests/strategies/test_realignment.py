@@ -5,6 +5,7 @@ import torch
 
 from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap
+from fedproxy.models.streaming import streamed
 from fedproxy.strategies.realignment import Material, Realignment
 from fedproxy.strategies.realignment.emulator import EmulatorRealignment, with_adapter
 from fedproxy.strategies.trainable.lora import Lora
@@ -78,6 +79,34 @@ def test_the_loss_is_the_papers_sum(kl_weight, make_model):
     p, q = (output.logits[real].double().log_softmax(-1) for output in (theirs, mine))
     total += kl_weight * (p.exp() * (p - q)).sum(-1).mean().item()
     assert align(model, material, kl_weight=kl_weight) == pytest.approx(total, rel=1e-4)
+
+
+def test_an_identical_proxy_has_no_loss_where_shared_blocks_keep_the_depth(make_model):
+    target = make_model("llama", layers=5).requires_grad_(False)
+    model = Lora(r=2, blocks="last", last=1).attach(Decoder.of(target).subset(range(5)))
+    material = Material(target, LayerMap((0, 1, 1, 4, 4), "0" * 64), text(), {"accelerator": "cpu"})
+    draws = torch.Generator().manual_seed(0)
+    loss = EmulatorRealignment(steps=1).align(model, (0, 1, 2, 3), material, draws)
+    assert loss == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_target_that_is_streamed_gives_the_same(make_model, monkeypatch):
+    states, placed = [], []
+
+    def stand_in(whole, device):
+        placed.append(device)
+        return streamed(whole, device, move=torch.clone)
+
+    for patch in (False, True):
+        if patch:
+            monkeypatch.setattr("fedproxy.strategies.realignment.emulator.placed", stand_in)
+        target, model, material = make(make_model)
+        before = copies(target)
+        align(model, material, steps=3, lr=1e-2)
+        states.append(torch.cat([tensor.flatten() for tensor in model.model.state_dict().values()]))
+        assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items())
+    assert torch.equal(states[0], states[1])
+    assert placed == [torch.device("cpu")]
 
 
 def test_the_emulator_alone_changes_and_comes_closer(make_model):

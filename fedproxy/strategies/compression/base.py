@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder, LayerMap, state_sha256
-from fedproxy.models.skipping import check_subset
+from fedproxy.models.decoder import OTHER_PARTS
+from fedproxy.models.probing import check_decoder, check_subset, check_target
 from fedproxy.registry import Component
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -80,12 +81,12 @@ class Compressor(Component, family="compression"):
         decoder = Decoder.of(target)
         kept = tuple(self.select(decoder, scores))
         proxy = decoder.subset(kept)
-        if len(set(kept)) == len(kept):
-            check_subset(decoder, proxy, kept)
+        check_subset(decoder, proxy, kept)
+        check_decoder(proxy, remedy=OTHER_PARTS)
         return proxy, LayerMap(kept, state_sha256(target))
 
     def compress(self, target: PreTrainedModel, calibration: Iterable[Batch] = ()) -> tuple[PreTrainedModel, LayerMap]:
-        """Score and build in one call.
+        """Check, score and build in one call.
 
         Args:
             target: The server's LLM.
@@ -93,9 +94,10 @@ class Compressor(Component, family="compression"):
 
         Raises:
             ConfigError: If the options do not fit the target.
-            ModelError: If the target is no decoder-only model with one stack of blocks.
+            ModelError: If the target is no causal decoder-only model with one stack of blocks.
             DataError: If scores are needed and the calibration text holds no token.
         """
+        check_target(target)
         return self.build(target, self.score(Decoder.of(target), calibration))
 
 

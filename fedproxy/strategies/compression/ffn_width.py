@@ -12,6 +12,7 @@ from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import copied, parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS, FeedForward
+from fedproxy.models.probing import check_decoder
 from fedproxy.strategies.compression.base import Batch, Removal
 from fedproxy.strategies.compression.states import watch_blocks
 
@@ -86,6 +87,7 @@ class FfnWidth(Removal, name="ffn_width"):
                 full = decoder.full_name(index, name)
                 narrow[full] = layer.gather(name, source.pop(full), neurons[index])
         proxy = decoder.rebuilt(self._narrowed(decoder, count), {**copied(source), **narrow})
+        check_decoder(proxy, remedy="choose a compressor that removes blocks")
         return proxy, LayerMap(tuple(range(len(decoder))), state_sha256(target), neurons)
 
     def _narrowed(self, decoder: Decoder, count: int) -> Any:

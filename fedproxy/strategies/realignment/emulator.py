@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ConfigError, ModelError
-from fedproxy.models import Decoder
+from fedproxy.models import Decoder, placed
 from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.strategies.realignment.base import Material, Realignment
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -69,21 +69,11 @@ class EmulatorRealignment(Realignment, name="emulator"):
         check_pair(proxy, material.target, layer_map.proxy_to_target)
         check_tokens(proxy, material.batches)
         require_float32(proxy, "realignment.name=emulator", "realignment.name=none")
-        pairs = [(own, layer_map.proxy_to_target[own]) for own in emulator]
-        home = material.target.device
+        others = layer_map.counterparts(len(Decoder.of(material.target)))
+        pairs = [(own, others[own]) for own in emulator]
         whole = with_adapter(material.target, model, emulator, layer_map.proxy_to_target)
-        teacher = Teacher(whole, sorted({other for _, other in pairs}), distributions=self.kl_weight > 0)
         blocks = Decoder.of(proxy).blocks
         tuned = [parameter for own in emulator for parameter in blocks[own].parameters()]
-        module = DistillationModule(
-            proxy,
-            teacher,
-            tuned,
-            lr=self.lr,
-            pairs=pairs,
-            kl_weight=self.kl_weight,
-            hidden_weight=float(len(pairs)),  # the module takes the mean over pairs, FedBiOT the sum
-        )
         training = {id(parameter) for parameter in proxy.parameters() if parameter.requires_grad}
         proxy.eval().requires_grad_(False)
         for parameter in tuned:
@@ -91,9 +81,18 @@ class EmulatorRealignment(Realignment, name="emulator"):
         seed = int(torch.randint(2**62, (), generator=generator))
         try:
             runner = make_trainer(material.trainer, max_epochs=-1, max_steps=self.steps, max_grad_norm=1.0)
-            fit(runner, module, ShuffledBatches(material.batches, generator), seed=seed)
+            with placed(whole, runner.strategy.root_device):  # it shares tensors with the target
+                module = DistillationModule(
+                    proxy,
+                    Teacher(whole, sorted({other for _, other in pairs}), distributions=self.kl_weight > 0),
+                    tuned,
+                    lr=self.lr,
+                    pairs=pairs,
+                    kl_weight=self.kl_weight,
+                    hidden_weight=float(len(pairs)),  # the module takes the mean over pairs, FedBiOT the sum
+                )
+                fit(runner, module, ShuffledBatches(material.batches, generator), seed=seed)
         finally:
-            whole.to(home)  # it shares tensors with the target, and Lightning brings back the proxy alone
             for parameter in proxy.parameters():
                 parameter.requires_grad_(id(parameter) in training)
         return module.last_loss

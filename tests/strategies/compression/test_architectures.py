@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
 from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, state_sha256
-from fedproxy.models.skipping import check_subset, skipping
+from fedproxy.models.probing import check_decoder, check_subset
+from fedproxy.models.skipping import skipping
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.compression.block_influence import block_influence
 from fedproxy.strategies.fusion import Fusion
@@ -114,6 +115,19 @@ def test_a_family_whose_blocks_depend_on_their_place_is_refused():
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel: its blocks work differently in another place .*choose"):
         Compressor.by_name("random")(keep=[0, 4, 5]).compress(model)
 
+    with pytest.raises(
+        ModelError, match=r"its blocks work differently in another place"
+    ):  # blocks 0, 2, 3 and 5 are copies
+        Compressor.by_name("cluster")(keep=[1, 4], share=True).compress(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_blocks_work_in_every_place(family):
+    model = small_model(family)
+    proxy, layer_map = Compressor.by_name("cluster")(keep=[1, 4], share=True).compress(model)
+    assert layer_map.proxy_to_target == (1, 1, 1, 4, 4, 4)
+    assert Decoder.of(proxy).blocks[5].state_dict().keys() == Decoder.of(model).blocks[4].state_dict().keys()
+
 
 def test_a_proxy_of_other_blocks_is_noticed():
     model = small_model("llama")
@@ -127,3 +141,89 @@ def test_other_kinds_of_model_are_refused():
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=2, num_heads=2))
     with pytest.raises(ModelError, match="is an encoder-decoder model; FedProxy needs a decoder-only causal LM"):
         Compressor.by_name("random")().compress(t5)
+
+
+EVERY_WAY = [("none", {}), ("random", {"keep": [1, 4, 5]}), ("cluster", {"keep": [1, 4], "share": True})]
+
+
+def of_config(model_type, **options):
+    """Return a small random model of a family outside the list, with weights large enough that every block matters."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 6}
+    config = AutoConfig.for_model(model_type, **{**sizes, "num_attention_heads": 4, "pad_token_id": 0, **options})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.2).add_(1.0 if parameter.ndim == 1 else 0.0)
+    return model.eval()
+
+
+def refusal(capfd, model, name, **options):
+    """Return the one line with which a compressor refuses a model, having printed nothing else."""
+    capfd.readouterr()
+    with pytest.raises(ModelError) as caught:
+        Compressor.by_name(name)(**options).compress(model, [texts()])
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "options"), [*EVERY_WAY, ("ffn_width", {}), ("block_influence", {})])
+def test_a_bidirectional_model_is_refused_by_every_compressor(name, options, capfd):
+    found = refusal(capfd, of_config("bert"), name, **options)
+    assert found.startswith("BertLMHeadModel is not causal: logits change by")
+    assert found.endswith("give another target.path, a decoder-only causal LM")
+
+
+@pytest.mark.parametrize(("name", "options"), [*EVERY_WAY, ("block_influence", {})])
+def test_a_model_that_cannot_go_on_from_its_state_is_refused(name, options, capfd):
+    model = of_config("rwkv", attention_hidden_size=32, context_length=64)
+    assert refusal(capfd, model, name, **options).startswith("RwkvForCausalLM generates otherwise with its cache")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        (
+            "qwen2_moe",
+            {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
+            | {"decoder_sparse_step": 2, "num_key_value_heads": 2},
+        ),
+        (
+            "llama4_text",
+            {"num_local_experts": 2, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 48, "head_dim": 8}
+            | {"num_key_value_heads": 2},
+        ),
+    ],
+)
+def test_dense_and_sparse_blocks_that_would_change_places_are_refused_in_one_line(family, options, capfd):
+    found = refusal(capfd, of_config(family, **options), "random", keep=[1, 4, 5])
+    assert "cannot be rebuilt from" in found
+    assert found.endswith("was lost; keep other blocks (compression.keep) or choose compression.name=none")
+
+
+def test_blocks_without_which_the_cache_fails_cannot_all_go(capfd):
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
+    model = of_config(
+        "qwen3_next",
+        **{**sizes, **linear, "linear_value_head_dim": 8, "num_key_value_heads": 2},
+        shared_expert_intermediate_size=16,
+    )
+    assert [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"] == [3]
+    Compressor.by_name("random")(keep=[1, 3, 5]).compress(model)
+    found = refusal(capfd, model, "random", keep=[1, 4, 5])
+    assert found.startswith("Qwen3NextForCausalLM fails on a few tokens: `get_seq_length`")
+
+
+def test_a_cache_that_is_wrong_is_noticed(monkeypatch):
+    model = small_model("llama")
+    check_decoder(model, remedy="-")
+    rotary = type(model.model.rotary_emb).forward
+
+    def late(self, x, position_ids):  # the step with a cache takes its token for the second
+        return rotary(self, x, torch.ones_like(position_ids) if position_ids.shape[1] == 1 else position_ids)
+
+    monkeypatch.setattr(type(model.model.rotary_emb), "forward", late)
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM generates otherwise with its cache: .* differ by .*; -$"):
+        check_decoder(model, remedy="-")
