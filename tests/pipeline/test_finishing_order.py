@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import threading
+from functools import cache
 
 import pytest
 import torch
@@ -20,8 +21,12 @@ CLIENTS = ("tiny_colors", "tiny_opposites", "tiny_places", "tiny_sums")
 
 @pytest.fixture(scope="module")
 def quiet(run_tiny):
-    """Folder of a run in this process, one client after the other."""
-    return run_tiny(*ROUNDS, "engine.name=in_process", "engine.threads=1")[1]
+    """Return the folder of a run in this process, one client after the other, by its regularizer."""
+    return cache(
+        lambda regularizer: run_tiny(
+            *ROUNDS, f"regularizer.name={regularizer}", "engine.name=in_process", "engine.threads=1"
+        )[1]
+    )
 
 
 @pytest.fixture
@@ -46,34 +51,42 @@ def order(monkeypatch):
     return seen
 
 
-def run_hooked(run_tiny, workers):
+def run_hooked(run_tiny, workers, regularizer="conflict"):
     engine = ("engine.name=workers", f"engine.workers={workers}", f"plugins=[{hooked_clients.NAME}]")
-    return run_tiny(*ROUNDS, *engine)[1]
+    return run_tiny(*ROUNDS, *engine, f"regularizer.name={regularizer}")[1]
+
+
+def journal(folder):
+    """The rounds' records without what a clock said."""
+    records = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
 def assert_same_bits(left, right):
-    for group in ("state", "conflict"):
+    for group in ("state", "conflict", "shared_memory"):
         a, b = (load_file(run / f"checkpoints/round_0002/{group}.safetensors") for run in (left, right))
         assert sorted(a) == sorted(b)
         assert all(torch.equal(a[name], b[name]) for name in a), group
+    assert journal(left) == journal(right)
 
 
 @pytest.mark.parametrize(
-    ("workers", "finished"),
+    ("workers", "finished", "regularizer"),
     [
-        (1, [0, 1, 2, 3]),
-        (2, [1, 2, 3, 0]),  # the first worker's client waits for all that the second worker trains
-        (3, [2, 3, 1, 0]),
+        (1, [0, 1, 2, 3], "conflict"),
+        (2, [1, 2, 3, 0], "conflict"),  # the first worker's client waits for all that the second worker trains
+        (3, [2, 3, 1, 0], "conflict"),
+        (3, [2, 3, 1, 0], "scaffold"),  # whose shared memory is a sum that the server takes outside the aggregator
     ],
 )
 def test_the_order_in_which_clients_finish_leaves_no_trace_in_the_bits(
-    run_tiny, quiet, hooks, order, workers, finished
+    run_tiny, quiet, hooks, order, workers, finished, regularizer
 ):
     for number, client in enumerate(CLIENTS[: workers - 1]):
         (hooks / f"{client}.after").write_text(" ".join(CLIENTS[number + 1 :]))
-    folder = run_hooked(run_tiny, workers)
+    folder = run_hooked(run_tiny, workers, regularizer)
     assert order == 2 * [CLIENTS[number] for number in finished]
-    assert_same_bits(quiet, folder)
+    assert_same_bits(quiet(regularizer), folder)
 
 
 def test_a_worker_killed_in_mid_client_costs_nobody_anything(run_tiny, quiet, hooks, capsys):
@@ -92,6 +105,5 @@ def test_a_worker_killed_in_mid_client_costs_nobody_anything(run_tiny, quiet, ho
     killer.join()
     line = f"worker replaced: process {killed[0]} was killed by SIGKILL; client 'tiny_places' is tried again"
     assert line in capsys.readouterr().err.splitlines()
-    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
-    assert [(line["clients"], line.get("dropped")) for line in lines] == 2 * [(list(CLIENTS), None)]
-    assert_same_bits(quiet, folder)
+    assert [(line["clients"], line.get("dropped")) for line in journal(folder)] == 2 * [(list(CLIENTS), None)]
+    assert_same_bits(quiet("conflict"), folder)
