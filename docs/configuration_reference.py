@@ -20,8 +20,7 @@ everything is merged.
 
 - Lists are written `data.tasks=[arc_easy,csqa]`, no value `null`.
 - `<node>.name` picks a class, and the class's options are the node's keys. Where the command line (or an extending
-  recipe) names another class, those options that were set for the old one and that both have from one base class stay
-  (`compression.calibration` and `.ratio`, `trainable.blocks`), all others are dropped; `compression.keep` never stays.
+  recipe) names another class, the options that were set for the old one are dropped.
 - `trainer.*` takes every option of `lightning.Trainer`, except those that a key below sets.
 - `plugins: [my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
 - A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2.

@@ -3,13 +3,10 @@
 import importlib
 import pkgutil
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from fedproxy.errors import ConfigError, nearest
-
-OF_ONE_CLASS = {"of_one_class": True}
-"""Metadata of an option that does not stay where a recipe's member is replaced by another (:meth:`common_options`)."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,6 @@ class Component:
         except KeyError:
             hint = nearest(name, cls._members)
             raise ConfigError(f"{cls.family}.name: unknown {cls.family} {name!r}{hint}") from None
-
-    @classmethod
-    def common_options(cls, other: type["Component"]) -> set[str]:
-        """Return the options that this class and ``other`` both have from one base, so that they mean the same."""
-        bases = [base for base in cls.__mro__ if issubclass(base, Component) and issubclass(other, base)]
-        return {item.name for item in fields(bases[0]) if not item.metadata.get("of_one_class")}
 
     def require(self, option: str, ok: bool, rule: str) -> None:
         """Raise a one-line ConfigError about ``option`` unless ``ok``; for use in ``__post_init__``."""

@@ -36,11 +36,6 @@ def test_members_are_found_by_name_and_abstract_classes_are_not():
     assert Citrus.by_name("lemon") is Lemon
 
 
-def test_common_options_come_from_the_nearest_base_of_both():
-    assert Apple.common_options(Lemon) == {"weight"}
-    assert Apple.common_options(Apple) == {"weight", "colour"}
-
-
 def test_unknown_name_says_the_nearest():
     with pytest.raises(ConfigError, match=r"fruit.name: unknown fruit 'aple'; did you mean 'apple'\?"):
         Fruit.by_name("aple")

@@ -122,8 +122,8 @@ def _import_plugin(module: str) -> None:
 
 
 def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
-    """Where ``layer`` names another class for a node, drop what the old one's options do not share with it."""
-    for path, family in _component_nodes(RunConfig):
+    """Where ``layer`` names another class for a node, drop the options that earlier layers gave the old one."""
+    for path in _component_paths(RunConfig):
         new = _lookup(layer, path)
         old = OmegaConf.select(merged, path)
         if (
@@ -132,26 +132,17 @@ def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
             and isinstance(old, DictConfig)
             and old.get("name") != new["name"]
         ):
-            common = _common_options(family, old.get("name"), new["name"])
-            options = typing.cast(dict[str, Any], OmegaConf.to_container(old, resolve=False))
-            kept = {key: value for key, value in options.items() if key in common}
-            OmegaConf.update(merged, path, kept, merge=False)
+            OmegaConf.update(merged, path, {}, merge=False)
 
 
-def _common_options(family: type[Component], old: Any, new: Any) -> set[str]:
-    if old not in family.names() or new not in family.names():  # an unknown name is refused when the node is built
-        return set()
-    return family.by_name(new).common_options(family.by_name(old))
-
-
-def _component_nodes(cls: type, prefix: str = "") -> list[tuple[str, type[Component]]]:
-    nodes: list[tuple[str, type[Component]]] = []
+def _component_paths(cls: type, prefix: str = "") -> list[str]:
+    paths: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
         if isinstance(hint, type) and issubclass(hint, Component):
-            nodes.append((prefix + name, hint))
+            paths.append(prefix + name)
         elif dataclasses.is_dataclass(hint):
-            nodes += _component_nodes(typing.cast(type, hint), f"{prefix}{name}.")
-    return nodes
+            paths += _component_paths(typing.cast(type, hint), f"{prefix}{name}.")
+    return paths
 
 
 def _lookup(node: Any, path: str) -> Any:

@@ -39,27 +39,6 @@ def test_another_class_drops_the_recipes_options_of_that_node_only():
     assert config.compression.ratio == 0.27  # type: ignore[attr-defined]
 
 
-def test_another_class_keeps_what_both_have_from_one_base():
-    for name in ("angular", "uniform", "random", "cluster", "ffn_width"):
-        assert to_dict(load_config([LLAMA, f"compression.name={name}"]).compression)["ratio"] == 0.27
-    config = load_config(["recipe=fedproxy_tiny", "compression.name=none", "compression.calibration.rows=9"])
-    calibration = config.compression.calibration
-    assert (calibration.path, calibration.rows, calibration.max_tokens) == ("asset:tiny-calibration", 9, 64)
-    trainable = to_dict(load_config(["recipe=crash", "trainable.name=full"]).trainable)
-    assert trainable["blocks"] == "centres"
-    # two members' options of one name are not one option: conflict's strength is no proximal one
-    assert to_dict(load_config([LLAMA, "regularizer.name=proximal"]).regularizer)["strength"] == 0.01
-
-
-def test_another_compressor_chooses_itself_where_the_recipe_chose_by_hand(tmp_path):
-    path = tmp_path / "by_hand.yaml"
-    path.write_text("extends: fedproxy_tiny\ncompression: {keep: [0, 1], ratio: 0.2, ratio_of: parameters}\n")
-    switched = to_dict(load_config([f"recipe={path}", "compression.name=angular"]).compression)
-    assert (switched["keep"], switched["ratio"], switched["ratio_of"]) == (None, 0.2, "parameters")
-    # ffn_width counts neurons, not blocks, and has an option of its own for it
-    assert to_dict(load_config([f"recipe={path}", "compression.name=ffn_width"]).compression)["ratio_of"] == "neurons"
-
-
 def test_the_same_class_keeps_the_recipes_options():
     config = load_config([LLAMA, "aggregator.name=h_ties", "aggregator.rho=1.5"])
     assert (config.aggregator.delta, config.aggregator.rho) == (0.2, 1.5)  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch import Tensor
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
-from fedproxy.registry import OF_ONE_CLASS
 from fedproxy.strategies.compression.base import Batch, Removal
 
 
@@ -21,7 +20,7 @@ class BlockRemoval(Removal):
     ratio_of: Literal["blocks", "parameters"] = "blocks"
     """What ``ratio`` counts: blocks (of L stay max(1, L - floor(L * ratio))), or the target's parameters (as many
     whole blocks as they hold)."""
-    keep: tuple[int, ...] | None = field(default=None, metadata=OF_ONE_CLASS)
+    keep: tuple[int, ...] | None = None
     """Ascending indices of the blocks to keep, instead of ``ratio`` and of any score; null chooses by score."""
 
     def __post_init__(self) -> None:
