@@ -49,25 +49,33 @@ def check_decoder(model: PreTrainedModel, *, remedy: str) -> None:
         gap = _gap(first[:, :half], second[:, :half])
         if not gap <= _allowed(model, _SAME_WORK):
             raise ModelError(f"{kind} is not causal: logits change by {gap:.2g} with later tokens; {remedy}")
-        said = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=GenerationConfig(
-                max_new_tokens=_GENERATED,
-                do_sample=False,
-                num_beams=1,
-                use_cache=True,
-                suppress_tokens=sorted(_special(model)) or None,  # an early end would leave out the cached step
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-                disable_compile=True,
-            ),
+        options = GenerationConfig(
+            max_new_tokens=_GENERATED,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            suppress_tokens=sorted(_special(model)) or None,  # an early end would leave out the cached step
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+            disable_compile=True,
         )
+        with _own_generation_config_aside(model):
+            said = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
         expected = _logits(model, said.sequences[:, :-1])[:, -_GENERATED:]
         gap = _gap(torch.stack(said.logits, dim=1).float(), expected)
         if not gap <= _allowed(model, _OTHER_WORK):
             raise ModelError(f"{kind} generates otherwise with its cache: logits differ by {gap:.2g}; {remedy}")
+
+
+@contextmanager
+def _own_generation_config_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Keep what a model asks of generation (stop strings, penalties) out of the options, which it would fill in."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) -> None:

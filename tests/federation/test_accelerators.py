@@ -45,13 +45,15 @@ def setup(request, tmp_path):
 
 
 def make(setup: LocalSetup, **trainer) -> tuple[LocalClient, Counter]:
-    """A client, and how often its first block ran on which device and in which dtype its queries were projected."""
+    """A client, and how often its first block's attention ran on which device, and its queries came in which dtype."""
     client = load(device=None, **asdict(replace(setup, trainer={**setup.trainer, **trainer})))
     seen: Counter = Counter()
     block = Decoder.of(client.model.model).blocks[0]
-    # before, not after: what checkpointing computes again stops at the last tensor that it needs
-    block.register_forward_pre_hook(lambda module, *_: seen.update([next(module.parameters()).device.type]))
-    block.self_attn.q_proj.register_forward_hook(lambda *args: seen.update([args[2].dtype]))
+    # Inside a block, whose own hooks lie outside of what checkpointing computes again; and before the module, since
+    # that stops at the last tensor that it needs.
+    attention = block.self_attn
+    attention.register_forward_pre_hook(lambda module, *_: seen.update([next(module.parameters()).device.type]))
+    attention.q_proj.register_forward_hook(lambda *args: seen.update([args[2].dtype]))
     return client, seen
 
 

@@ -109,7 +109,7 @@ def test_a_run_is_not_deleted_while_the_recipe_reads_from_it(run_tiny, tmp_path)
     partition.write_text(partition.read_text().replace("tiny_places", "tiny_towns"))  # hours of work
     (tmp_path / "link.json").symlink_to(partition)
     (tmp_path / "same").symlink_to(folder)
-    (folder / "mine.jsonl").write_text('{"text": "a"}\n')
+    (folder / "mine.jsonl").write_text('{"text": "a"}\n' * 64)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     for key, value in [
         ("data.partition.path", partition),

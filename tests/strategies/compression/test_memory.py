@@ -7,12 +7,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.compression import peak_above
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
-from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.compression import Compressor, base, ffn_width
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["random", "ffn_width"])
-def test_resident_memory_rises_by_the_proxy_alone(name, tied):
+def test_resident_memory_rises_by_the_proxy_alone(name, tied, monkeypatch):
+    # the checks of a proxy run a few tokens through it, whose logits would be as large as what is measured here
+    for module in (base, ffn_width):
+        monkeypatch.setattr(module, "check_decoder", lambda *args, **options: None)
+    monkeypatch.setattr(base, "check_subset", lambda *args: None)
     config = LlamaConfig(
         vocab_size=32_000,
         hidden_size=256,
@@ -30,9 +34,7 @@ def test_resident_memory_rises_by_the_proxy_alone(name, tied):
     if peak is None:
         pytest.skip("reads the peak of resident memory from Linux's /proc")
     proxy, _ = built[0]
-    # a copy of the whole target first, or of the tied embedding twice, is 1.2 to 1.8 times the proxy here; the check of
-    # its logits, float32 (8 tokens, 32000) of both models, takes 4 MiB
-    logits = 4 * 8 * 32_000 * 4
-    assert 4 * parameter_count(proxy) * 0.9 < peak < 4 * parameter_count(proxy) * 1.05 + logits
+    # a copy of the whole target first, or of the tied embedding twice, is 1.2 to 1.8 times the proxy here
+    assert 4 * parameter_count(proxy) * 0.9 < peak < 4 * parameter_count(proxy) * 1.1
     assert (proxy.lm_head.weight is proxy.model.embed_tokens.weight) == tied
     assert torch.equal(proxy.lm_head.weight, target.lm_head.weight)
