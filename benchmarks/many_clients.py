@@ -4,18 +4,22 @@
     python -m benchmarks.many_clients clients=512 engine.name=workers engine.workers=2
 
 The tiny recipe's 1600 rows are dealt to the clients. Each measurement is a run of its own in a fresh process; resident
-memory of the main process is read after every round. `growth` compares the last round with the tenth (by then the
-latest 16 clients' rows fill the cache), `seconds` a client's training time in the first and the second half of the
-rounds, and `per_number` the last round's memory with that of a run with `fewer` clients on the same rows.
+memory (Linux) of the main process and, with `engine.name=workers`, of all processes that it started together is read
+after every round. `growth` compares the last round with the tenth (by then the latest 16 clients' rows fill the cache)
+and `per_number` the last round's memory with that of a run with `fewer` clients on the same rows, for `main` and
+`workers`; `seconds` is a client's training time in the first and the second half of the rounds.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from benchmarks.plan_check import children
 
 DEFAULTS = {"clients": 512, "fewer": 32, "per_round": 16, "rounds": 30, "warm": 10}
 
@@ -26,13 +30,14 @@ def main(arguments: Sequence[str]) -> dict[str, object]:
     numbers = {name: int(given.pop(name, default)) for name, default in DEFAULTS.items()}
     overrides = [f"{key}={value}" for key, value in given.items()]
     many, few = (_run(numbers[size], numbers, overrides) for size in ("clients", "fewer"))
-    resident, seconds = many["resident_kib"], many["client_seconds"]
+    seconds = many["client_seconds"]
     half = len(seconds) // 2
+    resident = {role: many[role] for role in ("main", "workers") if many[role][-1]}
     return {
         **numbers,
-        "growth": resident[-1] / resident[numbers["warm"] - 1],
+        "growth": {role: kib[-1] / kib[numbers["warm"] - 1] for role, kib in resident.items()},
         "seconds": [statistics.median(seconds[:half]), statistics.median(seconds[half:])],
-        "per_number": resident[-1] / few["resident_kib"][-1],
+        "per_number": {role: kib[-1] / few[role][-1] for role, kib in resident.items()},
         "resident_kib": resident,
     }
 
@@ -41,18 +46,19 @@ def run(clients: int, per_round: int, rounds: int, overrides: Sequence[str], fol
     """Run the tiny recipe with many clients in this process.
 
     Returns:
-        ``resident_kib`` after each round and mean ``client_seconds`` of each round.
+        After each round, resident KiB of ``main``, this process, and of ``workers``, all that it started together (0
+        where there are none); and the round's mean ``client_seconds``.
     """
     from fedproxy.config import load_config
     from fedproxy.pipeline.display import Display
     from fedproxy.pipeline.run import run as run_recipe
 
-    figures: dict[str, list[float]] = {"resident_kib": [], "client_seconds": []}
+    figures: dict[str, list[float]] = {"main": [], "workers": [], "client_seconds": []}
 
     class Watch(Display):
         def round(self, record, rounds):
-            status = Path("/proc/self/status").read_text().splitlines()
-            figures["resident_kib"].append(next(int(line.split()[1]) for line in status if line.startswith("VmRSS")))
+            figures["main"].append(resident_kib(os.getpid()))
+            figures["workers"].append(sum(map(resident_kib, descendants(os.getpid()))))
             figures["client_seconds"].append(record["client_seconds"] / len(record["clients"]))
 
     settings = [
@@ -62,6 +68,21 @@ def run(clients: int, per_round: int, rounds: int, overrides: Sequence[str], fol
     ]  # fmt: skip
     run_recipe(load_config(settings), Watch())
     return figures
+
+
+def descendants(pid: int) -> list[int]:
+    """Return the processes that another one started, and those that they started."""
+    own = children(pid)
+    return [*own, *(far for near in own for far in descendants(near))]
+
+
+def resident_kib(pid: int) -> int:
+    """Return the KiB that a process has resident, 0 for one that has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
 
 
 def _run(clients: int, numbers: dict[str, int], overrides: Sequence[str]) -> dict[str, list[float]]:
