@@ -129,6 +129,8 @@ def test_bad_options_are_one_line_before_anything_is_written(tmp_path):
         "compression.ratio=0.99",
         "compression.ratio_of=parameters",
     )
+    nothing = r"^compression.ratio=0.1 removes no block; give at least 0.1667, or choose compression.name=none"
+    refuse(ConfigError, nothing, folder, "compression.ratio=0.1")
     refuse(
         ConfigError,
         r"^compression.keep names block 6, but the target has blocks 0 to 5$",

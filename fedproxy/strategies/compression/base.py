@@ -1,5 +1,6 @@
 """The family of compressors."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +35,25 @@ class CalibrationConfig:
             raise ConfigError(f"compression.calibration.rows must be at least 1, got {self.rows}")
         if self.max_tokens < 2:
             raise ConfigError(f"compression.calibration.max_tokens must be at least 2, got {self.max_tokens}")
+
+
+def require_removal(removed: int, ratio: float, smallest: float, unit: str) -> None:
+    """Refuse a ratio that removes nothing: clients would get the whole target.
+
+    Args:
+        removed: How many go.
+        ratio: What was asked for; 0 asks for nothing to go.
+        smallest: The smallest ratio that removes one.
+        unit: What goes.
+
+    Raises:
+        ConfigError: If a ratio above 0 removes none.
+    """
+    if ratio <= 0 or removed:
+        return
+    least = math.ceil(smallest * 10_000) / 10_000
+    way = f"give at least {least:g}, or" if least < 1 else "one has to stay;"
+    raise ConfigError(f"compression.ratio={ratio:g} removes no {unit}; {way} choose compression.name=none to keep all")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS, FeedForward
 from fedproxy.models.probing import check_decoder
-from fedproxy.strategies.compression.base import Batch, Compressor
+from fedproxy.strategies.compression.base import Batch, Compressor, require_removal
 from fedproxy.strategies.compression.states import watch_blocks
 
 
@@ -27,7 +27,7 @@ class FfnWidth(Compressor, name="ffn_width"):
     """
 
     ratio: float = 0.5
-    """Share removed, in [0, 1); of neurons: keep = max(1, n - floor(n * ratio)) of each block's n."""
+    """Share removed, in [0, 1): nothing, or at least a neuron; of neurons: keep = max(1, n - floor(n * ratio)) per block."""
     ratio_of: Literal["neurons", "parameters"] = "neurons"
     """What ``ratio`` counts: a block's neurons, or the target's parameters (as many whole neurons as they hold)."""
     saliency: Literal["weights", "activations"] = "weights"
@@ -46,11 +46,13 @@ class FfnWidth(Compressor, name="ffn_width"):
         """Return how many neurons stay in each block.
 
         Raises:
-            ConfigError: If all would go.
+            ConfigError: If all would go, or none.
         """
         width = layers[0].width
         if self.ratio_of == "neurons":
-            return max(1, width - int(width * self.ratio + 1e-9))
+            count = max(1, width - int(width * self.ratio + 1e-9))
+            require_removal(width - count, self.ratio, 1 / width, "neuron")
+            return count
         blocks = zip(decoder.blocks, layers, strict=True)
         held = sum(block.get_parameter(name).numel() for block, layer in blocks for name in layer.axes)
         total = parameter_count(decoder.model)
@@ -60,6 +62,7 @@ class FfnWidth(Compressor, name="ffn_width"):
                 f"compression.ratio={self.ratio} of the parameters would remove all {width} neurons of each block, "
                 f"which hold {held / total:.3f} of them; give less"
             )
+        require_removal(removed, self.ratio, held / width / total, "neuron")
         return width - removed
 
     def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:

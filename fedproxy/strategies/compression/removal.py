@@ -10,7 +10,7 @@ from torch import Tensor
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
-from fedproxy.strategies.compression.base import Batch, Compressor
+from fedproxy.strategies.compression.base import Batch, Compressor, require_removal
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BlockRemoval(Compressor):
     """Removes whole blocks; a member says which (:meth:`choose`), from scores (:meth:`measure`) where it needs any."""
 
     ratio: float = 0.5
-    """Share removed, in [0, 1); of blocks: keep = max(1, L - floor(L * ratio))."""
+    """Share removed, in [0, 1): nothing, or at least one block; of blocks: keep = max(1, L - floor(L * ratio))."""
     ratio_of: Literal["blocks", "parameters"] = "blocks"
     """What ``ratio`` counts: blocks, or the target's parameters (as many whole blocks as they hold)."""
     keep: tuple[int, ...] | None = None
@@ -42,7 +42,7 @@ class BlockRemoval(Compressor):
         """Return how many blocks stay.
 
         Raises:
-            ConfigError: If ``keep`` names a block that the target has not, or all blocks would go.
+            ConfigError: If ``keep`` names a block that the target has not, or all blocks would go, or none.
         """
         depth = len(decoder)
         if self.keep is not None:
@@ -52,7 +52,9 @@ class BlockRemoval(Compressor):
                 )
             return len(self.keep)
         if self.ratio_of == "blocks":
-            return keep_count(depth, self.ratio)
+            count = keep_count(depth, self.ratio)
+            require_removal(depth - count, self.ratio, 1 / depth, "block")
+            return count
         total, blocks = parameter_count(decoder.model), parameter_count(decoder.blocks)
         removed = int(self.ratio * total * depth / blocks + 1e-9)
         if removed >= depth:
@@ -60,6 +62,7 @@ class BlockRemoval(Compressor):
                 f"compression.ratio={self.ratio} of the parameters would remove all {depth} blocks, which hold "
                 f"{blocks / total:.3f} of them; give less"
             )
+        require_removal(removed, self.ratio, blocks / depth / total, "block")
         return depth - removed
 
     def score(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:

@@ -150,6 +150,19 @@ def test_ratio_nought_is_the_target_and_one_neuron_stays():
     assert [len(row) for row in layer_map.neurons] == [1] * 6
 
 
+def test_a_ratio_that_removes_no_neuron_is_refused():
+    rule, decoder = Compressor.by_name("ffn_width"), Decoder.of(small_model("llama"))  # 48 neurons in a block
+    with pytest.raises(ConfigError) as caught:
+        rule(ratio=0.02).outline(decoder)
+    line = "compression.ratio=0.02 removes no neuron; give at least 0.0209, or choose compression.name=none to keep all"
+    assert str(caught.value) == line
+    assert rule(ratio=0.0209).outline(decoder).intermediate_size == 47
+    with pytest.raises(ConfigError, match=r"^compression.ratio=0.001 removes no neuron; give at least 0.01") as caught:
+        rule(ratio=0.001, ratio_of="parameters").outline(decoder)
+    least = float(str(caught.value).split("at least ")[1].split(",")[0])
+    assert rule(ratio=least, ratio_of="parameters").outline(decoder).intermediate_size == 47
+
+
 def test_lowest_saliency_goes_and_of_equals_the_lower_index():
     model = small_model("llama")
     scores = torch.ones(6, 48)

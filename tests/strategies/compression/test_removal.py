@@ -75,6 +75,25 @@ def test_what_cannot_be_is_one_line(name):
         rule(ratio_of="neurons")
 
 
+@pytest.mark.parametrize("name", REMOVERS)
+def test_a_ratio_that_removes_nothing_is_refused(name):
+    rule, model = Compressor.by_name(name), small_model("llama")
+    with pytest.raises(ConfigError) as caught:
+        rule(ratio=0.1).outline(Decoder.of(model))
+    line = "compression.ratio=0.1 removes no block; give at least 0.1667, or choose compression.name=none to keep all"
+    assert str(caught.value) == line
+    options = {"first": 1, "last": 1} if name == "uniform" else {}
+    assert len(kept(name, model, ratio=0.1667, **options)) == 5
+    block = parameter_count(model.model.layers[0]) / parameter_count(model)
+    with pytest.raises(ConfigError, match=r"^compression.ratio=0.1 removes no block; give at least 0\.1") as caught:
+        rule(ratio=0.1, ratio_of="parameters").outline(Decoder.of(model))
+    least = float(str(caught.value).split("at least ")[1].split(",")[0])
+    assert block <= least < block + 1e-4
+    assert len(kept(name, model, ratio=least, ratio_of="parameters", **options)) == 5
+    with pytest.raises(ConfigError, match=r"removes no block; one has to stay; choose compression.name=none"):
+        rule(ratio=0.5).outline(Decoder.of(small_model("llama", layers=1)))
+
+
 def test_iterative_influence_ranks_again_after_every_removal():
     model = small_model("llama")
     decoder, left, gone = Decoder.of(model), list(range(6)), []
