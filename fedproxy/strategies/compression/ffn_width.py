@@ -27,7 +27,7 @@ class FfnWidth(Compressor, name="ffn_width"):
     """
 
     ratio: float = 0.5
-    """Share removed, in [0, 1): nothing, or at least a neuron; of neurons: keep = max(1, n - floor(n * ratio)) per block."""
+    """Share removed, in [0, 1): nothing, or at least one neuron; of n neurons: keep = max(1, n - floor(n * ratio))."""
     ratio_of: Literal["neurons", "parameters"] = "neurons"
     """What ``ratio`` counts: a block's neurons, or the target's parameters (as many whole neurons as they hold)."""
     saliency: Literal["weights", "activations"] = "weights"
