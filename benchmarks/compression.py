@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=64, help="calibration texts")
     parser.add_argument("--texts", type=int, default=8, help="texts of 512 tokens for the influence pass")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="distillation steps, one epoch")
+    parser.add_argument("--steps", type=int, default=4, help="distillation steps of 16 texts, one epoch")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args(words)
     path = resolve(options.target)
@@ -159,16 +159,12 @@ def influence_pass(target: Any, texts: int, tokens: int, repeats: int) -> dict[s
 def distillation(target: Any, batches: Sequence[Any], steps: int, repeats: int) -> dict[str, Any]:
     """Measure an epoch of distillation without the teacher's cache, and one whose texts are all in it, in turns."""
     proxy, layer_map = Compressor.by_name("random")().compress(target)
-    rows = [
-        {name: tensor[start : start + 4] for name, tensor in batch.items()}
-        for batch in batches
-        for start in range(0, len(batch["input_ids"]), 4)
-    ][:steps]
+    rows = batches[:steps]
     tokens = sum(int(batch["attention_mask"].sum()) for batch in rows)
     with tempfile.TemporaryDirectory() as folder:
 
         def epoch(cached: bool) -> Callable[[], float]:
-            settings = dataclasses.replace(DistillationConfig(steps=len(rows), batch_size=4), cache_teacher=cached)
+            settings = dataclasses.replace(DistillationConfig(steps=len(rows)), cache_teacher=cached)
             trainer = {"accelerator": "cpu", "devices": 1}
             return lambda: distil(
                 copy.deepcopy(proxy),
