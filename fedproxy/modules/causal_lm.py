@@ -14,7 +14,7 @@ from fedproxy.models.sharding import is_sharded, local_parts, part_like
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
-from fedproxy.modules.trainer import adamw
+from fedproxy.modules.trainer import adamw, attention
 from fedproxy.processes import rank_and_size
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch and note its two terms."""
-        logits, targets = answer_logits(self.model, batch)
+        with attention(self.trainer, batch["input_ids"].shape[1]):
+            logits, targets = answer_logits(self.model, batch)
         nll = answer_nll(logits, targets)
         # A part of a batch that several processes share counts by its tokens (ExampleLoader).
         share = batch.get("share")

@@ -20,7 +20,7 @@ from fedproxy.modules.divergence import DivergenceName, mean_divergence
 from fedproxy.modules.losses import hidden_distance
 from fedproxy.modules.teacher import Head, Teacher, observe
 from fedproxy.modules.teacher_cache import TeacherCache
-from fedproxy.modules.trainer import adamw, fit, make_trainer
+from fedproxy.modules.trainer import adamw, attention, fit, make_trainer
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
 
@@ -76,7 +76,8 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of public text."""
         wanted = self._teacher[0](batch)
-        got = observe(self.student, batch, [own for own, _ in self.pairs])
+        with attention(self.trainer, batch["input_ids"].shape[1]):
+            got = observe(self.student, batch, [own for own, _ in self.pairs])
         loss = got["head"].new_zeros((), dtype=torch.float32)
         if self.kl_weight:
             assert wanted.distribution is not None

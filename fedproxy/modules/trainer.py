@@ -37,6 +37,8 @@ _QUIET: Mapping[str, Any] = {
 _LOGGERS: Mapping[str, type[Logger]] = {"csv": CSVLogger, "tensorboard": TensorBoardLogger}
 
 _AUTOCAST = {"bf16-mixed": torch.bfloat16, "bf16": torch.bfloat16, "16-mixed": torch.float16, "16": torch.float16}
+_PLAIN_TOKENS = 256
+"""Longest rows whose attention weights are kept (bfloat16, heads x tokens^2 per row and block)."""
 
 
 def trainer_options() -> tuple[str, ...]:
@@ -119,7 +121,7 @@ def fit(
         KeyboardInterrupt: If the user interrupts. (Lightning would end the process and ignore further interrupts.)
     """
     on_interrupt = signal.getsignal(signal.SIGINT)
-    with quiet(), _attention(trainer), torch.random.fork_rng(enabled=seed is not None):
+    with quiet(), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
@@ -157,10 +159,19 @@ def adamw(
     return optimizer
 
 
-def _attention(trainer: lightning.Trainer) -> AbstractContextManager[None]:
-    """Return where a fit runs: the CPU's flash kernel goes backward in bfloat16 at a third of the plain one's speed."""
-    slow = trainer.strategy.root_device.type == "cpu" and "bf16" in str(trainer.precision)
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
+def attention(trainer: lightning.Trainer, tokens: int) -> AbstractContextManager[None]:
+    """Return the context of a training step's forward pass, which chooses the attention kernel of both directions.
+
+    In bfloat16 on the CPU the flash kernel goes backward at a third to a half of the plain one's speed, which keeps the
+    attention weights: it is left out where those are small.
+
+    Args:
+        trainer: The Trainer that runs the step.
+        tokens: Length of the batch's rows, padding included.
+    """
+    half = trainer.strategy.root_device.type == "cpu" and autocast_dtype({"precision": trainer.precision})
+    plain = bool(half) and tokens <= _PLAIN_TOKENS
+    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
     return context
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedproxy.errors import ConfigError
-from fedproxy.modules.trainer import adamw, autocast_dtype, fit, make_trainer, trainer_options
+from fedproxy.modules.trainer import adamw, attention, autocast_dtype, fit, make_trainer, trainer_options
 
 
 class Line(lightning.LightningModule):
@@ -132,19 +132,14 @@ def test_nothing_large_outlives_a_fit():
     assert not trainer.optimizers[0].state
 
 
-class Attends(Line):
-    """Notes which attention kernels its steps may use."""
-
-    def training_step(self, batch, batch_idx):
-        self.flash = torch.backends.cuda.flash_sdp_enabled()
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize(("precision", "flash"), [("32-true", True), ("bf16-mixed", False)])
-def test_bfloat16_on_a_cpu_leaves_the_slow_flash_kernel_out(precision, flash):
-    module = Attends()
-    fit(make_trainer({"accelerator": "cpu", "precision": precision}), module, Ones(1))
-    assert module.flash is flash
+@pytest.mark.parametrize(
+    ("precision", "tokens", "flash"),
+    [("32-true", 8, True), ("bf16-mixed", 8, False), ("bf16-mixed", 256, False), ("bf16-mixed", 257, True)],
+)
+def test_short_rows_in_bfloat16_on_a_cpu_leave_the_slow_flash_kernel_out(precision, tokens, flash):
+    trainer = make_trainer({"accelerator": "cpu", "precision": precision})
+    with attention(trainer, tokens):
+        assert torch.backends.cuda.flash_sdp_enabled() is flash
     assert torch.backends.cuda.flash_sdp_enabled()  # as before, afterwards
 
 
