@@ -1,14 +1,13 @@
 """From a study to its report: check, run, analyse, write."""
 
 import shlex
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedproxy.comparison.arguments import Study
 from fedproxy.comparison.equal_bytes import byte_budget, equal_byte_cells, same_rounds
-from fedproxy.comparison.execution import Cell, Outcome, cells, do_runs, only_one
+from fedproxy.comparison.execution import Cell, Outcome, cells, do_runs, only_one, shared_work
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
@@ -70,7 +69,7 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
         )
         files = write_comparison(found, runs, study.output_dir)
         if not study.keep_runs and all(outcome.record for outcome in outcomes):
-            shutil.rmtree(study.work_dir / "shared" / "proxies", ignore_errors=True)
+            shared_work(study).clear()
     failed = [f"{outcome.cell.name}: {outcome.error}" for outcome in outcomes if outcome.error]
     return Finished(found, files, failed)
 

@@ -91,12 +91,17 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     found = [_recorded(cell) for cell in todo]
     if study.only_report:
         return [Outcome(cell, record) for cell, record in zip(todo, found, strict=True)]
-    shared = SharedWork(study.work_dir / "shared")
+    shared = shared_work(study)
     outcomes = []
     for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):
         display.say(f"[{number}/{len(todo)}] {cell.name}{': finished before' if record else ''}")
         outcomes.append(Outcome(cell, record) if record else _done(cell, shared, study, display))
     return outcomes
+
+
+def shared_work(study: Study) -> SharedWork:
+    """Return what the runs of a study take over from each other."""
+    return SharedWork(study.work_dir / "shared")
 
 
 @contextmanager

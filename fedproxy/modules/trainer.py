@@ -159,6 +159,19 @@ def adamw(
     return optimizer
 
 
+def is_slow(options: Mapping[str, Any], device: torch.device) -> bool:
+    """Return whether a recipe's precision is far slower here than float32: bfloat16 on a CPU that cannot multiply it.
+
+    Args:
+        options: Options of lightning.Trainer.
+        device: Where training and scoring run.
+    """
+    if device.type != "cpu" or autocast_dtype(options) is not torch.bfloat16:
+        return False
+    known = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def attention(trainer: lightning.Trainer, tokens: int) -> AbstractContextManager[None]:
     """Return the context of a training step's forward pass, which chooses the attention kernel of both directions.
 

@@ -3,6 +3,7 @@
 import dataclasses
 import resource
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -14,12 +15,13 @@ from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.evaluation.validation import Question
+from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.federation.statistics import STATISTICS
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.devices import one_device
-from fedproxy.modules.trainer import make_trainer
+from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.devices import check_devices
@@ -48,6 +50,7 @@ from fedproxy.reporting import (
     with_means,
 )
 from fedproxy.strategies.capabilities import check_capabilities
+from fedproxy.strategies.trainable.base import TrainableModel
 
 RESUME_HINT = "go on with the same command and resume=auto"
 _WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
@@ -84,11 +87,16 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
         return RunReport.load(folder.report)
     current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
     scores: dict[str, Any] = {}
+    if is_slow(config.trainer, current.device):
+        display.say(
+            f"trainer.precision={config.trainer['precision']} is many times slower than 32-true here: this CPU cannot "
+            "multiply bfloat16; stop and set trainer.precision=32-true, unless bits must be those of another machine"
+        )
     try:
         clients, questions = _clients_and_questions(current)
         _compress(current, clients)
         check_vocabulary(current)
-        model, progress = federate(current, clients, questions)
+        model, progress = _federate(current, clients, questions)
         tuned = fuse(current, model, progress, clients)
         for name, score in evaluate(current, tuned, progress.round):
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
@@ -283,6 +291,12 @@ def _compress(current: Run, clients: ClientRows) -> None:
         compress(current, clients)
     else:
         current.shared.compress(current, clients.owned, lambda: compress(current, clients))
+
+
+def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) -> tuple[TrainableModel, Progress]:
+    if current.shared is None:
+        return federate(current, clients, questions)
+    return current.shared.federate(current, clients.owned, lambda: federate(current, clients, questions))
 
 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:

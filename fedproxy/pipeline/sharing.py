@@ -1,7 +1,8 @@
 """Work that several runs have in common, kept under the hash of all that it was made from.
 
-Two runs share a proxy or an evaluation only where everything that could change a bit of it agrees: weights,
-configuration, texts, questions, versions, our own sources, device and threads. Names and paths are never compared.
+Two runs share a proxy, a federation or an evaluation only where everything that could change a bit of it agrees:
+weights, configuration, texts, rows, questions, versions, our own sources, device and threads. Names and paths of runs
+and models are never compared.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,14 +36,21 @@ from fedproxy.reporting.provenance import hardware, versions
 if TYPE_CHECKING:
     from fedproxy.pipeline.stages import Run
 
+T = TypeVar("T")
 _UNSHARED_FILES = {"server/facts.json"}
+_FEDERATION_FILES = ("checkpoints/", "rounds.jsonl")
+_NOT_OF_ROUNDS = (
+    *("recipe", "method", "output_dir", "resume", "overwrite", "plugins", "loggers", "target"),
+    *("compression", "distillation", "fusion", "evaluation"),
+)
+"""Settings on which the rounds do not depend, or through the proxy alone; plugins count by their files."""
 _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a model's configuration that say where it came from, and nothing about what it computes."""
 
 
 @dataclass(frozen=True)
 class SharedWork:
-    """A folder of proxies and evaluations, each under its key.
+    """A folder of proxies, federations and evaluations, each under its key.
 
     Args:
         folder: Where they lie; made when first needed.
@@ -58,9 +66,10 @@ class SharedWork:
             owned: Clients' texts, which the stage must not read.
             stage: Does the work: ``compress`` of :mod:`fedproxy.pipeline.stages`.
         """
-        key = None if run.folder.layer_map.is_file() else proxy_key(run, owned)
+        last = run.folder.layer_map  # its presence says that all is there
+        key = None if last.is_file() else proxy_key(run, owned)
         kept = None if key is None else self.folder / "proxies" / key
-        if kept is not None and self._take(kept, run):
+        if kept is not None and self._take(kept, run, last=last.relative_to(run.folder.root).as_posix()):
             run.display.say("compressed: taken from an equal run")
             return
         files, facts = _files(run.folder.root), dict(run.facts)
@@ -69,6 +78,38 @@ class SharedWork:
             made = {name for name, stamp in _files(run.folder.root).items() if files.get(name) != stamp}
             learned = {name: value for name, value in run.facts.items() if facts.get(name) != value}
             self._keep(kept, run.folder.root, made - _UNSHARED_FILES, learned)
+
+    def federate(self, run: "Run", owned: Container[str], stage: Callable[[], T]) -> T:
+        """Do stage (ii) of a run, or take over the checkpoints and records of equal rounds.
+
+        Runs that differ in fusion or evaluation alone train once.
+
+        Args:
+            run: The run, with its proxy.
+            owned: Clients' texts, which no server stage must read.
+            stage: Does the rounds that are left, of which there are none after equal ones were taken over:
+                ``federate`` of :mod:`fedproxy.pipeline.stages`.
+
+        Returns:
+            What the stage returns.
+        """
+        key = federation_key(run, owned) if run.config.federation.rounds else None
+        if key is None:
+            return stage()
+        kept = self.folder / "federations" / key
+        begun = run.folder.checkpoints.is_dir() and any(run.folder.checkpoints.iterdir())
+        if not begun and self._take(kept, run, last="checkpoints"):
+            run.display.say("federated: taken from an equal run")
+            return stage()
+        result = stage()
+        made = {name for name in _files(run.folder.root) if name.startswith(_FEDERATION_FILES)}
+        self._keep(kept, run.folder.root, made, {})
+        return result
+
+    def clear(self) -> None:
+        """Delete what is large, the proxies and federations; evaluations stay."""
+        for name in ("proxies", "federations"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def evaluate(self, key: str | None, score: Callable[[], EvaluationResult]) -> EvaluationResult:
         """Return the evaluation of that key, scored now if nobody did; ``seconds`` is what scoring took then."""
@@ -82,15 +123,22 @@ class SharedWork:
         write_json(path, dataclasses.asdict(result))
         return result
 
-    def _take(self, kept: Path, run: "Run") -> bool:
-        """Link a kept proxy's files into the run's folder; False where there is none, or a file was changed."""
+    def _take(self, kept: Path, run: "Run", *, last: str) -> bool:
+        """Link kept files into the run's folder; ``last``, a file or a folder, appears whole and after all others.
+
+        Returns:
+            False where nothing is kept, or a file was changed.
+        """
         manifest = read_json(kept / "manifest.json")
         if manifest is None or any(file_sha256(kept / name) != sha for name, sha in manifest["files"].items()):
             return False
-        last = run.folder.layer_map.relative_to(run.folder.root).as_posix()  # its presence says that all is there
         run.note(**manifest["facts"])
-        for name in sorted(manifest["files"], key=lambda name: name == last):
-            _link(kept / name, run.folder.root / name)
+        root, part = run.folder.root, run.folder.root / ".taken"
+        shutil.rmtree(part, ignore_errors=True)
+        for name in manifest["files"]:
+            _link(kept / name, (part if name.startswith(last) else root) / name)
+        (part / last).rename(root / last)
+        shutil.rmtree(part)
         return True
 
     def _keep(self, kept: Path, root: Path, names: Iterable[str], facts: Mapping[str, Any]) -> None:
@@ -124,6 +172,30 @@ def proxy_key(run: "Run", owned: Container[str]) -> str | None:
             "texts": [public_texts(calibration, owned, rows=rows, seed=config.seed) for rows in wanted],
             "seed": config.seed,
             "environment": _environment(run),
+        }
+    )
+
+
+def federation_key(run: "Run", owned: Container[str]) -> str | None:
+    """Return the hash of all that the rounds depend on.
+
+    Returns:
+        None where the proxy cannot be told by its content, or the best of several rounds is picked by scores.
+    """
+    config, proxy = run.config, proxy_key(run, owned)
+    if proxy is None or config.federation.validation.every:
+        return None
+    aligned, _ = config.realignment.reads
+    calibration = config.compression.calibration
+    return _hash(
+        {
+            "proxy": proxy,
+            "settings": {name: value for name, value in to_dict(config).items() if name not in _NOT_OF_ROUNDS},
+            "classes": [_class(part) for part in (config.trainable, config.regularizer, config.aggregator)],
+            "server_classes": [_class(part) for part in (config.server_optimizer, config.realignment, config.engine)],
+            "rows": run.facts["data_sha256"],
+            "owners": file_sha256(run.folder.partition),
+            "texts": public_texts(calibration, owned, rows=aligned, seed=config.seed) if aligned else [],
         }
     )
 
@@ -231,7 +303,11 @@ def _environment(run: "Run") -> dict[str, Any]:
 
 def _named(component: Any) -> dict[str, Any]:
     """Return a component's options and its class: plugins may use one name for two classes."""
-    return {**to_dict(component), "class": f"{type(component).__module__}.{type(component).__qualname__}"}
+    return {**to_dict(component), "class": _class(component)}
+
+
+def _class(component: Any) -> str:
+    return f"{type(component).__module__}.{type(component).__qualname__}"
 
 
 def _hash(content: Mapping[str, Any]) -> str:

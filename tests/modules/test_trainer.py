@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedproxy.errors import ConfigError
-from fedproxy.modules.trainer import adamw, attention, autocast_dtype, fit, make_trainer, trainer_options
+from fedproxy.modules.trainer import adamw, attention, autocast_dtype, fit, is_slow, make_trainer, trainer_options
 
 
 class Line(lightning.LightningModule):
@@ -130,6 +130,15 @@ def test_nothing_large_outlives_a_fit():
     fit(trainer, module, Ones(2))
     assert module.w.grad is None
     assert not trainer.optimizers[0].state
+
+
+def test_bfloat16_is_slow_only_on_a_cpu_that_cannot_multiply_it(monkeypatch):
+    for able in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda able=able: able)
+        assert is_slow({"precision": "bf16-mixed"}, torch.device("cpu")) is not able
+        assert not is_slow({"precision": "bf16-mixed"}, torch.device("cuda"))
+        assert not is_slow({"precision": "32-true"}, torch.device("cpu"))
+        assert not is_slow({}, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

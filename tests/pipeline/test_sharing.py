@@ -11,6 +11,7 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.models import load_model, load_tokenizer
+from fedproxy.pipeline import sharing
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
@@ -18,6 +19,7 @@ from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import (
     SharedWork,
     evaluation_key,
+    federation_key,
     file_sha256,
     model_key,
     proxy_key,
@@ -86,16 +88,84 @@ def test_a_proxy_that_was_changed_is_not_taken_over(three_runs, tmp_path):
 
 
 @pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Runs that share their rounds and differ in fusion; the second of them by itself too, and one of other rounds."""
+    folder, shared = tmp_path_factory.mktemp("federation"), SharedWork(tmp_path_factory.mktemp("shared"))
+    half = ("fusion.mode=delta", "fusion.scale=0.5")
+    rounds = ("federation.rounds=1", "evaluation.models=[fused]")
+    run(config(folder / "whole", *rounds), shared=shared)
+    run(config(folder / "half", *rounds, *half), shared=shared)
+    run(config(folder / "alone", *rounds, *half))
+    run(config(folder / "other", *rounds, *half, "client.lr=0.02"), shared=shared)
+    return folder, shared
+
+
+def test_runs_that_differ_in_fusion_train_once_and_end_as_they_would_alone(trained):
+    folder, shared = trained
+    weights = {name: file_sha256(folder / name / "fused/model.safetensors") for name in ("whole", "half", "alone")}
+    assert weights["half"] == weights["alone"] != weights["whole"]
+    adapters = {file_sha256(folder / name / "adapter/adapter_model.safetensors") for name in weights}
+    assert len(adapters) == 1
+    # Times are those of the training that was done: the lines are the first run's own.
+    lines = [(folder / name / "rounds.jsonl").read_text() for name in ("whole", "half", "alone")]
+    assert lines[0] == lines[1] != lines[2]
+    reports = [json.loads((folder / name / "report.json").read_text()) for name in ("half", "alone")]
+    for key in ("trainable_parameters", "upload_bytes", "download_bytes"):
+        assert reports[0]["cost"][key] == reports[1]["cost"][key]
+    assert reports[0]["scores"] == reports[1]["scores"]
+    assert len(list((shared.folder / "federations").iterdir())) == 2  # the other learning rate's as well
+    other = file_sha256(folder / "other/adapter/adapter_model.safetensors")
+    assert other not in adapters
+
+
+def test_rounds_taken_over_can_be_gone_on_from_and_leave_the_shared_ones_as_they_were(trained, tmp_path):
+    folder, shared = trained
+    before = {path: file_sha256(path) for path in shared.folder.rglob("*") if path.is_file()}
+    more = ("federation.rounds=2", "evaluation.models=[]", "fusion.mode=delta", "fusion.scale=0.5", "resume=auto")
+    run(config(folder / "half", *more), shared=shared)
+    run(config(folder / "alone", *more))
+    one, other = ((folder / name / "adapter/adapter_model.safetensors") for name in ("half", "alone"))
+    assert file_sha256(one) == file_sha256(other)
+    assert {path: file_sha256(path) for path in before} == before
+    shared.clear()
+    assert [path.name for path in shared.folder.iterdir()] == ["evaluations"]
+
+
+def test_a_kill_while_rounds_are_taken_over_leaves_none_of_them(trained, tmp_path, monkeypatch):
+    _, shared = trained
+    run(config(tmp_path / "first", "federation.rounds=1", "evaluation.models=[]"), shared=shared)
+    link, seen = sharing._link, []
+
+    def killed(source, target):
+        link(source, target)
+        seen.extend([source] * ("checkpoints" in str(target)))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    words = (tmp_path / "run", "federation.rounds=1", "evaluation.models=[]", "fusion.mode=delta")
+    monkeypatch.setattr(sharing, "_link", killed)
+    with pytest.raises(KeyboardInterrupt, match="go on"):
+        run(config(*words), shared=shared)
+    monkeypatch.undo()
+    assert not (tmp_path / "run/checkpoints").exists()
+    run(config(*words, "resume=auto"), shared=shared)
+    assert not (tmp_path / "run/.taken").exists()
+    adapters = {file_sha256(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("first", "run")}
+    assert len(adapters) == 1
+
+
+@pytest.fixture(scope="module")
 def target():
     path = resolve("asset:tiny-llama")
     return load_model(path), load_tokenizer(path)
 
 
-def key_of(folder, target, *overrides):
+def key_of(folder, target, *overrides, key=proxy_key):
     own = config(folder, *overrides)
     current = Run(own, RunFolder(folder), Display())
     current._target = target
-    return proxy_key(current, OwnedTexts(chain(*client_rows(own.data, seed=own.seed).values())))
+    current.facts["data_sha256"] = "the same rows"
+    return key(current, OwnedTexts(chain(*client_rows(own.data, seed=own.seed).values())))
 
 
 def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):
@@ -111,6 +181,33 @@ def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_pat
     ]
     keys = [key_of(tmp_path, target, *words) for words in others]
     assert len({plain, *keys}) == 1 + len(others)
+
+
+def test_the_key_of_rounds_changes_with_all_that_they_depend_on(tmp_path, target):
+    def key(*overrides):
+        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=federation_key)
+
+    plain = key()
+    for same in ("fusion.mode=delta", "evaluation.limit=3", "method=x", "output_dir=elsewhere"):
+        assert key(same) == plain
+    others = [
+        ["seed=43"],
+        ["compression.ratio=0.34"],
+        ["client.lr=0.5"],
+        ["federation.rounds=2"],
+        ["aggregator.name=fedavg"],
+        ["regularizer.name=proximal"],
+        ["server_optimizer.name=adam"],
+        ["trainable.r=2"],
+        ["data.max_input_tokens=9"],
+        ["trainer.precision=bf16-mixed"],
+        ["trainable.blocks=last", "realignment.name=emulator"],
+        ["trainable.blocks=last", "realignment.name=emulator", "realignment.rows=9"],
+    ]
+    assert len({plain, *(key(*words) for words in others)}) == 1 + len(others)
+    (tmp_path / "partition.json").write_text("{}")  # other owners of the same rows
+    assert key() != plain
+    assert key("federation.validation.every=1") is None  # scores may pick the round
 
 
 def test_the_key_of_a_model_changes_with_one_weight_its_configuration_or_its_tokenizer(target):
