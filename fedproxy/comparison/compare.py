@@ -11,8 +11,8 @@ from fedproxy.comparison.execution import Cell, Outcome, cells, do_runs, only_on
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.run import check_components
 from fedproxy.reporting.comparison.analysis import Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.comparison.records import Record, require_same_questions

@@ -12,8 +12,9 @@ from fedproxy.config import load_config, to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.models import load_model, state_sha256
+from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.plan import plan
-from fedproxy.pipeline.run import check_components, run
+from fedproxy.pipeline.run import run
 from fedproxy.recipe_files import recipe_names
 
 # compression, trainable and its blocks, regularizer, aggregator, fusion, partition (DESIGN's table)

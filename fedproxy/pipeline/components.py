@@ -1,0 +1,86 @@
+"""Whether the components that a recipe names go together, told before anything is loaded."""
+
+from fedproxy.config import RunConfig
+from fedproxy.errors import ConfigError
+from fedproxy.federation.statistics import STATISTICS
+from fedproxy.pipeline.devices import check_devices
+from fedproxy.pipeline.realignment import check_realignment
+from fedproxy.strategies.capabilities import check_capabilities
+
+_WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
+"""Lightning's precisions that bring a whole model to another dtype, adapters included."""
+
+
+def check_components(config: RunConfig) -> None:
+    """Refuse a recipe whose components do not go together, before anything is loaded.
+
+    Raises:
+        ConfigError: One line that names key, rule and way out.
+    """
+    clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
+    drawn, least = config.federation.clients_per_round, config.federation.min_clients
+    if least is not None and least > clients:
+        raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")
+    if drawn != "all" and int(drawn) > clients:
+        raise ConfigError(f"federation.clients_per_round must be at most the {clients} clients there are, got {drawn}")
+    check_capabilities(
+        config.aggregator,
+        config.regularizer,
+        config.server_optimizer,
+        clients_per_round=least or (clients if drawn == "all" else int(drawn)),
+        space=config.federation.space,
+        client_statistics=STATISTICS,
+        clients=clients,
+    )
+    _check_trainable(config)
+    _check_validation(config)
+    check_realignment(config)
+    check_devices(config)
+    _check_own(config)
+
+
+def _check_trainable(config: RunConfig) -> None:
+    """Refuse rounds and rules that ask more of what is trained than it gives."""
+    trained, rule, space = config.trainable, config.aggregator, config.federation.space
+    if not trained.trains and config.federation.rounds:
+        raise ConfigError(
+            f"trainable.name={trained.name} trains nothing in {config.federation.rounds} rounds; use "
+            "federation.rounds=0, or trainable.name=lora"
+        )
+    if trained.needs_float32 and config.target.dtype != "float32":
+        raise ConfigError(
+            f"trainable.name={trained.name} trains the proxy's own weights, and in {config.target.dtype} small steps "
+            "are lost; use target.dtype=float32 or trainable.name=lora"
+        )
+    precision = str(config.trainer.get("precision", "32-true"))
+    if precision in _WHOLE_CONVERSIONS:
+        raise ConfigError(
+            f"trainer.precision={precision} converts what is trained, which crosses the wire in float32; use 32-true "
+            f"(frozen weights stay in target.dtype={config.target.dtype}) or bf16-mixed"
+        )
+    if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
+        key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
+        raise ConfigError(f"{key} needs pairs of LoRA factors, and trainable.name={trained.name} has none; use lora")
+    if not rule.aggregates and space == "product":
+        raise ConfigError(
+            f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "
+            "use federation.space=factors"
+        )
+
+
+def _check_validation(config: RunConfig) -> None:
+    """Refuse validation between rounds where the state alone is not the model that would be fused."""
+    rule = config.aggregator
+    one_state = rule.aggregates and not rule.moves_base and rule.shares("module.lora_B.weight")
+    if config.federation.validation.every and not one_state:
+        raise ConfigError(
+            f"federation.validation.every must be 0 with aggregator.name={rule.name}: there is no one state to score"
+        )
+
+
+def _check_own(config: RunConfig) -> None:
+    if getattr(config.aggregator, "fused_b", "mean") != "mean":
+        raise ConfigError(
+            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
+            "use aggregator.fused_b=mean"
+        )
