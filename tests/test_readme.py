@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+TINY = (
+    "target.path=asset:tiny-llama", "data.tasks=[tiny_sums,tiny_places]", "evaluation.tasks=[tiny_sums]",
+    "data.max_input_tokens=96", "compression.calibration={path: asset:tiny-calibration, rows: 8, max_tokens: 32}",
+    "trainer.accelerator=cpu",
+)  # fmt: skip
 SMALL = ["data.rows_per_task=16", "evaluation.limit=4", "federation.rounds=1"]
 
 
@@ -23,7 +28,7 @@ def commands():
 
 
 def translated(words):
-    """Return a command's module and arguments with SmolLM2's recipe, model and tasks replaced by tiny ones."""
+    """Return a command's module and arguments with SmolLM2's recipes, model and tasks replaced by tiny ones."""
     words = words[words.index("-m") + 1 :]
     module, arguments = words[0], words[1:]
     swap = {
@@ -40,6 +45,8 @@ def translated(words):
         arguments += [option for option in SMALL if not any(a.startswith(option.split("=")[0]) for a in arguments)]
         if "plugins=[my_rule]" in arguments:
             arguments.append("output_dir=runs/plugin")
+    if module == "fedproxy.compare":
+        arguments += [*TINY, *SMALL]
     if module == "fedproxy.recipes" and arguments[0] == "cp":
         arguments[1] = "fedproxy_tiny"
     return module, arguments
@@ -47,7 +54,8 @@ def translated(words):
 
 def test_readme_names_the_commands_that_exist():
     modules = {words[words.index("-m") + 1] for words in commands()}
-    assert modules == {"fedproxy.fit", "fedproxy.compress", "fedproxy.recipes", "fedproxy.evaluate", "fedproxy.report"}
+    names = ("fit", "compress", "recipes", "evaluate", "report", "compare")
+    assert modules == {f"fedproxy.{name}" for name in names}
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
         assert f"\n{target}:" in makefile
@@ -69,6 +77,7 @@ def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
     assert "runs/fedproxy_tiny/report.md" in printed
     assert "runs/mine/report.md" in printed
     assert "runs/plugin/report.md" in printed
+    assert Path("runs/compared/comparison.html").is_file()
     assert Path("runs/arc/scores.json").is_file()
 
 

@@ -16,10 +16,12 @@ from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.run import run
 from fedproxy.recipe_files import recipe_names
+from fedproxy.strategies.compression.removal import keep_count
 
 # compression, trainable and its blocks, regularizer, aggregator, fusion, partition (DESIGN's table)
 TABLE = {
     "fedproxy": ("block_influence", "lora", "all", "conflict", "h_ties", "plug_in", "by_task"),
+    "fedproxy_plus": ("block_influence", "lora", "all", "conflict", "h_ties", "plug_in", "by_task"),
     "zero_shot": ("none", "none", None, "none", "fedavg", "none", "by_task"),
     "centralised": ("none", "lora", "all", "none", "fedavg", "plug_in", "pooled"),
     "local_only": ("block_influence", "lora", "all", "none", "none", "plug_in", "by_task"),
@@ -140,6 +142,20 @@ def test_no_rounds_leave_the_target_and_one_round_runs_to_the_report(run_recipe,
     assert report.scores["fused"]["tiny_sums"]["n"] == 2
     changed = [state_sha256(load_model(folder / "fused" / client)) != state_sha256(target) for client in clients]
     assert all(changed)
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "depth"),
+    [(["recipe=fedproxy_plus"], 22, 30), (["recipe=paper/fedproxy_plus_llama2_7b"], 16, 32)],
+)
+def test_fedproxy_plus_is_fedproxy_with_every_change_times_blocks_over_kept_blocks(words, kept, depth):
+    plus, published = load_config(words), load_config(["recipe=fedproxy"])
+    assert plus.fusion.scale == pytest.approx(depth / kept, abs=0.005)
+    assert plus.fusion.mode == "delta"
+    assert keep_count(depth, plus.compression.ratio) == kept
+    if depth == 30:
+        own, other = to_dict(plus), to_dict(published)
+        assert {key for key in own if own[key] != other[key]} == {"recipe", "method", "output_dir", "fusion"}
 
 
 def test_offsite_tuning_plugs_in_adapter_blocks_alone(run_recipe):
