@@ -80,7 +80,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch and note its two terms."""
-        with attention(self.trainer, batch["input_ids"].shape[1]):
+        with attention(batch["input_ids"]):
             logits, targets = answer_logits(self.model, batch)
         nll = answer_nll(logits, targets)
         # A part of a batch that several processes share counts by its tokens (ExampleLoader).

@@ -76,7 +76,7 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch of public text."""
         wanted = self._teacher[0](batch)
-        with attention(self.trainer, batch["input_ids"].shape[1]):
+        with attention(batch["input_ids"]):
             got = observe(self.student, batch, [own for own, _ in self.pairs])
         loss = got["head"].new_zeros((), dtype=torch.float32)
         if self.kl_weight:

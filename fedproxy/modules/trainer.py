@@ -172,18 +172,17 @@ def is_slow(options: Mapping[str, Any], device: torch.device) -> bool:
     return not (known and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def attention(trainer: lightning.Trainer, tokens: int) -> AbstractContextManager[None]:
+def attention(ids: Tensor) -> AbstractContextManager[None]:
     """Return the context of a training step's forward pass, which chooses the attention kernel of both directions.
 
-    In bfloat16 on the CPU the flash kernel goes backward at a third to a half of the plain one's speed, which keeps the
-    attention weights: it is left out where those are small.
+    Under autocast to bfloat16 on the CPU the flash kernel goes backward at a third to a half of the plain one's speed,
+    which keeps the attention weights: it is left out where those are small.
 
     Args:
-        trainer: The Trainer that runs the step.
-        tokens: Length of the batch's rows, padding included.
+        ids: The batch's tokens, int64 (batch, length), padding included.
     """
-    half = trainer.strategy.root_device.type == "cpu" and autocast_dtype({"precision": trainer.precision})
-    plain = bool(half) and tokens <= _PLAIN_TOKENS
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") is torch.bfloat16
+    plain = ids.device.type == "cpu" and half and ids.shape[1] <= _PLAIN_TOKENS
     context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH) if plain else nullcontext()
     return context
 

@@ -146,8 +146,9 @@ def test_bfloat16_is_slow_only_on_a_cpu_that_cannot_multiply_it(monkeypatch):
     [("32-true", 8, True), ("bf16-mixed", 8, False), ("bf16-mixed", 256, False), ("bf16-mixed", 257, True)],
 )
 def test_short_rows_in_bfloat16_on_a_cpu_leave_the_slow_flash_kernel_out(precision, tokens, flash):
-    trainer = make_trainer({"accelerator": "cpu", "precision": precision})
-    with attention(trainer, tokens):
+    ids = torch.ones(2, tokens, dtype=torch.long)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
+    with autocast, attention(ids):
         assert torch.backends.cuda.flash_sdp_enabled() is flash
     assert torch.backends.cuda.flash_sdp_enabled()  # as before, afterwards
 

@@ -59,8 +59,8 @@ class MethodResult:
     seeds: Sequence[int]
     scores: Mapping[str, Score]
     """Task, and ``mean``, to accuracy."""
-    answer_nll: Score | None
-    """Nats per answer token, mean over tasks."""
+    answer_nll: float | None
+    """Nats per answer token, of all a task's answers together, mean over tasks and seeds: as in the runs' reports."""
     rounds: int
     cost: Mapping[str, float | None]
     """Means over seeds of the report's costs, and ``examples``: rows seen in training."""
@@ -82,8 +82,8 @@ class Analysis:
     metric: str
     zero_shot: Mapping[str, Score]
     """The untouched target."""
-    zero_shot_nll: Score | None
-    """Its answer NLL, nats per answer token, mean over tasks."""
+    zero_shot_nll: float | None
+    """Its answer NLL, of the same kind."""
     ceiling: str | None
     reference: str | None
     methods: Sequence[MethodResult] = field(default_factory=tuple)
@@ -176,16 +176,10 @@ class _Method:
         columns = [self.seeds.index(seed) for seed in seeds]
         return over_seeds({task: values[:, columns] for task, values in self.answers.items()})
 
-    def nll(self) -> Score | None:
-        """Return the answer NLL, where every question has one."""
-        tables = [
-            own.values
-            for record, model in zip(self.records, self.models, strict=True)
-            for own in record.answers[model].values()
-        ]
-        if not all("answer_nll" in values for values in tables):
-            return None
-        return task_scores(answers_of(self.records, self.models, "answer_nll"), self.seeds)["mean"]
+    def nll(self) -> float | None:
+        """Return the reports' answer NLL, where every seed's has one."""
+        pairs = zip(self.records, self.models, strict=True)
+        return _mean([record.report.scores.get(model, {}).get("mean", {}).get("answer_nll") for record, model in pairs])
 
 
 def _recovered(method: _Method, zero_shot: _Method, ceiling: _Method) -> Interval | None:

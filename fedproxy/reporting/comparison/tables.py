@@ -15,7 +15,7 @@ from fedproxy.reporting.tables import Table
 def score_table(found: Analysis) -> Table:
     """Return accuracy per task and mean, and beside them what they cost."""
     tasks = [task for task in found.zero_shot if task != "mean"]
-    with_nll = any(row.answer_nll for row in found.methods)
+    with_nll = any(row.answer_nll is not None for row in found.methods)
     seeds = any(score.stderr_seeds is not None for row in found.methods for score in row.scores.values())
     head = ["method", *tasks, "mean", *(["± seeds"] if seeds else []), *(["answer NLL"] if with_nll else [])]
     head += ["sent", "trained", "client time"]
@@ -35,8 +35,8 @@ def _scores(scores: Mapping[str, Score], tasks: Sequence[str], seeds: bool) -> l
     return cells + ([show.NONE if spread is None else f"{100 * spread:.1f}"] if seeds else [])
 
 
-def _nll(score: Score | None, wanted: bool) -> list[str]:
-    return [show.fixed(score.value if score else None)] if wanted else []
+def _nll(value: float | None, wanted: bool) -> list[str]:
+    return [show.fixed(value)] if wanted else []
 
 
 def _score(score: Score) -> str:

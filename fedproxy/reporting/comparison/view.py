@@ -73,6 +73,8 @@ class Section:
     title: str
     table: Table
     hints: Sequence[str]
+    words: bool = False
+    """Whether its cells are words, which wrap, and not numbers."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ def _about_runs(found: Comparison) -> list[Section]:
     )
     hint = "Work that a run took over from an equal one is counted with the time that it took there."
     return [
-        Section("What differs between the methods", settings_table(found.settings), [same]),
+        Section("What differs between the methods", settings_table(found.settings), [same], words=True),
         Section("Runs", runs, [hint]),
     ]
 
