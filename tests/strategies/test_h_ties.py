@@ -8,7 +8,15 @@ import torch
 from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.functional.similarity import affinity_weights, cosine_matrix, heterogeneity, retention
+from fedproxy.strategies.aggregators.cohort import Cohort
+from fedproxy.strategies.aggregators.survey import Surveyor
+from fedproxy.strategies.functional.similarity import (
+    affinity_weights,
+    cosine_matrix,
+    heterogeneity,
+    retention,
+    with_equal_rows,
+)
 from fedproxy.strategies.functional.voting import ratio_vote_merge
 
 
@@ -71,6 +79,29 @@ def test_equal_clients_get_equal_figures_to_the_bit():
         figures = Aggregator.by_name("h_ties")().aggregate(updates).diagnostics
         for figure in ("heterogeneity", "weights", "retention"):
             assert figures[figure][0] == figures[figure][-1], (clients, figure)
+
+
+def test_products_of_equal_vectors_are_equal_wherever_a_matrix_product_put_them():
+    # As a product may give it on another processor: rows 0 and 2 are the same vector, and differ in the last bits.
+    gram = torch.tensor(
+        [[4.0, 1.0, 4.0 + 1e-15], [1.0, 9.0, 1.0 + 2e-16], [4.0, 1.0 - 1e-16, 4.0]], dtype=torch.float64
+    )
+    assert with_equal_rows(gram, [[0, 2]]).tolist() == [[4.0, 1.0, 4.0], [1.0, 9.0, 1.0], [4.0, 1.0, 4.0]]
+
+
+def test_clients_are_equal_only_where_all_tensors_are():
+    # a, c and d agree on w, but d differs from them at the end of v; b and e agree on nothing with anybody
+    w, v = torch.randn(3, 2000), torch.randn(3, 40)
+    changed = v[0].clone()
+    changed[-1] += 1
+    rows = {"a": (w[0], v[0]), "b": (w[1], v[1]), "c": (w[0], v[0]), "d": (w[0], changed), "e": (w[2], v[1])}
+    cohort = Cohort([ClientUpdate(name, {"v": second, "w": first}) for name, (first, second) in rows.items()])
+    survey = Surveyor(cohort).run()
+    assert [list(group) for group in survey.equals] == [[0, 2]]
+    for gram in (survey.gram, survey.grams["w"]):
+        assert torch.equal(gram[0, [1, 4]], gram[2, [1, 4]])
+        assert torch.equal(gram, gram.T)
+    assert torch.equal(survey.grams["w"][0], survey.grams["w"][3])
 
 
 def test_parallel_clients_all_keep_r0():

@@ -12,8 +12,12 @@ from fedproxy.strategies.aggregators.cohort import BLOCK, Block, Cohort
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.scratch import Scratch
-from fedproxy.strategies.functional.similarity import cosine_matrix
+from fedproxy.strategies.functional.similarity import cosine_matrix, with_equal_rows
 from fedproxy.strategies.functional.voting import over_clients
+
+Groups = Sequence[Sequence[int]]
+"""Clients that are equal in something, in groups of two or more; each begins with its lowest."""
+_HEAD = 16
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Survey:
     """Mean of C_p over all coordinates."""
     sign_agreement: float
     """Mean of |sum of signs| / movers over the coordinates that some client moved; 1 where none moved."""
+    equals: Groups = ()
+    """Clients whose updates are equal to the bit."""
 
     @property
     def sign_figures(self) -> dict[str, float]:
@@ -37,7 +43,7 @@ class Survey:
     @property
     def gram(self) -> Tensor:
         """float64 (clients, clients), inner products of whole updates."""
-        return torch.stack(list(self.grams.values())).sum(dim=0)
+        return with_equal_rows(torch.stack(list(self.grams.values())).sum(dim=0), self.equals)
 
     @property
     def cosine(self) -> Tensor:
@@ -50,6 +56,8 @@ class _Tensor:
     """What was seen of one tensor: float64 sums, so that their order does not show."""
 
     gram: Tensor
+    equals: Groups
+    """Clients whose coordinates have all been equal so far."""
     size: int = 0
     moved: float = 0.0
     conflict: float = 0.0
@@ -80,7 +88,7 @@ class Surveyor:
         clients = len(self._cohort)
         if self._with_signs:
             self._sink.open(name, shape, torch.float32)
-        self._seen[name] = _Tensor(torch.zeros(clients, clients, dtype=torch.float64))
+        self._seen[name] = _Tensor(torch.zeros(clients, clients, dtype=torch.float64), [range(clients)])
 
     def see(self, block: Block) -> None:
         """Take in the next block of the tensor that was opened last."""
@@ -95,7 +103,9 @@ class Surveyor:
         Raises:
             ClientError: If an update holds NaN or infinity; names client and tensor.
         """
-        check_finite(self._cohort, name, self._seen[name].gram)
+        seen = self._seen[name]
+        check_finite(self._cohort, name, seen.gram)
+        seen.gram = with_equal_rows(seen.gram, seen.equals)
 
     def run(self) -> Survey:
         """Read every update once and return the survey."""
@@ -114,6 +124,7 @@ class Surveyor:
             self._sink.tensors(),
             conflict / max(1, size),
             agreement / moved if moved else 1.0,
+            _equal_in_all([tensor.equals for tensor in seen.values()], len(self._cohort)),
         )
 
     def _look_through(self, name: str) -> None:
@@ -129,6 +140,8 @@ class Surveyor:
         for row, double in zip(rows, wide, strict=True):
             double.copy_(row)
         torch.addmm(seen.gram, wide, wide.T, out=seen.gram)
+        # Updates that differ do so in the first block: there is next to nothing left to compare after it.
+        seen.equals = _still_equal(seen.equals, rows)
         if self._with_signs:
             self._take_in_signs(name, start, rows)
 
@@ -153,6 +166,35 @@ class Surveyor:
             seen.agreement += float(lead.div_(movers.clamp_(min=1.0)).sum())
             seen.conflict += float(conflict.sum())
         self._sink.write(name, start, conflict)
+
+
+def _still_equal(groups: Groups, rows: Sequence[Tensor]) -> Groups:
+    """Return the groups of two or more whose rows are equal too; their first numbers tell most rows apart."""
+    found: list[list[int]] = []
+    for group in groups:
+        alike: dict[tuple[float, ...], list[int]] = {}
+        for client in group:
+            alike.setdefault(tuple(rows[client][:_HEAD].tolist()), []).append(client)
+        for left in alike.values():
+            while len(left) > 1:
+                first, *others = left
+                same = [client for client in others if torch.equal(rows[first], rows[client])]
+                found += [[first, *same]] if same else []
+                left = [client for client in others if client not in same]
+    return found
+
+
+def _equal_in_all(groups: Sequence[Groups], clients: int) -> Groups:
+    """Return the clients that are in one group for every tensor."""
+    marks: list[list[int]] = [[] for _ in range(clients)]
+    for of_tensor in groups:
+        first = {client: group[0] for group in of_tensor for client in group}
+        for client, own in enumerate(marks):
+            own.append(first.get(client, client))
+    together: dict[tuple[int, ...], list[int]] = {}
+    for client, own in enumerate(marks):
+        together.setdefault(tuple(own), []).append(client)
+    return [group for group in together.values() if len(group) > 1] if groups else []
 
 
 def check_finite(cohort: Cohort, name: str, gram: Tensor) -> None:

@@ -5,6 +5,7 @@ elsewhere.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +31,28 @@ def cosine_matrix(gram: Tensor) -> Tensor:
     cosine = torch.where(scale > 0, (upper + upper.T) / scale.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     cosine = cosine.clamp(-1.0, 1.0)
     return cosine + torch.diag((square > 0).double())
+
+
+def with_equal_rows(gram: Tensor, groups: Iterable[Sequence[int]]) -> Tensor:
+    """Return a Gram matrix in which equal vectors have equal inner products with every other, to the bit.
+
+    A matrix product may sum a row in another order where it stands elsewhere, so that two equal clients would differ in
+    the last bit; which order, depends on the processor. Choice: of equal vectors the first one's products count.
+
+    Args:
+        gram: float64 (clients, clients), of which the upper triangle is read.
+        groups: Clients whose vectors are equal, group by group.
+
+    Returns:
+        float64 (clients, clients), symmetric.
+    """
+    upper = gram.triu(1)
+    whole = upper + upper.T + torch.diag(gram.diagonal())
+    for first, *others in groups:
+        for other in others:
+            whole[other] = whole[first]
+            whole[:, other] = whole[:, first]
+    return whole
 
 
 def heterogeneity(cosine: Tensor) -> Tensor:
