@@ -85,7 +85,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     if is_slow(config.trainer, current.device):
         display.say(
             f"trainer.precision={config.trainer['precision']} is many times slower than 32-true here: this CPU cannot "
-            "multiply bfloat16; stop and set trainer.precision=32-true, unless bits must be those of another machine"
+            "multiply bfloat16; stop and set trainer.precision=32-true"
         )
     try:
         clients, questions = _clients_and_questions(current)
