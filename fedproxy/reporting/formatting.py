@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedproxy.reporting.scores import Value
+from fedproxy.reporting.statistics import Interval
 
 NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
@@ -68,6 +69,11 @@ def points(fraction: float) -> str:
 def interval(low: float, high: float) -> str:
     """Return an interval of fractions in points: ``+6.2 to +12.0``."""
     return f"{points(low)} to {points(high)}"
+
+
+def with_interval(found: Interval) -> str:
+    """Return an estimate that is no fraction with its interval: ``+0.58 (+0.44 to +0.73)``."""
+    return f"{signed(found.estimate)} ({signed(found.low)} to {signed(found.high)})"
 
 
 def signed(value: float, digits: int = 2) -> str:

@@ -13,6 +13,8 @@ from fedproxy.reporting.samples import Evaluation, common_metric, kept_models, l
 from fedproxy.reporting.statistics import Interval, holm, mcnemar_exact, paired_bootstrap
 from fedproxy.reporting.tables import Table
 
+NLL_DIFFERENCE = "answer NLL difference (95 %)"
+"""Head of a column of paired differences in nats per answer token."""
 SEED = 0
 """Seed of the bootstrap: the same samples give the same interval."""
 
@@ -138,7 +140,7 @@ def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table
     columns = [head, "questions", f"{rows[0].metric} difference", "95 % interval", "lost / won", "McNemar p", "Holm p"]
     with_nll = all(row.answer_nll for row in rows)
     return Table(
-        [*columns, "answer NLL difference (95 %)"] if with_nll else columns,
+        [*columns, NLL_DIFFERENCE] if with_nll else columns,
         [
             [
                 row.name,
@@ -148,12 +150,8 @@ def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table
                 f"{row.only_first} / {row.only_second}",
                 show.p_value(row.p_value),
                 show.p_value(row.holm_p_value),
-                *([_nll(row.answer_nll)] if with_nll and row.answer_nll else []),
+                *([show.with_interval(row.answer_nll)] if with_nll and row.answer_nll else []),
             ]
             for row in rows
         ],
     )
-
-
-def _nll(interval: Interval) -> str:
-    return f"{show.signed(interval.estimate)} ({show.signed(interval.low)} to {show.signed(interval.high)})"

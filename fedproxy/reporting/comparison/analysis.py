@@ -73,6 +73,8 @@ class MethodResult:
     """Share of the ceiling's gain over zero-shot; None where the ceiling does not gain."""
     reference_minus: Difference | None = None
     """The reference method minus this one."""
+    reference_minus_nll: Interval | None = None
+    """The same in nats per answer token, mean over questions and tasks; below 0 the reference is better."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def analyse(
             against_ceiling=below[label],
             recovered=_recovered(method, zero_shot, top) if top else None,
             reference_minus=above[label],
+            reference_minus_nll=_nll_difference(chosen, method) if chosen and above[label] else None,
         )
         for label, method in methods.items()
     ]
@@ -169,12 +172,24 @@ class _Method:
         self.label, self.records, self.models = label, records, [model for model in models if model]
         self.seeds = [record.seed for record in records]
         self.answers = answers_of(records, self.models, metric)
+        self.nlls = answers_of(records, self.models, "answer_nll") if self._has("answer_nll") else None
         self.scores = task_scores(self.answers, self.seeds)
+
+    def _has(self, metric: str) -> bool:
+        pairs = zip(self.records, self.models, strict=True)
+        return all(metric in own.values for record, model in pairs for own in record.answers[model].values())
 
     def over(self, seeds: Sequence[int]) -> list[Floats]:
         """Return per task the answers averaged over these seeds."""
+        return self._over(self.answers, seeds)
+
+    def nlls_over(self, seeds: Sequence[int]) -> list[Floats] | None:
+        """Return the same of the right answers' NLL, where every question has it."""
+        return None if self.nlls is None else self._over(self.nlls, seeds)
+
+    def _over(self, answers: Mapping[str, Floats], seeds: Sequence[int]) -> list[Floats]:
         columns = [self.seeds.index(seed) for seed in seeds]
-        return over_seeds({task: values[:, columns] for task, values in self.answers.items()})
+        return over_seeds({task: values[:, columns] for task, values in answers.items()})
 
     def nll(self) -> float | None:
         """Return the reports' answer NLL, where every seed's has one."""
@@ -210,6 +225,14 @@ def _difference(one: _Method, other: _Method) -> Difference | None:
         return None
     interval = paired_bootstrap(changes, np.random.default_rng(SEED))
     return Difference(seeds, interval, sign_flip_test(changes, np.random.default_rng(SEED)))
+
+
+def _nll_difference(one: _Method, other: _Method) -> Interval | None:
+    seeds = _shared(one, other)
+    mine, theirs = one.nlls_over(seeds), other.nlls_over(seeds)
+    if mine is None or theirs is None:
+        return None
+    return paired_bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], np.random.default_rng(SEED))
 
 
 def _corrected(differences: Mapping[str, Difference | None]) -> dict[str, Difference | None]:

@@ -7,6 +7,7 @@ from typing import Any
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis, Difference, MethodResult
 from fedproxy.reporting.comparison.answers import Score
+from fedproxy.reporting.pairing import NLL_DIFFERENCE
 from fedproxy.reporting.scores import Value
 from fedproxy.reporting.statistics import Interval
 from fedproxy.reporting.tables import Table
@@ -78,10 +79,16 @@ def gain_table(found: Analysis) -> Table:
 
 def reference_table(found: Analysis) -> Table | None:
     """Return the reference method minus every other; None without a reference or another method."""
-    rows = [[row.label, *_difference(row.reference_minus)] for row in found.methods if row.label != found.reference]
-    if not found.reference or not rows:
+    others = [row for row in found.methods if row.label != found.reference]
+    if not found.reference or not others:
         return None
-    return Table([f"{found.reference} minus", "difference", "95 % interval", "p", "Holm p"], rows)
+    head = [f"{found.reference} minus", "difference", "95 % interval", "p", "Holm p"]
+    rows = [[row.label, *_difference(row.reference_minus)] for row in others]
+    if any(row.reference_minus_nll for row in others):
+        head.append(NLL_DIFFERENCE)
+        for cells, row in zip(rows, others, strict=True):
+            cells.append(show.with_interval(row.reference_minus_nll) if row.reference_minus_nll else show.NONE)
+    return Table(head, rows)
 
 
 def _difference(found: Difference | None) -> list[str]:

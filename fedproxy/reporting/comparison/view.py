@@ -22,6 +22,8 @@ Answer NLL: nats per answer token, lower is better."""
 _GAINS = """Points on the same questions, answers averaged over seeds; 95 % interval of a paired bootstrap over
 questions, stratified by task; p of a sign-flip randomisation test, Holm-corrected over the methods of its column. Seeds
 are taken as they are: the interval says what other questions would do, “± seeds” what other seeds did."""
+_REFERENCE = """The same statistics; above 0 the reference is better. Answer NLL: nats per token of each right answer,
+mean over questions and tasks (a report weighs a task's questions by their tokens); below 0 the reference is better."""
 _COSTS = """Means over seeds. Proxy alone and tuned proxy alone: what clients hold at the beginning and at the end.
 Reduced exposure is no guarantee: nothing here proves that a target cannot be rebuilt from its proxy."""
 _EQUAL_BYTES = """Examples seen differ. A run of fewer rounds is the beginning of the longer one: the learning rate is
@@ -160,8 +162,7 @@ def _sections(found: Comparison) -> list[Section]:
     ]
     reference = reference_table(analysis)
     if reference is not None:
-        hint = "The same statistics; above 0 the reference is better."
-        sections.append(Section(f"{analysis.reference} against every other method", reference, [hint]))
+        sections.append(Section(f"{analysis.reference} against every other method", reference, [_line(_REFERENCE)]))
     return [*sections, Section("Cost and exposure", cost_table(analysis), [_line(_COSTS)])]
 
 

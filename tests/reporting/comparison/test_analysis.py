@@ -75,6 +75,31 @@ def test_answer_nll_is_the_reports_own_averaged_over_seeds(runs):
     assert analyse(runs).methods[2].answer_nll is None  # a mean over one of two seeds would be another number
 
 
+def test_the_reference_is_paired_by_answer_nll_too(runs):
+    def nlls(label):
+        return np.mean([[record.answers["fused"][task].values["answer_nll"] for task in ("easy", "hard")]
+                        for record in runs[label]], axis=0)  # fmt: skip
+
+    for record in runs["central"]:  # some answers become less likely, others more
+        for own in record.answers["fused"].values():
+            own.values["answer_nll"] = [value + math.sin(i) for i, value in enumerate(own.values["answer_nll"])]
+    rows = {row.label: row for row in analyse(runs, reference="fedproxy").methods}
+    found, differences = rows["central"].reference_minus_nll, nlls("fedproxy") - nlls("central")
+    assert found.estimate == pytest.approx(differences.mean())
+    # 1.96 standard errors of the paired differences, which are far less than those of either method's own values.
+    error = math.hypot(*(task.std(ddof=1) / math.sqrt(len(task)) for task in differences)) / 2
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    assert rows["fedproxy"].reference_minus_nll is None
+
+
+def test_without_every_questions_answer_nll_there_is_no_paired_one(runs):
+    del runs["central"][0].answers["fused"]["easy"].values["answer_nll"]
+    rows = {row.label: row for row in analyse(runs, reference="fedproxy").methods}
+    assert rows["central"].reference_minus_nll is None
+    assert rows["fed<avg>"].reference_minus_nll is not None
+    assert rows["central"].reference_minus is not None
+
+
 def test_p_values_are_corrected_over_the_methods_of_a_column(rows):
     plain = {label: row.against_zero_shot.p_value for label, row in rows.items()}
     assert {label: row.against_zero_shot.holm_p_value for label, row in rows.items()} == holm(plain)
