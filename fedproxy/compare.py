@@ -19,7 +19,7 @@ runs are not repeated, killed ones continue. A run that fails is told and the ot
   ceiling       the upper bound                                                (centralised, if among the recipes)
   reference     the method that all others are compared with                   (fedproxy, if among the recipes)
   budget        equal refuses methods that see another number of examples, any tells it      (equal)
-  equal_bytes   least or most: a second table at the bytes of that method      (null)
+  equal_bytes   least, most or a method: a second table at the bytes of that   (null)
   keep_runs     keep the runs' models after their record is written            (false)
   only_report   run nothing, make the report from the records                  (false)
   title         heading of the report

@@ -19,7 +19,7 @@ _OF_A_RUN = {
     "recipe": "write recipes=[NAME,...]",
     "seed": "write seeds=[42,43]",
     "resume": "a comparison always goes on from what is there",
-    "overwrite": "delete the record of a run to repeat it",
+    "overwrite": "delete the record of a run, and with keep_runs its folder, to repeat it",
 }
 
 
@@ -51,8 +51,8 @@ class Study:
     """The method that every other is compared with."""
     budget: Literal["equal", "any"] = "equal"
     """``any`` also compares methods that see another number of examples, and the report says so."""
-    equal_bytes: Literal["least", "most"] | None = None
-    """A second table at the bytes of the method that sends least, or most."""
+    equal_bytes: str | None = None
+    """A second table at the bytes of the method that sends ``least``, or ``most``, or of the method of this label."""
     keep_runs: bool = False
     """Keep run folders, models and all, after their record is written."""
     only_report: bool = False
@@ -167,7 +167,7 @@ def _checked(given: _Arguments, every: Sequence[str]) -> Study:
     twice = sorted({label for label in labels if labels.count(label) > 1})
     if twice:
         raise ConfigError(f"recipes names {twice[0]!r} twice; name each once, or label them in a study file's methods")
-    for key, choices in (("budget", ("equal", "any")), ("equal_bytes", ("least", "most", None))):
+    for key, choices in (("budget", ("equal", "any")), ("equal_bytes", ("least", "most", *labels, None))):
         if getattr(given, key) not in choices:
             known = ", ".join("null" if choice is None else choice for choice in choices)
             raise ConfigError(f"{key} must be one of {known}, got {getattr(given, key)!r}")
@@ -181,7 +181,7 @@ def _checked(given: _Arguments, every: Sequence[str]) -> Study:
         ceiling=_known_label("ceiling", given.ceiling, labels, "centralised"),
         reference=_known_label("reference", given.reference, labels, "fedproxy"),
         budget=given.budget,  # type: ignore[arg-type]
-        equal_bytes=given.equal_bytes,  # type: ignore[arg-type]
+        equal_bytes=given.equal_bytes,
         keep_runs=given.keep_runs,
         only_report=given.only_report,
     )

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fedproxy.comparison.arguments import Study
 from fedproxy.comparison.equal_bytes import byte_budget, equal_byte_cells, same_rounds
-from fedproxy.comparison.execution import Cell, Outcome, cells, do_runs, only_one, shared_work
+from fedproxy.comparison.execution import Outcome, cells, do_runs, only_one, shared_work
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.display import Display
-from fedproxy.reporting.comparison.analysis import Analysis, analyse
+from fedproxy.reporting.comparison.analysis import FUSED, Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.comparison.records import Record, require_same_questions
 from fedproxy.reporting.comparison.view import Comparison, EqualBytes, RunLine
@@ -48,12 +48,13 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
     check_fair(first, budget=study.budget)
     for label, config in first.items():
         _check_components(label, config)
+    _check_scored(first, study)
     with only_one(study):
         outcomes = do_runs(todo, study, display)
         runs = _records(outcomes, study)
         _check_records(outcomes)
         analysis = _analyse(study, runs)
-        second, more = _equal_bytes(study, todo, runs, display) if study.equal_bytes else (None, [])
+        second, more = _equal_bytes(study, outcomes, runs, display) if study.equal_bytes else (None, [])
         outcomes = [*outcomes, *more]
         found = Comparison(
             title=study.title,
@@ -65,7 +66,7 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
             settings=settings_that_differ(first),
             budget=study.budget,
             equal_bytes=second,
-            notes=[*_target_notes(runs), *_budget_note(study, {label: passes(own) for label, own in first.items()})],
+            notes=[*_run_notes(runs), *_budget_note(study, {label: passes(own) for label, own in first.items()})],
         )
         files = write_comparison(found, runs, study.output_dir)
         if not study.keep_runs and all(outcome.record for outcome in outcomes):
@@ -80,6 +81,19 @@ def _check_components(label: str, config: RunConfig) -> None:
         check_components(config)
     except ConfigError as error:
         raise ConfigError(f"{label}: {error}") from None
+
+
+def _check_scored(first: Mapping[str, RunConfig], study: Study) -> None:
+    """Refuse methods without the scores that the tables are made of, before the first run."""
+    wanted = {method.label: method.scored or FUSED for method in study.methods}
+    for label, config in first.items():
+        if wanted[label] not in config.evaluation.models:
+            raise ConfigError(
+                f"{label}: evaluation.models={config.evaluation.models} lacks {wanted[label]}, which stands for the "
+                "method in the tables; add it"
+            )
+    if not any("target" in config.evaluation.models for config in first.values()):
+        raise ConfigError("evaluation.models: no method scores the target, from which gains are counted; add it to one")
 
 
 def _records(outcomes: Sequence[Outcome], study: Study) -> Runs:
@@ -106,10 +120,11 @@ def _analyse(study: Study, runs: Runs) -> Analysis:
 
 
 def _equal_bytes(
-    study: Study, todo: Sequence[Cell], runs: Runs, display: Display
+    study: Study, first: Sequence[Outcome], runs: Runs, display: Display
 ) -> tuple[EqualBytes | None, list[Outcome]]:
     assert study.equal_bytes is not None  # the caller looked
-    budget = byte_budget(runs, study.equal_bytes, exempt=study.ceiling)
+    pooled = {outcome.cell.method.label for outcome in first if outcome.cell.config.data.partition.name == "pooled"}
+    budget = byte_budget(runs, study.equal_bytes, pooled=pooled)
     if budget is None:
         return None, []
     outcomes = do_runs(equal_byte_cells(study, study.methods, budget, runs), study, display)
@@ -117,7 +132,7 @@ def _equal_bytes(
     for outcome in outcomes:
         if outcome.record is not None:
             second[outcome.cell.method.label].append(outcome.record)
-    _check_records([*outcomes, *(Outcome(cell, record) for cell in todo for record in runs[cell.method.label])])
+    _check_records([*first, *outcomes])
     if not any(second.values()):
         return None, outcomes  # not run yet
     return EqualBytes(_analyse(study, second), budget.bytes, budget.rounds), outcomes
@@ -135,9 +150,14 @@ def _line(outcome: Outcome) -> RunLine:
     return RunLine(label, seed, "failed" if outcome.error else "not run", None, outcome.error)
 
 
-def _target_notes(runs: Mapping[str, Sequence[Record]]) -> list[str]:
-    """Return what the reports say about the target: the same for all, as all have the same target."""
-    return list(dict.fromkeys(note for own in runs.values() for record in own for note in record.report.notes))
+def _run_notes(runs: Mapping[str, Sequence[Record]]) -> list[str]:
+    """Return the reports' notes; one that not all have, as they have that of the target, names its methods."""
+    names: dict[str, list[str]] = {}
+    for label, records in runs.items():
+        for note in dict.fromkeys(note for record in records for note in record.report.notes):
+            names.setdefault(note, []).append(label)
+    every = [label for label, records in runs.items() if records]
+    return [note if names[note] == every else f"{', '.join(names[note])}: {note}" for note in names]
 
 
 def _budget_note(study: Study, found: Mapping[str, float]) -> list[str]:

@@ -1,6 +1,6 @@
 """The same methods at equal bytes: every method runs as many rounds as the chosen budget of bytes pays for."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedproxy.comparison.arguments import Method, Study
@@ -21,25 +21,25 @@ class ByteBudget:
     """Method to rounds; 0 where one round alone costs more."""
 
 
-def byte_budget(runs: Runs, choice: str, *, exempt: str | None = None) -> ByteBudget | None:
-    """Return the budget of the method that sends least, or most, and the rounds that it pays for.
+def byte_budget(runs: Runs, choice: str, *, pooled: Container[str] = ()) -> ByteBudget | None:
+    """Return the budget of one method, and the rounds that it pays for.
 
     The learning rate is constant and every round starts from a checkpoint, so that a run of t rounds is the first t
     rounds of a longer one: fewer or more rounds are the same training, stopped at another time.
 
     Args:
         runs: Method to its records.
-        choice: ``least`` or ``most``.
-        exempt: The ceiling, whose pooled data send nothing for real.
+        choice: ``least`` or ``most`` for the method that sends least or most, or a method's label.
+        pooled: Methods whose data lie in one hand: they send nothing for real and are left out.
 
     Returns:
-        None if no method sends anything.
+        None if no method sends anything, or the chosen one has not run.
     """
-    reports = {label: records[0].report for label, records in runs.items() if records and label != exempt}
+    reports = {label: records[0].report for label, records in runs.items() if records and label not in pooled}
     spent = {label: total_bytes(report) for label, report in reports.items() if total_bytes(report)}
-    if not spent:
+    if not spent or (choice not in ("least", "most") and choice not in spent):
         return None
-    budget = min(spent.values()) if choice == "least" else max(spent.values())
+    budget = {"least": min(spent.values()), "most": max(spent.values()), **spent}[choice]
     return ByteBudget(budget, {label: affordable_rounds(reports[label], budget) for label in spent})
 
 
@@ -59,13 +59,16 @@ def affordable_rounds(report: RunReport, budget: int) -> int:
 
 def equal_byte_cells(study: Study, methods: Sequence[Method], budget: ByteBudget, runs: Runs) -> list[Cell]:
     """Return the runs that the second table needs and the first has not done."""
-    return [
-        make_cell(
-            study, method, seed, changes=[f"federation.rounds={budget.rounds[method.label]}"], part="@equal_bytes"
-        )
-        for seed in study.seeds
+    wanted = {
+        method: budget.rounds[method.label]
         for method in methods
-        if method.label in budget.rounds and not same_rounds(runs, budget, method.label) and budget.rounds[method.label]
+        if budget.rounds.get(method.label) and not same_rounds(runs, budget, method.label)
+    }
+    # The count is part of the name: a budget that changes with a method that failed before asks for other runs.
+    return [
+        make_cell(study, method, seed, changes=[f"federation.rounds={rounds}"], part=f"@{rounds}_rounds")
+        for seed in study.seeds
+        for method, rounds in wanted.items()
     ]
 
 

@@ -23,7 +23,9 @@ from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 
 _FREE = {"output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
-_FREE_KEYS = {"trainer.devices", "evaluation.batch_tokens"}
+_FREE_KEYS = {"trainer.devices", "trainer.strategy", "trainer.num_nodes", "evaluation.batch_tokens"}
+_OPEN = ("data.files", "trainer")
+"""Mappings with keys of the user's choice: compared whole, as a key that one side lacks is a difference there."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,15 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     A run that fails leaves its error, and its folder to go on from; all others are done.
 
     Raises:
-        ConfigError: If a record was made under another configuration, before anything is run.
+        ConfigError: If a record, or a run that was not finished, was made under another configuration; nothing is run
+            then.
     """
     found = [_recorded(cell) for cell in todo]
     if study.only_report:
         return [Outcome(cell, record) for cell, record in zip(todo, found, strict=True)]
+    for cell, record in zip(todo, found, strict=True):
+        if record is None:
+            RunFolder(cell.config.output_dir).check_continues(cell.config, "delete that folder to run it anew")
     shared = shared_work(study)
     outcomes = []
     for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):
@@ -146,8 +152,12 @@ def _recorded(cell: Cell) -> Record | None:
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a record's run must share."""
-    kept = {key: value for key, value in config.items() if key not in _FREE}
-    return {key: value for key, value in flat(kept).items() if key not in _FREE_KEYS}
+    settings = flat({key: value for key, value in config.items() if key not in _FREE})
+    found = {key: value for key, value in settings.items() if key not in _FREE_KEYS}
+    for name in _OPEN:
+        inside = [key for key in found if key.startswith(f"{name}.")]
+        found[name] = {key.removeprefix(f"{name}."): found.pop(key) for key in inside}
+    return found
 
 
 def _done(cell: Cell, shared: SharedWork, study: Study, display: Display) -> Outcome:

@@ -9,13 +9,14 @@ from fedproxy.errors import ConfigError
 from fedproxy.pipeline.folder import flat
 
 _FREE_OF_EVALUATION = ("models", "batch_tokens", "tasks")
+_FREE_OF_TRAINER = ("accelerator", "devices", "strategy", "num_nodes")
 _LABELS = ("recipe", "method", "seed", "output_dir", "resume", "overwrite", "plugins", "loggers", "engine", "trainer")
 Configs = Mapping[str, RunConfig]
 """Method to its configuration under one seed."""
 
 
 def check_fair(configs: Configs, *, budget: str = "equal") -> None:
-    """Refuse methods that learn from other rows or are asked other questions.
+    """Refuse methods that learn from other rows, are asked other questions or compute in another precision.
 
     The partition may differ in one way: pooled data is the same rows in one hand.
 
@@ -67,14 +68,15 @@ def _question_sheet(config: RunConfig) -> dict[str, Any]:
     data = {key: value for key, value in whole["data"].items() if key != "partition"}
     asked = {key: value for key, value in whole["evaluation"].items() if key not in _FREE_OF_EVALUATION}
     asked["tasks"] = config.evaluation_tasks
-    return flat({"target": whole["target"], "data": data, "evaluation": asked})
+    trainer = {key: value for key, value in whole["trainer"].items() if key not in _FREE_OF_TRAINER}
+    return flat({"target": whole["target"], "data": data, "evaluation": asked, "trainer": trainer})
 
 
 def _require_equal(key: str, one: tuple[str, Any], other: tuple[str, Any]) -> None:
     if one[1] != other[1]:
         raise ConfigError(
             f"{key}: {one[0]} has {one[1]!r} and {other[0]} has {other[1]!r}; methods are compared on the same data "
-            f"and questions, give {key}=VALUE for all"
+            f"and questions in the same arithmetic, give {key}=VALUE for all"
         )
 
 

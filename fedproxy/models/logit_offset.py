@@ -27,7 +27,7 @@ ROLES = ("target", "tuned", "untuned")
 class LogitOffsetConfig(PreTrainedConfig):  # type: ignore[misc]
     """Where the three models lie, and alpha.
 
-    ``target``, ``tuned`` and ``untuned`` are folders relative to the configuration's own, or hub ids.
+    ``target``, ``tuned`` and ``untuned`` are folders, relative to the configuration's own or full paths, or hub ids.
     ``text_config`` is the target's, for whatever asks a model for its depth, width or vocabulary.
     """
 
@@ -43,7 +43,8 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """logits = target + alpha (tuned - untuned), over the vocabulary entries that all three models have.
 
     Choice: where the vocabularies differ in length (families pad them differently), the target's further entries keep
-    the target's logits, and entries that only the proxies have do not exist. Each model keeps a cache of its own.
+    the target's logits, and entries that only the proxies have do not exist. The proxies read a token that only the
+    target has as their entry 0. Each model keeps a cache of its own.
     """
 
     config_class = LogitOffsetConfig
@@ -76,6 +77,7 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 "give one proxy before and after tuning"
             )
         self.target, self.tuned, self.untuned, self.alpha = target, tuned, untuned, alpha
+        self._words = words[0]
         self.generation_config = copy.deepcopy(target.generation_config)
         self.eval()
 
@@ -126,10 +128,11 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             ModelError: If a filled cache comes from another model.
         """
         caches = self._caches(past_key_values, use_cache)
+        known = input_ids.masked_fill(input_ids >= self._words, 0)
         found = []
         for index, model in enumerate(self.models):
             output = model(
-                input_ids=input_ids,
+                input_ids=input_ids if model is self.target else known,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=None if caches is None else caches.views[index],
@@ -152,7 +155,8 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write the wrapper's configuration; a model that lies in no folder or hub yet is written into a subfolder.
 
-        Folders are noted relative to ``save_directory``, so that a run can be moved as a whole.
+        Folders beside it or one level up, those of one run, are noted relative to ``save_directory``, so that the run
+        can be moved as a whole; any other by its full path.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +252,8 @@ def _place(model: PreTrainedModel, role: str, folder: Path) -> str:
         return f"./{role}"
     if not Path(origin).is_dir():
         return origin
+    if not Path(origin).resolve().is_relative_to(folder.resolve().parent.parent):
+        return str(Path(origin).resolve())
     relative = os.path.relpath(origin, folder)
     return relative if relative.startswith(".") else f"./{relative}"
 

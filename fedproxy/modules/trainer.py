@@ -22,6 +22,13 @@ from fedproxy.errors import ConfigError, nearest
 # Trainer options that a recipe sets elsewhere, and where.
 _ELSEWHERE = {
     "max_epochs": "client.epochs",
+    "min_epochs": "client.epochs",
+    "max_steps": "client.epochs",
+    "min_steps": "client.epochs",
+    "max_time": "federation.round_timeout_s",
+    "limit_train_batches": "data.rows_per_task",
+    "overfit_batches": "data.rows_per_task",
+    "fast_dev_run": "data.rows_per_task",
     "accumulate_grad_batches": "client.accumulate",
     "gradient_clip_val": "client.max_grad_norm",
     "default_root_dir": "output_dir",
@@ -92,12 +99,12 @@ def make_trainer(
         if name not in _LOGGERS:
             raise ConfigError(f"trainer.logger: unknown logger {name!r}{nearest(name, _LOGGERS)}")
         arguments["logger"] = _build(_LOGGERS[name], save_dir=root or ".", name="logs")
-    arguments.setdefault("max_steps", max_steps)
     with quiet():
         trainer: lightning.Trainer = _build(
             lightning.Trainer,
             **arguments,
             max_epochs=max_epochs,
+            max_steps=max_steps,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=max_grad_norm,
             callbacks=list(callbacks),

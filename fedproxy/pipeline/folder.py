@@ -80,6 +80,20 @@ class RunFolder:
             ) from error
         return begins
 
+    def check_continues(self, config: RunConfig, way_out: str) -> None:
+        """Refuse to go on with a run that was begun here under another configuration.
+
+        Args:
+            config: The configuration now.
+            way_out: What the error's line ends with, after "set it back, or".
+
+        Raises:
+            ConfigError: Naming the first key that differs, with both values.
+            CheckpointError: If the run's configuration cannot be read.
+        """
+        if self._holds_run():
+            check_same_run(_read_config(self.config), to_dict(config), self.root, way_out)
+
     def clear(self) -> None:
         """Delete the folder; one that was there before, empty, is left empty."""
         if not self._was_empty:
@@ -114,7 +128,7 @@ class RunFolder:
         if config.overwrite:
             check_inputs_outside(to_dict(config), self.root)
         elif config.resume == "auto":
-            check_same_run(_read_config(self.config), to_dict(config), self.root)
+            self.check_continues(config, "use overwrite=true or another output_dir")
         else:
             raise ConfigError(
                 f"output_dir {self.root} already holds a run; use resume=auto to go on with it, overwrite=true to "
@@ -144,12 +158,8 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
             )
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path) -> None:
-    """Refuse to go on with a run under another configuration.
-
-    Raises:
-        ConfigError: Naming the first key that differs, with both values.
-    """
+def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, way_out: str) -> None:
+    """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
     before, after = flat(old), flat(new)
     for key in sorted(before.keys() | after.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in _FREE):
@@ -159,8 +169,7 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path) -
             continue
         if was != now:
             raise ConfigError(
-                f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or use overwrite=true "
-                f"or another output_dir"
+                f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or {way_out}"
             )
 
 

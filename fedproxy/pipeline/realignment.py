@@ -37,6 +37,11 @@ def check_realignment(config: RunConfig) -> None:
             f"realignment.name={name} needs one adapter that all clients share on weights that stay, which "
             f"aggregator.name={config.aggregator.name} does not give; use another aggregator or realignment.name=none"
         )
+    if config.fusion.keeps_proxy:
+        raise ConfigError(
+            f"fusion.name={config.fusion.name} ends with the tuned proxy, but realignment.name={name} moves blocks of "
+            "it that nobody tunes; use fusion.name=plug_in, or realignment.name=none"
+        )
 
 
 def realigner(run: "Run", model: TrainableModel, owned: Container[str]) -> Realigner | None:

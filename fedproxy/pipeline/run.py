@@ -216,7 +216,7 @@ def _compress(current: Run, clients: ClientRows) -> None:
 def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) -> tuple[TrainableModel, Progress]:
     if current.shared is None:
         return federate(current, clients, questions)
-    return current.shared.federate(current, clients.owned, lambda: federate(current, clients, questions))
+    return current.shared.federate(current, clients.owned, questions, lambda: federate(current, clients, questions))
 
 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
@@ -229,7 +229,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
     evaluated += sum(line.get("validation_seconds", 0.0) for line in rounds)
     named = with_means(scores)
     target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
-    disclosed = facts.get("disclosed_parameters", proxy)
+    disclosed = facts.get("disclosed_parameters", proxy) if config.federation.rounds else 0  # no round, no broadcast
     return RunReport(
         run=RunInfo(
             recipe=config.recipe,
@@ -252,7 +252,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             evaluation_seconds=evaluated,
             peak_memory_bytes=_peak_memory_bytes(),
         ),
-        exposure=Exposure.measure(named, disclosed / target) if target and disclosed else Exposure(),
+        exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
         provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
         compression=_compression(current),

@@ -27,6 +27,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
+from fedproxy.evaluation.validation import Question
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import public_texts
 from fedproxy.pipeline.folder import read_json
@@ -79,7 +80,7 @@ class SharedWork:
             learned = {name: value for name, value in run.facts.items() if facts.get(name) != value}
             self._keep(kept, run.folder.root, made - _UNSHARED_FILES, learned)
 
-    def federate(self, run: "Run", owned: Container[str], stage: Callable[[], T]) -> T:
+    def federate(self, run: "Run", owned: Container[str], questions: Sequence[Question], stage: Callable[[], T]) -> T:
         """Do stage (ii) of a run, or take over the checkpoints and records of equal rounds.
 
         Runs that differ in fusion or evaluation alone train once.
@@ -87,13 +88,14 @@ class SharedWork:
         Args:
             run: The run, with its proxy.
             owned: Clients' texts, which no server stage must read.
+            questions: What rounds are scored on.
             stage: Does the rounds that are left, of which there are none after equal ones were taken over:
                 ``federate`` of :mod:`fedproxy.pipeline.stages`.
 
         Returns:
             What the stage returns.
         """
-        key = federation_key(run, owned) if run.config.federation.rounds else None
+        key = federation_key(run, owned, questions) if run.config.federation.rounds else None
         if key is None:
             return stage()
         kept = self.folder / "federations" / key
@@ -176,14 +178,15 @@ def proxy_key(run: "Run", owned: Container[str]) -> str | None:
     )
 
 
-def federation_key(run: "Run", owned: Container[str]) -> str | None:
-    """Return the hash of all that the rounds depend on.
+def federation_key(run: "Run", owned: Container[str], questions: Sequence[Question]) -> str | None:
+    """Return the hash of all that the rounds and their scores depend on.
 
     Returns:
         None where the proxy cannot be told by its content, or the best of several rounds is picked by scores.
     """
     config, proxy = run.config, proxy_key(run, owned)
-    if proxy is None or config.federation.validation.every:
+    validation = config.federation.validation
+    if proxy is None or validation.select == "best":
         return None
     aligned, _ = config.realignment.reads
     calibration = config.compression.calibration
@@ -195,6 +198,8 @@ def federation_key(run: "Run", owned: Container[str]) -> str | None:
             "server_classes": [_class(part) for part in (config.server_optimizer, config.realignment, config.engine)],
             "rows": run.facts["data_sha256"],
             "owners": file_sha256(run.folder.partition),
+            "questions": [[question.requests, question.gold] for question in questions],
+            "fusion": _named(config.fusion) if questions and validation.model == "fused" else None,
             "texts": public_texts(calibration, owned, rows=aligned, seed=config.seed) if aligned else [],
         }
     )

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from fedproxy.comparison import execution
 from fedproxy.comparison.arguments import read_study
-from fedproxy.comparison.compare import compare
+from fedproxy.comparison.compare import _run_notes, compare
 from fedproxy.comparison.execution import only_one
 from fedproxy.errors import CheckpointError, ClientError, ConfigError
 from fedproxy.reporting.comparison.records import Record
@@ -168,3 +169,77 @@ def test_a_second_table_at_equal_bytes(finished, compare_tiny, tmp_path):
     first = {row.label: row.scores for row in result.comparison.analysis.methods}
     assert {row.label: row.scores for row in second.analysis.methods} == first
     assert "## At equal bytes" in (tmp_path / "comparison.md").read_text()
+
+
+def test_a_method_that_sends_less_runs_more_rounds_for_the_same_bytes(finished, tmp_path):
+    (tmp_path / "last.yaml").write_text(
+        "extends: fedproxy_tiny\nregularizer: {name: none}\naggregator: {name: fedavg}\n"
+        "trainable: {blocks: last, last: 1}\n"
+    )
+    shutil.copytree(finished[1] / "records/h_ties", tmp_path / "out/records/fedproxy_tiny")
+    words = [f"recipes=[fedproxy_tiny,{tmp_path}/last.yaml]", *SMALL, f"output_dir={tmp_path}/out", "seeds=[7]"]
+    result = compare(read_study([*words, "equal_bytes=fedproxy_tiny"]))
+    assert result.failed == []
+    second = result.comparison.equal_bytes
+    rounds = second.rounds["last"]
+    assert second.rounds == {"fedproxy_tiny": 1, "last": rounds}
+    assert rounds > 1
+    record = Record.load(tmp_path / f"out/records/last@{rounds}_rounds/seed_7.json")
+    assert len(record.report.rounds) == rounds
+    spent = record.report.cost.upload_bytes + record.report.cost.download_bytes
+    assert spent <= second.budget_bytes < spent * (rounds + 1) / rounds
+    assert {line.method for line in result.comparison.runs} == {"fedproxy_tiny", "last", f"last@{rounds}_rounds"}
+    labels = {row.label: row.rounds for row in second.analysis.methods}
+    assert labels == {"fedproxy_tiny": 1, "last": rounds}
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ("[target,proxy]", r"h_ties: evaluation.models=\['target', 'proxy'\] lacks fused, which stands for the method"),
+        ("[proxy,fused]", r"evaluation.models: no method scores the target, from which gains are counted; add it"),
+    ],
+)
+def test_scores_that_the_tables_need_are_asked_for_before_the_first_run(compare_tiny, tmp_path, models, message):
+    with pytest.raises(ConfigError, match=message):
+        compare_tiny(tmp_path / "out", f"evaluation.models={models}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "was"),
+    [
+        (["trainer.deterministic=true"], r"trainer=\{.*'precision': '32-true'.*\}, and it is .*deterministic"),
+        (["data.files.ward=a.jsonl"], r"data.files=\{\}, and it is \{'ward': 'a.jsonl'\}"),
+    ],
+)
+def test_a_key_that_a_record_lacks_is_another_setting_where_keys_are_free(finished, recipes, tmp_path, words, was):
+    shutil.copytree(finished[1] / "records", tmp_path / "records")
+    study = read_study([recipes, *SMALL, f"output_dir={tmp_path}", "seeds=[7]", *words])
+    cell = execution.cells(study)[0]
+    with pytest.raises(ConfigError, match=rf"seed_7.json was made with {was}"):
+        execution._recorded(cell)
+
+
+def test_an_unfinished_run_of_another_setting_is_refused_with_the_way_out(compare_tiny, tmp_path, monkeypatch):
+    def begin(config, *_):
+        execution.RunFolder(config.output_dir).open(config)
+        raise ClientError("client 'x' failed")
+
+    monkeypatch.setattr(execution, "run", begin)
+    with pytest.raises(CheckpointError, match="there is no finished run to compare"):
+        compare_tiny(tmp_path, "seeds=[7]")
+    monkeypatch.setattr(execution, "run", lambda *_: pytest.fail("nothing was to be run"))
+    message = r"client.lr is 0.5, but the run in .*h_ties/seed_7 has 0.01; set it back, or delete that folder to run it"
+    with pytest.raises(ConfigError, match=message):
+        compare_tiny(tmp_path, "seeds=[7]", "client.lr=0.5")
+
+
+def test_a_note_that_not_all_reports_have_names_its_methods(finished):
+    record = Record.load(finished[1] / "records/h_ties/seed_7.json")
+
+    def noted(*notes):
+        return replace(record, report=replace(record.report, notes=list(notes)))
+
+    runs = {"a": [noted("The target.")], "b": [noted("The target.", "No client was merged.")], "waiting": []}
+    assert _run_notes(runs) == ["The target.", "b: No client was merged."]

@@ -27,8 +27,12 @@ def test_every_method_gets_the_rounds_that_the_budget_pays_for(tmp_path):
         "zero_shot": [with_rounds(record)],
         "failed": [],
     }
-    least = byte_budget(runs, "least", exempt="central")
+    least = byte_budget(runs, "least", pooled={"central"})
     assert (least.bytes, least.rounds) == (15, {"fedot": 3, "fedproxy": 0})
-    most = byte_budget(runs, "most", exempt="central")
+    assert byte_budget(runs, "least").bytes == 3  # nobody is left out unless told so
+    most = byte_budget(runs, "most", pooled={"central"})
     assert (most.bytes, most.rounds) == (80, {"fedot": 16, "fedproxy": 3})
+    assert byte_budget(runs, "fedproxy", pooled={"central"}) == most
+    for nothing in ("failed", "zero_shot", "central"):  # sends nothing, or has not run
+        assert byte_budget(runs, nothing, pooled={"central"}) is None
     assert byte_budget({"zero_shot": runs["zero_shot"]}, "most") is None

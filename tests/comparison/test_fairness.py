@@ -23,6 +23,8 @@ def tiny(*overrides):
         ("target.path=asset:smollm2-135m", "target.path"),
         ("target.dtype=bfloat16", "target.dtype"),
         ("data.partition.name=iid", "data.partition"),
+        ("trainer.precision=bf16-mixed", "trainer.precision"),
+        ("trainer.deterministic=true", "trainer.deterministic"),
     ],
 )
 def test_methods_on_other_data_or_questions_are_refused_by_key(override, key):
@@ -34,6 +36,7 @@ def test_methods_on_other_data_or_questions_are_refused_by_key(override, key):
 
 def test_pooled_data_are_the_same_rows_in_one_hand():
     check_fair({"a": tiny(), "b": tiny("data.partition.name=pooled"), "c": tiny("evaluation.models=[target]")})
+    check_fair({"a": tiny(), "b": tiny("trainer.devices=1", "trainer.accelerator=cpu")})
     one, other = tiny("data.partition.name=iid"), tiny("data.partition.name=iid", "data.partition.clients=3")
     with pytest.raises(ConfigError, match=r"data.partition: a has .*4.* and c has .*3"):
         check_fair({"a": one, "b": tiny("data.partition.name=pooled"), "c": other})

@@ -120,6 +120,35 @@ def test_saved_folder_names_three_models_and_loads(three, tmp_path):
         load_model(tmp_path / "moved" / "fused")
 
 
+def test_a_target_far_from_the_run_is_named_by_its_full_path(three, tmp_path):
+    target, tuned, untuned = three("llama")
+    target.save_pretrained(tmp_path / "cache" / "owner")
+    joined = LogitOffsetModel(load_model(tmp_path / "cache" / "owner"), tuned, untuned)
+    joined.save_pretrained(tmp_path / "runs" / "mine" / "fused")
+    content = json.loads((tmp_path / "runs/mine/fused/config.json").read_text())
+    assert content["target"] == str((tmp_path / "cache" / "owner").resolve())
+    (tmp_path / "runs/mine").rename(tmp_path / "mine")  # to another depth
+    assert load_model(tmp_path / "mine" / "fused").alpha == 1.0
+
+
+@torch.no_grad()
+def test_tokens_that_only_the_target_has_reach_the_proxies_as_entry_0(three):
+    target, tuned, untuned = three("llama")
+    target.resize_token_embeddings(64)
+    joined = LogitOffsetModel(target, tuned, untuned)
+    ids, known = torch.tensor([[5, 63, 3]]), torch.tensor([[5, 0, 3]])
+    change = (tuned(known).logits - untuned(known).logits).float()
+    expected = target(ids).logits
+    expected[..., :61] += change
+    assert torch.allclose(joined(ids).logits, expected, atol=1e-5)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 62}
+    padded = torch.tensor([[62, 62, 5, 63, 3], [4, 8, 5, 7, 3]])
+    mask = (padded != 62).long()
+    bias = {(63,): 1e4}  # the target has an entry 63 alone; every answer is that
+    found = joined.generate(padded, attention_mask=mask, sequence_bias=bias, **options)
+    assert (found[:, 5:] == 63).all()
+
+
 def test_a_broken_configuration_is_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "logit_offset", "alpha": 1}')
     with pytest.raises(ModelError, match=r"config.json is no logit_offset configuration \(KeyError\('target'\)\)"):

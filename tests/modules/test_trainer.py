@@ -65,6 +65,8 @@ def test_every_trainer_option_is_reachable():
         ({"precison": 16}, r"trainer\.precison: lightning\.Trainer has no such option; did you mean 'precision'"),
         ({"max_epochs": 3}, r"trainer\.max_epochs is set by client\.epochs"),
         ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
+        ({"limit_train_batches": 2}, r"trainer\.limit_train_batches is set by data\.rows_per_task; use that instead"),
+        ({"max_steps": 2}, r"trainer\.max_steps is set by client\.epochs"),
         ({"precision": "7-bit"}, r"^trainer: .*7-bit"),
         ({"accelerator": "abacus"}, r"^trainer: .*abacus"),
         ({"logger": "csvv"}, r"trainer\.logger: unknown logger 'csvv'; did you mean 'csv'"),

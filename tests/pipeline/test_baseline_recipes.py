@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedproxy.comparison.fairness import check_fair
 from fedproxy.config import load_config, to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError, FedProxyError
@@ -106,6 +107,17 @@ def test_a_method_is_its_row_of_the_table_on_smollm2_and_at_paper_scale(name):
         assert paper.compression.ratio == 0.5
 
 
+def test_the_papers_recipes_are_compared_with_each_other_and_fedbiots_in_float32():
+    names = [f"paper/{name if name != 'fedproxy' else 'fedproxy_llama2_7b_heterogeneous'}" for name in TABLE]
+    names = [name if name.endswith("heterogeneous") else f"{name}_llama2_7b" for name in names]
+    check_fair({name: load_config([f"recipe={name}"]) for name in names if "fedbiot" not in name})
+    with pytest.raises(
+        ConfigError, match=r"target.dtype: .*fedbiot_llama2_7b has 'float32'; .*give target.dtype=VALUE"
+    ):
+        check_fair({name: load_config([f"recipe={name}"]) for name in names})
+    check_fair({name: load_config([f"recipe={name}", "target.dtype=float32"]) for name in names})
+
+
 @pytest.mark.parametrize("name", TABLE)
 def test_same_rows_prompts_budget_and_questions_for_all(name):
     reference, config = (to_dict(load_config([f"recipe={recipe}"])) for recipe in ("fedproxy", name))
@@ -124,7 +136,7 @@ def test_same_rows_prompts_budget_and_questions_for_all(name):
 @pytest.mark.parametrize("name", TABLE)
 def test_no_rounds_leave_the_target_and_one_round_runs_to_the_report(run_recipe, name):
     target = load_model(resolve("asset:tiny-llama"))
-    _, folder = run_recipe(name, "federation.rounds=0", "evaluation.models=[]")
+    report, folder = run_recipe(name, "federation.rounds=0", "evaluation.models=[]")
     clients = ["tiny_places", "tiny_sums"] if name == "local_only" else [""]
     for client in clients:
         fused = load_model(folder / "fused" / client)
@@ -135,6 +147,7 @@ def test_no_rounds_leave_the_target_and_one_round_runs_to_the_report(run_recipe,
         if name != "no_plug_in":  # which has no fused model: it ends with the proxy
             assert state_sha256(fused) == state_sha256(target)
     if name == "zero_shot":
+        assert report.exposure.disclosed_parameter_share == 0  # nobody is sent anything
         return
     report, _ = run_recipe(name, "federation.rounds=1", "resume=auto", "evaluation.models=[fused]", folder=folder)
     assert report.run.status == "completed"

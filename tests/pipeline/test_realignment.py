@@ -108,6 +108,11 @@ def test_the_tuned_proxy_is_scored_with_the_last_emulator(run_tiny):
     [
         (("trainable.blocks=all",), r"realignment.name=emulator needs blocks that no client trains, but trainable.blo"),
         (("aggregator.name=none", "data.partition.name=pooled"), r"realignment.name=emulator needs one adapter that"),
+        (
+            ("fusion.name=logit_offset",),
+            r"fusion.name=logit_offset ends with the tuned proxy, but realignment.name=emul",
+        ),
+        (("fusion.name=none", "fusion.result=proxy"), r"fusion.name=none ends with the tuned proxy, but realignment"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_loaded(overrides, message, run_tiny):

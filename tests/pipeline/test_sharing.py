@@ -26,6 +26,7 @@ from fedproxy.pipeline.sharing import (
     questions_sha256,
 )
 from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.validation import held_out
 
 SMALL = (
     "recipe=fedproxy_tiny",
@@ -168,6 +169,10 @@ def key_of(folder, target, *overrides, key=proxy_key):
     return key(current, OwnedTexts(chain(*client_rows(own.data, seed=own.seed).values())))
 
 
+def rounds_key(current, owned):
+    return federation_key(current, owned, held_out(current.config, client_rows(current.config.data, seed=42)))
+
+
 def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):
     plain = key_of(tmp_path, target)
     assert key_of(tmp_path / "elsewhere", target, "aggregator.name=ties", "client.lr=0.5", "method=x") == plain
@@ -185,7 +190,7 @@ def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_pat
 
 def test_the_key_of_rounds_changes_with_all_that_they_depend_on(tmp_path, target):
     def key(*overrides):
-        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=federation_key)
+        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=rounds_key)
 
     plain = key()
     for same in ("fusion.mode=delta", "evaluation.limit=3", "method=x", "output_dir=elsewhere"):
@@ -207,7 +212,18 @@ def test_the_key_of_rounds_changes_with_all_that_they_depend_on(tmp_path, target
     assert len({plain, *(key(*words) for words in others)}) == 1 + len(others)
     (tmp_path / "partition.json").write_text("{}")  # other owners of the same rows
     assert key() != plain
-    assert key("federation.validation.every=1") is None  # scores may pick the round
+
+
+def test_rounds_that_are_scored_are_shared_unless_scores_pick_one(tmp_path, target):
+    def key(*overrides):
+        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=rounds_key)
+
+    scored = ("federation.validation.every=1", "federation.validation.rows=4")
+    assert key(*scored, "fusion.mode=delta") == key(*scored) != key()
+    assert key(*scored, "federation.validation.rows=5") != key(*scored)
+    fused = (*scored, "federation.validation.model=fused")
+    assert key(*fused, "fusion.mode=delta") != key(*fused)  # what was scored depends on fusion
+    assert key(*scored, "federation.validation.select=best") is None
 
 
 def test_the_key_of_a_model_changes_with_one_weight_its_configuration_or_its_tokenizer(target):

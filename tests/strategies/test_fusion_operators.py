@@ -10,6 +10,7 @@ from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.logit_offset import LogitOffsetModel
 from fedproxy.strategies.fusion import Fusion
 from fedproxy.strategies.fusion.interpolate import neighbours
+from fedproxy.strategies.trainable.lora import Lora
 
 KEPT = (0, 3)
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -40,6 +41,25 @@ def moved(target, fused):
 def test_nothing_trained_gives_the_target_back_bit_for_bit(setting, name):
     target, proxy, layer_map = setting
     fused = Fusion.by_name(name)().fuse(target, proxy, dict(proxy.state_dict()), layer_map)
+    assert state_sha256(fused) == state_sha256(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("plug_in", {}),
+        ("plug_in", {"mode": "delta", "scale": 2.0}),
+        ("task_vector", {"scale": 0.5}),
+        ("interpolate", {}),
+    ],
+)
+def test_an_untrained_adapter_leaves_negative_zeros(make_model, name, options):
+    target = make_model("llama", layers=4)
+    for block in range(4):  # 1, where interpolate puts a change, as well as the kept ones
+        target.state_dict()[UP.format(block)][:2] = -0.0
+    proxy, layer_map = Decoder.of(target).subset(KEPT), LayerMap(KEPT, state_sha256(target))
+    after = Lora(r=2, alpha=4).attach(Decoder.of(target).subset(KEPT)).merged_weights()
+    fused = Fusion.by_name(name)(**options).fuse(target, proxy, {**proxy.state_dict(), **after}, layer_map)
     assert state_sha256(fused) == state_sha256(target)
 
 

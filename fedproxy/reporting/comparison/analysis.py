@@ -13,7 +13,6 @@ from fedproxy.reporting.comparison.answers import (
     answers_of,
     common_metric,
     over_seeds,
-    scored_model,
     task_scores,
 )
 from fedproxy.reporting.comparison.records import Record
@@ -23,6 +22,8 @@ from fedproxy.reporting.statistics import Interval, gain_recovered, holm, paired
 
 SEED = 0
 """Seed of bootstrap and randomisation test: the same answers give the same intervals and p-values."""
+FUSED = "fused"
+"""The model that stands for a method unless a study says otherwise."""
 _UNTOUCHED = ""
 """Label of the untouched target, which no method can have."""
 COSTS = (
@@ -107,7 +108,8 @@ def analyse(
         reference: The method that all others are compared with.
 
     Raises:
-        EvaluationError: If no run scored the target, or answers have no accuracy in common.
+        EvaluationError: If no run scored the target, one did not score the model that stands for its method, or answers
+            have no accuracy in common.
     """
     scored = scored or {}
     runs = {label: sorted(records, key=lambda record: record.seed) for label, records in runs.items() if records}
@@ -115,7 +117,7 @@ def analyse(
     metric = common_metric(records)
     if metric is None:
         raise EvaluationError("not every question has acc or acc_norm; only multiple-choice tasks can be compared")
-    methods = {label: _Method(label, own, scored.get(label), metric) for label, own in runs.items()}
+    methods = {label: _Method(label, own, scored.get(label, FUSED), metric) for label, own in runs.items()}
     zero_shot = _Method(_UNTOUCHED, _with_target(records), "target", metric)
     top = methods.get(ceiling) if ceiling else None
     chosen = methods.get(reference) if reference else None
@@ -126,7 +128,7 @@ def analyse(
         MethodResult(
             label=label,
             recipe=method.records[-1].report.run.recipe,
-            scored=method.models[-1],
+            scored=method.scored,
             seeds=method.seeds,
             scores=method.scores,
             answer_nll=method.nll(),
@@ -137,7 +139,7 @@ def analyse(
             against_ceiling=below[label],
             recovered=_recovered(method, zero_shot, top) if top else None,
             reference_minus=above[label],
-            reference_minus_nll=_nll_difference(chosen, method) if chosen and above[label] else None,
+            reference_minus_nll=_nll_difference(chosen, method) if chosen and chosen is not method else None,
         )
         for label, method in methods.items()
     ]
@@ -162,22 +164,18 @@ def _with_target(records: Sequence[Record]) -> list[Record]:
 class _Method:
     """A method's answers to all questions, (questions, seeds) per task."""
 
-    def __init__(self, label: str, records: Sequence[Record], scored: str | None, metric: str) -> None:
-        models = [scored_model(record, scored) for record in records]
-        for record, model in zip(records, models, strict=True):
-            if model is None:
-                raise EvaluationError(
-                    f"{label}, seed {record.seed}, scored no {scored or 'fused model'}; add it to evaluation.models"
-                )
-        self.label, self.records, self.models = label, records, [model for model in models if model]
+    def __init__(self, label: str, records: Sequence[Record], scored: str, metric: str) -> None:
+        for record in records:
+            if scored not in record.answers:
+                raise EvaluationError(f"{label}, seed {record.seed}, scored no {scored}; add it to evaluation.models")
+        self.label, self.records, self.scored = label, records, scored
         self.seeds = [record.seed for record in records]
-        self.answers = answers_of(records, self.models, metric)
-        self.nlls = answers_of(records, self.models, "answer_nll") if self._has("answer_nll") else None
+        self.answers = answers_of(records, scored, metric)
+        self.nlls = answers_of(records, scored, "answer_nll") if self._has("answer_nll") else None
         self.scores = task_scores(self.answers, self.seeds)
 
     def _has(self, metric: str) -> bool:
-        pairs = zip(self.records, self.models, strict=True)
-        return all(metric in own.values for record, model in pairs for own in record.answers[model].values())
+        return all(metric in own.values for record in self.records for own in record.answers[self.scored].values())
 
     def over(self, seeds: Sequence[int]) -> list[Floats]:
         """Return per task the answers averaged over these seeds."""
@@ -193,8 +191,8 @@ class _Method:
 
     def nll(self) -> float | None:
         """Return the reports' answer NLL, where every seed's has one."""
-        pairs = zip(self.records, self.models, strict=True)
-        return _mean([record.report.scores.get(model, {}).get("mean", {}).get("answer_nll") for record, model in pairs])
+        scores = [record.report.scores.get(self.scored, {}) for record in self.records]
+        return _mean([own.get("mean", {}).get("answer_nll") for own in scores])
 
 
 def _recovered(method: _Method, zero_shot: _Method, ceiling: _Method) -> Interval | None:
@@ -230,7 +228,7 @@ def _difference(one: _Method, other: _Method) -> Difference | None:
 def _nll_difference(one: _Method, other: _Method) -> Interval | None:
     seeds = _shared(one, other)
     mine, theirs = one.nlls_over(seeds), other.nlls_over(seeds)
-    if mine is None or theirs is None:
+    if not seeds or mine is None or theirs is None:
         return None
     return paired_bootstrap([a - b for a, b in zip(mine, theirs, strict=True)], np.random.default_rng(SEED))
 

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedproxy.reporting.comparison.records import Record
-from fedproxy.reporting.scores import MODELS
 from fedproxy.reporting.statistics import mean_stderr
 
 Floats = NDArray[np.float64]
@@ -27,34 +26,23 @@ class Score:
     by_seed: Mapping[str, float]
 
 
-def scored_model(record: Record, wanted: str | None = None) -> str | None:
-    """Return the model that stands for a record's method: the wanted one, else the last one that was scored.
-
-    That is the fused model, or the target where nothing is fused.
-    """
-    if wanted is not None:
-        return wanted if wanted in record.answers else None
-    return next((model for model in reversed(MODELS) if model in record.answers and model != "proxy_tuned"), None)
-
-
 def common_metric(records: Iterable[Record]) -> str | None:
     """Return ``acc_norm`` if every question of every model has it, else ``acc``, else None."""
     tables = [own.values for record in records for tasks in record.answers.values() for own in tasks.values()]
     return next((metric for metric in METRICS if tables and all(metric in values for values in tables)), None)
 
 
-def answers_of(records: Sequence[Record], models: Sequence[str], metric: str) -> dict[str, Floats]:
+def answers_of(records: Sequence[Record], model: str, metric: str) -> dict[str, Floats]:
     """Return per task the answers, float64 (questions, seeds).
 
     Args:
         records: One per seed.
-        models: The model looked at in each of them.
+        model: Whose answers.
         metric: Which all of them have.
     """
-    pairs = list(zip(records, models, strict=True))
     return {
-        task: np.stack([np.asarray(record.answers[model][task].values[metric]) for record, model in pairs], axis=1)
-        for task in sorted(pairs[0][0].answers[pairs[0][1]])
+        task: np.stack([np.asarray(record.answers[model][task].values[metric]) for record in records], axis=1)
+        for task in sorted(records[0].answers[model])
     }
 
 

@@ -28,7 +28,7 @@ Curve = Sequence[tuple[int, float | None]]
 def comparison_plots(found: Analysis, runs: Runs) -> list[Plot]:
     """Return every plot that the runs have data for; rounds are those of each method's first seed."""
     rounds = {label: records[0].report.rounds for label, records in runs.items() if records}
-    drawn = [_accuracy_against_bytes(found), _losses(rounds), _validation(rounds), _conflict(rounds)]
+    drawn = [_accuracy_against_bytes(found), _losses(rounds), _validation(runs, rounds), _conflict(rounds)]
     drawn += [_cosine(label, lines) for label, lines in rounds.items() if label in (found.reference, _first(rounds))]
     return [one for one in [*drawn, _block_influence(runs)] if one is not None]
 
@@ -92,11 +92,13 @@ def _losses(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
     return _curves("Training loss per round", "loss, nats per answer token", curves)
 
 
-def _validation(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
+def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
     """Return mean accuracy per round on validation rows, where the recipes ask for it."""
+    asked = (record.report.validation for records in runs.values() for record in records)
+    models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
     for metric in METRICS:
         curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
-        drawn = _curves("Validation accuracy per round", f"mean {metric}, 0 to 1", curves)
+        drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:
             return drawn
     return None

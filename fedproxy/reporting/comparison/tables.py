@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedproxy.reporting import formatting as show
-from fedproxy.reporting.comparison.analysis import Analysis, Difference, MethodResult
+from fedproxy.reporting.comparison.analysis import FUSED, Analysis, Difference, MethodResult
 from fedproxy.reporting.comparison.answers import Score
 from fedproxy.reporting.pairing import NLL_DIFFERENCE
 from fedproxy.reporting.scores import Value
@@ -46,9 +46,7 @@ def _score(score: Score) -> str:
 
 def _name(row: MethodResult, found: Analysis) -> str:
     marks = [
-        text
-        for text, is_so in (("ceiling", row.label == found.ceiling), (row.scored, row.scored == "proxy_tuned"))
-        if is_so
+        text for text, is_so in (("ceiling", row.label == found.ceiling), (row.scored, row.scored != FUSED)) if is_so
     ]
     return f"{row.label}, {', '.join(marks)}" if marks else row.label
 

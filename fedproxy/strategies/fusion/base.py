@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,6 +31,11 @@ class Fusion(Component, family="fusion"):
 
     adds_logits: ClassVar[bool] = False
     """The fused model adds logits of target and proxy, so that both must have one vocabulary."""
+
+    @property
+    def keeps_proxy(self) -> bool:
+        """Whether the tuned proxy itself is in the result, and not only what its blocks learned."""
+        return self.adds_logits
 
     @property
     def judged_texts(self) -> int:
@@ -132,6 +138,11 @@ class _Places:
 
     def scatter(self, name: str, weight: Tensor, part: Tensor) -> Tensor:
         return part if self.layer is None else self.layer.scatter(name, weight, self.neurons, part)
+
+
+def changed_by(weight: Tensor, change: Tensor) -> Tensor:
+    """Return weight + change, to the bit the weight where nothing changed (-0.0 + 0.0 would be 0.0)."""
+    return torch.where(change == 0, weight, weight + change)
 
 
 def has_moved(before: Tensor, after: Tensor) -> bool:

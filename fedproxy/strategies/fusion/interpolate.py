@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.models import Decoder, LayerMap
-from fedproxy.strategies.fusion.base import Fusion, Weights
+from fedproxy.strategies.fusion.base import Fusion, Weights, changed_by
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Interpolate(Fusion, name="interpolate"):
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return a kept block's weight: the target's plus the change."""
-        return target + (after - before)
+        return changed_by(target, after - before)
 
     def _moved(
         self, target: PreTrainedModel, before: Weights, after: Weights, layer_map: LayerMap
@@ -49,7 +49,8 @@ class Interpolate(Fusion, name="interpolate"):
                     source = decoder.full_name(block, name)
                     # Blocks of one model may differ in what they hold; what a neighbour lacks stays as it is.
                     if source in after and after[source].shape == value.shape:
-                        value = value + self.strength * share * (after[source].float() - before[source].float())
+                        change = after[source].float() - before[source].float()
+                        value = changed_by(value, self.strength * share * change)
                 yield goal, value.to(own[goal].dtype)
 
 

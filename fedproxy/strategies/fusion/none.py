@@ -23,6 +23,11 @@ class NoFusion(Fusion, name="none"):
     result: Literal["target", "proxy"] = "target"
     """Which of the two the run ends with."""
 
+    @property
+    def keeps_proxy(self) -> bool:
+        """With ``result=proxy``."""
+        return self.result == "proxy"
+
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return the target's weight."""
         return target

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fedproxy.strategies.fusion.base import Fusion
+from fedproxy.strategies.fusion.base import Fusion, changed_by
 
 
 @dataclass(frozen=True)
@@ -27,5 +27,5 @@ class PlugIn(Fusion, name="plug_in"):
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return the tuned weight, or the target's plus the change."""
         if self.mode == "delta":
-            return target + self.scale * (after - before)
-        return after if self.scale == 1.0 else target + self.scale * (after - target)
+            return changed_by(target, self.scale * (after - before))
+        return after if self.scale == 1.0 else changed_by(target, self.scale * (after - target))

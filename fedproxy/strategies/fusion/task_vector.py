@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder, LayerMap
-from fedproxy.strategies.fusion.base import Fusion, Judge, Weights, has_moved, state_of
+from fedproxy.strategies.fusion.base import Fusion, Judge, Weights, changed_by, has_moved, state_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class TaskVector(Fusion, name="task_vector"):
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return the target's weight plus the change, which :meth:`join` has scaled."""
-        return target + (after - before)
+        return changed_by(target, after - before)
 
     def join(
         self,
@@ -105,7 +105,7 @@ def _scaled(
         if index is None or scales[index] == 1.0 or name not in before or not has_moved(before[name], weight):
             continue
         start = before[name].float()
-        yield name, start + scales[index] * (weight.float() - start)
+        yield name, changed_by(start, scales[index] * (weight.float() - start))
 
 
 def _is_factor(value: Any) -> bool:

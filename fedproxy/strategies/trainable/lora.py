@@ -202,5 +202,6 @@ class _MergedWeights(Mapping[str, Tensor]):
         weight: Tensor = layer.get_base_layer().weight
         weight = self._exact.get(name.removesuffix(".weight"), weight).to(weight.device)
         a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
-        change = b @ a
-        return weight.float().add(change.T if layer.fan_in_fan_out else change, alpha=layer.scaling[_ADAPTER])
+        change, weight = (b @ a).T if layer.fan_in_fan_out else b @ a, weight.float()
+        # An untrained adapter leaves every bit: -0.0 + 0.0 would be 0.0.
+        return torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))
