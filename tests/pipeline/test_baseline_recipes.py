@@ -171,6 +171,15 @@ def test_fedproxy_plus_is_fedproxy_with_every_change_times_blocks_over_kept_bloc
         assert {key for key in own if own[key] != other[key]} == {"recipe", "method", "output_dir", "fusion"}
 
 
+def test_fedproxy_plus_half_changes_what_its_comment_says_and_sees_the_same_rows():
+    plus, half = (to_dict(load_config([f"recipe={name}"])) for name in ("fedproxy_plus", "fedproxy_plus_half"))
+    changed = {key for key in plus if plus[key] != half[key]} - {"recipe", "method", "output_dir"}
+    assert changed == {"compression", "distillation", "client"}
+    assert keep_count(30, half["compression"]["ratio"]) == 15
+    assert half["client"] == {**plus["client"], "batch_size": 8}
+    check_fair({name: load_config([f"recipe={name}"]) for name in ("fedproxy", "fedproxy_plus_half")})
+
+
 def test_offsite_tuning_plugs_in_adapter_blocks_alone(run_recipe):
     _, folder = run_recipe("fedot", "federation.rounds=1", "evaluation.models=[]")
     assert {block_of(name) for name in moved_weights(folder)} == {
