@@ -1,8 +1,12 @@
 import pytest
 
+from fedproxy.comparison.arguments import read_study, study_names
+from fedproxy.comparison.compare import _check_scored
+from fedproxy.comparison.execution import cells
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
+from fedproxy.pipeline.components import check_components
 
 
 def tiny(*overrides):
@@ -63,3 +67,16 @@ def test_a_budget_of_examples_is_equal_unless_said_otherwise():
 def test_what_differs_is_told_against_what_most_methods_have():
     found = settings_that_differ({"a": tiny(), "b": tiny("client.lr=0.5", "seed=9"), "c": tiny("aggregator.rho=1.5")})
     assert found == {"a": {}, "b": {"client.lr": 0.5}, "c": {"aggregator.rho": 1.5}}
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_shipped_studies_are_fair_and_their_methods_fit_together(name):
+    study = read_study([f"study={name}"])
+    configs = {cell.method.label: cell.config for cell in cells(study) if cell.seed == study.seeds[0]}
+    check_fair(configs, budget=study.budget)
+    _check_scored(configs, study)
+    for config in configs.values():
+        check_components(config)
+    assert {study.ceiling, study.reference} <= set(configs)
+    assert len(study.seeds) == 2
+    assert all(config.evaluation.limit >= 150 for config in configs.values())
