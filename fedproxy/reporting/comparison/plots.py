@@ -66,7 +66,8 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
                 label, (x, height), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
             )
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        wide = max(x for _, x, _, _ in points) > 30 * min(x for _, x, _, _ in points)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.35)
