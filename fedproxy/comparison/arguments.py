@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
 
 _SHIPPED = Path(__file__).parent.parent / "_studies"
@@ -30,8 +31,8 @@ class Method:
     label: str
     arguments: tuple[str, ...]
     """Words for :func:`fedproxy.config.load_config`: the recipe first, then what changes it."""
-    scored: str | None = None
-    """The model that stands for the method; null is the fused one."""
+    scored: str = FUSED
+    """The model that stands for the method."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,8 @@ def _method(label: str, node: Any, shared: Sequence[str]) -> Method:
         )
     if not label or Path(label).name != label or label.startswith("."):
         raise ConfigError(f"methods.{label}: a label names a folder; use letters, digits, - and _")
-    scored = node.get("scored")
-    if scored is not None and scored not in MODELS:
+    scored = node.get("scored", FUSED)
+    if scored not in MODELS:
         raise ConfigError(f"methods.{label}.scored: unknown model {scored!r}{nearest(str(scored), MODELS)}")
     changes = {key: value for key, value in node.items() if key not in ("recipe", "scored")}
     return Method(label, (f"recipe={node['recipe']}", *shared, *_words(changes)), scored)

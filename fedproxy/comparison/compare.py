@@ -13,7 +13,7 @@ from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.display import Display
-from fedproxy.reporting.comparison.analysis import FUSED, Analysis, analyse
+from fedproxy.reporting.comparison.analysis import Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.comparison.records import Record, require_same_questions
 from fedproxy.reporting.comparison.view import Comparison, EqualBytes, RunLine
@@ -49,6 +49,7 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
     for label, config in first.items():
         _check_components(label, config)
     _check_scored(first, study)
+    _check_equal_bytes(first, study)
     with only_one(study):
         outcomes = do_runs(todo, study, display)
         runs = _records(outcomes, study)
@@ -85,15 +86,26 @@ def _check_components(label: str, config: RunConfig) -> None:
 
 def _check_scored(first: Mapping[str, RunConfig], study: Study) -> None:
     """Refuse methods without the scores that the tables are made of, before the first run."""
-    wanted = {method.label: method.scored or FUSED for method in study.methods}
-    for label, config in first.items():
-        if wanted[label] not in config.evaluation.models:
+    for method in study.methods:
+        models = first[method.label].evaluation.models
+        if method.scored not in models:
             raise ConfigError(
-                f"{label}: evaluation.models={config.evaluation.models} lacks {wanted[label]}, which stands for the "
-                "method in the tables; add it"
+                f"{method.label}: evaluation.models={models} lacks {method.scored}, which stands for the method in the "
+                "tables; add it"
             )
     if not any("target" in config.evaluation.models for config in first.values()):
         raise ConfigError("evaluation.models: no method scores the target, from which gains are counted; add it to one")
+
+
+def _check_equal_bytes(first: Mapping[str, RunConfig], study: Study) -> None:
+    """Refuse to count every method's bytes against those of one that sends none for real."""
+    config = first.get(study.equal_bytes or "")
+    if config is not None and (_pools(config) or not config.federation.rounds):
+        raise ConfigError(f"equal_bytes={study.equal_bytes}: that method sends nothing; name another, or least or most")
+
+
+def _pools(config: RunConfig) -> bool:
+    return config.data.partition.name == "pooled"
 
 
 def _records(outcomes: Sequence[Outcome], study: Study) -> Runs:
@@ -115,7 +127,7 @@ def _check_records(outcomes: Sequence[Outcome]) -> None:
 
 
 def _analyse(study: Study, runs: Runs) -> Analysis:
-    scored = {method.label: method.scored for method in study.methods if method.scored}
+    scored = {method.label: method.scored for method in study.methods}
     return analyse(runs, scored=scored, ceiling=study.ceiling, reference=study.reference)
 
 
@@ -123,7 +135,7 @@ def _equal_bytes(
     study: Study, first: Sequence[Outcome], runs: Runs, display: Display
 ) -> tuple[EqualBytes | None, list[Outcome]]:
     assert study.equal_bytes is not None  # the caller looked
-    pooled = {outcome.cell.method.label for outcome in first if outcome.cell.config.data.partition.name == "pooled"}
+    pooled = {outcome.cell.method.label for outcome in first if _pools(outcome.cell.config)}
     budget = byte_budget(runs, study.equal_bytes, pooled=pooled)
     if budget is None:
         return None, []

@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedproxy.comparison.arguments import Method, Study
+from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.pipeline.display import Display
@@ -23,7 +24,7 @@ from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 
 _FREE = {"output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
-_FREE_KEYS = {"trainer.devices", "trainer.strategy", "trainer.num_nodes", "evaluation.batch_tokens"}
+_FREE_KEYS = {"evaluation.batch_tokens", *(f"trainer.{name}" for name in TRAINER_PLACES)}
 _OPEN = ("data.files", "trainer")
 """Mappings with keys of the user's choice: compared whole, as a key that one side lacks is a difference there."""
 

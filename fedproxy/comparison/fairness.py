@@ -9,7 +9,8 @@ from fedproxy.errors import ConfigError
 from fedproxy.pipeline.folder import flat
 
 _FREE_OF_EVALUATION = ("models", "batch_tokens", "tasks")
-_FREE_OF_TRAINER = ("accelerator", "devices", "strategy", "num_nodes")
+TRAINER_PLACES = ("accelerator", "devices", "strategy", "num_nodes")
+"""Options of ``trainer`` that say where a run is done, and not what."""
 _LABELS = ("recipe", "method", "seed", "output_dir", "resume", "overwrite", "plugins", "loggers", "engine", "trainer")
 Configs = Mapping[str, RunConfig]
 """Method to its configuration under one seed."""
@@ -68,7 +69,7 @@ def _question_sheet(config: RunConfig) -> dict[str, Any]:
     data = {key: value for key, value in whole["data"].items() if key != "partition"}
     asked = {key: value for key, value in whole["evaluation"].items() if key not in _FREE_OF_EVALUATION}
     asked["tasks"] = config.evaluation_tasks
-    trainer = {key: value for key, value in whole["trainer"].items() if key not in _FREE_OF_TRAINER}
+    trainer = {key: value for key, value in whole["trainer"].items() if key not in TRAINER_PLACES}
     return flat({"target": whole["target"], "data": data, "evaluation": asked, "trainer": trainer})
 
 

@@ -19,6 +19,8 @@ from fedproxy.plain_json import write_json
 from fedproxy.reporting.samples import load_samples, save_evaluation
 
 Scores = dict[str, dict[str, float]]
+_OF_CLIENTS = ("proxy_tuned", "fused")
+"""Models that change with the rounds, and of which clients that are never merged have one each."""
 
 
 def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, Scores]]:
@@ -35,8 +37,9 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
         "proxy_tuned": lambda client: tuned[client].model(),
         "fused": lambda client: load_model(run.folder.fused / client, dtype=run.config.target.dtype),
     }
+    _drop_outdated(run, rounds)
     for name in run.config.evaluation.models:
-        of_clients = name in ("proxy_tuned", "fused")
+        of_clients = name in _OF_CLIENTS
         settings = evaluation_settings(run.config, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
@@ -46,6 +49,17 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
                 kept = _score(run, label, models[name](client), tokenizer, settings)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
+
+
+def _drop_outdated(run: Run, rounds: int) -> None:
+    """Delete what other settings left of models that are not scored again: it pairs with nothing that is."""
+    for path in run.folder.evaluation.glob("*.scores.json"):
+        label = path.name.removesuffix(".scores.json")
+        model = label.split(".")[0]
+        settings = evaluation_settings(run.config, rounds if model in _OF_CLIENTS else 0)
+        if model not in run.config.evaluation.models and (read_json(path) or {}).get("settings") != settings:
+            for name in (path.name, f"{label}.samples.jsonl", f"{label}.json"):
+                (path.parent / name).unlink(missing_ok=True)
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:

@@ -221,6 +221,27 @@ def test_a_key_that_a_record_lacks_is_another_setting_where_keys_are_free(finish
         execution._recorded(cell)
 
 
+@pytest.mark.parametrize("change", ["data: {partition: {name: pooled}}", "federation: {rounds: 0}"])
+def test_bytes_of_a_method_that_sends_none_are_no_budget(finished, tmp_path, change):
+    (tmp_path / "silent.yaml").write_text(f"extends: fedproxy_tiny\n{change}\n")
+    words = [f"recipes=[fedproxy_tiny,{tmp_path}/silent.yaml]", "equal_bytes=silent", f"output_dir={tmp_path}/out"]
+    with pytest.raises(ConfigError, match=r"equal_bytes=silent: that method sends nothing; name another, or least or"):
+        compare(read_study(words))
+    assert not (tmp_path / "out").exists()
+
+
+def test_kept_runs_are_scored_again_on_more_questions_for_another_study(recipes, tmp_path):
+    place = f"work_dir={tmp_path}/work"
+    first = read_study([recipes, *SMALL, f"output_dir={tmp_path}/6", place, "keep_runs=true"])
+    assert compare(first).failed == []
+    more = [*SMALL, "evaluation.limit=8", "evaluation.models=[target,fused]"]
+    result = compare(read_study([recipes, *more, f"output_dir={tmp_path}/8", place, "seeds=[42]"]))
+    assert result.failed == []
+    assert result.comparison.questions == 16
+    record = Record.load(tmp_path / "8/records/h_ties/seed_42.json")
+    assert set(record.answers) == {"target", "fused"}  # not the proxy's answers to the six questions of before
+
+
 def test_an_unfinished_run_of_another_setting_is_refused_with_the_way_out(compare_tiny, tmp_path, monkeypatch):
     def begin(config, *_):
         execution.RunFolder(config.output_dir).open(config)

@@ -88,12 +88,15 @@ def test_a_proxy_that_was_changed_is_not_taken_over(three_runs, tmp_path):
     assert file_sha256(changed / "proxy/config.json") == file_sha256(kept / "proxy/config.json")
 
 
+SCORED = ("federation.validation.every=1", "federation.validation.rows=4")
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """Runs that share their rounds and differ in fusion; the second of them by itself too, and one of other rounds."""
     folder, shared = tmp_path_factory.mktemp("federation"), SharedWork(tmp_path_factory.mktemp("shared"))
     half = ("fusion.mode=delta", "fusion.scale=0.5")
-    rounds = ("federation.rounds=1", "evaluation.models=[fused]")
+    rounds = ("federation.rounds=1", "evaluation.models=[fused]", *SCORED)
     run(config(folder / "whole", *rounds), shared=shared)
     run(config(folder / "half", *rounds, *half), shared=shared)
     run(config(folder / "alone", *rounds, *half))
@@ -114,6 +117,9 @@ def test_runs_that_differ_in_fusion_train_once_and_end_as_they_would_alone(train
     for key in ("trainable_parameters", "upload_bytes", "download_bytes"):
         assert reports[0]["cost"][key] == reports[1]["cost"][key]
     assert reports[0]["scores"] == reports[1]["scores"]
+    assert reports[0]["validation"] == reports[1]["validation"]
+    scored = [line["validation"] for report in reports for line in report["rounds"]]
+    assert scored[0] == scored[1] is not None
     assert len(list((shared.folder / "federations").iterdir())) == 2  # the other learning rate's as well
     other = file_sha256(folder / "other/adapter/adapter_model.safetensors")
     assert other not in adapters
@@ -122,7 +128,14 @@ def test_runs_that_differ_in_fusion_train_once_and_end_as_they_would_alone(train
 def test_rounds_taken_over_can_be_gone_on_from_and_leave_the_shared_ones_as_they_were(trained, tmp_path):
     folder, shared = trained
     before = {path: file_sha256(path) for path in shared.folder.rglob("*") if path.is_file()}
-    more = ("federation.rounds=2", "evaluation.models=[]", "fusion.mode=delta", "fusion.scale=0.5", "resume=auto")
+    more = (
+        *SCORED,
+        "federation.rounds=2",
+        "evaluation.models=[]",
+        "fusion.mode=delta",
+        "fusion.scale=0.5",
+        "resume=auto",
+    )
     run(config(folder / "half", *more), shared=shared)
     run(config(folder / "alone", *more))
     one, other = ((folder / name / "adapter/adapter_model.safetensors") for name in ("half", "alone"))
@@ -218,12 +231,11 @@ def test_rounds_that_are_scored_are_shared_unless_scores_pick_one(tmp_path, targ
     def key(*overrides):
         return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=rounds_key)
 
-    scored = ("federation.validation.every=1", "federation.validation.rows=4")
-    assert key(*scored, "fusion.mode=delta") == key(*scored) != key()
-    assert key(*scored, "federation.validation.rows=5") != key(*scored)
-    fused = (*scored, "federation.validation.model=fused")
+    assert key(*SCORED, "fusion.mode=delta") == key(*SCORED) != key()
+    assert key(*SCORED, "federation.validation.rows=5") != key(*SCORED)
+    fused = (*SCORED, "federation.validation.model=fused")
     assert key(*fused, "fusion.mode=delta") != key(*fused)  # what was scored depends on fusion
-    assert key(*scored, "federation.validation.select=best") is None
+    assert key(*SCORED, "federation.validation.select=best") is None
 
 
 def test_the_key_of_a_model_changes_with_one_weight_its_configuration_or_its_tokenizer(target):

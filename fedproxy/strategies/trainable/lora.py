@@ -202,6 +202,7 @@ class _MergedWeights(Mapping[str, Tensor]):
         weight: Tensor = layer.get_base_layer().weight
         weight = self._exact.get(name.removesuffix(".weight"), weight).to(weight.device)
         a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
-        change, weight = (b @ a).T if layer.fan_in_fan_out else b @ a, weight.float()
+        change = b @ a
+        change, weight = change.T if layer.fan_in_fan_out else change, weight.float()
         # An untrained adapter leaves every bit: -0.0 + 0.0 would be 0.0.
         return torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))
