@@ -9,7 +9,7 @@ from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
 from fedproxy.strategies.realignment import Realignment
 from fedproxy.strategies.regularizers import Regularizer
@@ -206,6 +206,7 @@ class RunConfig:
     plugins: list[str] = field(default_factory=list)
     """Modules to import for the components they register."""
     compression: Compressor = field(default_factory=lambda: Compressor.by_name("block_influence")())
+    healing: HealingConfig = field(default_factory=HealingConfig)
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     trainable: Trainable = field(default_factory=lambda: Trainable.by_name("lora")())
     client: ClientConfig = field(default_factory=ClientConfig)

@@ -58,6 +58,11 @@ class FeedForward:
             "choose a compressor that removes blocks"
         )
 
+    @property
+    def out_projection(self) -> str:
+        """Name, inside the block, of the layer out of the inner width."""
+        return next(iter(self.axes)).removesuffix(".weight")
+
     def complete(self, block: nn.Module, hidden: int) -> bool:
         """Say whether no other weight outside attention may have a place per neuron."""
         others = {

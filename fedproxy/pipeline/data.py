@@ -68,9 +68,9 @@ def public_texts(config: CalibrationConfig, owned: Container[str], *, rows: int,
 
 
 def texts_read(config: RunConfig) -> int:
-    """Return how many calibration texts compression and distillation read, before clients' rows are left out."""
+    """Return how many calibration texts making the proxy reads, before clients' rows are left out."""
     distilled = config.distillation.rows if config.distillation.steps else 0
-    return max(config.compression.calibration.rows, distilled)
+    return max(config.compression.calibration.rows, config.healing.rows, distilled)
 
 
 def held_out_texts(config: CalibrationConfig, owned: Container[str], *, used: int, rows: int, seed: int) -> list[str]:

@@ -42,7 +42,7 @@ _UNSHARED_FILES = {"server/facts.json"}
 _FEDERATION_FILES = ("checkpoints/", "rounds.jsonl")
 _NOT_OF_ROUNDS = (
     *("recipe", "method", "output_dir", "resume", "overwrite", "plugins", "loggers", "target"),
-    *("compression", "distillation", "fusion", "evaluation"),
+    *("compression", "healing", "distillation", "fusion", "evaluation"),
 )
 """Settings on which the rounds do not depend, or through the proxy alone; plugins count by their files."""
 _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
@@ -164,12 +164,13 @@ def proxy_key(run: "Run", owned: Container[str]) -> str | None:
     if target is None:
         return None
     calibration, distillation = config.compression.calibration, config.distillation
-    wanted = [calibration.rows] + ([distillation.rows] if distillation.steps else [])
+    wanted = [calibration.rows, *filter(None, [config.healing.rows, distillation.steps and distillation.rows])]
     return _hash(
         {
             "target": target,
             "dtype": config.target.dtype,
             "compression": _named(config.compression),
+            "healing": to_dict(config.healing),
             "distillation": [to_dict(distillation), config.trainer] if distillation.steps else None,
             "texts": [public_texts(calibration, owned, rows=rows, seed=config.seed) for rows in wanted],
             "seed": config.seed,

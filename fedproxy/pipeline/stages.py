@@ -89,15 +89,15 @@ def compress(run: Run, clients: ClientRows) -> None:
     """Stage (i): write ``proxy/`` and, last, the server's layer map.
 
     Raises:
-        DataError: If there is too little public text for compression or distillation; nothing is compressed then.
+        DataError: If there is too little public text; nothing is compressed then.
     """
     if run.folder.layer_map.is_file():
         return
     config, started = run.config, time.perf_counter()
-    calibration, distillation = config.compression.calibration, config.distillation
-    texts = public_texts(calibration, clients.owned, rows=calibration.rows, seed=config.seed)
-    lessons = (
-        public_texts(calibration, clients.owned, rows=distillation.rows, seed=config.seed) if distillation.steps else []
+    calibration, healing, distillation = config.compression.calibration, config.healing, config.distillation
+    texts, cases, lessons = (
+        public_texts(calibration, clients.owned, rows=rows, seed=config.seed) if rows else []
+        for rows in (calibration.rows, healing.rows, distillation.rows if distillation.steps else 0)
     )
     target, tokenizer = run.target()
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
@@ -107,6 +107,8 @@ def compress(run: Run, clients: ClientRows) -> None:
     proxy, layer_map = config.compression.build(target, scores)
     depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
     run.display.say(f"compressed: {describe(layer_map, depth)} ({config.compression.name})")
+    if healing.rows:
+        heal(run, proxy, layer_map, cases)
     compressed = time.perf_counter()
     if distillation.steps:
         # Kept by the server, so that what distillation and what tuning changed can be told apart later.
@@ -132,6 +134,26 @@ def describe(layer_map: LayerMap, depth: int) -> str:
     if len(layer_map.centres) < len(layer_map.proxy_to_target):
         words += f", in {len(layer_map.proxy_to_target)} places"
     return words if layer_map.neurons is None else f"{words}, {len(layer_map.neurons[0])} neurons in each"
+
+
+def heal(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[str]) -> None:
+    """Fit the blocks before the proxy's gaps to the target on public texts, in place."""
+    from fedproxy.strategies.compression.healing import heal as fit
+
+    target, tokenizer = run.target()
+    limit = positions_limit(target, run.config.compression.calibration.max_tokens)
+    with placed(target, run.device), placed(proxy, run.device):
+        found = fit(
+            proxy,
+            target,
+            text_batches(texts, tokenizer, max_tokens=limit),
+            layer_map=layer_map,
+            ridge=run.config.healing.ridge,
+        )
+    errors = ", ".join(f"block {gap.block} {gap.before:.3f} to {gap.after:.3f}" for gap in found)
+    run.display.say(
+        f"healed: error of hidden states behind {errors}" if found else "healed: no block has a gap behind it"
+    )
 
 
 def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[str]) -> None:

@@ -277,6 +277,14 @@ def test_what_distillation_lacks_is_said_before_compressing(tmp_path, begun, wor
     assert not begun
 
 
+def test_text_that_healing_lacks_is_missed_before_compressing(tmp_path, begun):
+    message = r"tiny-calibration holds 200 texts, 201 are asked for; ask for fewer"
+    refuse(DataError, message, tmp_path / "out", "healing.rows=201")
+    message = r"tiny-calibration holds 200 texts and compression reads 200; add some"
+    refuse(DataError, message, tmp_path / "out", "healing.rows=200")
+    assert not begun
+
+
 def test_text_that_fidelity_lacks_is_missed_before_compressing_and_only_by_who_measures_it(tmp_path, begun):
     words = ("distillation.steps=2", "distillation.rows=200")  # all that there are
     message = r"tiny-calibration holds 200 texts and compression reads 200; add some"

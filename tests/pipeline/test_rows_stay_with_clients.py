@@ -10,8 +10,10 @@ from fedproxy.pipeline.run import compress_only
 
 from .conftest import SMALL
 
-# All that asks which texts are a client's: calibration, distillation, re-alignment, fusion's judge, validation.
+# All that asks which texts are a client's: calibration, healing, distillation, re-alignment, fusion's judge,
+# validation.
 ASKING = (
+    "healing.rows=8",
     "distillation.steps=1",
     "distillation.rows=8",
     "trainable.blocks=last",

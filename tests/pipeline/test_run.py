@@ -266,6 +266,25 @@ def test_distillation_brings_the_proxy_nearer_and_delta_still_leaves_the_target(
     assert state_sha256(load_model(folder / "server/proxy_undistilled")) == state_sha256(load_model(plain / "proxy"))
 
 
+def test_healing_brings_the_proxy_nearer_before_distillation_and_delta_still_leaves_the_target(run_tiny, capsys):
+    words = ("healing.rows=64", "federation.rounds=0", "evaluation.models=[]", "fusion.mode=delta")
+    _, plain = run_tiny("federation.rounds=0", "evaluation.models=[]")
+    _, healed = run_tiny(*words)
+    assert "healed: error of hidden states behind block " in capsys.readouterr().err
+    _, both = run_tiny(*words, "distillation.steps=1", "distillation.rows=32")
+    target, tokenizer = (load(resolve("asset:tiny-llama")) for load in (load_model, load_tokenizer))
+    ids = tokenizer("The sky is blue and grass is green.", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        wanted = target.model(ids).last_hidden_state
+        errors = [
+            float((load_model(run / "proxy").model(ids).last_hidden_state - wanted).square().mean())
+            for run in (plain, healed)
+        ]
+    assert errors[1] < 0.8 * errors[0]
+    assert state_sha256(load_model(healed / "fused")) == state_sha256(target)
+    assert state_sha256(load_model(both / "server/proxy_undistilled")) == state_sha256(load_model(healed / "proxy"))
+
+
 def test_replace_and_delta_can_both_be_formed_from_a_distilled_runs_folder(run_tiny):
     _, folder = run_tiny("distillation.steps=2", "distillation.rows=32", "federation.rounds=1", "evaluation.models=[]")
     target, proxy, undistilled = (

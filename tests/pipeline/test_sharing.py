@@ -193,6 +193,8 @@ def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_pat
         ["seed=43"],
         ["compression.ratio=0.34"],
         ["compression.calibration.rows=31"],
+        ["healing.rows=32"],
+        ["healing.rows=32", "healing.ridge=0.5"],
         ["distillation.steps=1", "distillation.rows=32"],
         ["distillation.steps=1", "distillation.rows=32", "distillation.lr=0.5"],
         ["target.dtype=bfloat16"],

@@ -153,7 +153,7 @@ def output_saliency(decoder: Decoder, calibration: Iterable[Batch]) -> Tensor:
     layers = feed_forwards(decoder)
     squares = torch.zeros(len(layers), layers[0].width, dtype=torch.float64)
     entered: dict[int, Tensor] = {}
-    outs = [_out_projection(layer) for layer in layers]
+    outs = [layer.out_projection for layer in layers]
     handles = [
         block.get_submodule(out).register_forward_pre_hook(
             lambda _, inputs, index=index: entered.__setitem__(index, inputs[0])
@@ -179,8 +179,3 @@ def output_saliency(decoder: Decoder, calibration: Iterable[Batch]) -> Tensor:
         for block, layer, out in blocks
     ]
     return (squares / tokens).sqrt() * torch.stack(norms)
-
-
-def _out_projection(layer: FeedForward) -> str:
-    """Return the name of the projection out of the inner layer: the layout's first weight."""
-    return next(iter(layer.axes)).removesuffix(".weight")

@@ -11,6 +11,7 @@ from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import text_batches
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.compression.block_influence import block_influence
+from fedproxy.strategies.compression.healing import heal
 from fedproxy.strategies.fusion import Fusion
 from tests.strategies.compression.reference import influence
 
@@ -41,3 +42,15 @@ def test_narrowed_proxy_has_equal_parameters_and_fuses_back(setting):
     near = compare(model, proxy, [{name: tensor[:2] for name, tensor in batches[0].items()}])
     assert 0 < near.kl < 20
     assert state_sha256(Fusion.by_name("plug_in")().fuse(model, proxy, proxy, layer_map)) == state_sha256(model)
+
+
+def test_healing_halves_the_divergence_of_half_of_the_blocks():
+    path = resolve("asset:smollm2-135m")
+    model, tokenizer = load_model(path), load_tokenizer(path)
+    *fitted, held_out = text_batches(read_texts("asset:calibration", 72, 0), tokenizer, max_tokens=64)
+    kept = (0, 1, 2, 8, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)  # Block Influence's
+    proxy, layer_map = Compressor.by_name("block_influence")(keep=kept).compress(model)
+    before = compare(model, proxy, [held_out]).kl
+    found = heal(proxy, model, fitted, layer_map=layer_map, ridge=0.01)
+    assert [(gap.block, gap.removed) for gap in found] == [(2, 5), (3, 1), (5, 7), (11, 2)]
+    assert compare(model, proxy, [held_out]).kl < 0.6 * before

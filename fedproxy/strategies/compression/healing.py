@@ -1,0 +1,247 @@
+"""Healing by ridge regression: the block before each gap takes over what the removed blocks did, without training."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedproxy.errors import ConfigError, DataError, ModelError
+from fedproxy.models.decoder import Decoder, hidden_state
+from fedproxy.models.feed_forward import FeedForward
+from fedproxy.models.layer_map import LayerMap
+
+_INSTEAD = "leave healing out and distil instead (distillation.steps)"
+
+
+@dataclass(frozen=True)
+class HealingConfig:
+    """Ridge regression of the target's hidden states behind every gap, after compression, before distillation."""
+
+    rows: int = 0
+    """Rows of compression.calibration.path to fit on, of many times as many tokens as a block has neurons; 0 skips
+    healing."""
+    ridge: float = 0.01
+    """Penalty on the change of the weights, in units of the mean squared activation."""
+
+    def __post_init__(self) -> None:
+        if self.rows < 0:
+            raise ConfigError(f"healing.rows must be at least 0, got {self.rows}")
+        if not self.ridge > 0:
+            raise ConfigError(f"healing.ridge must be positive, got {self.ridge}")
+        if self.rows == 0 and self.ridge != HealingConfig.ridge:
+            raise ConfigError(
+                "healing.rows must be at least 1 where healing.ridge is set, got 0; set it, or leave both out"
+            )
+
+
+@dataclass(frozen=True)
+class HealedGap:
+    """One gap and how well it was closed."""
+
+    block: int
+    """Proxy block before the gap, whose feed-forward layer was fitted."""
+    removed: int
+    """Target blocks that the gap stands for."""
+    before: float
+    """Mean over fitted tokens of ||h - h*||^2 / ||h||^2: h the target's hidden state behind the gap, h* the proxy's."""
+    after: float
+    """The same with the fitted weights."""
+
+
+def gaps(layer_map: LayerMap, depth: int) -> tuple[tuple[int, int], ...]:
+    """Return (proxy block, target block) for every gap: after healing the first gives what the second does.
+
+    Blocks removed before the first kept one have none before them, and are no gap.
+
+    Args:
+        layer_map: A map of whole blocks, none of them repeated.
+        depth: Blocks of the target.
+
+    Raises:
+        ConfigError: If blocks are shared or narrowed: nothing was removed that a block could stand in for.
+    """
+    kept = layer_map.proxy_to_target
+    if layer_map.neurons is not None or any(left >= right for left, right in pairwise(kept)):
+        raise ConfigError("healing.rows needs a compressor that removes whole blocks; leave it out, or choose another")
+    followers = (*kept[1:], depth)
+    return tuple((own, end - 1) for own, (old, end) in enumerate(zip(kept, followers, strict=True)) if end - 1 > old)
+
+
+@torch.no_grad()
+def heal(
+    proxy: PreTrainedModel,
+    target: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    *,
+    layer_map: LayerMap,
+    ridge: float,
+) -> tuple[HealedGap, ...]:
+    """Let the block before every gap do the removed blocks' work, in place.
+
+    With z what enters the projection W out of the feed-forward layer of the block before a gap, h* the block's output
+    and h the target's hidden state behind the gap, W becomes W + D, D minimising
+
+        sum over real tokens of ||h - h* - D z||^2 / RMS(h)^2  +  ridge * mean(z^2 / RMS(h)^2) * tokens * ||D||^2,
+
+    in closed form: the loss of hidden states of :func:`fedproxy.modules.losses.hidden_distance`, with a ridge. Gaps are
+    closed from the first to the last, so that later fits see what the healed proxy computes. No parameter is added and
+    no other weight changes.
+
+    After ReplaceMe (Shopkhoev et al. 2025, arXiv 2505.02819), which puts a linear map of the hidden size behind the
+    feed-forward layer. Choice: the projection itself is fitted, which has a column per neuron instead of one per hidden
+    unit, around its old value, and on the proxy's own states.
+
+    Memory: the target's hidden states behind every gap for all tokens, in float32 on the CPU, and a float64 matrix of
+    neurons squared.
+
+    Args:
+        proxy: The compressed model, in evaluation mode.
+        target: The model that it was compressed from; runs where it is.
+        batches: ``input_ids`` and ``attention_mask`` of public text, int64 (batch, length), padded on the right.
+        layer_map: The map that the proxy was compressed with.
+        ridge: Penalty on D, > 0, relative to the mean squared activation.
+
+    Returns:
+        One entry per gap, in their order.
+
+    Raises:
+        ConfigError: If blocks were shared or narrowed instead of removed.
+        DataError: If the text holds no token.
+        ModelError: If a block has no single feed-forward layer, or what it gives is not added to the residual stream as
+            it is, or states are not finite.
+    """
+    from fedproxy.modules.teacher import observe
+
+    decoder = Decoder.of(proxy)
+    found = gaps(layer_map, len(Decoder.of(target)))
+    if not any(bool(batch["attention_mask"].any()) for batch in batches):
+        raise DataError("healing.rows: the text holds no token; give rows with text")
+    wanted: dict[int, list[Tensor]] = {behind: [] for _, behind in found}
+    for batch in batches:
+        seen = observe(target, _on(batch, target.device), list(wanted)) if wanted else {}
+        for behind, kept in wanted.items():
+            kept.append(seen[f"block_{behind}"].float().cpu())
+    healed = []
+    for own, behind in found:
+        block = decoder.blocks[own]
+        layer = _out_projection(block, decoder)
+        fit = _Fit(ridge)
+        with _stopping_at(block, layer) as run:
+            for batch, states in zip(batches, wanted.pop(behind), strict=True):
+                entered, given = run(decoder, _on(batch, proxy.device))
+                fit.add(entered, given, states.to(given.device))
+            before, after, change = fit.solve()
+            probe = _on(batches[0], proxy.device)
+            entered, given = run(decoder, probe)
+            layer.get_parameter("weight").add_(change if isinstance(layer, Conv1D) else change.T)
+            _, moved = run(decoder, probe)
+        _check_additive(block, given, moved, entered @ change)
+        healed.append(HealedGap(own, behind - layer_map.proxy_to_target[own], before, after))
+    return tuple(healed)
+
+
+class _Fit:
+    """Sums of one ridge regression, over tokens that each count 1 / RMS(h)^2."""
+
+    def __init__(self, ridge: float) -> None:
+        self.ridge, self.tokens, self.error = ridge, 0, 0.0
+        self.device = torch.device("cpu")
+        self.gram: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def add(self, entered: Tensor, given: Tensor, wanted: Tensor) -> None:
+        """Add a batch: z (tokens, neurons), h* and h (tokens, hidden), all float32."""
+        scale = wanted.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        inputs, missing = entered * scale, (wanted - given) * scale
+        gram, cross = (inputs.T @ inputs).cpu().double(), (inputs.T @ missing).cpu().double()
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.cross = cross if self.cross is None else self.cross.add_(cross)
+        self.device = entered.device
+        self.error += float(missing.square().mean(dim=-1).sum())
+        self.tokens += len(wanted)
+
+    def solve(self) -> tuple[float, float, Tensor]:
+        """Return the mean error without and with the change, and the change D^T, float32 (neurons, hidden)."""
+        assert self.gram is not None
+        assert self.cross is not None
+        if not bool(self.gram.isfinite().all() and self.cross.isfinite().all()):
+            raise ModelError("healing: hidden states are not finite; load the target in another target.dtype")
+        level = self.ridge * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        self.gram.diagonal().add_(level)
+        change = torch.cholesky_solve(self.cross, torch.linalg.cholesky(self.gram))
+        gained = (change * self.cross).sum() + level * change.square().sum()
+        before = self.error / self.tokens
+        return before, before - float(gained) / self.cross.shape[1] / self.tokens, change.float().to(self.device)
+
+
+class _StopForward(Exception):  # noqa: N818 (no error)
+    """Ends a forward pass behind the block that is looked at."""
+
+
+@contextmanager
+def _stopping_at(block: nn.Module, layer: nn.Module) -> Iterator["_Run"]:
+    """Let forward passes end behind ``block``; what entered ``layer`` and what the block gave is returned."""
+    seen: dict[str, Tensor] = {}
+
+    def enter(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen["entered"] = inputs[0]
+
+    def leave(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        seen["given"] = hidden_state(output)
+        raise _StopForward
+
+    handles = [layer.register_forward_pre_hook(enter), block.register_forward_hook(leave)]
+    try:
+        yield _Run(seen)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Run:
+    seen: dict[str, Tensor]
+
+    def __call__(self, decoder: Decoder, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return, for real tokens, what entered the layer (tokens, neurons) and the block's output (tokens, hidden)."""
+        with suppress(_StopForward):
+            # No real token of a causal model sees padding on the right, so no mask is needed.
+            decoder.body(input_ids=batch["input_ids"], use_cache=False)
+        real = batch["attention_mask"].bool()
+        entered = self.seen["entered"]
+        entered = entered.reshape(real.numel(), -1)[real.flatten()]  # OPT hands over (batch * tokens, neurons)
+        return entered.float(), self.seen["given"][real].float()
+
+
+def _out_projection(block: nn.Module, decoder: Decoder) -> nn.Module:
+    hidden = decoder.model.get_input_embeddings().weight.shape[1]
+    try:
+        return block.get_submodule(FeedForward.of(block, hidden).out_projection)
+    except ModelError:
+        raise ModelError(
+            f"healing.rows: {type(block).__name__} has no single feed-forward layer to fit; {_INSTEAD}"
+        ) from None
+
+
+def _check_additive(block: nn.Module, before: Tensor, after: Tensor, fitted: Tensor) -> None:
+    """Check that a block's output (tokens, hidden) moved by what was fitted.
+
+    Raises:
+        ModelError: If something, a norm in Gemma 2 and 3, lies between the layer and the residual stream.
+    """
+    scale = before.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    gap, moved, all_of_it = ((part * scale).norm() for part in (after - before - fitted, fitted, before))
+    if not gap <= 0.1 * moved + 1e-3 * all_of_it:  # half precision rounds the weights; a norm changes all of it
+        raise ModelError(
+            f"healing.rows: {type(block).__name__} does not add its feed-forward output to the residual stream as it "
+            f"is; {_INSTEAD}"
+        )
+
+
+def _on(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
