@@ -141,7 +141,8 @@ class Plan:
         if hardware.client_mbps is not None:
             taken.append(f"links {hardware.client_mbps:g} (client) and {hardware.server_mbps:g} Mbit/s (server)")
         taken.append(f"merging {hardware.merge_gb_per_s:g} GB/s")
-        yield "taken for this", f"{', '.join(taken)}; evaluation, distillation and re-alignment are not counted"
+        uncounted = "evaluation, healing, distillation and re-alignment are not counted"
+        yield "taken for this", f"{', '.join(taken)}; {uncounted}"
 
 
 def plan(arguments: Sequence[str]) -> Plan:

@@ -39,7 +39,7 @@ class Need:
 def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     """Return the peak of every stage of every role.
 
-    What ``fit`` does is counted, distillation and re-alignment left out; ``compress`` measures fidelity on top.
+    What ``fit`` does is counted, without healing, distillation and re-alignment; ``compress`` measures fidelity on top.
     """
     (training, on_device), loading = _training(outline, traffic, row), _loading(outline)
     target = outline.target_parameters * outline.weight_bytes
