@@ -44,13 +44,13 @@ def test_narrowed_proxy_has_equal_parameters_and_fuses_back(setting):
     assert state_sha256(Fusion.by_name("plug_in")().fuse(model, proxy, proxy, layer_map)) == state_sha256(model)
 
 
-def test_healing_halves_the_divergence_of_half_of_the_blocks():
+def test_healing_takes_a_third_of_the_divergence_of_half_of_the_blocks():
     path = resolve("asset:smollm2-135m")
-    model, tokenizer = load_model(path), load_tokenizer(path)
-    *fitted, held_out = text_batches(read_texts("asset:calibration", 72, 0), tokenizer, max_tokens=64)
+    model, tokenizer, texts = load_model(path), load_tokenizer(path), read_texts("asset:calibration", 136, 0)
+    fitted, held_out = (text_batches(part, tokenizer, max_tokens=64) for part in (texts[8:], texts[:8]))
     kept = (0, 1, 2, 8, 10, 11, 19, 20, 21, 22, 23, 24, 27, 28, 29)  # Block Influence's
     proxy, layer_map = Compressor.by_name("block_influence")(keep=kept).compress(model)
-    before = compare(model, proxy, [held_out]).kl
+    before = compare(model, proxy, held_out).kl
     found = heal(proxy, model, fitted, layer_map=layer_map, ridge=0.01)
     assert [(gap.block, gap.removed) for gap in found] == [(2, 5), (3, 1), (5, 7), (11, 2)]
-    assert compare(model, proxy, [held_out]).kl < 0.6 * before
+    assert compare(model, proxy, held_out).kl < 0.7 * before
