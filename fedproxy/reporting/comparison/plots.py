@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 _MIB = 2**20
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
+_MARKERS = ("o", "s", "^")
 _NUMBERED_CELLS = 12
+_LABELLED_POINTS = 8
+"""Points that carry their names; more would cover each other, and a legend names them."""
 Runs = Mapping[str, Sequence[Record]]
 Curve = Sequence[tuple[int, float | None]]
 
@@ -56,27 +59,43 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
             axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 2)))
             place: dict[str, Any] = {"xy": (1, height), "xycoords": ("axes fraction", "data")}
             axes.annotate(label, **place, ha="right", va="bottom", fontsize=8, color=INK)
-        for number, (_, x, y, error) in enumerate(points):
-            color = SERIES[1 + number % (len(SERIES) - 1)]
-            axes.errorbar([x], [y], yerr=[100 * (error or 0.0)], fmt="o", color=color, ecolor=FAINT, markersize=5)
-        low, high = axes.get_ylim()
-        heights = _apart([y for _, _, y, _ in points], (high - low) * 0.055)
-        for (label, x, _, _), height in zip(points, heights, strict=True):
-            axes.annotate(
-                label, (x, height), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
-            )
+        colors = SERIES[1:]
+        for number, (label, x, y, error) in enumerate(points):
+            style: dict[str, Any] = {
+                "color": colors[number % len(colors)],
+                "marker": _MARKERS[number // len(colors) % len(_MARKERS)],
+            }
+            bars = [100 * (error or 0.0)]
+            axes.errorbar([x], [y], yerr=bars, linestyle="", ecolor=FAINT, markersize=5, label=label, **style)
+        if len(points) > _LABELLED_POINTS:
+            _legend(axes)
+        else:
+            low, high = axes.get_ylim()
+            heights = _apart([y for _, _, y, _ in points], (high - low) * 0.055)
+            for (label, x, _, _), height in zip(points, heights, strict=True):
+                place = {"xy": (x, height), "xytext": (6, 0), "textcoords": "offset points"}
+                axes.annotate(label, **place, va="center", fontsize=8, color=INK)
         axes.set_xscale("log")
         wide = max(x for _, x, _, _ in points) > 30 * min(x for _, x, _, _ in points)
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.35)
+        axes.margins(x=0.1 if len(points) > _LABELLED_POINTS else 0.35)
         axes.set_xlabel("sent by all clients and rounds, both ways, MiB (log scale)")
         axes.set_ylabel("mean accuracy, per cent")
 
     words = "; ".join(f"{label} {x:.1f} MiB, {y:.1f} %" for label, x, y, _ in points)
     levels = "; ".join(f"{label} {height:.1f} %" for label, height in lines)
-    return plot("Accuracy against bytes", f"Points. {words}. Levels: {levels}.", draw, height=3.6)
+    height = 3.6 + (0.16 * (len(points) // 3) if len(points) > _LABELLED_POINTS else 0.0)
+    return plot("Accuracy against bytes", f"Points. {words}. Levels: {levels}.", draw, height=height)
+
+
+def _legend(axes: "Axes") -> None:
+    """Put a legend of three columns above the axes."""
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=7, labelcolor=INK,
+        borderaxespad=0.2, borderpad=0, handlelength=1.6, columnspacing=1.0, handletextpad=0.5,
+    )  # fmt: skip
 
 
 def _apart(heights: Sequence[float], least: float) -> list[float]:
@@ -129,10 +148,7 @@ def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_xlabel("round")
         axes.set_ylabel(unit)
-        axes.legend(
-            loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, frameon=False, fontsize=7, labelcolor=INK,
-            borderaxespad=0.2, borderpad=0, handlelength=1.6, columnspacing=1.0, handletextpad=0.5,
-        )  # fmt: skip
+        _legend(axes)
 
     words = "; ".join(f"{label}: {_values(curve)}" for label, curve in curves.items())
     return plot(title, f"Lines. {words}.", draw, height=2.9 + 0.16 * (len(curves) // 3))

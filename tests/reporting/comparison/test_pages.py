@@ -98,6 +98,16 @@ def test_plots_have_descriptions_with_their_numbers(runs):
     assert "round 3 0.200" in plots["Conflict between clients, by method"].description
 
 
+def test_many_points_are_named_by_a_legend_and_few_carry_their_names(runs):
+    found = make_comparison(runs).analysis
+    few = comparison_plots(found, runs)[0]
+    many = comparison_plots(replace(found, methods=list(found.methods) * 5), runs)[0]
+    assert few.title == many.title == "Accuracy against bytes"
+    assert (few.svg.count("legend"), few.svg.count(">fedproxy</text>")) == (0, 1)
+    assert "legend_1" in many.svg
+    assert many.svg.count(">fedproxy</text>") == 5
+
+
 def test_the_same_comparison_gives_the_same_files(files, runs, tmp_path):
     again = write_comparison(make_comparison(runs), runs, tmp_path / "again")
     assert {path.suffix[1:]: path.read_text() for path in again} == files
