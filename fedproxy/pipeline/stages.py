@@ -150,7 +150,9 @@ def heal(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[
             layer_map=layer_map,
             ridge=run.config.healing.ridge,
         )
-    errors = ", ".join(f"block {gap.block} {gap.before:.3f} to {gap.after:.3f}" for gap in found)
+    errors = ", ".join(
+        f"block {gap.block} ({gap.removed} removed) {gap.before:.3f} to {gap.after:.3f}" for gap in found
+    )
     run.display.say(
         f"healed: error of hidden states behind {errors}" if found else "healed: no block has a gap behind it"
     )

@@ -49,6 +49,7 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
     ]
     if not points:
         return None
+    crowded = len(points) > _LABELLED_POINTS
     lines = [("zero-shot", 100 * found.zero_shot["mean"].value)]
     lines += [(row.label, 100 * row.scores["mean"].value) for row in found.methods if row.label == found.ceiling]
 
@@ -67,7 +68,7 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
             }
             bars = [100 * (error or 0.0)]
             axes.errorbar([x], [y], yerr=bars, linestyle="", ecolor=FAINT, markersize=5, label=label, **style)
-        if len(points) > _LABELLED_POINTS:
+        if crowded:
             _legend(axes)
         else:
             low, high = axes.get_ylim()
@@ -80,13 +81,13 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.margins(x=0.1 if len(points) > _LABELLED_POINTS else 0.35)
+        axes.margins(x=0.1 if crowded else 0.35)
         axes.set_xlabel("sent by all clients and rounds, both ways, MiB (log scale)")
         axes.set_ylabel("mean accuracy, per cent")
 
     words = "; ".join(f"{label} {x:.1f} MiB, {y:.1f} %" for label, x, y, _ in points)
     levels = "; ".join(f"{label} {height:.1f} %" for label, height in lines)
-    height = 3.6 + (0.16 * (len(points) // 3) if len(points) > _LABELLED_POINTS else 0.0)
+    height = 3.6 + (0.16 * (len(points) // 3) if crowded else 0.0)
     return plot("Accuracy against bytes", f"Points. {words}. Levels: {levels}.", draw, height=height)
 
 

@@ -119,11 +119,13 @@ def heal(
 
     decoder = Decoder.of(proxy)
     found = gaps(layer_map, len(Decoder.of(target)))
+    if not found:
+        return ()
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
     wanted: dict[int, list[Tensor]] = {behind: [] for _, behind in found}
     for batch in batches:
-        seen = observe(target, _on(batch, target.device), list(wanted)) if wanted else {}
+        seen = observe(target, _on(batch, target.device), list(wanted))
         for behind, kept in wanted.items():
             kept.append(seen[f"block_{behind}"].float().cpu())
     healed = []
@@ -156,7 +158,7 @@ class _Fit:
 
     def add(self, entered: Tensor, given: Tensor, wanted: Tensor) -> None:
         """Add a batch: z (tokens, neurons), h* and h (tokens, hidden), all float32."""
-        scale = wanted.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+        scale = _inverse_rms(wanted)
         inputs, missing = entered * scale, (wanted - given) * scale
         gram, cross = (inputs.T @ inputs).cpu().double(), (inputs.T @ missing).cpu().double()
         self.gram = gram if self.gram is None else self.gram.add_(gram)
@@ -234,13 +236,18 @@ def _check_additive(block: nn.Module, before: Tensor, after: Tensor, fitted: Ten
     Raises:
         ModelError: If something, a norm in Gemma 2 and 3, lies between the layer and the residual stream.
     """
-    scale = before.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+    scale = _inverse_rms(before)
     gap, moved, all_of_it = ((part * scale).norm() for part in (after - before - fitted, fitted, before))
     if not gap <= 0.1 * moved + 1e-3 * all_of_it:  # half precision rounds the weights; a norm changes all of it
         raise ModelError(
             f"healing.rows: {type(block).__name__} does not add its feed-forward output to the residual stream as it "
             f"is; {_INSTEAD}"
         )
+
+
+def _inverse_rms(states: Tensor) -> Tensor:
+    """Return 1 / RMS of every token's state, (tokens, 1), from float32 (tokens, hidden)."""
+    return states.square().mean(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
 
 
 def _on(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
