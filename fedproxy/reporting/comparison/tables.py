@@ -14,30 +14,24 @@ from fedproxy.reporting.tables import Table
 
 
 def score_table(found: Analysis) -> Table:
-    """Return accuracy per task and mean, and beside them what they cost."""
+    """Return mean accuracy, what it costs, and accuracy per task; in this order, as a page cuts off what is wide."""
     tasks = [task for task in found.zero_shot if task != "mean"]
     with_nll = any(row.answer_nll is not None for row in found.methods)
     seeds = any(score.stderr_seeds is not None for row in found.methods for score in row.scores.values())
-    head = ["method", *tasks, "mean", *(["± seeds"] if seeds else []), *(["answer NLL"] if with_nll else [])]
-    head += ["sent", "trained", "client time"]
-    rows = [
-        ["target, untouched", *_scores(found.zero_shot, tasks, seeds), *_nll(found.zero_shot_nll, with_nll), "", "", ""]
-    ]
+    head = ["method", "mean", *(["± seeds"] if seeds else []), *(["answer NLL"] if with_nll else [])]
+    head += ["sent", "trained", "client time", *tasks]
+
+    def line(name: str, scores: Mapping[str, Score], nll: float | None, costs: Sequence[str]) -> list[str]:
+        spread = scores["mean"].stderr_seeds
+        spreads = [show.NONE if spread is None else f"{100 * spread:.1f}"] if seeds else []
+        nlls = [show.fixed(nll)] if with_nll else []
+        return [name, _score(scores["mean"]), *spreads, *nlls, *costs, *(_score(scores[task]) for task in tasks)]
+
+    rows = [line("target, untouched", found.zero_shot, found.zero_shot_nll, ["", "", ""])]
     for row in found.methods:
-        cells = [_name(row, found), *_scores(row.scores, tasks, seeds)]
-        cells += _nll(row.answer_nll, with_nll)
-        rows.append([*cells, show.size(sent(row)), show.count(row.cost["trainable_parameters"]), _time(row)])
+        costs = [show.size(sent(row)), show.count(row.cost["trainable_parameters"]), _time(row)]
+        rows.append(line(_name(row, found), row.scores, row.answer_nll, costs))
     return Table(head, rows)
-
-
-def _scores(scores: Mapping[str, Score], tasks: Sequence[str], seeds: bool) -> list[str]:
-    cells = [_score(scores[task]) for task in [*tasks, "mean"]]
-    spread = scores["mean"].stderr_seeds
-    return cells + ([show.NONE if spread is None else f"{100 * spread:.1f}"] if seeds else [])
-
-
-def _nll(value: float | None, wanted: bool) -> list[str]:
-    return [show.fixed(value)] if wanted else []
 
 
 def _score(score: Score) -> str:
@@ -111,14 +105,15 @@ def percent(share: float) -> str:
 
 def cost_table(found: Analysis) -> Table:
     """Return what every method costs and what it shows of the target."""
-    head = ["method", "rounds", "examples seen", "upload", "download", "trained", "client time", "server time"]
-    head += ["target disclosed", "proxy alone", "tuned proxy alone", "result"]
+    head = ["method", "mean", "rounds", "examples seen", "upload", "download", "trained", "client time", "server time"]
+    head += ["target disclosed", "proxy alone", "tuned proxy alone"]
     rows = []
     for row in found.methods:
         cost, shown = row.cost, row.exposure
         rows.append(
             [
                 row.label,
+                show.percent(row.scores["mean"].value),
                 str(row.rounds),
                 show.NONE if cost["examples"] is None else f"{cost['examples']:.0f}",
                 show.size(cost["upload_bytes"]),
@@ -129,7 +124,6 @@ def cost_table(found: Analysis) -> Table:
                 show.percent(shown["disclosed_parameter_share"]),
                 show.percent(shown["proxy"]),
                 show.percent(shown["proxy_tuned"]),
-                show.percent(row.scores["mean"].value),
             ]
         )
     return Table(head, rows)

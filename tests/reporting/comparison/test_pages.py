@@ -49,7 +49,10 @@ def test_text_and_page_show_the_same_tables(files):
 
 def test_every_score_stands_beside_what_it_cost(files):
     (head,) = [line for line in files["md"].splitlines() if line.startswith("| method") and "answer NLL" in line]
-    assert [cell.strip() for cell in head.strip("|").split("|")][-3:] == ["sent", "trained", "client time"]
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    # A page cuts off what is wide: the mean and its price come before the tasks.
+    assert columns[:2] == ["method", "mean"]
+    assert columns[-5:-2] == ["sent", "trained", "client time"], columns
     (row,) = [
         line
         for line in files["md"].splitlines()
