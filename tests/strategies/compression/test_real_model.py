@@ -44,7 +44,7 @@ def test_narrowed_proxy_has_equal_parameters_and_fuses_back(setting):
     assert state_sha256(Fusion.by_name("plug_in")().fuse(model, proxy, proxy, layer_map)) == state_sha256(model)
 
 
-def test_healing_takes_a_third_of_the_divergence_of_half_of_the_blocks():
+def test_healing_nearly_halves_the_divergence_of_half_of_the_blocks():
     path = resolve("asset:smollm2-135m")
     model, tokenizer, texts = load_model(path), load_tokenizer(path), read_texts("asset:calibration", 136, 0)
     fitted, held_out = (text_batches(part, tokenizer, max_tokens=64) for part in (texts[8:], texts[:8]))
@@ -53,4 +53,4 @@ def test_healing_takes_a_third_of_the_divergence_of_half_of_the_blocks():
     before = compare(model, proxy, held_out).kl
     found = heal(proxy, model, fitted, layer_map=layer_map, ridge=0.01)
     assert [(gap.block, gap.removed) for gap in found] == [(2, 5), (3, 1), (5, 7), (11, 2)]
-    assert compare(model, proxy, held_out).kl < 0.7 * before
+    assert compare(model, proxy, held_out).kl < 0.6 * before  # 0.53 when measured
