@@ -15,6 +15,7 @@ from fedproxy.comparison.arguments import Method, Study
 from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.evaluation.task_checks import check_comparable
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder, flat, read_json
 from fedproxy.pipeline.run import run
@@ -91,6 +92,7 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     Raises:
         ConfigError: If a record, or a run that was not finished, was made under another configuration; nothing is run
             then.
+        EvaluationError: If a task is unknown, cannot be loaded or has no accuracy; nothing is run then.
     """
     found = [_recorded(cell) for cell in todo]
     if study.only_report:
@@ -98,6 +100,7 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     for cell, record in zip(todo, found, strict=True):
         if record is None:
             RunFolder(cell.config.output_dir).check_continues(cell.config, "delete that folder to run it anew")
+            check_comparable(cell.config.evaluation_tasks)
     shared = shared_work(study)
     outcomes = []
     for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):

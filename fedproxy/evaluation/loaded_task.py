@@ -32,6 +32,11 @@ class LoadedTask:
         return bool(self.task.OUTPUT_TYPE == "multiple_choice")
 
     @property
+    def has_accuracy(self) -> bool:
+        """Whether every document is answered right or wrong: what methods are compared by."""
+        return not {"acc", "acc_norm"}.isdisjoint(self.task.aggregation())
+
+    @property
     def only_means(self) -> bool:
         """Whether every metric is a mean, whose standard error needs no bootstrap."""
         return all(getattr(function, "__name__", "") == "mean" for function in self.task.aggregation().values())

@@ -1,6 +1,6 @@
 """What evaluation settings must satisfy; each broken rule is told in one line before a model is loaded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fedproxy.errors import EvaluationError, nearest
 from fedproxy.evaluation.loaded_task import Split
@@ -46,6 +46,22 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
     for loaded in load_task(name, split, needs):
         examples = len(loaded.task.fewshot_docs()) if num_fewshot else None
         _check_counts(loaded.name, len(loaded.task.eval_docs), examples, limit, num_fewshot)
+
+
+def check_comparable(names: Iterable[str]) -> None:
+    """Raise an EvaluationError unless every task has an accuracy, by which methods can be compared.
+
+    Tasks with a file of ours all have one; any other is loaded through the hub.
+    """
+    for name in names:
+        if name in offline_tasks():
+            continue
+        for loaded in load_task(name, None, ()):
+            if not loaded.has_accuracy:
+                raise EvaluationError(
+                    f"evaluation.tasks: {loaded.name} has neither acc nor acc_norm, and only multiple-choice tasks can "
+                    "be compared; leave it out"
+                )
 
 
 def check_rows(name: str, split: str, limit: int | None) -> None:

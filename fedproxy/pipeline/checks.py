@@ -5,22 +5,25 @@ from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.sources import read_texts
-from fedproxy.errors import ModelError
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder
 from fedproxy.models.checkpoints import first_line, without_reports
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
 from fedproxy.pipeline.data import check_held_out, texts_read
 from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.strategies.compression.healing import NEEDS_GAPS
 
 
 def check_compression(config: RunConfig) -> None:
-    """Refuse a target that cannot be compressed, and options of compression or distillation that do not fit it.
+    """Refuse a target that cannot be compressed, and options of compression, healing and distillation that do not fit.
 
     Raises:
-        ConfigError: If an option does not fit the target.
+        ConfigError: If an option does not fit the target, or healing the compressor.
         ModelError: If the target is no decoder that the compressor can work on.
     """
+    if config.healing.rows and not config.compression.leaves_gaps:
+        raise ConfigError(NEEDS_GAPS)
     shape = target_config(config)
     with torch.device("meta"):
         try:

@@ -285,6 +285,16 @@ def test_text_that_healing_lacks_is_missed_before_compressing(tmp_path, begun):
     assert not begun
 
 
+@pytest.mark.parametrize("name", ["ffn_width", "none", "{name: cluster, share: true}"])
+def test_healing_where_no_block_is_gone_is_refused_before_compressing(tmp_path, begun, name):
+    option = f"compression={name}" if name.startswith("{") else f"compression.name={name}"
+    message = r"^healing\.rows needs a compressor that removes whole blocks; leave it out, or choose another$"
+    refuse(ConfigError, message, tmp_path / "out", "healing.rows=8", option)
+    with pytest.raises(ConfigError, match=message):
+        run(load_config([*SMALL, f"output_dir={tmp_path / 'fit'}", "healing.rows=8", option]))
+    assert not begun
+
+
 def test_text_that_fidelity_lacks_is_missed_before_compressing_and_only_by_who_measures_it(tmp_path, begun):
     words = ("distillation.steps=2", "distillation.rows=200")  # all that there are
     message = r"tiny-calibration holds 200 texts and compression reads 200; add some"

@@ -66,6 +66,11 @@ class Compressor(Component, family="compression"):
 
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Whether whole blocks are gone from the proxy, none of the others repeated: what healing closes."""
+        return True
+
     def outline(self, decoder: Decoder) -> Any:
         """Return the proxy's configuration, as far as it is known without scores; weights are not read.
 

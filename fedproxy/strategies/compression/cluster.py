@@ -57,6 +57,11 @@ class Cluster(BlockRemoval, name="cluster"):
             )
         return linear_cka(states)
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Return whether the places of removed blocks stay empty."""
+        return not self.share
+
     def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
         """Return the centres, ascending; with ``share`` each as often as its cluster has blocks."""
         chosen = super().select(decoder, scores)

@@ -38,6 +38,11 @@ class FfnWidth(Compressor, name="ffn_width"):
         self.require("ratio_of", self.ratio_of in ("neurons", "parameters"), "neurons or parameters")
         self.require("saliency", self.saliency in ("weights", "activations"), "weights or activations")
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Return that every block stays."""
+        return False
+
     def outline(self, decoder: Decoder) -> Any:
         """Return the target's configuration with narrower feed-forward layers."""
         return self._narrowed(decoder, self.kept_count(decoder, feed_forwards(decoder)))

@@ -15,6 +15,7 @@ from fedproxy.models.decoder import Decoder, hidden_state
 from fedproxy.models.feed_forward import FeedForward
 from fedproxy.models.layer_map import LayerMap
 
+NEEDS_GAPS = "healing.rows needs a compressor that removes whole blocks; leave it out, or choose another"
 _INSTEAD = "leave healing out and distil instead (distillation.steps)"
 
 
@@ -67,7 +68,7 @@ def gaps(layer_map: LayerMap, depth: int) -> tuple[tuple[int, int], ...]:
     """
     kept = layer_map.proxy_to_target
     if layer_map.neurons is not None or any(left >= right for left, right in pairwise(kept)):
-        raise ConfigError("healing.rows needs a compressor that removes whole blocks; leave it out, or choose another")
+        raise ConfigError(NEEDS_GAPS)
     followers = (*kept[1:], depth)
     return tuple((own, end - 1) for own, (old, end) in enumerate(zip(kept, followers, strict=True)) if end - 1 > old)
 

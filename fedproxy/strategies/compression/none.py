@@ -13,6 +13,11 @@ from fedproxy.strategies.compression.base import Compressor
 class NoCompression(Compressor, name="none"):
     """Keeps every block: clients tune a copy of the target, as centralised tuning does."""
 
+    @property
+    def leaves_gaps(self) -> bool:
+        """Return that no block is gone."""
+        return False
+
     def select(self, decoder: Decoder, scores: Tensor | None) -> Sequence[int]:
         """Return every block."""
         return range(len(decoder))
