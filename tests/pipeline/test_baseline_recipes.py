@@ -68,7 +68,8 @@ def run_recipe(tmp_path_factory):
 
     def go(name, *overrides, folder=None):
         folder = folder or tmp_path_factory.mktemp(name) / "out"
-        return run(load_config([f"recipe={name}", f"output_dir={folder}", *TINY, *overrides])), folder
+        fewer = ["healing.rows=32"] if load_config([f"recipe={name}"]).healing.rows else []
+        return run(load_config([f"recipe={name}", f"output_dir={folder}", *TINY, *fewer, *overrides])), folder
 
     return go
 
@@ -160,12 +161,16 @@ def test_no_rounds_leave_the_target_and_one_round_runs_to_the_report(run_recipe,
 
 
 @pytest.mark.parametrize(
-    ("name", "published"),
-    [("fedproxy_plus", "fedproxy"), ("paper/fedproxy_plus_llama2_7b", "paper/fedproxy_llama2_7b_heterogeneous")],
+    ("name", "published", "heals"),
+    [
+        ("fedproxy_plus", "fedproxy", {"healing", "fusion"}),
+        ("paper/fedproxy_plus_llama2_7b", "paper/fedproxy_llama2_7b_heterogeneous", set()),
+    ],
 )
-def test_fedproxy_plus_takes_batches_of_8_and_changes_nothing_else(name, published):
+def test_fedproxy_plus_takes_batches_of_8_and_heals_and_changes_nothing_else(name, published, heals):
     plus, other = (to_dict(load_config([f"recipe={recipe}"])) for recipe in (name, published))
-    assert {key for key in plus if plus[key] != other[key]} - {"recipe", "output_dir"} == {"method", "client"}
+    assert {key for key in plus if plus[key] != other[key]} - {"recipe", "output_dir"} == {"method", "client", *heals}
+    assert plus["fusion"] == {**other["fusion"], "mode": "delta" if heals else "replace"}
     steps = [config["client"].pop("batch_size") * config["client"].pop("accumulate") for config in (plus, other)]
     assert steps == [8, 16]
     assert plus["client"] == other["client"]
@@ -174,7 +179,8 @@ def test_fedproxy_plus_takes_batches_of_8_and_changes_nothing_else(name, publish
 def test_fedproxy_plus_half_changes_what_its_comment_says_and_sees_the_same_rows():
     plus, half = (to_dict(load_config([f"recipe={name}"])) for name in ("fedproxy_plus", "fedproxy_plus_half"))
     changed = {key for key in plus if plus[key] != half[key]} - {"recipe", "method", "output_dir"}
-    assert changed == {"compression", "distillation", "fusion"}
+    assert changed == {"compression", "healing", "distillation", "fusion"}
+    assert half["healing"]["rows"] == 0
     assert keep_count(30, half["compression"]["ratio"]) == 15
     assert half["fusion"] == {"name": "plug_in", "mode": "delta", "scale": 1.36}
     check_fair({name: load_config([f"recipe={name}"]) for name in ("fedproxy", "fedproxy_plus_half")})
