@@ -1,8 +1,8 @@
 """The comparison's plots: accuracy against bytes, loss per round, conflict and cosines, Block Influence."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from fedproxy.reporting import formatting as show
@@ -24,6 +24,8 @@ _MARKERS = ("o", "s", "^")
 _NUMBERED_CELLS = 12
 _LABELLED_POINTS = 8
 """Points that carry their names; more would cover each other, and a legend names them."""
+_NAME_WIDTH = 0.6
+"""Width of a long name, in parts of what the points span in x."""
 Runs = Mapping[str, Sequence[Record]]
 Curve = Sequence[tuple[int, float | None]]
 
@@ -58,8 +60,8 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
 
         for label, height in lines:
             axes.axhline(height, color=INK, linewidth=1, linestyle=(0, (4, 2)))
-            place: dict[str, Any] = {"xy": (1, height), "xycoords": ("axes fraction", "data")}
-            axes.annotate(label, **place, ha="right", va="bottom", fontsize=8, color=INK)
+            beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+            axes.annotate(label, (1, height), (4, 0), **beside, va="center", fontsize=8, color=INK)
         colors = SERIES[1:]
         for number, (label, x, y, error) in enumerate(points):
             style: dict[str, Any] = {
@@ -72,10 +74,11 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
             _legend(axes)
         else:
             low, high = axes.get_ylim()
-            heights = _apart([y for _, _, y, _ in points], (high - low) * 0.055)
+            heights = _apart([(math.log10(x), y) for _, x, y, _ in points], (high - low) * 0.055)
             for (label, x, _, _), height in zip(points, heights, strict=True):
-                place = {"xy": (x, height), "xytext": (6, 0), "textcoords": "offset points"}
-                axes.annotate(label, **place, va="center", fontsize=8, color=INK)
+                axes.annotate(
+                    label, (x, height), (6, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+                )
         axes.set_xscale("log")
         wide = max(x for _, x, _, _ in points) > 30 * min(x for _, x, _, _ in points)
         axes.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
@@ -99,13 +102,15 @@ def _legend(axes: "Axes") -> None:
     )  # fmt: skip
 
 
-def _apart(heights: Sequence[float], least: float) -> list[float]:
-    """Return label heights in the same order, at least ``least`` apart."""
-    placed = list(heights)
-    order = sorted(range(len(placed)), key=placed.__getitem__)
-    for lower, upper in pairwise(order):
-        placed[upper] = max(placed[upper], placed[lower] + least)
-    return placed
+def _apart(points: Sequence[tuple[float, float]], least: float) -> list[float]:
+    """Return label heights in the same order, ``least`` apart where points are too near in x for two names."""
+    across = [x for x, _ in points]
+    near = _NAME_WIDTH * (max(across) - min(across))
+    placed: dict[int, float] = {}
+    for one in sorted(range(len(points)), key=lambda number: points[number][1]):
+        beside = [height for other, height in placed.items() if abs(across[other] - across[one]) <= near]
+        placed[one] = max([points[one][1], *(height + least for height in beside)])
+    return [placed[number] for number in range(len(points))]
 
 
 def _losses(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from fedproxy.reporting.comparison.pages import write_comparison
-from fedproxy.reporting.comparison.plots import comparison_plots
+from fedproxy.reporting.comparison.plots import _apart, comparison_plots
 from fedproxy.reporting.comparison.view import RunLine
 from tests.reporting.test_html import Balance
 
@@ -109,6 +109,13 @@ def test_many_points_are_named_by_a_legend_and_few_carry_their_names(runs):
     assert (few.svg.count("legend"), few.svg.count(">fedproxy</text>")) == (0, 1)
     assert "legend_1" in many.svg
     assert many.svg.count(">fedproxy</text>") == 5
+
+
+def test_names_of_neighbouring_points_are_apart_and_those_of_distant_ones_stay_beside_them():
+    points = [(1.0, 40.2), (1.1, 40.0), (1.2, 40.1), (4.0, 40.0), (1.1, 45.0)]
+    heights = _apart(points, 0.5)
+    assert heights == pytest.approx([41.0, 40.0, 40.5, 40.0, 45.0])
+    assert _apart([(2.0, 40.0)], 0.5) == [40.0]
 
 
 def test_the_same_comparison_gives_the_same_files(files, runs, tmp_path):
