@@ -15,8 +15,8 @@ from fedproxy.comparison.arguments import Method, Study
 from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
-from fedproxy.evaluation.task_checks import check_comparable
 from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.evaluation import check_comparable
 from fedproxy.pipeline.folder import RunFolder, flat, read_json
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
@@ -100,7 +100,7 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     for cell, record in zip(todo, found, strict=True):
         if record is None:
             RunFolder(cell.config.output_dir).check_continues(cell.config, "delete that folder to run it anew")
-            check_comparable(cell.config.evaluation_tasks)
+            check_comparable(cell.config)
     shared = shared_work(study)
     outcomes = []
     for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):

@@ -48,7 +48,7 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
         _check_counts(loaded.name, len(loaded.task.eval_docs), examples, limit, num_fewshot)
 
 
-def check_comparable(names: Iterable[str]) -> None:
+def check_accuracy(names: Iterable[str]) -> None:
     """Raise an EvaluationError unless every task has an accuracy, by which methods can be compared.
 
     Tasks with a file of ours all have one; any other is loaded through the hub.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
+from fedproxy.evaluation.task_checks import check_accuracy
 from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.folder import RunFolder, read_json
@@ -60,6 +61,15 @@ def _drop_outdated(run: Run, rounds: int) -> None:
         if model not in run.config.evaluation.models and (read_json(path) or {}).get("settings") != settings:
             for name in (path.name, f"{label}.samples.jsonl", f"{label}.json"):
                 (path.parent / name).unlink(missing_ok=True)
+
+
+def check_comparable(config: RunConfig) -> None:
+    """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
+
+    Raises:
+        EvaluationError: If there is one, or a task is unknown or cannot be loaded.
+    """
+    check_accuracy(config.evaluation_tasks)
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:
