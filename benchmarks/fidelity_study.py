@@ -29,6 +29,7 @@ from fedproxy.data.assets import fetch, resolve
 from fedproxy.data.assets.store import cache_root
 from fedproxy.data.sources import read_texts
 from fedproxy.evaluation.harness import evaluate_model, missing_assets
+from fedproxy.files import write_json, write_text
 from fedproxy.models import Decoder, load_model, load_tokenizer
 from fedproxy.models.decoder import parameter_count, positions_limit
 from fedproxy.modules.distillation import distil
@@ -36,7 +37,6 @@ from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import text_batches
 from fedproxy.pipeline.run import run
-from fedproxy.plain_json import write_json, write_text
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression import Compressor
 

@@ -1,7 +1,13 @@
 """Errors that a user, a client or a file can cause: each is one line that names the key, the rule and the way out."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST_LINE = 300
+"""Most characters of a text that somebody else wrote, wherever it is shown or kept."""
+_ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])|\x9b[0-?]*[ -/]*[@-~]")
+"""Terminal commands: colours, titles, links."""
 
 
 class FedProxyError(Exception):
@@ -43,3 +49,29 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(names)}" if names else ""
+
+
+def one_line(text: object, limit: int = LONGEST_LINE) -> str:
+    """Return an error's message, or any other text of foreign origin, fit to be shown and kept.
+
+    It is one line of printable characters: control characters, escape sequences and marks that change the direction
+    of writing become blanks, blanks in a row become one, and what is longer than ``limit`` is cut. This is the one
+    border that text of clients, files and libraries passes.
+
+    Args:
+        text: An exception, whose type stands in where it has no message, or anything with a ``str``.
+        limit: Most characters.
+    """
+    try:
+        whole = str(text)[: 64 * limit]
+    except Exception:  # a foreign object may fail at anything
+        whole = ""
+    clean = "".join(character if character.isprintable() else " " for character in _ESCAPES.sub(" ", whole))
+    line = " ".join(clean.split()) or type(text).__name__
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def first_line(error: object) -> str:
+    """Return the first line of a library's error that says something, as :func:`one_line` shows it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return one_line(lines[0]) if lines else type(error).__name__

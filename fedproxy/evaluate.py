@@ -129,7 +129,7 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
 
 
 def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path) -> None:
-    from fedproxy.plain_json import write_json, write_text
+    from fedproxy.files import write_json, write_text
 
     settings = dataclasses.asdict(options)
     scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}

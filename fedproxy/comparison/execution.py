@@ -15,12 +15,12 @@ from fedproxy.comparison.arguments import Method, Study
 from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.files import plain, write_text
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable
 from fedproxy.pipeline.folder import RunFolder, flat, read_json
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
-from fedproxy.plain_json import plain, write_text
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 

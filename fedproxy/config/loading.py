@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedproxy.config.schema import RunConfig
-from fedproxy.errors import ConfigError, nearest
+from fedproxy.errors import ConfigError, first_line, nearest
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
@@ -226,7 +226,7 @@ def _one_line_errors(key: str = "") -> Iterator[None]:
         yield
     except (OmegaConfBaseException, ValueError, YAMLError) as error:
         where = key or getattr(error, "full_key", None)
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise ConfigError(f"{where}: {first}" if where else first) from None
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fedproxy.data.assets import resolve
 from fedproxy.data.readers import SUFFIXES, Record, read_file
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError, nearest
+from fedproxy.errors import DataError, first_line, nearest
 from fedproxy.seeding import generator
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -120,7 +120,7 @@ def _saved_records(folder: Path, split: str) -> Iterator[Record]:
     try:
         data = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is no whole save_to_disk folder ({_line(error)}); save it again") from error
+        raise DataError(f"{folder} is no whole save_to_disk folder ({first_line(error)}); save it again") from error
     if not isinstance(data, Dataset):
         if split not in data:
             raise DataError(f"{folder} holds no split {split!r}{nearest(split, data)}")
@@ -138,7 +138,7 @@ def _hub_records(path: str, split: str) -> Iterator[Record]:
         data = load_dataset(path, split=split)
     except Exception as error:  # the hub's client fails with many kinds, and all of them mean the same here
         raise DataError(
-            f"{path} is no local file or folder, and the hub gave no split {split!r} of it ({_line(error)})"
+            f"{path} is no local file or folder, and the hub gave no split {split!r} of it ({first_line(error)})"
         ) from error
     for number, values in enumerate(data, 1):
         yield Record(f"{path} {split} row {number}", values)
@@ -177,7 +177,3 @@ def _numbered(labels: list[Any]) -> list[int]:
 def _short(value: Any) -> str:
     shown = repr(value)
     return shown if len(shown) <= 40 else f"{shown[:37]}..."
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,10 +8,10 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
-from fedproxy.errors import EvaluationError, nearest
+from fedproxy.errors import EvaluationError, first_line, nearest
 from fedproxy.evaluation.loaded_task import LoadedTask, Split
 from fedproxy.evaluation.offline_tasks import offline_tasks, task_names
-from fedproxy.evaluation.quiet import first_line, quiet
+from fedproxy.evaluation.quiet import quiet
 
 
 @functools.lru_cache(maxsize=32)

@@ -47,9 +47,3 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
         logger.setLevel(level)
         random.setstate(state)
-
-
-def first_line(error: BaseException) -> str:
-    """Return an error of another library as one short line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."

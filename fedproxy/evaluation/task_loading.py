@@ -9,11 +9,11 @@ from pathlib import Path
 import yaml
 
 from fedproxy.data.assets import cache_root
-from fedproxy.errors import EvaluationError
+from fedproxy.errors import EvaluationError, first_line
 from fedproxy.evaluation.hub_tasks import load_from_hub
 from fedproxy.evaluation.loaded_task import LoadedTask, Split
 from fedproxy.evaluation.offline_tasks import OfflineTask, offline_tasks
-from fedproxy.evaluation.quiet import first_line, quiet
+from fedproxy.evaluation.quiet import quiet
 
 
 def needed_splits(name: str, split: Split | None, num_fewshot: int) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.round_files import flush
+from fedproxy.files import flush
 
 _NAME = re.compile(r"round_(\d{4,})")
 _GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change", "emulator")

@@ -13,7 +13,7 @@ from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import DataError
-from fedproxy.plain_json import write_text
+from fedproxy.files import write_text
 
 
 def rows_file(folder: Path, client_id: str) -> Path:

@@ -22,7 +22,7 @@ from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
 from fedproxy.federation.validation import RoundValidation
-from fedproxy.plain_json import plain, write_text
+from fedproxy.files import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.product import aggregate_products

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-from fedproxy.errors import ClientError
-from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine, one_line
+from fedproxy.errors import ClientError, one_line
+from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine
 from fedproxy.federation.expected import Expected
 from fedproxy.federation.update_checks import check_update, too_long
 from fedproxy.protocol import Broadcast, ClientUpdate

@@ -14,7 +14,7 @@ from torch.distributions import Dirichlet
 from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
 from fedproxy.federation.owners import read_owners
-from fedproxy.plain_json import write_text
+from fedproxy.files import write_text
 from fedproxy.registry import Component
 from fedproxy.seeding import derive_seed, generator
 

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
+from fedproxy.files import flush
 
 _NAME = re.compile(r"round_(\d{4,})\.safetensors")
 _KEPT = 3
@@ -104,13 +105,3 @@ class ClientFiles:
         if self.folder.is_dir():
             for folder in self.folder.iterdir():
                 RoundFiles(folder).rewind(round_)
-
-
-def flush(paths: Iterable[Path]) -> None:
-    """Bring files, or folders' lists of files, to the disk itself."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -17,8 +17,8 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError
 
-from fedproxy.errors import FedProxyError
-from fedproxy.federation.engines.base import Answer, Client, Dropped, attempt, one_line
+from fedproxy.errors import FedProxyError, one_line
+from fedproxy.federation.engines.base import Answer, Client, Dropped, attempt
 from fedproxy.protocol import Broadcast
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from fedproxy.errors import CheckpointError, ConfigError, ModelError
+from fedproxy.errors import CheckpointError, ConfigError, ModelError, first_line
 from fedproxy.models.anonymity import strip_origin, without_templates
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 
@@ -226,8 +226,3 @@ def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedM
         yield model
     finally:
         model.to(home)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedproxy.errors import ModelError
-from fedproxy.models.checkpoints import first_line, without_reports
+from fedproxy.errors import ModelError, first_line
+from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
 
 OTHER_PARTS = "keep other blocks (compression.keep) or choose compression.name=none"

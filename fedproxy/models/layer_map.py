@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError
-from fedproxy.plain_json import write_text
+from fedproxy.files import write_text
 
 
 @dataclass(frozen=True)

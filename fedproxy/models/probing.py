@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from fedproxy.errors import FedProxyError, ModelError
-from fedproxy.models.checkpoints import first_line, special_ids, without_reports
+from fedproxy.errors import FedProxyError, ModelError, first_line
+from fedproxy.models.checkpoints import special_ids, without_reports
 from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.models.skipping import skipping
 

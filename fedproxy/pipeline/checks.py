@@ -5,9 +5,9 @@ from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.sources import read_texts
-from fedproxy.errors import ConfigError, ModelError
+from fedproxy.errors import ConfigError, ModelError, first_line
 from fedproxy.models import Decoder
-from fedproxy.models.checkpoints import first_line, without_reports
+from fedproxy.models.checkpoints import without_reports
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
 from fedproxy.pipeline.data import check_held_out, texts_read

@@ -10,13 +10,13 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.task_checks import check_accuracy
+from fedproxy.files import write_json
 from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.sharing import evaluation_key
 from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies
-from fedproxy.plain_json import write_json
 from fedproxy.reporting.samples import load_samples, save_evaluation
 
 Scores = dict[str, dict[str, float]]

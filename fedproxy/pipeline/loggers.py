@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.errors import CheckpointError, ConfigError, first_line
+from fedproxy.files import write_json
 from fedproxy.pipeline.folder import read_json
-from fedproxy.plain_json import write_json
 
 PROJECT = "fedproxy"
 """Name of the MLflow experiment and of the Weights & Biases project."""
@@ -174,5 +174,5 @@ def _one_line(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         raise ConfigError(f"loggers: {name} needs a package that is not installed ({error})") from error
     except Exception as error:  # databases, services and files: each has errors of its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise CheckpointError(f"loggers: {name} failed ({reason}); go on with resume=auto, or without it") from error

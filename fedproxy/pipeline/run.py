@@ -18,6 +18,7 @@ from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.files import write_text
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
@@ -34,7 +35,6 @@ from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out, validation_report
-from fedproxy.plain_json import write_text
 from fedproxy.reporting import (
     CompressionReport,
     Cost,

@@ -28,10 +28,10 @@ from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
 from fedproxy.evaluation.validation import Question
+from fedproxy.files import plain, write_json
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import public_texts
 from fedproxy.pipeline.folder import read_json
-from fedproxy.plain_json import plain, write_json
 from fedproxy.reporting.provenance import hardware, versions
 
 if TYPE_CHECKING:

@@ -23,6 +23,7 @@ from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
+from fedproxy.files import write_json
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
@@ -34,7 +35,6 @@ from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import realigner
 from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
-from fedproxy.plain_json import write_json
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedproxy.errors import EvaluationError
-from fedproxy.plain_json import write_text
+from fedproxy.files import write_text
 from fedproxy.reporting.html import to_html
 from fedproxy.reporting.markdown import to_markdown
 from fedproxy.reporting.pairing import PairedDifference, against_target

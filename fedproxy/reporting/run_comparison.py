@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from fedproxy.plain_json import write_json, write_text
+from fedproxy.files import write_json, write_text
 from fedproxy.reporting.markdown import escape, markdown_table
 from fedproxy.reporting.pairing import RunDifferences, between_runs, paired_table
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
-from fedproxy.plain_json import plain, write_json
+from fedproxy.files import plain, write_json
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 

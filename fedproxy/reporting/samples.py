@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import EvaluationError
-from fedproxy.plain_json import plain, write_json, write_text
+from fedproxy.files import plain, write_json, write_text
 from fedproxy.reporting.scores import MODELS
 
 Sample = Mapping[str, Any]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
-from fedproxy.plain_json import plain
+from fedproxy.files import plain
 from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, with_means
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fedproxy.errors import FedProxyError
+from fedproxy.errors import FedProxyError, one_line
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.registry import Component
 
@@ -117,11 +117,6 @@ def signed(update: ClientUpdate, client_id: str) -> Answer:
     if update.client_id == client_id:
         return update
     return Dropped(client_id, f"its update is in the name of client {update.client_id!r}")
-
-
-def one_line(error: BaseException) -> str:
-    """Return an error's message without line breaks, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def late(timeout_s: float) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.engines.base import (
     Answer,
     Answers,
@@ -23,7 +23,6 @@ from fedproxy.federation.engines.base import (
     Engine,
     RemoteClient,
     late,
-    one_line,
     signed,
 )
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, Message, WorkerProcess

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedproxy.plain_json import write_json, write_text
+from fedproxy.files import write_json, write_text
 from fedproxy.reporting.comparison.plots import comparison_plots
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.view import Comparison, ComparisonView, build_view

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, EvaluationError
-from fedproxy.plain_json import plain, write_text
+from fedproxy.files import plain, write_text
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.samples import Evaluation, kept_models, load_evaluation
 from fedproxy.reporting.schema import SchemaError, decode

@@ -1,0 +1,203 @@
+"""Files as every part of FedProxy reads and writes them: JSON of a known type, whole or not at all, never a pipe.
+
+JSON is written as the standard has it: no NaN, no infinity.
+"""
+
+import hashlib
+import json
+import math
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedproxy.errors import CheckpointError, FedProxyError, one_line
+
+T = TypeVar("T")
+MOST_JSON_BYTES = 1 << 28
+"""Largest JSON file that is read: 256 MiB, far above what a run writes."""
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON types: tensors and arrays become lists, NaN and infinities become None.
+
+    Raises:
+        TypeError: If a value has no JSON form.
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in (sorted(value) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "tolist"):  # torch tensors and NumPy arrays and scalars
+        return plain(value.tolist())
+    if isinstance(value, os.PathLike):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write ``text`` to ``path`` through a temporary file and a rename, so that readers never see half of it.
+
+    A file that holds this text already is left as it is.
+
+    Raises:
+        CheckpointError: If the folder cannot be made or written; what was there before stays.
+    """
+    path = Path(path)
+    data = text.encode("utf-8")
+    try:
+        if _holds(path, data):
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path} ({error.strerror or error}); free the path or choose another output_dir"
+        ) from error
+    return path
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write ``value`` as indented JSON; see :func:`plain` and :func:`write_text`."""
+    return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def parse_json(text: str | bytes, kind: type[T]) -> T:
+    """Return the value of a JSON text, of the wanted type.
+
+    Args:
+        text: The text, in UTF-8 where it comes as bytes.
+        kind: dict, list, str, int or float.
+
+    Raises:
+        ValueError: In one line, if the text is not JSON that can be read (too deep, a number of too many digits, not
+            UTF-8), or holds another type.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON (line {error.lineno}: {error.msg})") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise ValueError(f"it cannot be read ({one_line(error)})") from None
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"it must hold {_KINDS.get(kind, kind.__name__)}, got {type(value).__name__}")
+    return value
+
+
+def read_json(
+    path: str | Path,
+    kind: type[T],
+    *,
+    error: type[FedProxyError] = CheckpointError,
+    remedy: str = "use overwrite=true or another output_dir",
+) -> T:
+    """Return the content of a JSON file, of the wanted type.
+
+    Args:
+        path: The file.
+        kind: dict, list, str, int or float.
+        error: What to raise.
+        remedy: The way out, with which the line ends.
+
+    Raises:
+        FedProxyError: ``error``, in one line, if the file is missing, not a regular file, larger than
+            :data:`MOST_JSON_BYTES`, not JSON, or holds another type.
+    """
+    try:
+        with open_regular(path, follow=True) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MOST_JSON_BYTES:
+                raise ValueError(f"it has {size} bytes, {MOST_JSON_BYTES} are the most that is read")
+            return parse_json(file.read(), kind)
+    except (OSError, ValueError) as found:
+        reason = found.strerror if isinstance(found, OSError) and found.strerror else one_line(found)
+        raise error(f"{path} cannot be read: {reason}; {remedy}") from found
+
+
+def open_regular(path: str | Path, *, follow: bool = False) -> BufferedReader:
+    """Open a regular file for reading; a pipe, a device or a folder is refused and never waited for.
+
+    Args:
+        path: The file.
+        follow: Whether the last part of the path may be a symbolic link.
+
+    Raises:
+        OSError: If it cannot be opened or is not a regular file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
+    handle = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(None, "it is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the hash of a regular file's bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with open_regular(path, follow=True) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def private_folder(path: str | Path) -> Path:
+    """Make a folder, and those above it, that only its owner can look into; one that is there is closed to others.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    path = Path(path)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if stat.S_IMODE(path.stat().st_mode) & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Bring files, or folders' lists of files, to the disk itself."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size == len(data) and file.read() == data
+    except OSError:
+        return False
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
