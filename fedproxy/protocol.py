@@ -106,12 +106,10 @@ class Broadcast:
     """Round number, from 1."""
     state: Tensors
     """Trainable state phi^t that clients start from."""
-    conflict: Tensors | None = None
-    """Per-coordinate conflict C of the previous round (Eq 7), or None in the first."""
     job: Mapping[str, Any] = field(default_factory=dict)
     """Plain settings of the client's task (learning rate, batch size, ...)."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
-    """What a rule sends beyond the state, by group."""
+    """What rides with the round beyond the state, by round part."""
     states: Mapping[str, Tensors] | None = None
     """Where clients share no state, each client's own one in place of ``state``; read when that client is served."""
 
@@ -122,9 +120,8 @@ class Broadcast:
     def save(self, path: str | Path) -> None:
         """Write the broadcast, addressed to its client where each has its own state, as one safetensors file."""
         assert self.states is None, "only addressed_to() a client does it have a state"
-        groups = {"state": self.state, **({} if self.conflict is None else {"conflict": self.conflict})}
-        meta = {"round": self.round, "job": dict(self.job), "has_conflict": self.conflict is not None}
-        _save(path, "broadcast", meta, groups, self.extras)
+        meta = {"round": self.round, "job": dict(self.job)}
+        _save(path, "broadcast", meta, {"state": self.state}, self.extras)
 
     @classmethod
     def load(cls, path: str | Path) -> "Broadcast":
@@ -134,9 +131,8 @@ class Broadcast:
             ClientError: If the file is not a broadcast.
         """
         meta, extras = _load(path, "broadcast")
-        conflict = TensorFile(path, "conflict/") if meta.get("has_conflict") else None
         try:
-            return cls(meta["round"], TensorFile(path, "state/"), conflict, meta["job"], extras)
+            return cls(meta["round"], TensorFile(path, "state/"), meta["job"], extras)
         except KeyError as error:
             raise ClientError(
                 f"{path} lacks the field {error} of a broadcast; ask its sender to send it again"
@@ -144,8 +140,8 @@ class Broadcast:
 
     @property
     def bytes(self) -> int:
-        """Payload size in bytes: state, conflict and extras."""
-        return nbytes(self.state) + nbytes(self.conflict or {}) + sum(nbytes(group) for group in self.extras.values())
+        """Payload size in bytes: state and extras."""
+        return nbytes(self.state) + sum(nbytes(group) for group in self.extras.values())
 
 
 @dataclass(frozen=True)

@@ -30,20 +30,20 @@ def test_update_survives_the_trip_and_stays_in_its_file(tmp_path):
     assert_same(got.extras["fisher"], sent.extras["fisher"])
 
 
-@pytest.mark.parametrize("conflict", [None, {}, STATE])
-def test_broadcast_survives_the_trip(tmp_path, conflict):
-    sent = Broadcast(3, STATE, conflict, {"lr": 0.1, "regularizer": {"name": "none"}})
+@pytest.mark.parametrize("extras", [{}, {"conflict": {}}, {"conflict": STATE, "base_change": {}}])
+def test_broadcast_survives_the_trip(tmp_path, extras):
+    sent = Broadcast(3, STATE, {"lr": 0.1, "regularizer": {"name": "none"}}, extras)
     sent.save(tmp_path / "b.safetensors")
     got = Broadcast.load(tmp_path / "b.safetensors")
     assert (got.round, got.job) == (3, {"lr": 0.1, "regularizer": {"name": "none"}})
-    assert (got.conflict is None) == (conflict is None)
+    assert {part: sorted(group) for part, group in got.extras.items()} == {p: sorted(g) for p, g in extras.items()}
     assert_same(got.state, STATE)
 
 
 def test_bytes_count_every_tensor_sent():
     # 6 float32 + 1 float32 + 2 bfloat16 = 24 + 4 + 4 bytes
     assert nbytes(STATE) == 32
-    assert Broadcast(1, STATE, STATE).bytes == 64
+    assert Broadcast(1, STATE, {}, {"conflict": STATE}).bytes == 64
     assert ClientUpdate("a", STATE, extras={"x": {"b": torch.tensor(1.0)}}).bytes == 36
 
 

@@ -16,7 +16,6 @@ from fedproxy.errors import CheckpointError
 from fedproxy.files import flush
 
 _NAME = re.compile(r"round_(\d{4,})")
-_GROUPS = ("state", "conflict", "server_memory", "aggregator_memory", "shared_memory", "frozen_change", "emulator")
 
 
 @dataclass
@@ -27,18 +26,14 @@ class Progress:
     """Last finished round; 0 before the first."""
     state: dict[str, Tensor]
     """Trainable state phi; where clients are never merged, the state that each of them starts from."""
-    conflict: dict[str, Tensor] = field(default_factory=dict)
-    """Per-coordinate conflict of the last round; empty before the first."""
-    server_memory: dict[str, Tensor] = field(default_factory=dict)
-    aggregator_memory: dict[str, Tensor] = field(default_factory=dict)
-    shared_memory: dict[str, Tensor] = field(default_factory=dict)
-    """The server's half of a regularizer's memory, sent with every broadcast."""
-    frozen_change: dict[str, Tensor] = field(default_factory=dict)
-    """LoRA factors of what the last round moved into the frozen weights; sent with the next broadcast."""
+    memory: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """What the server remembers, by who remembers it: ``aggregator``, ``server_optimizer``, and every round part."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
-    emulator: dict[str, Tensor] = field(default_factory=dict)
-    """Frozen blocks as they were last re-aligned and broadcast; empty where nothing is re-aligned."""
+
+    def remembered(self, name: str) -> dict[str, Tensor]:
+        """Return what one of them remembers; nothing before the first round."""
+        return self.memory.get(name, {})
 
 
 class CheckpointFolder:
@@ -68,8 +63,8 @@ class CheckpointFolder:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
             names: dict[str, list[str]] = {}
-            for group in _GROUPS:
-                tensors: Mapping[str, Tensor] = getattr(progress, group)
+            groups: dict[str, Mapping[str, Tensor]] = {"state": progress.state, **progress.memory}
+            for group, tensors in groups.items():
                 names[group] = sorted(tensors)
                 save_file(
                     {name: tensor.contiguous() for name, tensor in tensors.items()}, part / f"{group}.safetensors"
@@ -116,4 +111,4 @@ class CheckpointFolder:
         for group, tensors in groups.items():
             if lost := sorted(set(listed[group]) - set(tensors)):
                 raise CheckpointError(f"checkpoint {path} lacks the tensor {lost[0]} in {group}.safetensors; {hint}")
-        return Progress(content["round"], **groups, records=content["records"])
+        return Progress(content["round"], groups.pop("state"), groups, content["records"])

@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,15 +16,13 @@ from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError
 from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
-from fedproxy.federation.realigner import GROUP as EMULATOR
-from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.processes import rank_and_size
-from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.round_parts import ClientRound, made
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -45,10 +43,8 @@ class Job:
     """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
-    own: Sequence[str] = ()
-    """Tensors of the state that every client keeps to itself; they are in no broadcast and no update."""
-    statistics: Sequence[str] = ()
-    """Groups of :data:`fedproxy.federation.statistics.STATISTICS` to send with the update."""
+    parts: Sequence[Mapping[str, Any]] = ()
+    """Names and options of the parts that ride with the round, in the order of the chain."""
 
 
 class LocalClient:
@@ -84,29 +80,26 @@ class LocalClient:
         """
         started = time.perf_counter()
         job = Job(**broadcast.job)
-        memory = self._receive(broadcast, client_id)
-        state = {**broadcast.state, **{name: memory.own.get(name, self.initial[name]) for name in job.own}}
-        self.model.load_state(state)
-        receive(self.model, broadcast.extras.get(EMULATOR, {}))
+        parts, task = [made(part) for part in job.parts], self._task(broadcast, client_id, job)
+        for part in reversed(parts):
+            part.receive(task)
+        self.model.load_state(task.state)
         parameters = self.model.parameters()
-        trained = {name: parameter for name, parameter in parameters.items() if name not in job.frozen}
         loader = ExampleLoader(
-            self.examples[client_id],
+            task.examples,
             job.batch_size,
             pad_id=self.pad_id,
             generator=generator(job.seed, broadcast.round, client_id, "batches"),
         )
-        regularizer = _regularizer(job.regularizer)
-        shared = broadcast.extras.get(regularizer.name, {})
         module = CausalLMModule(
             self.model.model,
             lr=job.lr,
             weight_decay=job.weight_decay,
-            parameters=trained,
-            regularizer=regularizer,
-            anchor=state,
-            conflict=_with_own(broadcast.conflict, state, job.own),
-            pull=regularizer.pull(memory.regularizer, shared, state),
+            parameters={name: parameter for name, parameter in parameters.items() if name not in job.frozen},
+            regularizer=_regularizer(job.regularizer),
+            anchor=task.state,
+            conflict=task.conflict,
+            pull=task.pull,
         )
         trainer = make_trainer(
             self.trainer,
@@ -117,41 +110,37 @@ class LocalClient:
         )
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
             fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
-        tuned = self.model.state()
-        own = {name: tuned[name].clone() for name in job.own}
-        delta = _difference(tuned, state)
-        remembered, upload = regularizer.finish(memory.regularizer, shared, delta, steps=trainer.global_step, lr=job.lr)
-        extras: dict[str, Tensors] = {regularizer.name: upload} if upload else {}
-        extras |= self._statistics(job, client_id, trainer.strategy.root_device)
-        tokens = loader.num_tokens * job.epochs
-        if (own or remembered) and rank_and_size()[0] == 0:
-            kept = Memory(own, remembered, len(self.examples[client_id]), tokens)
-            self.store.memory.save(client_id, broadcast.round, kept)
-        return ClientUpdate(
+        task.steps, task.device = trainer.global_step, trainer.strategy.root_device
+        update = ClientUpdate(
             client_id,
-            {name: tensor for name, tensor in delta.items() if name not in own},
-            num_examples=len(self.examples[client_id]),
-            num_tokens=tokens,
+            _difference(self.model.state(), task.state),
+            num_examples=len(task.examples),
+            num_tokens=loader.num_tokens * job.epochs,
             train_loss=module.task_loss,
             regularizer_loss=module.regularizer_loss,
-            seconds=time.perf_counter() - started,
-            extras=extras,
             round=broadcast.round,
         )
+        for part in parts:
+            update = part.reply(task, update)
+        if task.kept and task.writes:
+            memory = Memory(task.kept, update.num_examples, update.num_tokens)
+            self.store.memory.save(client_id, broadcast.round, memory)
+        return replace(update, seconds=time.perf_counter() - started)
 
-    def _receive(self, broadcast: Broadcast, client_id: str) -> Memory:
-        """Take in what a broadcast says about the frozen weights, and return what this client remembers."""
-        if FROZEN_CHANGE in broadcast.extras:
-            self.store.frozen.receive(self.model, broadcast.round - 1, broadcast.extras[FROZEN_CHANGE])
-        return self.store.memory.load(client_id, before=broadcast.round)
-
-    def _statistics(self, job: Job, client_id: str, device: torch.device) -> Mapping[str, Tensors]:
-        if not job.statistics or rank_and_size()[0]:
-            return {}
-        from fedproxy.federation.statistics import client_statistics
-
-        return client_statistics(
-            job.statistics, self.model, self.examples[client_id], pad_id=self.pad_id, device=device
+    def _task(self, broadcast: Broadcast, client_id: str, job: Job) -> ClientRound:
+        return ClientRound(
+            client_id,
+            broadcast,
+            self.model,
+            self.initial,
+            state=dict(broadcast.state),
+            memory=self.store.memory.load(client_id, before=broadcast.round).parts,
+            examples=self.examples[client_id],
+            pad_id=self.pad_id,
+            base=self.store.frozen,
+            device=torch.device("cpu"),
+            lr=job.lr,
+            writes=rank_and_size()[0] == 0,
         )
 
 
@@ -201,11 +190,6 @@ def _recomputing(model: TrainableModel, wanted: bool) -> Iterator[None]:
             yield
         finally:
             model.model.gradient_checkpointing_disable()
-
-
-def _with_own(conflict: Tensors | None, state: Tensors, own: Sequence[str]) -> Tensors | None:
-    """Complete a conflict map: what a client keeps to itself conflicts with nothing."""
-    return conflict and {**conflict, **{name: torch.zeros_like(state[name]) for name in own}}
 
 
 def _difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ it was after round t, whatever was written later.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,8 @@ from fedproxy.protocol import TensorFile, Tensors
 class Memory:
     """One client's memory after a round; empty before its first."""
 
-    own: Tensors = field(default_factory=dict)
-    """Tensors of the trainable state that stay with the client."""
-    regularizer: Tensors = field(default_factory=dict)
-    """What the regularizer remembers for this client."""
+    parts: Mapping[str, Tensors] = field(default_factory=dict)
+    """What each round part keeps for this client, by part."""
     num_examples: int = 0
     """The client's training examples, each counted once."""
     num_tokens: int = 0
@@ -56,7 +54,8 @@ class ClientMemory:
         try:
             with safe_open(path, framework="pt") as file:
                 counts: dict[str, int] = json.loads((file.metadata() or {})["counts"])
-            return Memory(TensorFile(path, "own/"), TensorFile(path, "regularizer/"), **counts)
+                parts = sorted({name.partition("/")[0] for name in file.keys()})  # noqa: SIM118
+            return Memory({part: TensorFile(path, f"{part}/") for part in parts}, **counts)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"the memory of client {client_id!r} in {path} is damaged ({error}); start again with overwrite=true"
@@ -68,8 +67,7 @@ class ClientMemory:
         Raises:
             CheckpointError: If it cannot be written.
         """
-        tensors = {f"own/{name}": tensor for name, tensor in memory.own.items()}
-        tensors |= {f"regularizer/{name}": tensor for name, tensor in memory.regularizer.items()}
+        tensors = {f"{part}/{name}": t for part, kept in memory.parts.items() for name, t in kept.items()}
         counts = {"num_examples": memory.num_examples, "num_tokens": memory.num_tokens}
         self._files.write(client_id, round_, tensors, {"counts": json.dumps(counts)})
 

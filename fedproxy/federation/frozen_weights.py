@@ -13,9 +13,6 @@ from fedproxy.federation.round_files import RoundFiles
 from fedproxy.protocol import TensorFile, Tensors
 from fedproxy.strategies.trainable.base import TrainableModel
 
-GROUP = "frozen_change"
-"""Group of :attr:`fedproxy.protocol.Broadcast.extras` that carries a change."""
-
 
 class FrozenChanges:
     """The changes received so far, in files.

@@ -15,19 +15,15 @@ from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_states import ClientState
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
-from fedproxy.federation.frozen_weights import GROUP as FROZEN_CHANGE
 from fedproxy.federation.participation import OnAnswer, Participation
-from fedproxy.federation.realigner import GROUP as EMULATOR
-from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
-from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.files import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
-from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -43,8 +39,8 @@ class Federation:
     server_optimizer: ServerOptimizer
     job: Mapping[str, Any]
     """What clients are asked to do (:class:`fedproxy.federation.client.Job`), sent with every broadcast."""
-    regularizer: Regularizer
-    """The clients' term, of which the server may keep a half."""
+    parts: Sequence[RoundPart]
+    """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None
     """alpha / r of the state's LoRA pairs; None where the state holds none."""
     seed: int
@@ -54,8 +50,6 @@ class Federation:
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
     validation: RoundValidation | None = None
     """Scores the state between rounds."""
-    realigner: Realigner | None = None
-    """Aligns the frozen blocks before every broadcast."""
     participation: Participation = field(default_factory=Participation)
     """Who may be missing, how long a round may take, and what counts as an update."""
     rows: Mapping[str, int] | None = None
@@ -101,7 +95,7 @@ class Federation:
         """
         started, number = time.perf_counter(), before.round + 1
         chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
-        broadcast = Broadcast(number, {}, job=self._job(before.state, number), states=states)
+        broadcast = Broadcast(number, {}, self._job(before.state, number), states=states)
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         norms = []
@@ -125,55 +119,61 @@ class Federation:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
 
     def _job(self, state: Tensors, number: int) -> dict[str, Any]:
-        """Return what clients of a round are asked to do, with the tensors that rest and those that stay with them."""
+        """Return what clients of a round are asked to do, with the tensors that rest and the parts of the round."""
         resting = [name for name in state if not self.aggregator.trains(name, number)]
-        own = own_tensors(state, self.aggregator)
-        return {**self.job, "frozen": resting, "own": own, "statistics": list(self.aggregator.needs_extras)}
+        return {**self.job, "frozen": resting, "parts": [described(part) for part in self.parts]}
 
     def _round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
-        started = time.perf_counter()
-        number = before.round + 1
+        started, number = time.perf_counter(), before.round + 1
         chosen = self._chosen(number)
-        conflict = before.conflict if self.regularizer.needs_conflict and before.conflict else None
-        job = self._job(before.state, number)
-        own = job["own"]
-        sent = {name: tensor for name, tensor in before.state.items() if name not in own}
-        extras = broadcast_extras(before, self.aggregator, self.regularizer)
-        aligned = None if self.realigner is None else self.realigner.align(before)
-        if aligned is not None:
-            extras[EMULATOR] = aligned.weights
-        broadcast = Broadcast(number, sent, conflict, job, extras)
+        broadcast = self._broadcast(before, number)
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)
-        context = RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
-        merged = self._aggregate(updates, before.aggregator_memory, context)
-        state, memory = self.server_optimizer.step(sent, merged.delta, before.server_memory)
+        start = self._seen(broadcast).state
+        updates = [self._taken_in(update, broadcast) for update in updates]
+        merged = self._aggregate(
+            updates, before.remembered("aggregator"), RoundContext(number, self.seed, start, self.lora_scaling or 1.0)
+        )
+        state, remembered = self.server_optimizer.step(start, merged.delta, before.remembered("server_optimizer"))
+        memory = {"aggregator": dict(merged.memory), "server_optimizer": remembered}
+        result = RoundResult(number, len(self.clients), broadcast, updates, merged)
+        for part in self.parts:
+            memory[part.name] = dict(part.collect(before.remembered(part.name), result))
         record: Record = {
             **_taken(number, updates, dropped),
             **merged.diagnostics,
             "conflict_by_layer": merged.conflict_by_layer(),
-            "factor_mean_error": None if own else self._factor_error(before.state, updates),
-            "realignment_loss": None if aligned is None else aligned.loss,
-            "download_bytes": broadcast.bytes * len(chosen) + self._bytes_for_the_rest(extras, len(chosen)),
-            "server_seconds": time.perf_counter() - trained + (0.0 if aligned is None else aligned.seconds),
+            "factor_mean_error": self._factor_error(before.state, updates),
+            "realignment_loss": None,
+            **result.figures,
+            "download_bytes": broadcast.bytes * len(chosen) + self._bytes_for_the_rest(broadcast, len(chosen)),
+            "server_seconds": time.perf_counter() - trained + result.figures.get("server_seconds", 0.0),
             "seconds": time.perf_counter() - started,
         }
-        return Progress(
-            number,
-            {**before.state, **state},
-            dict(merged.conflict or {}),
-            memory,
-            dict(merged.memory),
-            merge_shared(before, self.regularizer, updates, len(self.clients)),
-            merged.base_change,
-            [*before.records, record],
-            {} if aligned is None else aligned.weights,
-        )
+        return Progress(number, {**before.state, **state}, memory, [*before.records, record])
 
-    def _bytes_for_the_rest(self, extras: Mapping[str, Tensors], served: int) -> int:
-        """Return the bytes that go to clients outside the round: a change of the frozen weights reaches everybody."""
-        return nbytes(extras.get(FROZEN_CHANGE, {})) * (len(self.clients) - served)
+    def _broadcast(self, before: Progress, number: int) -> Broadcast:
+        """Return what is sent: every part adds what it has."""
+        broadcast = Broadcast(number, before.state, self._job(before.state, number))
+        for part in self.parts:
+            broadcast = part.send(broadcast, before.remembered(part.name))
+        return broadcast
+
+    def _seen(self, broadcast: Broadcast) -> Broadcast:
+        for part in reversed(self.parts):
+            broadcast = part.seen(broadcast)
+        return broadcast
+
+    def _taken_in(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
+        for part in reversed(self.parts):
+            update = part.take(update, broadcast)
+        return update
+
+    def _bytes_for_the_rest(self, broadcast: Broadcast, served: int) -> int:
+        """Return the bytes that go to clients outside of the round, of the parts that reach everybody."""
+        each = sum(nbytes(broadcast.extras.get(part.name, {})) for part in self.parts if part.to_all)
+        return each * (len(self.clients) - served)
 
     def _validate(self, progress: Progress) -> int | None:
         """Add the state's scores to the last record, and return the round whose checkpoint must stay."""
@@ -190,7 +190,8 @@ class Federation:
         return self.aggregator.aggregate(updates, memory, context)
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
-        if self.lora_scaling is None or len(updates) < 2:
+        whole = updates[0].delta.keys() == state.keys()
+        if self.lora_scaling is None or len(updates) < 2 or not whole:
             return None
         total = sum(update.num_examples for update in updates)
         weights = [update.num_examples / total for update in updates]

@@ -43,9 +43,10 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
     _check_figure(update, "train_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "regularizer_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "seconds", 0.0, _LONGEST_S)
-    _check_names(update.delta, broadcast.state, "tensor", "tensors of the broadcast state")
+    delta = broadcast.state if expected.delta is None else expected.delta
+    _check_names(update.delta, delta, "tensor", "tensors that the round asks for")
     _check_names(update.extras, expected.extras, "extras", "extras that the round asks for")
-    norms = {"": _norm(update.delta, broadcast.state)}
+    norms = {"": _norm(update.delta, delta)}
     for group, form in expected.extras.items():
         sent, where = update.extras[group], f"extras[{group!r}] "
         _check_names(sent, form.tensors, f"{where}tensor", "tensors that the round asks for")

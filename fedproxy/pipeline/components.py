@@ -2,10 +2,10 @@
 
 from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError
-from fedproxy.federation.statistics import STATISTICS
 from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.strategies.capabilities import check_capabilities
+from fedproxy.strategies.round_parts.statistics import STATISTICS
 
 _WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
 """Lightning's precisions that bring a whole model to another dtype, adapters included."""
@@ -71,7 +71,7 @@ def _check_trainable(config: RunConfig) -> None:
 def _check_validation(config: RunConfig) -> None:
     """Refuse validation between rounds where the state alone is not the model that would be fused."""
     rule = config.aggregator
-    one_state = rule.aggregates and not rule.moves_base and rule.shares("module.lora_B.weight")
+    one_state = rule.aggregates and not {"base_change", "personal"} & set(rule.parts)
     if config.federation.validation.every and not one_state:
         raise ConfigError(
             f"federation.validation.every must be 0 with aggregator.name={rule.name}: there is no one state to score"

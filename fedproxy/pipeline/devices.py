@@ -29,9 +29,9 @@ def check_devices(config: RunConfig) -> ClientDevices:
 def _check_sharded(config: RunConfig) -> None:
     """Refuse what needs a whole model on one device."""
     rule, term = config.aggregator, config.regularizer
-    if rule.moves_base:
+    if "base_change" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "moves the frozen weights"
-    elif rule.needs_extras:
+    elif "statistics" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "needs statistics of each row's gradient"
     elif not term.coordinatewise:
         key, why = f"regularizer.name={term.name}", "is not declared a sum over coordinates (coordinatewise)"
@@ -45,7 +45,7 @@ def _check_quantized(config: RunConfig, devices: ClientDevices) -> None:
     rule, trained, bits = config.aggregator, config.trainable, config.client.quantization
     if trained.lora_scaling is None and trained.trains:
         key = f"trainable.name={trained.name}"
-    elif rule.moves_base or rule.needs_extras:
+    elif {"base_change", "statistics"} & set(rule.parts):
         key = f"aggregator.name={rule.name}"
     elif any(config.realignment.reads):
         key = f"realignment.name={config.realignment.name}"

@@ -43,7 +43,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
-    known = None if merged is None else TunedProxy(proxy, merged, progress.emulator)
+    known = None if merged is None else TunedProxy(proxy, merged, progress.remembered("emulator"))
     tuned = TunedProxies(proxy, trainable, states, seed=config.seed, known=known)
     if done:
         return tuned

@@ -1,6 +1,6 @@
 """What a recipe will take, from shapes alone: no weight is loaded."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedproxy.config import load_config
@@ -57,7 +57,7 @@ class Plan:
     @property
     def emulator_bytes(self) -> int:
         """Bytes of the re-aligned frozen blocks in every broadcast."""
-        return self.traffic.emulator
+        return self.traffic.later.get("emulator", 0)
 
     @property
     def activation_bytes(self) -> int:
@@ -90,19 +90,11 @@ class Plan:
         yield "proxy, sent once", f"{size(traffic.proxy)} to each client"
         yield (
             "up per client and round",
-            size(traffic.up)
-            + _parts(delta=traffic.delta, regularizer=traffic.own_memory, statistics=traffic.statistics),
+            size(traffic.up) + _parts(traffic.sent),
         )
         yield (
             "down per client and round",
-            f"{size(traffic.down(2))} (first round {size(traffic.down(1))})"
-            + _parts(
-                state=traffic.state,
-                conflict=traffic.conflict,
-                regularizer=traffic.shared_memory,
-                frozen_weights=traffic.frozen_change,
-                emulator=traffic.emulator,
-            ),
+            f"{size(traffic.down(2))} (first round {size(traffic.down(1))})" + _parts(traffic.later),
         )
         yield "all clients, per round", f"up {size(traffic.all_up())}, down {size(traffic.all_down(2))}"
         if traffic.collected:
@@ -168,7 +160,7 @@ def _placed(need: Need) -> str:
     return f", {size(need.device)} of it on an accelerator where there is one"
 
 
-def _parts(**parts: int) -> str:
+def _parts(parts: Mapping[str, int]) -> str:
     """Return in words what a message is made of, where that is more than one thing."""
     present = [f"{name.replace('_', ' ')} {size(value)}" for name, value in parts.items() if value]
     return f": {', '.join(present)}" if len(present) > 1 else ""

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 
 from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError
-from fedproxy.federation.realigner import Realigner
 from fedproxy.models import LayerMap
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.devices import one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.strategies.realignment import Material
+from fedproxy.strategies.round_parts.emulator import Aligner
 from fedproxy.strategies.trainable.base import TrainableModel
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def check_realignment(config: RunConfig) -> None:
             f"realignment.name={name} needs blocks that no client trains, but trainable.blocks is 'all'; "
             "set trainable.blocks (ends, last or a list), or realignment.name=none"
         )
-    if not config.aggregator.aggregates or config.aggregator.moves_base:
+    if not config.aggregator.aggregates or "base_change" in config.aggregator.parts:
         raise ConfigError(
             f"realignment.name={name} needs one adapter that all clients share on weights that stay, which "
             f"aggregator.name={config.aggregator.name} does not give; use another aggregator or realignment.name=none"
@@ -44,7 +44,7 @@ def check_realignment(config: RunConfig) -> None:
         )
 
 
-def realigner(run: "Run", model: TrainableModel, owned: Container[str]) -> Realigner | None:
+def aligner(run: "Run", model: TrainableModel, owned: Container[str]) -> Aligner | None:
     """Return what aligns the proxy before every broadcast, or None where the recipe asks for nothing."""
     config = run.config
     rows, batch_size = config.realignment.reads
@@ -60,4 +60,4 @@ def realigner(run: "Run", model: TrainableModel, owned: Container[str]) -> Reali
         batches=text_batches(texts, tokenizer, max_tokens=limit, batch_size=batch_size),
         trainer=one_device(config.trainer),
     )
-    return Realigner(config.realignment, model, material, seed=config.seed)
+    return Aligner(config.realignment, model, material, seed=config.seed)

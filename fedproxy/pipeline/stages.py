@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,12 +17,12 @@ from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.collecting import assemble
 from fedproxy.federation.engines import Answer, Dropped
-from fedproxy.federation.expected import Expected, expected_extras
+from fedproxy.federation.expected import Expected, expected_groups
 from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
-from fedproxy.federation.shared import assemble
 from fedproxy.files import write_json
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
@@ -32,12 +32,14 @@ from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import RunLoggers
-from fedproxy.pipeline.realignment import realigner
+from fedproxy.pipeline.realignment import aligner
 from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch
+from fedproxy.strategies.round_parts import Rules, parts_of
+from fedproxy.strategies.round_parts.emulator import Emulator
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 if TYPE_CHECKING:
@@ -206,19 +208,22 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     engine = config.engine.start(
         lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
     )
+    aligns = aligner(run, model, clients.owned)
+    rules = Rules(config.aggregator, config.regularizer, config.realignment, model)
+    parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
+    groups = expected_groups(parts, model)
     federation = Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
         aggregator=config.aggregator,
         server_optimizer=config.server_optimizer,
         job=_job(config),
-        regularizer=config.regularizer,
+        parts=parts,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
         store=store,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
-        realigner=realigner(run, model, clients.owned),
         participation=Participation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
@@ -226,7 +231,8 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
             Expected(
                 rows=clients,
                 target_tokens=config.data.max_target_tokens,
-                extras=expected_extras(config.regularizer, config.aggregator, model),
+                delta=groups.pop("delta").tensors,
+                extras=groups,
             ),
         ),
         rows=clients if config.federation.sampling == "weighted" else None,
@@ -260,8 +266,8 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         progress = federation.validation.chosen(progress, checkpoints)
     if progress.round < config.federation.rounds:
         run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
-    if federation.realigner is not None:
-        federation.realigner.restore()
+    if aligns is not None:
+        aligns.restore()
     if config.aggregator.aggregates:
         run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress

@@ -51,19 +51,19 @@ def check_capabilities(
             f"aggregator.name: {aggregator.name!r} needs clients that send {missing[0]!r} statistics, which they do "
             "not; choose another aggregator or a client that sends them"
         )
-    if type(aggregator).shares is not Aggregator.shares and not aggregator.linear:
+    if "personal" in aggregator.parts and not aggregator.linear:
         raise ConfigError(
             f"aggregator.name: {aggregator.name!r} leaves clients tensors of their own, of which the fused model gets "
             f"the weighted mean, and has no weights because it is not linear; use {_with('linear')}"
         )
-    if regularizer.needs_conflict and not aggregator.aggregates:
+    if "conflict" in regularizer.parts and not aggregator.aggregates:
         raise ConfigError(
             f"regularizer.name: {regularizer.name!r} needs the conflict between clients, which aggregator "
             f"{aggregator.name!r} never sees; use regularizer.name=none"
         )
-    if regularizer.keeps_client_memory:
+    if "control_variates" in regularizer.parts:
         _check_memory(aggregator, regularizer, space)
-    if aggregator.moves_base and server_optimizer.name != "none":
+    if "base_change" in aggregator.parts and server_optimizer.name != "none":
         raise ConfigError(
             f"server_optimizer.name: aggregator {aggregator.name!r} is exact only where its result is taken as it is, "
             f"got {server_optimizer.name!r}; use server_optimizer.name=none or aggregator.name=flexlora"
@@ -72,7 +72,7 @@ def check_capabilities(
 
 
 def _check_memory(aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:
-    if not aggregator.aggregates or type(aggregator).shares is not Aggregator.shares:
+    if not aggregator.aggregates or "personal" in aggregator.parts:
         raise ConfigError(
             f"regularizer.name: {regularizer.name!r} corrects clients towards a state that all share, and aggregator "
             f"{aggregator.name!r} leaves them tensors of their own; use aggregator.name=fedavg or regularizer.name=none"
@@ -118,7 +118,7 @@ def _check_secure(aggregator: Aggregator, regularizer: Regularizer) -> None:
             f"aggregator.name: {aggregator.name!r} needs each client's update and cannot run under secure aggregation; "
             f"use {_with('linear')}"
         )
-    if regularizer.needs_conflict:
+    if "conflict" in regularizer.parts:
         raise ConfigError(
             f"regularizer.name: {regularizer.name!r} needs the signs of each client's update, which secure aggregation "
             "hides; use regularizer.name=proximal or none"

@@ -18,8 +18,6 @@ _FACTS = {
     "linear": "linear: may run under secure aggregation",
     "mixed_ranks": "mixed LoRA ranks",
     "stateful": "keeps memory across rounds",
-    "needs_conflict": "needs the conflict map",
-    "keeps_client_memory": "clients keep memory",
     "keeps_shared_memory": "server keeps and broadcasts memory",
 }
 
@@ -59,8 +57,12 @@ def _describe(member: type[Component]) -> str:
     return text.replace("||", "\\|\\|")
 
 
+_PARTS = {"conflict": "needs the conflict map", "control_variates": "clients keep memory"}
+
+
 def _capabilities(member: type[Component]) -> Sequence[str]:
-    found = [text for fact, text in _FACTS.items() if getattr(member, fact, False)]
+    parts = [_PARTS[part] for part in getattr(member, "parts", ()) if part in _PARTS]
+    found = parts + [text for fact, text in _FACTS.items() if getattr(member, fact, False)]
     space = getattr(member, "space", "any")
     if space != "any":
         found.append(f"{space} space only")

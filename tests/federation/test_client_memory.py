@@ -9,23 +9,26 @@ from fedproxy.federation.client_memory import ClientMemory, Memory
 
 def kept(value):
     tensors = {"m.lora_B.weight": torch.full((2, 3), float(value))}
-    return Memory(own=tensors, regularizer={"m.lora_A.weight": torch.tensor(-float(value))}, num_examples=5)
+    return Memory(
+        {"personal": tensors, "control_variates": {"m.lora_A.weight": torch.tensor(-float(value))}}, num_examples=5
+    )
 
 
 def value(memory):
-    return float(memory.own["m.lora_B.weight"][0, 0])
+    return float(memory.parts["personal"]["m.lora_B.weight"][0, 0])
 
 
 def test_empty_before_the_first_round_and_bit_exact_after(tmp_path):
     store = ClientMemory(tmp_path / "clients")
-    assert dict(store.load("ward a", before=1).own) == {}
+    assert store.load("ward a", before=1).parts == {}
     assert not (tmp_path / "clients").exists()
     store.save("ward a", 1, kept(0.1))
     back = store.load("ward a", before=2)
-    assert torch.equal(back.own["m.lora_B.weight"], kept(0.1).own["m.lora_B.weight"])
-    assert torch.equal(back.regularizer["m.lora_A.weight"], torch.tensor(-0.1))
+    assert sorted(back.parts) == ["control_variates", "personal"]
+    for part, tensors in kept(0.1).parts.items():
+        assert all(torch.equal(back.parts[part][name], tensor) for name, tensor in tensors.items())
     assert (back.num_examples, back.num_tokens) == (5, 0)
-    assert dict(store.load("ward b", before=2).own) == {}
+    assert store.load("ward b", before=2).parts == {}
 
 
 def test_a_round_reads_what_was_kept_before_it_whatever_came_later(tmp_path):

@@ -26,11 +26,18 @@ JOB = {
 RESTING = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 OWN = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
 JOBS = {
-    "conflict, clipped and accumulated": {"regularizer": {"name": "conflict", "strength": 0.1}, "accumulate": 2},
+    "conflict, clipped and accumulated": {
+        "regularizer": {"name": "conflict", "strength": 0.1},
+        "parts": [{"name": "conflict"}],
+        "accumulate": 2,
+    },
     "scaffold, tensors that rest or stay": {
         "regularizer": {"name": "scaffold"},
         "frozen": [RESTING],
-        "own": [OWN],
+        "parts": [
+            {"name": "control_variates", "regularizer": {"name": "scaffold"}},
+            {"name": "personal", "tensors": [OWN]},
+        ],
     },
     "proximal, recomputed": {"regularizer": {"name": "proximal", "strength": 0.5}, "gradient_checkpointing": True},
 }
@@ -77,9 +84,10 @@ def broadcast(alone, job, round_=2):
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in sorted(alone.initial.items())}
     conflict = {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}
-    kept = set(job.get("own", ()))
+    kept = {name for part in job.get("parts", ()) for name in part.get("tensors", ())}
     sent, known = ({n: t for n, t in tensors.items() if n not in kept} for tensors in (state, conflict))
-    return Broadcast(round_, sent, known, {**JOB, **job})
+    extras = {"conflict": known} if {"name": "conflict"} in job.get("parts", ()) else {}
+    return Broadcast(round_, sent, {**JOB, **job}, extras)
 
 
 def distance(left, right):
@@ -115,14 +123,14 @@ def test_what_a_client_remembers_is_written_once_and_read_by_all(setup, alone, g
     assert distance(two.delta, one.delta) < 1e-4
     store = f"{setup.store}_{group.remote.options['strategy']}"
     kept, known = (ClientStore(Path(path)).memory.load("ann", before=4) for path in (store, setup.store + "_alone"))
-    assert distance(kept.own, known.own) < 1e-4
-    assert distance(kept.regularizer, known.regularizer) < 1e-4
+    assert sorted(kept.parts) == ["control_variates", "personal"]
+    assert all(distance(kept.parts[part], known.parts[part]) < 1e-4 for part in kept.parts)
 
 
 def test_statistics_of_the_rows_come_from_the_first_process(alone, group):
     if group.remote.options["strategy"] == "fsdp":
         return  # refused before anything starts, see tests/pipeline/test_devices.py
-    given = broadcast(alone, {"statistics": ["fisher"]})
+    given = broadcast(alone, {"parts": [{"name": "statistics", "groups": ["fisher"]}]})
     one, two = alone.train(given, "ann"), group.train(given, "ann")
     assert distance(two.extras["fisher"], one.extras["fisher"]) < 1e-3
 

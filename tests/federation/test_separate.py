@@ -13,7 +13,6 @@ from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
 from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 
@@ -44,7 +43,7 @@ def federation(folder, per_round="all", optimizer="none", min_clients=None, **op
     return Federation(
         clients=["a", "b", "c"], clients_per_round=per_round, aggregator=Aggregator.by_name("none")(),
         server_optimizer=ServerOptimizer.by_name(optimizer)(**options), job={}, lora_scaling=None, seed=0,
-        regularizer=Regularizer.by_name("none")(), store=ClientStore(folder), participation=Participation(min_clients),
+        parts=(), store=ClientStore(folder), participation=Participation(min_clients),
     )  # fmt: skip
 
 

@@ -62,10 +62,10 @@ def _renamed(group):
 
 ATTACKS = {
     "scaffold": (
-        (lambda update: replace(update, extras={}), "lacks extras 'scaffold'"),
-        (_renamed("scaffold"), "lacks extras['scaffold'] tensor "),
-        (_moved("scaffold", lambda tensor: tensor[:1]), "got float32 (1, "),
-        (_moved("scaffold", lambda tensor: 1e30 * tensor), "norm of extras['scaffold'] "),
+        (lambda update: replace(update, extras={}), "lacks extras 'control_variates'"),
+        (_renamed("control_variates"), "lacks extras['control_variates'] tensor "),
+        (_moved("control_variates", lambda tensor: tensor[:1]), "got float32 (1, "),
+        (_moved("control_variates", lambda tensor: 1e30 * tensor), "norm of extras['control_variates'] "),
     ),
     "fisher": (
         (lambda update: replace(update, extras={}), "lacks extras 'fisher'"),

@@ -63,8 +63,12 @@ def journal(folder):
 
 
 def assert_same_bits(left, right):
-    for group in ("state", "conflict", "shared_memory"):
-        a, b = (load_file(run / f"checkpoints/round_0002/{group}.safetensors") for run in (left, right))
+    groups = [
+        sorted(path.name for path in (run / "checkpoints/round_0002").glob("*.safetensors")) for run in (left, right)
+    ]
+    assert groups[0] == groups[1]
+    for group in groups[0]:
+        a, b = (load_file(run / f"checkpoints/round_0002/{group}") for run in (left, right))
         assert sorted(a) == sorted(b)
         assert all(torch.equal(a[name], b[name]) for name in a), group
     assert journal(left) == journal(right)

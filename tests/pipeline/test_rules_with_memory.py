@@ -89,12 +89,12 @@ def test_a_run_that_goes_on_is_bit_identical_to_one_that_did_not_stop(both, rule
 
 def test_scaffold_keeps_a_variate_per_client_and_their_mean_change_at_the_server(both):
     folder, _ = both("scaffold")
-    shared = load_file(folder / "checkpoints/round_0003/shared_memory.safetensors")
+    shared = load_file(folder / "checkpoints/round_0003/control_variates.safetensors")
     latest = [sorted(client.iterdir())[-1] for client in (folder / "checkpoints/clients").iterdir()]
     variates = [load_file(path) for path in latest]
     # c starts at 0 and gains sum(change of c_k) / 4 each round, so it is the mean of the c_k, absent clients' being 0
     for name, value in shared.items():
-        total = sum(own[f"regularizer/{name}"] for own in variates)
+        total = sum(own[f"control_variates/{name}"] for own in variates)
         torch.testing.assert_close(value, total / 4, rtol=1e-4, atol=1e-6)
     first, second, _ = records(folder)
     state = sum(t.numel() * 4 for t in load_file(folder / "checkpoints/round_0003/state.safetensors").values())

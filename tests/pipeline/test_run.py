@@ -118,7 +118,7 @@ def test_clients_get_nothing_that_names_the_target_or_the_removed_blocks(tiny_ru
     ]
     state = load_file(folder / "checkpoints/round_0002/state.safetensors")
     conflict = load_file(folder / "checkpoints/round_0002/conflict.safetensors")
-    Broadcast(3, state, conflict, {"lr": 1.0}).save(tmp_path / "broadcast.safetensors")
+    Broadcast(3, state, {"lr": 1.0}, {"conflict": conflict}).save(tmp_path / "broadcast.safetensors")
     files = [path for path in (folder / "proxy").rglob("*") if path.is_file()]
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= {path.name for path in files}
     for path in [*files, tmp_path / "broadcast.safetensors"]:

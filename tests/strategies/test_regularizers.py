@@ -76,7 +76,7 @@ def test_added_gradient_equals_autograd_of_the_loss(name, present, dtype):
 
 
 def test_which_regularizers_need_the_conflict_map():
-    needs = {name: Regularizer.by_name(name).needs_conflict for name in ("none", "proximal", "conflict")}
+    needs = {name: "conflict" in Regularizer.by_name(name).parts for name in ("none", "proximal", "conflict")}
     assert needs == {"none": False, "proximal": False, "conflict": True}
 
 

@@ -92,8 +92,8 @@ def _received(outline: Outline, traffic: Traffic, *, in_memory: bool) -> int:
     """
     largest = max((p.numel() * 4 for p in outline.trainable.parameters().values()), default=0)
     updates = traffic.drawn * (traffic.up if in_memory else largest)
-    kept = 3 * (traffic.state + traffic.collected) + 2 * traffic.conflict
-    return updates + kept + traffic.shared_memory + 2 * traffic.frozen_change
+    kept = 3 * (traffic.later["state"] + traffic.collected)
+    return updates + kept + sum(part.server_copies * traffic.later.get(part.name, 0) for part in traffic.parts)
 
 
 def _after(outline: Outline, target: int, proxy: int) -> list[Need]:
@@ -128,17 +128,18 @@ def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, 
     state = sum(p.numel() * p.element_size() for p in outline.trainable.parameters().values())
     proxy = _clients_proxy(outline)
     # On the device: the parameters, their gradients, AdamW's two moments, the anchor, and what the regularizer reads.
-    device_copies = 5 + bool(traffic.conflict) + bool(traffic.own_memory)
+    device_copies = 5 + sum(part.device_copies for part in traffic.parts)
     device_copies += outline.devices.strategy == "ddp"  # the buckets in which gradients are averaged
     # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
-    host_copies = 3 + bool(traffic.conflict) + 2 * bool(traffic.own_memory)
+    host_copies = 3 + sum(part.host_copies for part in traffic.parts)
     rows = math.ceil(outline.config.client.batch_size / count)
     logits = rows * row.target_tokens * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
     weights = proxy + device_copies * state
     if spread:
         weights = weights // count + _gathered(outline)
     device = weights + _saved(outline, rows, row) + logits
-    return count * (device + host_copies * state) + traffic.statistics, count * device
+    statistics = traffic.up - traffic.sent["delta"] - traffic.sent.get("control_variates", 0)
+    return count * (device + host_copies * state) + statistics, count * device
 
 
 def _gathered(outline: Outline) -> int:

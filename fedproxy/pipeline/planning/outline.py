@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError, ModelError
-from fedproxy.federation.realigner import emulator_weights
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.decoder import parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS
 from fedproxy.modules.devices import ClientDevices
 from fedproxy.seeding import generator
+from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
+from fedproxy.strategies.round_parts.emulator import Emulator, Outlined
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -87,10 +87,16 @@ class Outline:
         """
         return ClientDevices.of({**self.config.trainer, "accelerator": "cpu"})
 
-    @property
-    def emulator(self) -> dict[str, nn.Parameter]:
-        """Frozen weights that are re-aligned and sent in every round; mostly none."""
-        return emulator_weights(self.trainable) if any(self.config.realignment.reads) else {}
+    @cached_property
+    def rules(self) -> Rules:
+        """What decides which parts ride with a round."""
+        return Rules(self.config.aggregator, self.config.regularizer, self.config.realignment, self.trainable)
+
+    @cached_property
+    def parts(self) -> tuple[RoundPart, ...]:
+        """What rides with a round, bound to shapes."""
+        bound = {"emulator": Emulator(Outlined(self.trainable))}
+        return tuple(bound.get(part.name, part) for part in parts_of(self.rules))
 
     @property
     def text(self) -> Any:

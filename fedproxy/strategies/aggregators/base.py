@@ -116,8 +116,9 @@ class Aggregator(Component, family="aggregator"):
     """Updates c times as large give a result c times as large."""
     keeps_single: ClassVar[bool] = True
     """A single client's update is returned as it is."""
-    moves_base: ClassVar[bool] = False
-    """Part of the result goes into every party's frozen weights (:attr:`Aggregation.base_change`)."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Round parts that the rule needs, by name: ``base_change`` where part of the result goes into every party's frozen
+    weights (:attr:`Aggregation.base_change`), ``personal`` where clients keep tensors (:meth:`shares`)."""
     needs_extras: ClassVar[tuple[str, ...]] = ()
     """Groups that every update must carry in ``extras``."""
     reference: ClassVar[str] = ""

@@ -107,7 +107,7 @@ class FedExLora(ExactLoraAggregator, name="fedex_lora"):
     """
 
     reference: ClassVar[str] = "Singhal et al. 2025, arXiv 2410.09432"
-    moves_base: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("base_change",)
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
         """Average the factors and keep what that misses."""
@@ -131,7 +131,7 @@ class Flora(ExactLoraAggregator, name="flora"):
     """
 
     reference: ClassVar[str] = "Wang et al. 2024, arXiv 2409.05976"
-    moves_base: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("base_change",)
     mixed_ranks: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:

@@ -85,6 +85,7 @@ class FedSALora(PartialAggregator, name="fedsa_lora"):
     """
 
     reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463"
+    parts: ClassVar[tuple[str, ...]] = ("personal",)
 
     fused_b: str = "mean"
     """Which B is fused into the target: the clients' ``mean``, or each client's ``own``."""

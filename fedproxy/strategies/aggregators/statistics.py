@@ -24,6 +24,7 @@ class Fisher(Aggregator, name="fisher"):
     reads_survey: ClassVar[bool] = False
     space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832"
+    parts: ClassVar[tuple[str, ...]] = ("statistics",)
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
@@ -66,6 +67,7 @@ class RegMean(Aggregator, name="regmean"):
     reads_survey: ClassVar[bool] = False
     space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Jin et al. 2023, arXiv 2212.09849, Eq 2"
+    parts: ClassVar[tuple[str, ...]] = ("statistics",)
     needs_extras: ClassVar[tuple[str, ...]] = ("gram",)
 
     shrink: float = 0.9

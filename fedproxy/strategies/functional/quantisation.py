@@ -58,7 +58,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     places = torch.arange(bits, dtype=torch.uint8)
     worth = 2 ** torch.arange(8, dtype=torch.uint8)
     parts = []
-    for chunk in codes.split(_CHUNK):
+    for chunk in torch.split(codes, _CHUNK):
         stream = ((chunk[:, None] >> places) & 1).view(-1)
         stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
         parts.append((stream * worth).sum(dim=1, dtype=torch.uint8))
@@ -70,7 +70,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     places = torch.arange(8, dtype=torch.uint8)
     worth = 2 ** torch.arange(bits, dtype=torch.uint8)
     parts = []
-    for chunk in packed.split(_CHUNK // 8 * bits):
+    for chunk in torch.split(packed, _CHUNK // 8 * bits):
         stream = ((chunk[:, None] >> places) & 1).view(-1)
         whole = len(stream) // bits * bits
         parts.append((stream[:whole].view(-1, bits) * worth).sum(dim=1, dtype=torch.uint8))

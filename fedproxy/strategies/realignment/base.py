@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Material:
 @dataclass(frozen=True)
 class Realignment(Component, family="realignment"):
     """Brings the emulator (the proxy's blocks that no client trains) back to the target, before every broadcast."""
+
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Round parts that it needs, by name."""
 
     @property
     def reads(self) -> tuple[int, int]:

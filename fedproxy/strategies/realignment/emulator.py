@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class EmulatorRealignment(Realignment, name="emulator"):
     Choice: the squared distance is a mean over hidden units, and the root mean square is taken per token, as in
     :func:`fedproxy.modules.losses.hidden_distance`; the optimiser is a fresh AdamW every round.
     """
+
+    parts: ClassVar[tuple[str, ...]] = ("emulator",)
 
     steps: int = 20
     """Optimiser steps per round."""

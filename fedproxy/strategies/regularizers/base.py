@@ -16,10 +16,9 @@ from fedproxy.registry import Component
 class Regularizer(Component, family="regularizer"):
     """Base of all client-side loss terms; the fields of a subclass are its options."""
 
-    needs_conflict: ClassVar[bool] = False
-    """The broadcast must carry the conflict map of the previous round."""
-    keeps_client_memory: ClassVar[bool] = False
-    """Every client keeps :meth:`finish`'s first result for its next round."""
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Round parts that the term needs, by name: ``conflict``, the previous round's conflict map, or
+    ``control_variates``, where every client keeps :meth:`finish`'s first result for its next round."""
     keeps_shared_memory: ClassVar[bool] = False
     """The server keeps :meth:`merge_shared`'s result, checkpoints it and broadcasts it."""
     coordinatewise: ClassVar[bool] = False

@@ -22,7 +22,7 @@ class Scaffold(Regularizer, name="scaffold"):
 
     reference: ClassVar[str] = "Karimireddy et al. 2020, arXiv 1910.06378, Alg. 1"
     coordinatewise: ClassVar[bool] = True
-    keeps_client_memory: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("control_variates",)
     keeps_shared_memory: ClassVar[bool] = True
 
     def pull(self, own: Tensors, shared: Tensors, anchor: Tensors) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class FedDyn(Regularizer, name="feddyn"):
 
     reference: ClassVar[str] = "Acar et al. 2021, arXiv 2111.04263, Alg. 1"
     coordinatewise: ClassVar[bool] = True
-    keeps_client_memory: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("control_variates",)
     partner: ClassVar[str] = "feddyn"
 
     strength: float = 0.01

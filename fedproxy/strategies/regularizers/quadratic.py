@@ -50,7 +50,7 @@ class Conflict(Regularizer, name="conflict"):
 
     reference: ClassVar[str] = "Fan et al. 2026 (FedProxy), arXiv 2604.19015, Eqs 8-9"
     coordinatewise: ClassVar[bool] = True
-    needs_conflict: ClassVar[bool] = True
+    parts: ClassVar[tuple[str, ...]] = ("conflict",)
 
     strength: float = 1e-5
     """lambda, >= 0."""

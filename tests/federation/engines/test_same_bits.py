@@ -22,7 +22,7 @@ from fedproxy.protocol import Broadcast, ClientUpdate
 CLIENTS = ("a/b", "c", "d", "e")
 JOB = {
     "seed": 7, "lr": 0.01, "batch_size": 2, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "regularizer": {"name": "conflict", "strength": 0.1}, "frozen": [],
+    "regularizer": {"name": "conflict", "strength": 0.1}, "frozen": [], "parts": [{"name": "conflict"}],
 }  # fmt: skip
 
 
@@ -57,7 +57,8 @@ def broadcast(client):
     """Round 2, with a conflict map, from a state in which B is not zero."""
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in client.model.state().items()}
-    return Broadcast(2, state, {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}, JOB)
+    conflict = {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}
+    return Broadcast(2, state, JOB, {"conflict": conflict})
 
 
 def run(pool, broadcast):

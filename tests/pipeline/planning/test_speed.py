@@ -70,8 +70,9 @@ def test_ten_thousand_clients():
     words = ["data.partition.name=iid", "data.partition.clients=10000", "federation.clients_per_round=64"]
     predicted = plan([TINY, *words, "aggregator.name=flora", "federation.space=product", "regularizer.name=none"])
     traffic = predicted.traffic
-    assert traffic.frozen_change == 64 * traffic.state  # 64 clients' factors, stacked
-    assert traffic.all_down(2) == 64 * traffic.state + 10_000 * traffic.frozen_change
+    state, moved = traffic.later["state"], traffic.later["base_change"]
+    assert moved == traffic.to_all == 64 * state  # 64 clients' factors, stacked
+    assert traffic.all_down(2) == 64 * state + 10_000 * moved
     assert "64 of 10,000 in each round" in str(predicted)
 
 

@@ -1,7 +1,9 @@
-"""Statistics of a client's rows that some aggregators ask for beside the update (``ClientUpdate.extras``)."""
+"""Statistics of a client's rows that some aggregators ask for beside the update: Fisher information, Gram matrices."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,7 +15,8 @@ from fedproxy.errors import ConfigError
 from fedproxy.models import placed
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
-from fedproxy.protocol import nbytes
+from fedproxy.protocol import ClientUpdate
+from fedproxy.strategies.round_parts.base import ClientRound, Group, RoundPart, Rules
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -29,8 +32,6 @@ def client_statistics(
         pad_id: Token that fills up short rows.
         device: Where to compute.
     """
-    if not groups:
-        return {}
     training = model.model.training
     model.model.eval()
     try:
@@ -106,31 +107,42 @@ NON_NEGATIVE = frozenset({"fisher"})
 """Groups in which no value is below zero."""
 
 
-def statistics_forms(groups: Sequence[str], model: TrainableModel) -> dict[str, dict[str, Tensor]]:
-    """Return names, shapes and dtypes of what a client sends for these groups, as tensors on the meta device.
+@dataclass(frozen=True)
+class Statistics(RoundPart, name="statistics"):
+    """Sends statistics of the client's rows, taken of the tuned model: one group of the update for each kind."""
 
-    Args:
-        groups: Names in :data:`STATISTICS`.
-        model: The proxy with what is trained attached; it may be on the meta device itself.
+    order: ClassVar[int] = 40
 
-    Raises:
-        ConfigError: If a group is not among :data:`STATISTICS`.
-    """
-    unknown = sorted(set(groups).difference(_SHAPES))
-    if unknown:
-        raise ConfigError(f"aggregator.name: clients send no {unknown[0]!r} statistics; choose another aggregator")
-    return {
-        group: {
-            name: torch.empty(shape, dtype=torch.float32, device="meta")
-            for name, shape in _SHAPES[group](model).items()
-        }
-        for group in groups
-    }
+    groups: tuple[str, ...] = ()
+    """Kinds, of :data:`STATISTICS`."""
 
+    @classmethod
+    def of(cls, rules: Rules) -> Self:
+        """Take what the aggregator needs.
 
-def statistics_bytes(groups: Sequence[str], model: TrainableModel) -> int:
-    """Return the bytes that a client sends for these groups; see :func:`statistics_forms`."""
-    return sum(nbytes(tensors) for tensors in statistics_forms(groups, model).values())
+        Raises:
+            ConfigError: If clients cannot compute a kind.
+        """
+        unknown = sorted(set(rules.aggregator.needs_extras).difference(STATISTICS))
+        if unknown:
+            raise ConfigError(f"aggregator.name: clients send no {unknown[0]!r} statistics; choose another aggregator")
+        return cls(tuple(rules.aggregator.needs_extras))
+
+    def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
+        """Add the statistics."""
+        if not task.writes:
+            return update
+        found = client_statistics(self.groups, task.model, task.examples, pad_id=task.pad_id, device=task.device)
+        return replace(update, extras={**update.extras, **found})
+
+    def expects(self, up: Mapping[str, Group], model: TrainableModel) -> Mapping[str, Group]:
+        """Add the statistics' forms."""
+        added = {}
+        for group in self.groups:
+            shapes = _SHAPES[group](model).items()
+            forms = {name: torch.empty(shape, dtype=torch.float32, device="meta") for name, shape in shapes}
+            added[group] = Group(forms, squares=True, non_negative=group in NON_NEGATIVE)
+        return {**up, **added}
 
 
 def _parameter_shapes(model: TrainableModel) -> dict[str, tuple[int, ...]]:

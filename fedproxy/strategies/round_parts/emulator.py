@@ -2,37 +2,23 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedproxy.errors import ClientError, ConfigError
-from fedproxy.federation.checkpoint import Progress
 from fedproxy.models import Decoder
 from fedproxy.models.sharding import assign
-from fedproxy.protocol import Tensors
+from fedproxy.protocol import Broadcast, Tensors
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material, Realignment
+from fedproxy.strategies.round_parts.base import ClientRound, RoundPart, RoundResult
 from fedproxy.strategies.trainable.base import TrainableModel
 
-GROUP = "emulator"
-"""Group of :attr:`fedproxy.protocol.Broadcast.extras` that carries the emulator's weights."""
 
-
-@dataclass(frozen=True)
-class Aligned:
-    """The emulator of one round."""
-
-    weights: dict[str, Tensor]
-    """All weights of the emulator's blocks by their name in the plain proxy; nothing else of the server's."""
-    loss: float | None
-    """Mean loss of the last steps."""
-    seconds: float
-    """Wall time on the server."""
-
-
-class Realigner:
+class Aligner:
     """Aligns the proxy that the server holds; every round depends on the round before and the seed alone.
 
     Args:
@@ -54,20 +40,75 @@ class Realigner:
                 "set trainable.blocks (ends, last or a list), or realignment.name=none"
             )
         self._sent = {name: parameter.detach().clone() for name, parameter in emulator_weights(model).items()}
+        self.loss: float | None = None
+        """Mean loss of the last steps of the latest alignment."""
+        self.seconds = 0.0
+        """Wall time of the latest alignment."""
 
-    def align(self, progress: Progress) -> Aligned:
-        """Return the emulator of the round after ``progress``."""
+    def align(self, round_: int, state: Tensors, before: Tensors) -> dict[str, Tensor]:
+        """Return all weights of the emulator's blocks for a round, by their name in the plain proxy.
+
+        Args:
+            round_: The round that begins.
+            state: The shared state.
+            before: The emulator of the round before; empty in the first.
+        """
         started = time.perf_counter()
-        self.model.load_state(progress.state)
-        receive(self.model, progress.emulator or self._sent)
-        draws = generator(self.seed, progress.round + 1, "realignment")
-        loss = self.realignment.align(self.model, self.blocks, self.material, draws)
+        self.model.load_state(state)
+        receive(self.model, before or self._sent)
+        draws = generator(self.seed, round_, "realignment")
+        self.loss = self.realignment.align(self.model, self.blocks, self.material, draws)
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in emulator_weights(self.model).items()}
-        return Aligned(weights, loss, time.perf_counter() - started)
+        self.seconds = time.perf_counter() - started
+        return weights
 
     def restore(self) -> None:
         """Give the model the frozen weights back that clients first received."""
         receive(self.model, self._sent)
+
+
+class Outlined:
+    """Stands in for an :class:`Aligner` where only shapes are asked for.
+
+    Args:
+        model: The proxy with what is trained attached, on the meta device.
+    """
+
+    loss, seconds = None, 0.0
+
+    def __init__(self, model: TrainableModel) -> None:
+        self.model = model
+
+    def align(self, round_: int, state: Tensors, before: Tensors) -> dict[str, Tensor]:
+        """Return the weights that would be aligned."""
+        return {name: parameter.detach() for name, parameter in emulator_weights(self.model).items()}
+
+
+@dataclass(frozen=True)
+class Emulator(RoundPart, name="emulator"):
+    """Sends the proxy's frozen blocks as the server re-aligned them before the round (FedBiOT)."""
+
+    order: ClassVar[int] = 5
+
+    aligner: "Aligner | Outlined | None" = field(default=None, metadata={"server": True})
+    """What aligns them; the server's alone."""
+
+    def send(self, broadcast: Broadcast, memory: Tensors) -> Broadcast:
+        """Align the blocks and add them."""
+        assert self.aligner is not None, "the server binds it"
+        weights = self.aligner.align(broadcast.round, broadcast.state, memory)
+        return replace(broadcast, extras={**broadcast.extras, self.name: weights})
+
+    def receive(self, task: ClientRound) -> None:
+        """Take the blocks over."""
+        receive(task.model, task.broadcast.extras.get(self.name, {}))
+
+    def collect(self, memory: Tensors, result: RoundResult) -> Tensors:
+        """Keep the blocks, and note what aligning them took."""
+        if self.aligner is not None:
+            result.figures["realignment_loss"] = self.aligner.loss
+            result.figures["server_seconds"] = result.figures.get("server_seconds", 0.0) + self.aligner.seconds
+        return result.broadcast.extras[self.name]
 
 
 def emulator_blocks(model: TrainableModel) -> list[int]:

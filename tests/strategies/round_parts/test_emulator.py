@@ -8,18 +8,18 @@ from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client import LocalClient
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.realigner import GROUP, Realigner, emulator_blocks, emulator_weights, receive
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.realignment.emulator import EmulatorRealignment
+from fedproxy.strategies.round_parts.emulator import Aligner, Emulator, emulator_blocks, emulator_weights, receive
 from fedproxy.strategies.trainable.lora import Lora
 from tests.strategies.test_realignment import text
 
 PI = (0, 2, 4)
 JOB = {
     "seed": 0, "lr": 1e-2, "batch_size": 2, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
-    "regularizer": {"name": "none"},
+    "regularizer": {"name": "none"}, "parts": [{"name": "emulator"}],
 }  # fmt: skip
 
 
@@ -29,9 +29,9 @@ def make(make_model, blocks="last"):
     return model, Material(target, LayerMap(PI, "0" * 64), text(), {"accelerator": "cpu"})
 
 
-def make_realigner(make_model, **kwargs):
+def make_aligner(make_model, **kwargs):
     model, material = make(make_model, **kwargs)
-    return Realigner(EmulatorRealignment(steps=2, lr=1e-2), model, material, seed=3)
+    return Aligner(EmulatorRealignment(steps=2, lr=1e-2), model, material, seed=3)
 
 
 def equal(left, right):
@@ -45,34 +45,35 @@ def test_the_emulator_is_every_block_without_a_trained_weight(make_model):
     assert {name.split(".")[2] for name in names} == {"0", "1"}
     assert all(name.startswith("model.layers.") for name in names)
     with pytest.raises(ConfigError, match=r"realignment.name=emulator needs blocks that no client trains, but all"):
-        make_realigner(make_model, blocks="all")
+        make_aligner(make_model, blocks="all")
 
 
 def test_a_round_depends_on_the_round_before_and_not_on_what_the_model_held(make_model):
-    first = make_realigner(make_model)
-    start = Progress(0, first.model.state())
-    one = first.align(start)
-    two = first.align(Progress(1, start.state, emulator=one.weights))
-    again = make_realigner(make_model)  # a run that goes on after round 1
-    assert equal(again.align(Progress(1, start.state, emulator=one.weights)).weights, two.weights)
-    assert equal(again.align(start).weights, one.weights)
-    assert not equal(one.weights, two.weights)
+    first = make_aligner(make_model)
+    start = first.model.state()
+    one = first.align(1, start, {})
+    two = first.align(2, start, one)
+    again = make_aligner(make_model)  # a run that goes on after round 1
+    assert equal(again.align(2, start, one), two)
+    assert equal(again.align(1, start, {}), one)
+    assert not equal(one, two)
     again.restore()
     assert equal(dict(emulator_weights(again.model)), dict(emulator_weights(make(make_model)[0])))
 
 
 def test_a_checkpoint_keeps_it_to_the_bit(make_model, tmp_path):
-    realigner = make_realigner(make_model)
-    weights = realigner.align(Progress(0, realigner.model.state())).weights
-    CheckpointFolder(tmp_path).save(Progress(1, realigner.model.state(), emulator=weights))
-    assert equal(CheckpointFolder(tmp_path).load_latest().emulator, weights)
+    aligner = make_aligner(make_model)
+    weights = aligner.align(1, aligner.model.state(), {})
+    CheckpointFolder(tmp_path).save(Progress(1, aligner.model.state(), {"emulator": weights}))
+    assert equal(CheckpointFolder(tmp_path).load_latest().remembered("emulator"), weights)
 
 
 def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, tmp_path):
-    realigner = make_realigner(make_model)
-    state = realigner.model.state()
-    weights = realigner.align(Progress(0, state)).weights
-    plain, aligned = Broadcast(1, state, job=JOB), Broadcast(1, state, job=JOB, extras={GROUP: weights})
+    aligner = make_aligner(make_model)
+    state = aligner.model.state()
+    plain = Broadcast(1, state, JOB)
+    aligned = Emulator(aligner).send(plain, {})
+    weights = aligned.extras["emulator"]
     assert aligned.bytes - plain.bytes == sum(tensor.numel() * 4 for tensor in weights.values())
     aligned.save(tmp_path / "broadcast.safetensors")
     examples = {"a": [Example((5, 6, 7, 8), 2, "x"), Example((9, 8, 7), 1, "y")]}
@@ -83,7 +84,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
 
     sent = Broadcast.load(tmp_path / "broadcast.safetensors")
     elsewhere = train(sent, make(make_model)[0])
-    assert equal(elsewhere, train(aligned, realigner.model))
+    assert equal(elsewhere, train(aligned, aligner.model))
     assert not equal(elsewhere, train(plain, make(make_model)[0]))
 
 
