@@ -100,6 +100,8 @@ def test_what_cannot_work_is_refused_in_one_line(facts, message):
 
 def test_a_rule_that_leaves_clients_tensors_must_have_weights_for_their_mean():
     class Halves(Aggregator, name="halves_without_weights"):
+        parts = ("personal",)
+
         def shares(self, name):
             return not name.endswith("lora_B.weight")
 
