@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,16 +110,25 @@ class Broadcast:
     """Plain settings of the client's task (learning rate, batch size, ...)."""
     extras: Mapping[str, Tensors] = field(default_factory=dict)
     """What rides with the round beyond the state, by round part."""
-    states: Mapping[str, Tensors] | None = None
-    """Where clients share no state, each client's own one in place of ``state``; read when that client is served."""
+    each: "Mapping[str, Broadcast] | None" = None
+    """Where clients are not all sent the same: each one's own broadcast, made when that client is served."""
 
     def addressed_to(self, client_id: str) -> "Broadcast":
-        """Return what one client is sent: this broadcast, or one with that client's own state."""
-        return self if self.states is None else replace(self, state=self.states[client_id], states=None)
+        """Return what one client is sent: this broadcast, or that client's own."""
+        return self if self.each is None else self.each[client_id]
+
+    def mapped(self, change: "Callable[[str | None, Broadcast], Broadcast]") -> "Broadcast":
+        """Return the broadcast changed, and every client's own one likewise.
+
+        Args:
+            change: Maps the client (None for what stands for all) and a broadcast to the changed one.
+        """
+        changed = change(None, replace(self, each=None))
+        return changed if self.each is None else replace(changed, each=Mapped(self.each, change))
 
     def save(self, path: str | Path) -> None:
         """Write the broadcast, addressed to its client where each has its own state, as one safetensors file."""
-        assert self.states is None, "only addressed_to() a client does it have a state"
+        assert self.each is None, "what is written is addressed_to() one client"
         meta = {"round": self.round, "job": dict(self.job)}
         _save(path, "broadcast", meta, {"state": self.state}, self.extras)
 
@@ -142,6 +151,27 @@ class Broadcast:
     def bytes(self) -> int:
         """Payload size in bytes: state and extras."""
         return nbytes(self.state) + sum(nbytes(group) for group in self.extras.values())
+
+
+class Mapped(Mapping[str, Broadcast]):
+    """Broadcasts by client, each changed when it is asked for.
+
+    Args:
+        each: The broadcasts; a mapping of anything else is turned into broadcasts by ``change``.
+        change: Maps a client and its value to its broadcast.
+    """
+
+    def __init__(self, each: Mapping[str, Any], change: Callable[[str, Any], Broadcast]) -> None:
+        self._each, self._change = each, change
+
+    def __getitem__(self, client_id: str) -> Broadcast:
+        return self._change(client_id, self._each[client_id])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._each)
+
+    def __len__(self) -> int:
+        return len(self._each)
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,7 @@ class LocalClient:
             base=self.store.frozen,
             device=torch.device("cpu"),
             lr=job.lr,
+            seed=job.seed,
             writes=rank_and_size()[0] == 0,
         )
 

@@ -19,8 +19,9 @@ from fedproxy.federation.participation import OnAnswer, Participation
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.files import plain, write_text
-from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
+from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
+from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
@@ -95,7 +96,8 @@ class Federation:
         """
         started, number = time.perf_counter(), before.round + 1
         chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
-        broadcast = Broadcast(number, {}, self._job(before.state, number), states=states)
+        common = Broadcast(number, {}, self._job(before.state, number))
+        broadcast = replace(common, each=Mapped(states, lambda _, state: replace(common, state=state)))
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         norms = []
@@ -109,7 +111,7 @@ class Federation:
         record: Record = {
             **_taken(number, updates, dropped),
             "update_norms": norms,
-            "download_bytes": sum(broadcast.addressed_to(client).bytes for client in chosen),
+            "download_bytes": self._sent_bytes(broadcast, chosen),
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
@@ -147,7 +149,7 @@ class Federation:
             "factor_mean_error": self._factor_error(before.state, updates),
             "realignment_loss": None,
             **result.figures,
-            "download_bytes": broadcast.bytes * len(chosen) + self._bytes_for_the_rest(broadcast, len(chosen)),
+            "download_bytes": self._sent_bytes(broadcast, chosen),
             "server_seconds": time.perf_counter() - trained + result.figures.get("server_seconds", 0.0),
             "seconds": time.perf_counter() - started,
         }
@@ -170,10 +172,11 @@ class Federation:
             update = part.take(update, broadcast)
         return update
 
-    def _bytes_for_the_rest(self, broadcast: Broadcast, served: int) -> int:
-        """Return the bytes that go to clients outside of the round, of the parts that reach everybody."""
+    def _sent_bytes(self, broadcast: Broadcast, served: Sequence[str]) -> int:
+        """Return the bytes that go to the round's clients, and to all others those of parts that reach everybody."""
         each = sum(nbytes(broadcast.extras.get(part.name, {})) for part in self.parts if part.to_all)
-        return each * (len(self.clients) - served)
+        sent = sum(broadcast.addressed_to(client).bytes for client in served)
+        return sent + each * (len(self.clients) - len(served))
 
     def _validate(self, progress: Progress) -> int | None:
         """Add the state's scores to the last record, and return the round whose checkpoint must stay."""
@@ -190,9 +193,11 @@ class Federation:
         return self.aggregator.aggregate(updates, memory, context)
 
     def _factor_error(self, state: Mapping[str, Tensor], updates: Sequence[ClientUpdate]) -> float | None:
-        whole = updates[0].delta.keys() == state.keys()
-        if self.lora_scaling is None or len(updates) < 2 or not whole:
+        if self.lora_scaling is None or len(updates) < 2:
             return None
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if any({name: Source.of(update.delta, name).shape for name in update.delta} != shapes for update in updates):
+            return None  # personal tensors, or factors of other ranks
         total = sum(update.num_examples for update in updates)
         weights = [update.num_examples / total for update in updates]
         return factor_mean_error([_Moved(state, update.delta) for update in updates], weights, self.lora_scaling)

@@ -173,7 +173,7 @@ class WorkerPool:
             for old in self.folder.glob("round_*"):
                 shutil.rmtree(old)
             folder = Path(tempfile.mkdtemp(prefix=f"round_{broadcast.round:04d}_", dir=self.folder))
-            if broadcast.states is None:
+            if broadcast.each is None:
                 broadcast.save(folder / _BROADCAST)
         except (OSError, SafetensorError) as error:
             raise _unwritten(broadcast, self.folder, error) from error
@@ -181,7 +181,7 @@ class WorkerPool:
 
     def _sent(self, task: _Task, broadcast: Broadcast, folder: Path) -> Path:
         """Return the file of what a client is sent, written now if it is that client's alone."""
-        if broadcast.states is None:
+        if broadcast.each is None:
             return folder / _BROADCAST
         path = folder / f"{task.number:05d}_{_BROADCAST}"
         if not path.exists():

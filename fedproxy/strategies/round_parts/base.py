@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, Self
 
-from torch import Tensor, device
+from torch import Generator, Tensor, device
 
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ConfigError
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.registry import Component
+from fedproxy.seeding import generator
 from fedproxy.strategies.aggregators import Aggregation, Aggregator
 from fedproxy.strategies.realignment import Realignment
 from fedproxy.strategies.regularizers import Regularizer
@@ -92,10 +93,16 @@ class ClientRound:
     """What each part keeps for this client's next round, by part."""
     lr: float = 1.0
     """Learning rate."""
+    seed: int = 0
+    """Seed of the run's draws."""
     steps: int = 0
     """Optimiser steps done; known after training."""
     writes: bool = True
     """False in further processes that train the same client: they compute what the first one sends."""
+
+    def generator(self, purpose: str) -> Generator:
+        """Return a generator that depends on the run's seed, the round, this client and the purpose alone."""
+        return generator(self.seed, self.broadcast.round, self.client_id, purpose)
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,8 @@ class RoundPart(Component, family="round_part"):
 
     order: ClassVar[int] = 50
     """Place in the chain; lower ones come first, equal ones by name."""
+    optional: ClassVar[bool] = False
+    """A recipe may add it; other parts are named by the rules that need them."""
     to_all: ClassVar[bool] = False
     """What is sent also reaches clients that are not in the round."""
     server_copies: ClassVar[int] = 0
@@ -165,12 +174,13 @@ class RoundPart(Component, family="round_part"):
         """Return the server's memory of this part after a round: it is checkpointed."""
         return {}
 
-    def expects(self, up: Mapping[str, Group], model: TrainableModel) -> Mapping[str, Group]:
+    def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Return the groups of tensors that an update has, given those without this part.
 
         Args:
             up: By group; the update itself is the group ``delta``.
             model: The proxy with what is trained attached; its values play no part.
+            client_id: Whose update it is.
         """
         return up
 

@@ -75,7 +75,7 @@ class ControlVariates(RoundPart, name="control_variates"):
             return {}
         return self.term.merge_shared({}, [forms.up[self.name].tensors], forms.clients)
 
-    def expects(self, up: Mapping[str, Group], model: TrainableModel) -> Mapping[str, Group]:
+    def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Add the client's part, found by finishing a round on the state's forms."""
         forms = {name: torch.empty_like(tensor, device="meta") for name, tensor in up["delta"].tensors.items()}
         _, upload = self.term.finish({}, {}, forms, steps=1, lr=1.0)

@@ -42,7 +42,7 @@ class Personal(RoundPart, name="personal"):
         task.kept[self.name] = {name: tuned[name].clone() for name in self.tensors}
         return replace(update, delta={name: update.delta[name] for name in update.delta if name not in self.tensors})
 
-    def expects(self, up: Mapping[str, Group], model: TrainableModel) -> Mapping[str, Group]:
+    def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Leave the personal tensors out."""
         shared = {name: tensor for name, tensor in up["delta"].tensors.items() if name not in self.tensors}
         return {**up, "delta": replace(up["delta"], tensors=shared)}

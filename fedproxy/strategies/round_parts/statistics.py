@@ -135,7 +135,7 @@ class Statistics(RoundPart, name="statistics"):
         found = client_statistics(self.groups, task.model, task.examples, pad_id=task.pad_id, device=task.device)
         return replace(update, extras={**update.extras, **found})
 
-    def expects(self, up: Mapping[str, Group], model: TrainableModel) -> Mapping[str, Group]:
+    def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Add the statistics' forms."""
         added = {}
         for group in self.groups:

@@ -11,7 +11,7 @@ import torch
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
 from fedproxy.federation.participation import Participation
-from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile
+from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, TensorFile
 
 from .doubles import CLIENTS, broadcast, honest, remote
 
@@ -91,7 +91,10 @@ def test_each_client_starts_from_its_own_state_also_in_a_second_try(pool, words)
         client: {name: torch.full_like(tensor, value) for name, tensor in broadcast(3).state.items()}
         for client, value in values.items()
     }
-    got = {answer.client_id: answer for answer in pool.run(Broadcast(3, {}, states=states), CLIENTS)}
+    got = {
+        answer.client_id: answer
+        for answer in pool.run(Broadcast(3, {}, each=Mapped(states, lambda _, state: Broadcast(3, state))), CLIENTS)
+    }
     assert len(pids(words, "bob")) == 2
     assert_honest(got.pop("bob"))
     assert {client: float(update.delta["a"][0, 0]) for client, update in got.items()} == {
