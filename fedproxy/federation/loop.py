@@ -1,5 +1,6 @@
 """The one round loop: every federated method runs through it."""
 
+import errno
 import json
 import os
 import time
@@ -239,11 +240,18 @@ def _write_journal(journal: Path, records: Sequence[Record]) -> None:
 
 
 def _append(journal: Path, record: Record) -> None:
+    """Add a line, or nothing: half a line that a full disk leaves is taken off again."""
     try:
-        with journal.open("a") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
+        with journal.open("ab", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            line = _line(record).encode()
+            try:
+                if file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(file.fileno())
+            except BaseException:
+                os.ftruncate(file.fileno(), size)
+                raise
     except OSError as error:
         raise CheckpointError(f"{journal} cannot be written: {error}; free disk space, then resume=auto") from error
 

@@ -176,12 +176,12 @@ def test_a_full_cache_changes_nothing_but_the_time(make_model, tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_swept_and_those_of_a_live_one_stay(tmp_path):
-    for name, when in (("dead.part", 1000), ("live.part", None)):
+    for name, when in ((".fedproxy-dead.part", 1000), (".fedproxy-live.part", None), ("foreign.part", 1000)):
         (tmp_path / name).write_bytes(b"x")
         if when:
             os.utime(tmp_path / name, (when, when))
     make_cache(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["live.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fedproxy-live.part", "foreign.part"]
 
 
 def test_nothing_half_written_stays_when_the_disk_is_full(tmp_path, monkeypatch):
