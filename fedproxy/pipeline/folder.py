@@ -94,7 +94,6 @@ class RunFolder:
         """
         if self.replaces:
             check_removable(self.root)
-        self.is_claimed = True
         try:
             if self.begins:
                 remove_own(self.root)
@@ -102,6 +101,7 @@ class RunFolder:
             for folder in (self.server, self.rows, self.checkpoints):
                 private_folder(folder)
             write_text(self.config, to_yaml(config))
+            self.is_claimed = True
         except BaseException as error:
             self.clear()
             if not isinstance(error, OSError):
