@@ -141,15 +141,13 @@ class RunFolder:
             with suppress(CheckpointError):
                 remove_own(self.root)
 
-    def clear_fused(self) -> None:
-        """Delete the adapters and fused models of an earlier count of rounds.
+    def check_fused(self) -> None:
+        """Refuse to replace adapters and fused models of fewer rounds where something lies among them.
 
         Raises:
-            ConfigError: If something lies there that no run made.
-            CheckpointError: If they cannot be deleted.
+            ConfigError: Naming the first thing that no run made.
         """
         check_parts(self.root, ("adapter", "fused"))
-        remove_own(self.root, ("fused",))
 
     def clear_exchange(self) -> None:
         """Delete what processes of this run exchanged."""

@@ -37,7 +37,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
     done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
     if not done:
-        run.folder.clear_fused()
+        run.folder.check_fused()
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)

@@ -4,18 +4,17 @@ A run marks the folder that it claims. Whatever a run does not make under that n
 where there is such a thing, nothing is deleted.
 """
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import fedproxy
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.files import write_json
+from fedproxy.files import open_regular, parse_json, write_json
 from fedproxy.locks import LOCK_FILE
 
 MARKER = ".fedproxy-run.json"
@@ -71,15 +70,14 @@ def mark(root: Path) -> None:
 
 def is_marked(root: Path) -> bool:
     """Return whether a run made this folder."""
-    with suppress(OSError, ValueError):
-        content = json.loads((root / MARKER).read_bytes()[:4096])
-        return isinstance(content, dict) and isinstance(content.get("version"), int)
+    with suppress(OSError, ValueError), open_regular(root / MARKER) as file:
+        return isinstance(parse_json(file.read(4096), dict).get("version"), int)
     return False
 
 
 def only_remains(root: Path) -> bool:
     """Return whether a folder holds nothing, or no more than a run leaves that was killed while it claimed it."""
-    names = {os.fspath(path.relative_to(root)) for path in _things(root)}
+    names = (os.fspath(path.relative_to(root)) for path in _things(root))
     return all(name in _LAST or _is_remains(name) for name in names)
 
 
@@ -144,14 +142,10 @@ def check_parts(root: Path, parts: Sequence[str]) -> None:
         raise ConfigError(f"{foreign} lies where the run puts its own files, and no run made it; move it away")
 
 
-def remove_own(root: Path, names: Container[str] | None = None) -> None:
+def remove_own(root: Path) -> None:
     """Delete what runs make in a folder, its lock excepted; anything else stays.
 
     The configuration goes first, so that no half-deleted run is gone on with, and the marker last.
-
-    Args:
-        root: The folder.
-        names: The entries to delete; all of them by default.
 
     Raises:
         CheckpointError: If something cannot be deleted.
@@ -159,8 +153,7 @@ def remove_own(root: Path, names: Container[str] | None = None) -> None:
     try:
         entries = sorted(root.iterdir(), key=lambda path: (path.name in _LAST, path.name != "config.yaml", path.name))
         for entry in entries:
-            wanted = entry.name != LOCK_FILE if names is None else entry.name in names
-            if wanted and not _foreign_below(entry, root):
+            if entry.name != LOCK_FILE and not _foreign_below(entry, root):
                 _delete(entry)
     except OSError as error:
         raise CheckpointError(f"output_dir {root} cannot be emptied ({error.strerror}); delete it by hand") from error

@@ -2,12 +2,17 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
 
+from fedproxy import recipes
+from fedproxy.comparison.arguments import read_study
+from fedproxy.comparison.execution import _delete_run
 from fedproxy.config import load_config, to_yaml
 from fedproxy.errors import ConfigError, DataError, FedProxyError
 from fedproxy.federation.engines import RemoteClient
@@ -16,6 +21,7 @@ from fedproxy.locks import LOCK_FILE, locked
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.ownership import MARKER, first_foreign
 from fedproxy.pipeline.run import run
+from fedproxy.pipeline.sharing import SharedWork
 
 from .conftest import SMALL
 
@@ -186,6 +192,41 @@ def test_a_run_without_its_configuration_is_not_gone_on_with(old):
         with pytest.raises(ConfigError, match=r"holds what is left of a run whose config.yaml is gone; use overwrite="):
             claim(old, way)
     claim(old, "overwrite=true")
+
+
+def test_a_comparison_deletes_no_more_than_finished_runs_and_shared_work(old, tmp_path):
+    said = []
+    display = SimpleNamespace(say=said.append)
+    (old / "notes.txt").write_text("mine")
+    _delete_run(RunFolder(old), display)
+    assert len(said) == 1
+    assert re.match(r"kept .*old: output_dir .* is not deleted: no run made .*notes.txt; move that away", said[0])
+    (old / "notes.txt").unlink()
+    _delete_run(RunFolder(old), display)
+    assert not old.exists()
+    shared = SharedWork(tmp_path / "shared")
+    for name in ("proxies/mine/model", f"proxies/{'0' * 32}/proxy", f"federations/{'1' * 32}.part/x"):
+        (shared.folder / name).mkdir(parents=True)
+    shared.clear()
+    assert sorted(content(shared.folder)) == ["proxies", "proxies/mine", "proxies/mine/model"]
+
+
+@pytest.mark.parametrize("where", ["overrides", "methods.a"])
+def test_a_study_file_never_asks_to_overwrite(tmp_path, where):
+    node = {"recipe": "fedproxy_tiny", **({"overwrite": True} if where != "overrides" else {})}
+    study = {"methods": {"a": node}, "overrides": {"overwrite": True} if where == "overrides" else {}}
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    with pytest.raises(ConfigError, match=rf"^{where}.overwrite is not a key of a comparison; delete the record of"):
+        read_study([f"study={tmp_path}/study.yaml"])
+
+
+def test_a_copied_recipe_never_lands_on_what_is_there(tmp_path):
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "elsewhere.yaml")
+    (tmp_path / "mine.yaml").write_text("mine: true")
+    for name in ("link", "mine"):
+        with pytest.raises(ConfigError, match="exists; give another file name"):
+            recipes.main(["cp", "fedproxy_tiny", str(tmp_path / f"{name}.yaml")])
+    assert not (tmp_path / "elsewhere.yaml").exists()
 
 
 def test_notes_among_fused_models_and_in_scratch_stop_a_continuation_before_work(made, old):
