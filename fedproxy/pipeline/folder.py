@@ -96,6 +96,7 @@ class RunFolder:
             check_removable(self.root)
         try:
             if self.begins:
+                self.root.mkdir(parents=True, exist_ok=True)
                 remove_own(self.root)
                 mark(self.root)
             for folder in (self.server, self.rows, self.checkpoints):
