@@ -23,6 +23,8 @@ everything is merged.
   recipe) names another class, the options that were set for the old one are dropped.
 - `trainer.*` takes every option of `lightning.Trainer`, except those that a key below sets.
 - `plugins: [my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
+- `overwrite=true` deletes a run, so it counts on the command line alone: a recipe file that sets it is refused. What is
+  deleted, and what never, is in [architecture.md](architecture.md#the-run-folder).
 - A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2.
 
 This page is generated from the classes by `python docs/configuration_reference.py`.

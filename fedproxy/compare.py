@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedproxy.command import run_command
+from fedproxy.interrupts import interruption
 
 USAGE = """
 usage: python -m fedproxy.compare recipes=[NAME,...] [seeds=[...]] [key=value ...]
@@ -51,8 +52,8 @@ def main(arguments: Sequence[str]) -> int:
     study = read_study(arguments)
     try:
         finished = compare(study, arguments)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("go on with the same command") from None
+    except KeyboardInterrupt as error:
+        raise interruption(error, "go on with the same command") or error from None
     print(markdown_table(score_table(finished.comparison.analysis)))
     print("report: " + ", ".join(str(path) for path in finished.files))
     for line in finished.failed:

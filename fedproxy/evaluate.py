@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,9 @@ examples:
   python -m fedproxy.evaluate model=asset:smollm2-135m tasks=[arc_easy,openbookqa] limit=100
   python -m fedproxy.evaluate model=runs/demo/fused tasks=[csqa] num_fewshot=5 output_dir=runs/demo/csqa_5shot
 """
+
+
+_FILES = ("scores.json", "samples.jsonl", "results.json")
 
 
 @dataclass(frozen=True)
@@ -87,17 +91,46 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate the model that the arguments name, write the result files and print the scores."""
+    """Evaluate the model that the arguments name, write the result files and print the scores.
+
+    Raises:
+        FedProxyError: If an argument, the model or a task cannot be used, or ``output_dir`` holds foreign files.
+    """
+    from fedproxy.locks import locked
+
     options = parse_arguments(arguments)
     folder = Path(options.output_dir)
-    if (folder / "scores.json").exists() and not options.overwrite:
-        from fedproxy.errors import ConfigError
-
-        raise ConfigError(f"{folder} already holds scores; add overwrite=true or choose another output_dir")
-    result = _evaluate(options)
-    _write(options, result, folder)
+    with locked(folder):
+        _check_folder(folder, options.overwrite)
+        result = _evaluate(options)
+        _write(options, result, folder)
     print(score_table(result))
     print(f"results: {folder}/scores.json, samples.jsonl and results.json")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse to replace files that no evaluation wrote, and scores without the word for it.
+
+    Raises:
+        ConfigError: Naming the first such file.
+    """
+    from fedproxy.errors import CheckpointError, ConfigError
+    from fedproxy.files import read_json
+
+    scores, *others = (folder / name for name in _FILES)
+    if not os.path.lexists(scores):
+        for other in others:
+            if os.path.lexists(other):
+                raise ConfigError(f"{other} was written by something else; move it away or choose another output_dir")
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder} already holds scores; add overwrite=true or choose another output_dir")
+    try:
+        content = read_json(scores, dict)
+    except CheckpointError:
+        content = {}
+    if not {"settings", "scores", "seconds"} <= content.keys():
+        raise ConfigError(f"{scores} was written by something else; move it away or choose another output_dir")
 
 
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
@@ -133,9 +166,9 @@ def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path)
 
     settings = dataclasses.asdict(options)
     scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}
-    write_json(folder / "scores.json", scores)
-    write_text(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in result.samples))
-    write_json(folder / "results.json", result.lm_eval)
+    write_json(folder / _FILES[0], scores)  # first: by it the others are known as ours
+    write_text(folder / _FILES[1], "".join(json.dumps(sample) + "\n" for sample in result.samples))
+    write_json(folder / _FILES[2], result.lm_eval)
 
 
 def score_table(result: "EvaluationResult") -> str:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,16 +45,25 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` to ``path`` through a temporary file and a rename, so that readers never see half of it.
+def write_text(path: str | Path, text: str, *, private: bool = False) -> Path:
+    """Write ``text`` in UTF-8 to ``path``; see :func:`write_bytes`."""
+    return write_bytes(path, text.encode("utf-8"), private=private)
 
-    A file that holds this text already is left as it is.
+
+def write_bytes(path: str | Path, data: bytes, *, private: bool = False) -> Path:
+    """Write ``data`` to ``path`` through a temporary file and a rename, so that readers never see half of it.
+
+    A file that holds these bytes already is left as it is.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+        data: Its content.
+        private: Whether only the owner may read it.
 
     Raises:
         CheckpointError: If the folder cannot be made or written; what was there before stays.
     """
     path = Path(path)
-    data = text.encode("utf-8")
     try:
         if _holds(path, data):
             return path
@@ -64,7 +74,8 @@ def write_text(path: str | Path, text: str) -> Path:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+            if not private:
+                os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -177,6 +188,34 @@ def private_folder(path: str | Path) -> Path:
     if stat.S_IMODE(path.stat().st_mode) & 0o077:
         path.chmod(0o700)
     return path
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the place of ``folder`` when the context ends without an error.
+
+    Until then, and after an error, what was there stays; a kill between the two renames is repaired by the next call.
+
+    Raises:
+        OSError: If it cannot be made or renamed.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "old"))
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def flush(paths: Iterable[Path]) -> None:

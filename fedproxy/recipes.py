@@ -1,11 +1,12 @@
 """`python -m fedproxy.recipes`: list, show, copy and plan the shipped recipes."""
 
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedproxy.command import run_command
-from fedproxy.errors import ConfigError
+from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.files import write_bytes
 from fedproxy.recipe_files import find_recipe, recipe_names, recipes_folder
 
 USAGE = """
@@ -67,11 +68,11 @@ def _summary(path: Path) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere would be followed
         raise ConfigError(f"{target} exists; give another file name")
     try:
-        shutil.copyfile(source, target)
-    except OSError as error:
+        write_bytes(target, source.read_bytes())
+    except (OSError, CheckpointError) as error:
         raise ConfigError(f"{target} cannot be written ({error}); give another file name") from error
     print(f"wrote {target}; run it with: python -m fedproxy.fit recipe={target}")
 

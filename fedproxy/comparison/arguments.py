@@ -159,6 +159,7 @@ def _typed(values: Mapping[str, Any]) -> _Arguments:
 
 
 def _checked(given: _Arguments, every: Sequence[str]) -> Study:
+    _check_keys("overrides", given.overrides)
     shared = (*_words(given.overrides), *every)
     methods = [Method(_label(name), (f"recipe={name}", *shared)) for name in given.recipes]
     methods += [_method(label, node, shared) for label, node in given.methods.items()]
@@ -203,7 +204,14 @@ def _method(label: str, node: Any, shared: Sequence[str]) -> Method:
     if scored not in MODELS:
         raise ConfigError(f"methods.{label}.scored: unknown model {scored!r}{nearest(str(scored), MODELS)}")
     changes = {key: value for key, value in node.items() if key not in ("recipe", "scored")}
+    _check_keys(f"methods.{label}", changes)
     return Method(label, (f"recipe={node['recipe']}", *shared, *_words(changes)), scored)
+
+
+def _check_keys(where: str, changes: Mapping[str, Any]) -> None:
+    for key in changes:
+        if key in _OF_A_RUN:
+            raise ConfigError(f"{where}.{key} is not a key of a comparison; {_OF_A_RUN[key]}")
 
 
 def _words(node: Mapping[str, Any], prefix: str = "") -> list[str]:

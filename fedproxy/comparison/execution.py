@@ -1,21 +1,19 @@
 """The runs of a comparison: what has a record is not repeated, what was killed goes on, what fails is told."""
 
 import gc
-import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedproxy.comparison.arguments import Method, Study
 from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
-from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.files import plain, write_text
+from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable
 from fedproxy.pipeline.folder import RunFolder, flat, read_json
@@ -116,24 +114,17 @@ def shared_work(study: Study) -> SharedWork:
 
 @contextmanager
 def only_one(study: Study) -> Iterator[None]:
-    """Keep two comparisons from writing into one folder at a time.
+    """Keep other processes out of the report's folder and of that of the runs.
 
     Raises:
         ConfigError: If another one is at work there.
-        CheckpointError: If the folder cannot be written.
+        CheckpointError: If a folder cannot be written.
     """
-    try:
-        study.work_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(study.work_dir / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"work_dir {study.work_dir}: another comparison is running there; wait for it") from None
-    except OSError as error:
-        raise CheckpointError(f"work_dir {study.work_dir} cannot be written ({error}); choose another") from error
-    try:
+    with ExitStack() as held:
+        held.enter_context(locked(study.output_dir))
+        if study.work_dir.resolve() != study.output_dir.resolve():
+            held.enter_context(locked(study.work_dir, "work_dir"))
         yield
-    finally:
-        lock.release()
 
 
 def _recorded(cell: Cell) -> Record | None:
@@ -176,13 +167,25 @@ def _done(cell: Cell, shared: SharedWork, study: Study, display: Display) -> Out
     except FedProxyError as error:
         return _failed(cell, str(error), display)
     except Exception as error:  # a defect in one method must not lose the other methods' hours
-        write_text(folder.root.with_name(f"{folder.root.name}.traceback.txt"), traceback.format_exc())
+        place = folder.root.with_name(f"{folder.root.name}.traceback.txt")
+        write_text(place, traceback.format_exc(), private=True)
         return _failed(cell, f"{type(error).__name__}: {error}", display)
     finally:
         gc.collect()
     if not study.keep_runs:
-        shutil.rmtree(folder.root, ignore_errors=True)
+        _delete_run(folder, display)
     return Outcome(cell, record)
+
+
+def _delete_run(folder: RunFolder, display: Display) -> None:
+    """Delete a run whose record is kept; where something else came into its folder, that and the run stay."""
+    try:
+        with folder.held():
+            folder.remove()
+        with suppress(OSError):
+            folder.root.rmdir()
+    except FedProxyError as error:
+        display.say(f"kept {folder.root}: {error}")
 
 
 def _failed(cell: Cell, error: str, display: Display) -> Outcome:

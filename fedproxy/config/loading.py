@@ -57,8 +57,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return a configuration as YAML, itself a valid recipe file."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """Return a configuration as YAML, itself a valid recipe file, which never asks to overwrite anything."""
+    return OmegaConf.to_yaml(OmegaConf.create({**to_dict(config), "overwrite": False}))
 
 
 def _plain(value: Any) -> Any:
@@ -90,6 +90,10 @@ def _recipe_layers(name: str) -> list[Any]:
             raise ConfigError(f"recipe {name!r} extends itself through {wanted!r}; remove one `extends`")
         seen.add(path)
         layer = _read_yaml(path)
+        if layer.get("overwrite", False) is not False:
+            raise ConfigError(
+                f"recipe file {path}: overwrite deletes a run, so it comes from the command line alone; remove the key"
+            )
         layer.setdefault("recipe", path.stem if path.name in str(wanted) else wanted)
         wanted = layer.pop("extends", None)
         layers.insert(0, layer)

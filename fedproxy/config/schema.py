@@ -202,7 +202,7 @@ class RunConfig:
     resume: Literal["auto", "never"] = "never"
     """``auto`` goes on from the last whole checkpoint of output_dir."""
     overwrite: bool = False
-    """Delete the run that output_dir holds."""
+    """Delete the run that output_dir holds, after everything else was checked; on the command line alone."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import for the components they register."""
     compression: Compressor = field(default_factory=lambda: Compressor.by_name("block_influence")())

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import receive
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.names import file_stem
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.seeding import derive_seed, generator
@@ -60,6 +62,7 @@ class LocalClient:
         pad_id: Token that fills up short examples.
         trainer: Options of lightning.Trainer.
         store: Where clients keep what they remember between rounds; only rules that need it use it.
+        logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
     """
 
     def __init__(
@@ -70,9 +73,10 @@ class LocalClient:
         pad_id: int,
         trainer: Mapping[str, Any],
         store: ClientStore,
+        logs: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.store = store
+        self.store, self.logs = store, logs
         self.initial = model.state()
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
@@ -114,6 +118,7 @@ class LocalClient:
             accumulate=job.accumulate,
             max_grad_norm=job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
+            root=self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}",
         )
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
             fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))

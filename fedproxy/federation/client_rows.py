@@ -13,7 +13,7 @@ from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.errors import DataError
-from fedproxy.files import write_text
+from fedproxy.files import private_folder, write_text
 
 
 def rows_file(folder: Path, client_id: str) -> Path:
@@ -52,6 +52,7 @@ class ClientRows(Mapping[str, int]):
         self._sizes = {name: len(rows) for name, rows in clients.items()}
         self.owned = OwnedTexts(row for rows in clients.values() for row in rows)
         """Tells whether a text is a client's."""
+        private_folder(folder)
         for name, rows in clients.items():
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             write_text(rows_file(folder, name), "".join(lines))

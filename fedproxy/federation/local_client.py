@@ -44,6 +44,8 @@ class LocalSetup:
     """Modules that a client's own processes import."""
     scratch: str | None = None
     """Folder for what a client's own processes exchange; None is the system's."""
+    logs: str | None = None
+    """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
     def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
         """Return a client for this process, which trains on a proxy that is loaded already where it can."""
@@ -67,7 +69,8 @@ class LocalSetup:
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         store = ClientStore(Path(self.store))
-        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store)
+        logs = None if self.logs is None else Path(self.logs)
+        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs)
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""

@@ -1,7 +1,6 @@
 """The one round loop: every federated method runs through it."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_states import ClientState
 from fedproxy.federation.client_store import ClientStore
@@ -79,7 +77,7 @@ class Federation:
     ) -> Progress:
         """Go on from ``progress`` until ``rounds`` rounds are done, and return the last progress.
 
-        After each round the checkpoint is written whole, then one line is added to ``journal`` (rounds.jsonl).
+        After each round the checkpoint is written whole, then ``journal`` (rounds.jsonl) with one line more.
 
         Raises:
             ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
@@ -90,7 +88,7 @@ class Federation:
             advance = self._round if self.aggregator.aggregates else self._separate_round
             progress = advance(progress, engine, on_client)
             checkpoints.save(progress, pinned=self._validate(progress))
-            _append(journal, progress.records[-1])
+            _write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
 
@@ -234,18 +232,8 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
 
 
 def _write_journal(journal: Path, records: Sequence[Record]) -> None:
-    """Make the journal hold exactly the finished rounds: a kill between checkpoint and journal may have lost a line."""
+    """Make the journal hold exactly the finished rounds, as a new file: runs that share rounds share the old one."""
     write_text(journal, "".join(_line(record) for record in records))
-
-
-def _append(journal: Path, record: Record) -> None:
-    try:
-        with journal.open("a") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{journal} cannot be written: {error}; free disk space, then resume=auto") from error
 
 
 def _line(record: Record) -> str:

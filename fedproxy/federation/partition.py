@@ -147,7 +147,7 @@ def heterogeneity(clients: Mapping[str, Sequence[Row]]) -> dict[str, float]:
 
 
 def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Write which rows (by key) each client owns, with the heterogeneity figures.
+    """Write which rows (by key) each client owns, with the heterogeneity figures; only the owner may read it.
 
     Raises:
         CheckpointError: If it cannot be written.
@@ -156,7 +156,7 @@ def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
         "heterogeneity": heterogeneity(clients),
         "clients": {name: [row.key for row in own] for name, own in clients.items()},
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n", private=True)
 
 
 def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:

@@ -1,6 +1,5 @@
 """A client that several processes train together, one for each device; to an engine it is like any other."""
 
-import json
 import selectors
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines.base import RemoteClient
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, WorkerProcess
+from fedproxy.files import private_folder, write_json
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 _TRIES = 2
@@ -93,7 +93,7 @@ class RankGroup:
         try:
             if self._folder is None:
                 if self._scratch is not None:
-                    Path(self._scratch).mkdir(parents=True, exist_ok=True)
+                    private_folder(self._scratch)
                 self._folder = Path(tempfile.mkdtemp(prefix="ranks_", dir=self._scratch)).absolute()
             if self._sent is not None:
                 shutil.rmtree(self._sent[1].parent)
@@ -112,7 +112,7 @@ class RankGroup:
         for rank in range(self.count):
             options = {**self.remote.options, "rank": rank, "rendezvous": str(place / "rendezvous")}
             setup = place / f"setup_{rank}.json"
-            setup.write_text(json.dumps(asdict(replace(self.remote, options=options))))
+            write_json(setup, asdict(replace(self.remote, options=options)))
             log = place / f"rank_{rank}.log"
             threads = max(1, torch.get_num_threads() // self.count)
             self._processes.append(WorkerProcess(setup, device=None, threads=threads, log=log))

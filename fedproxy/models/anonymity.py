@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedproxy.files import write_text
+
 _ORIGIN_KEYS = {
     *("_name_or_path", "name_or_path", "base_model", "auto_map", "chat_template", "transformers_version"),
     *("local_files_only", "id2label", "label2id", "problem_type", "task_specific_params"),
@@ -53,7 +55,7 @@ def strip_origin(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
             fields = _known(fields, vars(GenerationConfig()))
         else:
             fields = _known(fields, {*_TOKENIZER_KEYS, *options, *(key for key in fields if key.endswith("_token"))})
-        path.write_text(json.dumps(_without(fields, names), indent=2) + "\n")
+        write_text(path, json.dumps(_without(fields, names), indent=2) + "\n")
 
 
 def origin_names(*paths: str) -> set[str]:

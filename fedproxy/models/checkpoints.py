@@ -1,7 +1,6 @@
 """Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError, first_line
+from fedproxy.files import whole_folder, write_text
 from fedproxy.models.anonymity import strip_origin, without_templates
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 
@@ -104,22 +104,15 @@ def save_model(
     Raises:
         CheckpointError: If the folder cannot be written.
     """
-    part = folder.with_name(folder.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        with without_bars():
-            model.save_pretrained(part)
-        _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
-        if anonymous:
-            strip_origin(part, model, tokenizer)
-        (part / "README.md").write_text(card)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if not isinstance(error, OSError | SafetensorError):  # a full disk comes as either
-            raise
+        with whole_folder(folder) as part:
+            with without_bars():
+                model.save_pretrained(part)
+            _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
+            if anonymous:
+                strip_origin(part, model, tokenizer)
+            write_text(part / "README.md", card)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise CheckpointError(
             f"{folder} cannot be written: {error}; free disk space or choose another output_dir"
         ) from error

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedproxy.errors import ModelError
+from fedproxy.files import write_json
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
@@ -162,7 +163,7 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         places = {role: _place(model, role, folder) for role, model in zip(ROLES, self.models, strict=True)}
         content = {"model_type": LogitOffsetConfig.model_type, "alpha": self.alpha, **places}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "config.json", content)
         self.generation_config.save_pretrained(folder)
 
 

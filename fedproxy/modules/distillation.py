@@ -119,6 +119,7 @@ def distil(
     trainer: Mapping[str, Any],
     generator: torch.Generator,
     cache: Path | None = None,
+    logs: Path | None = None,
 ) -> float:
     """Distil the target into the proxy, in place.
 
@@ -135,6 +136,7 @@ def distil(
         trainer: Options of lightning.Trainer.
         generator: CPU generator of LoRA's start, the order and dropout.
         cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
+        logs: Folder of what Lightning's loggers and profilers write.
 
     Returns:
         Mean loss of the last ten steps.
@@ -161,7 +163,7 @@ def distil(
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM)
+    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM, root=logs)
     with placed(target, runner.strategy.root_device):
         teacher = Teacher(
             target,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,8 @@ from fedproxy.errors import CheckpointError
 
 _FORMAT = "teacher-2"
 _STALE_S = 3600.0
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PART = ".fedproxy-"
 """Age in seconds after which a temporary file is taken for one of a killed run."""
 
 
@@ -106,7 +109,7 @@ class TeacherCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        for part in folder.glob("*.part"):
+        for part in folder.glob(f"{_PART}*.part"):
             with suppress(OSError):
                 if time.time() - part.stat().st_mtime > _STALE_S:
                     part.unlink()
@@ -155,7 +158,7 @@ class TeacherCache:
             return
         part: str | None = None
         try:
-            handle, part = tempfile.mkstemp(suffix=".part", dir=self.folder)
+            handle, part = tempfile.mkstemp(prefix=_PART, suffix=".part", dir=self.folder)
             os.close(handle)
             save_file(tensors, part)
             self._bytes += os.path.getsize(part)
@@ -184,6 +187,8 @@ class TeacherCache:
     def _entries(self) -> list[tuple[float, int, Path]]:
         found = []
         for path in self.folder.glob("*.safetensors"):
+            if not _ENTRY.fullmatch(path.name):  # somebody else's
+                continue
             with suppress(FileNotFoundError):
                 facts = path.stat()
                 found.append((facts.st_mtime, facts.st_size, path))

@@ -1,5 +1,7 @@
 """What can be known to be wrong with a compression before a model is loaded and before anything is written."""
 
+from collections.abc import Container
+
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -10,7 +12,7 @@ from fedproxy.models import Decoder
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
-from fedproxy.pipeline.data import check_held_out, texts_read
+from fedproxy.pipeline.data import check_held_out, public_texts, texts_read
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
 
@@ -40,6 +42,21 @@ def check_compression(config: RunConfig) -> None:
         require_float32(target, "distillation.train=full", "distillation.train=lora")
     if settings.steps and settings.cache_teacher:
         check_top_k(settings.top_k, vocabulary_size(target))
+
+
+def check_public(config: RunConfig, owned: Container[str]) -> None:
+    """Refuse calibration text of which nothing is left without the clients' rows.
+
+    Args:
+        config: The recipe.
+        owned: Clients' texts.
+
+    Raises:
+        DataError: If nothing is left for compression, healing or distillation.
+    """
+    calibration, distilled = config.compression.calibration, config.distillation.steps and config.distillation.rows
+    for rows in {calibration.rows, config.healing.rows, distilled} - {0}:
+        public_texts(calibration, owned, rows=rows, seed=config.seed)
 
 
 def check_calibration(config: RunConfig, *, held_out: bool = False) -> None:

@@ -18,6 +18,7 @@ from fedproxy.pipeline.sharing import evaluation_key
 from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies
 from fedproxy.reporting.samples import load_samples, save_evaluation
+from fedproxy.reporting.scores import MODELS
 
 Scores = dict[str, dict[str, float]]
 _OF_CLIENTS = ("proxy_tuned", "fused")
@@ -57,6 +58,8 @@ def _drop_outdated(run: Run, rounds: int) -> None:
     for path in run.folder.evaluation.glob("*.scores.json"):
         label = path.name.removesuffix(".scores.json")
         model = label.split(".")[0]
+        if model not in MODELS:  # no run wrote it
+            continue
         settings = evaluation_settings(run.config, rounds if model in _OF_CLIENTS else 0)
         if model not in run.config.evaluation.models and (read_json(path) or {}).get("settings") != settings:
             for name in (path.name, f"{label}.samples.jsonl", f"{label}.json"):

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Container, Sequence
 
+from fedproxy.config import RunConfig
 from fedproxy.models import Decoder, LayerMap, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
@@ -18,21 +19,16 @@ HELD_OUT_ROWS = 64
 _TEXTS_PER_PASS = 4  # logits of all positions are held, for both models
 
 
-def fidelity_texts(run: Run, owned: Container[str]) -> list[str]:
+def fidelity_texts(config: RunConfig, owned: Container[str]) -> list[str]:
     """Return the public texts to measure fidelity on, which neither compression nor distillation reads.
 
-    None are wanted where a continued run has measured it.
-
     Args:
-        run: The run.
+        config: The recipe.
         owned: Clients' texts, which it must not read.
 
     Raises:
         DataError: If none is left.
     """
-    config = run.config
-    if run.facts.get("fidelity") is not None:
-        return []
     calibration = config.compression.calibration
     return held_out_texts(calibration, owned, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
 

@@ -1,17 +1,19 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
-import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
+from fedproxy.files import whole_folder
 from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
@@ -35,11 +37,11 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
     done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
     if not done:
-        shutil.rmtree(run.folder.fused, ignore_errors=True)
+        run.folder.check_fused()
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
-            model.save_adapter(run.folder.adapter / client)
+            _save_adapter(model, run.folder.adapter / client)
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
@@ -52,6 +54,21 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
+
+
+def _save_adapter(model: TrainableModel, folder: Path) -> None:
+    """Write what was trained, whole or not at all.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    if not model.num_parameters:
+        return
+    try:
+        with whole_folder(folder) as part:
+            model.save_adapter(part)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        raise CheckpointError(f"{folder} cannot be written: {error}; free disk space, then resume=auto") from error
 
 
 def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:

@@ -59,5 +59,6 @@ def realigner(run: "Run", model: TrainableModel, owned: Container[str]) -> Reali
         layer_map=LayerMap.load(run.folder.layer_map),
         batches=text_batches(texts, tokenizer, max_tokens=limit, batch_size=batch_size),
         trainer=one_device(config.trainer),
+        logs=run.folder.trainer_logs / "realignment",
     )
     return Realigner(config.realignment, model, material, seed=config.seed)

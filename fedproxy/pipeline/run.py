@@ -12,17 +12,19 @@ import torch
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
-from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
+from fedproxy.interrupts import check_interrupt, describe, interruption
 from fedproxy.models import LayerMap, check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
-from fedproxy.pipeline.checks import check_calibration, check_compression
+from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
@@ -65,6 +67,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
         FedProxyError: If something that a user, a client or a file causes ends the run. The report then says
             ``failed`` and why, and all finished rounds stay.
     """
+    check_interrupt()
     display = display or Display()
     check_components(config)
     check_loggers(config.loggers)
@@ -75,20 +78,22 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     if config.resume != "auto":
         check_calibration(config)
     folder = RunFolder(config.output_dir)
-    folder.open(config)
-    current = Run(config, folder, display, shared)
-    if current.facts.get("finished") == _goal(config) and folder.report.is_file():
-        display.say("this run is finished; nothing left to do")
-        return RunReport.load(folder.report)
-    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
+    with folder.held():
+        begins = folder.check(config)
+        current = Run(config, folder, display, shared)
+        if not begins and current.facts.get("finished") == _goal(config) and folder.report.is_file():
+            display.say("this run is finished; nothing left to do")
+            return RunReport.load(folder.report)
+        return _run(current)
+
+
+def _run(current: Run) -> RunReport:
+    """Do a run's work in its folder, which is held and checked."""
+    config, folder = current.config, current.folder
     scores: dict[str, Any] = {}
-    if is_slow(config.trainer, current.device):
-        display.say(
-            f"trainer.precision={config.trainer['precision']} is many times slower than 32-true here: this CPU cannot "
-            "multiply bfloat16; stop and set trainer.precision=32-true"
-        )
     try:
         clients, questions = _clients_and_questions(current)
+        _note_start(current)
         _compress(current, clients)
         check_vocabulary(current)
         model, progress = _federate(current, clients, questions)
@@ -98,18 +103,37 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
         current.loggers.scores(with_means(scores), config.federation.rounds)
         current.loggers.close("success")
     except BaseException as error:
-        with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
-            _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
-        with suppress(FedProxyError):
-            current.loggers.close("failed")
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(RESUME_HINT) from None
+        stopped = interruption(error, RESUME_HINT)
+        if folder.is_claimed:  # what is not claimed is as it was
+            _report_failure(current, scores, _reason(stopped or error))
+        if stopped is not None:
+            raise stopped from None
         raise
+    finally:
+        if folder.is_claimed:
+            folder.clear_exchange()
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
     _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
+
+
+def _note_start(current: Run) -> None:
+    current.note(started=current.facts.get("started") or _now())
+    if is_slow(current.config.trainer, current.device):
+        current.display.say(
+            f"trainer.precision={current.config.trainer['precision']} is many times slower than 32-true here: this CPU "
+            "cannot multiply bfloat16; stop and set trainer.precision=32-true"
+        )
+
+
+def _report_failure(current: Run, scores: dict[str, Any], reason: str) -> None:
+    """Say why a run ended, as far as that can be written: what ended it matters more."""
+    with suppress(Exception):
+        _report(current, scores, status="failed", error=reason).save(current.folder.root)
+    with suppress(Exception):
+        current.loggers.close("failed")
 
 
 def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:
@@ -120,12 +144,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     Raises:
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
-    folder = RunFolder(config.output_dir)
-    if config.resume == "auto" and folder.is_past_compression():
-        raise ConfigError(
-            f"output_dir {folder.root} holds a run that is past compression, and its report would be lost; go on with "
-            "it by python -m fedproxy.fit, or compress into another output_dir"
-        )
+    check_interrupt()
     evaluation = config.evaluation
     early = [name for name in evaluation.models if name in ("target", "proxy")]
     config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
@@ -136,26 +155,32 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
         check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
-    begins = folder.open(config)
-    try:
-        return _compress_only(Run(config, folder, display or Display()))
-    except BaseException:
-        if begins:
-            folder.clear()
-        raise
+    folder = RunFolder(config.output_dir)
+    with folder.held():
+        if config.resume == "auto" and folder.is_past_compression():
+            raise ConfigError(
+                f"output_dir {folder.root} holds a run that is past compression, and its report would be lost; go on "
+                "with it by python -m fedproxy.fit, or compress into another output_dir"
+            )
+        folder.check(config)
+        try:
+            return _compress_only(Run(config, folder, display or Display()))
+        except BaseException:
+            if folder.is_claimed:
+                folder.clear()
+            raise
 
 
 def _compress_only(current: Run) -> RunReport:
-    folder = current.folder
-    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
-    clients = _hand_out(current, _deal(current))
-    texts = fidelity_texts(current, clients.owned)  # before the work: too little text would throw it away
+    config, folder = current.config, current.folder
+    clients, texts = _clients_and_texts(current)
+    current.note(started=current.facts.get("started") or _now())
     compress(current, clients)
     measure_fidelity(current, clients.owned, texts)
     scores: dict[str, Any] = {}
-    if current.config.evaluation.models:
-        proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
-        untuned = TunedProxies(proxy, current.config.trainable, {}, seed=current.config.seed)
+    if config.evaluation.models:
+        proxy = load_model(folder.proxy, dtype=config.target.dtype)
+        untuned = TunedProxies(proxy, config.trainable, {}, seed=config.seed)
         scores = dict(evaluate(current, untuned, rounds=0))
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
@@ -180,24 +205,45 @@ def fetch_assets(config: RunConfig) -> None:
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
     dealt = _deal(current)
-    return _hand_out(current, dealt), held_out(current.config, dealt)
+    questions = held_out(current.config, dealt)
+    return _claim(current, dealt), questions
+
+
+def _clients_and_texts(current: Run) -> tuple[ClientRows, list[str]]:
+    """Deal out the rows, and read the public texts for fidelity, where a continued run has not measured it."""
+    dealt, texts = _deal(current), list[str]()
+    if current.folder.begins or current.facts.get("fidelity") is None:
+        texts = fidelity_texts(current.config, _owned(dealt))  # before the work: too little would throw it away
+    return _claim(current, dealt), texts
 
 
 def _deal(current: Run) -> Clients:
-    """Read the sources and say who owns which row, as when the run began."""
+    """Read the sources and say who owns which row, as when the run began; nothing is written yet."""
     clients = client_rows(current.config.data, seed=current.config.seed)
-    check_same_owners(clients, current.folder.partition)
-    save_partition(clients, current.folder.partition)
-    current.note(data_sha256=rows_sha256(clients))
+    if not current.folder.begins:
+        check_same_owners(clients, current.folder.partition)
     return clients
 
 
-def _hand_out(current: Run, clients: Clients) -> ClientRows:
-    """Give every client the file with its rows; counts and hashes stay."""
+def _claim(current: Run, clients: Clients) -> ClientRows:
+    """Begin to write: give every client the file with its rows; counts and hashes stay.
+
+    An older run is deleted here, after all that could speak against the new one was looked at.
+    """
+    if current.folder.replaces:
+        current.target()
+        check_public(current.config, _owned(clients))
+    current.folder.claim(current.config)
+    save_partition(clients, current.folder.partition)
+    current.note(data_sha256=rows_sha256(clients))
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
     kept = ClientRows(clients, current.folder.rows)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
     return kept
+
+
+def _owned(clients: Clients) -> OwnedTexts:
+    return OwnedTexts(row for rows in clients.values() for row in rows)
 
 
 def _sizes(clients: ClientRows) -> str:
@@ -236,7 +282,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             method=config.method,
             status=status,
             seed=config.seed,
-            started=facts["started"],
+            started=facts.get("started") or _now(),
             seconds=sum(seconds.values()) + sum(line["seconds"] for line in rounds) + evaluated,
             error=error,
         ),
@@ -300,9 +346,13 @@ def _goal(config: RunConfig) -> dict[str, Any]:
     return {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {RESUME_HINT}"
+        return describe(error)
     text = " ".join(str(error).split())
     return text if isinstance(error, FedProxyError) else f"{type(error).__name__}: {text}"
 

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +30,7 @@ from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
 from fedproxy.evaluation.validation import Question
-from fedproxy.files import plain, write_json
+from fedproxy.files import plain, private_folder, write_json
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import public_texts
 from fedproxy.pipeline.folder import read_json
@@ -45,6 +47,8 @@ _NOT_OF_ROUNDS = (
     *("compression", "healing", "distillation", "fusion", "evaluation"),
 )
 """Settings on which the rounds do not depend, or through the proxy alone; plugins count by their files."""
+_KEPT = re.compile(r"[0-9a-f]{32}(?:\.part)?")
+"""What a folder of kept work is called: its key."""
 _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a model's configuration that say where it came from, and nothing about what it computes."""
 
@@ -109,9 +113,13 @@ class SharedWork:
         return result
 
     def clear(self) -> None:
-        """Delete what is large, the proxies and federations; evaluations stay."""
+        """Delete what is large, the proxies and federations; evaluations stay, and whatever else lies there."""
         for name in ("proxies", "federations"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            for kept in (self.folder / name).glob("*"):
+                if _KEPT.fullmatch(kept.name) and not kept.is_symlink():
+                    shutil.rmtree(kept, ignore_errors=True)
+            with suppress(OSError):
+                (self.folder / name).rmdir()
 
     def evaluate(self, key: str | None, score: Callable[[], EvaluationResult]) -> EvaluationResult:
         """Return the evaluation of that key, scored now if nobody did; ``seconds`` is what scoring took then."""
@@ -137,8 +145,11 @@ class SharedWork:
         run.note(**manifest["facts"])
         root, part = run.folder.root, run.folder.root / ".taken"
         shutil.rmtree(part, ignore_errors=True)
+        private_folder(part)
         for name in manifest["files"]:
             _link(kept / name, (part if name.startswith(last) else root) / name)
+        if (part / last).is_dir():
+            private_folder(part / last)
         (part / last).rename(root / last)
         shutil.rmtree(part)
         return True
@@ -146,6 +157,7 @@ class SharedWork:
     def _keep(self, kept: Path, root: Path, names: Iterable[str], facts: Mapping[str, Any]) -> None:
         part = kept.with_name(f"{kept.name}.part")
         try:
+            private_folder(self.folder)  # it holds layer maps and what clients keep between rounds
             shutil.rmtree(part, ignore_errors=True)
             for name in names:
                 _link(root / name, part / name)
@@ -333,4 +345,6 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        part = target.with_name(f".{target.name}.part")
+        shutil.copyfile(source, part)
+        part.replace(target)

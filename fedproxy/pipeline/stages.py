@@ -1,9 +1,11 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
-import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.files import write_json
+from fedproxy.interrupts import check_interrupt
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
@@ -55,15 +58,22 @@ class Run:
     """Work of other runs that this one may take over; None does everything itself."""
 
     def __post_init__(self) -> None:
-        self._facts = self.folder.server / "facts.json"
-        self.facts: dict[str, Any] = read_json(self._facts) or {"seconds": {}}
         self._target: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What is known for the report; read when first asked for, which is after an older run was deleted."""
+        return read_json(self._facts_file) or {"seconds": {}}
+
+    @property
+    def _facts_file(self) -> Path:
+        return self.folder.server / "facts.json"
+
     def note(self, **facts: Any) -> None:
         """Keep facts for the report, on disk, so that a continued run knows them too."""
-        self.facts |= facts
-        write_json(self._facts, self.facts)
+        self.facts.update(facts)
+        write_json(self._facts_file, self.facts)
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""
@@ -175,6 +185,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequenc
         trainer=one_device(run.config.trainer),
         generator=generator(run.config.seed, "distillation"),
         cache=cache_root() / "teacher",
+        logs=run.folder.trainer_logs / "distillation",
     )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
@@ -203,9 +214,6 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
-    engine = config.engine.start(
-        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
-    )
     federation = Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
@@ -233,29 +241,31 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
-    with run.display.warnings(), run.display.bar("clients", left * federation.clients_in_round) as bar:
+    engine = config.engine.start(
+        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+    )
+    clients_left = left * federation.clients_in_round
+    with closing(engine), run.display.warnings(), run.display.bar("clients", clients_left) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)
             run.loggers.rounds([record])
 
         def on_client(number: int, answer: Answer) -> None:
+            check_interrupt()
             bar.step(f"round {number}: {answer.client_id}")
             if isinstance(answer, Dropped):
                 run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
 
-        try:
-            progress = federation.run(
-                progress,
-                config.federation.rounds,
-                engine,
-                checkpoints=checkpoints,
-                journal=run.folder.journal,
-                on_round=on_round,
-                on_client=on_client,
-            )
-        finally:
-            engine.close()
+        progress = federation.run(
+            progress,
+            config.federation.rounds,
+            engine,
+            checkpoints=checkpoints,
+            journal=run.folder.journal,
+            on_round=on_round,
+            on_client=on_client,
+        )
     if federation.validation is not None:
         progress = federation.validation.chosen(progress, checkpoints)
     if progress.round < config.federation.rounds:
@@ -279,7 +289,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
     devices = ClientDevices.of(config.trainer)
     if devices.count > 1:
         run.display.say(devices.describe(config.client.batch_size))
-    shutil.rmtree(run.folder.exchange, ignore_errors=True)  # what a killed run left
+    run.folder.clear_exchange()  # what a killed run left
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
         dtype=config.target.dtype,
@@ -292,6 +302,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
+        logs=str(run.folder.trainer_logs.absolute()),
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,8 @@ from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
+PAGES = ("report.md", "report.html")
+"""What people read beside report.json."""
 Numbers = float | Mapping[str, float | None] | Sequence[float | None] | None
 """One number for the round, or one per client: by name, or in the order of ``clients``."""
 
@@ -255,6 +258,22 @@ def report_file(path: str | Path) -> Path:
     """Return the report.json that a run folder or a file path means."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "report.json"
+
+
+def check_pages(folder: Path) -> None:
+    """Refuse to write a report's pages over others in a folder that is not a run's.
+
+    Raises:
+        CheckpointError: Naming the page.
+    """
+    if (folder / "config.yaml").is_file() and (folder / "server").is_dir():
+        return
+    for page in (folder / name for name in PAGES):
+        if os.path.lexists(page):
+            raise CheckpointError(
+                f"{page} is there, and {folder} is not the folder of a run, so something else may have written it; "
+                "move it away"
+            )
 
 
 def _check_version(data: Any) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fedproxy.data.assets.entries import Asset, by_name
 from fedproxy.errors import AssetError, DataError
+from fedproxy.files import parse_json, whole_folder
 
 _STAMP = ".fedproxy-asset.json"
 _PREFIX = "asset:"
@@ -114,6 +115,12 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
 
 def _make(asset: Asset, root: Path, progress: bool) -> None:
     """Download what the asset is made of, convert it beside its place and put it there."""
+    folder = root / asset.name
+    if foreign := _foreign(folder):
+        raise AssetError(
+            f"asset {asset.name!r}: {foreign} is no part of it and would be deleted; move it away, or set "
+            "FEDPROXY_CACHE to another folder"
+        )
     from fedproxy.data.assets.download import download
     from fedproxy.data.assets.progress import step
 
@@ -128,10 +135,9 @@ def _make(asset: Asset, root: Path, progress: bool) -> None:
         (staging / _STAMP).write_text(json.dumps({**asset.identity, "files": files}, indent=1), encoding="utf-8")
         for path in (staging, *staging.rglob("*")):  # temporary files are private; a shared cache is not
             path.chmod(0o755 if path.is_dir() else 0o644)
-        folder = root / asset.name
-        if folder.exists():  # a folder cannot be renamed over a full one
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
+        with whole_folder(root / asset.name) as part:
+            part.rmdir()
+            os.replace(staging, part)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -140,6 +146,22 @@ def _conversion(asset: Asset) -> Callable[[Asset, Path | None, Path], None]:
     module, _, function = _CONVERSIONS[asset.conversion].partition(":")
     found: Callable[[Asset, Path | None, Path], None] = getattr(importlib.import_module(module), function)
     return found
+
+
+def _foreign(folder: Path) -> Path | None:
+    """Return what lies in an asset's place and does not come from an asset: the folder itself, or a file in it."""
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink() or not folder.is_dir():
+        return folder
+    found = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    if folder / _STAMP not in found:
+        return folder if found else None
+    try:
+        known = {folder / name for name in parse_json((folder / _STAMP).read_bytes(), dict)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a damaged stamp cannot tell
+    return next((path for path in found if path not in known | {folder / _STAMP}), None)
 
 
 def _is_whole(asset: Asset, folder: Path) -> bool:

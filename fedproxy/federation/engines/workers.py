@@ -1,6 +1,5 @@
 """Clients side by side in processes of their own, one for each device or several on the CPU."""
 
-import json
 import logging
 import os
 import selectors
@@ -26,6 +25,7 @@ from fedproxy.federation.engines.base import (
     signed,
 )
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, Message, WorkerProcess
+from fedproxy.files import private_folder, write_json
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 _log = logging.getLogger(__name__)
@@ -117,9 +117,9 @@ class WorkerPool:
         self._any_ready, self._lost_on = False, Counter[int | None]()
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            private_folder(folder)
             self.folder = Path(tempfile.mkdtemp(dir=folder)).absolute()
-            (self.folder / "setup.json").write_text(json.dumps(asdict(remote)))
+            write_json(self.folder / "setup.json", asdict(remote))
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written ({error}); free disk space, then resume=auto") from error
 
