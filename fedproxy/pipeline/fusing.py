@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
+from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
@@ -33,14 +34,14 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     started = time.perf_counter()
     config = run.config
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
-    done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
+    done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
         shutil.rmtree(run.folder.fused, ignore_errors=True)
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
             model.save_adapter(run.folder.adapter / client)
-    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    trainable = config.trainable.placed(run.layer_map())
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
     known = None if merged is None else TunedProxy(proxy, merged, progress.emulator)
@@ -49,9 +50,21 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
         return tuned
     for client in states:
         plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
+    run.keep("adapter", "fused")
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
+
+
+def _is_whole(run: Run) -> bool:
+    if not run.folder.fused.is_dir():
+        return False
+    try:
+        run.verify("adapter", "fused")
+    except CheckpointError as error:
+        run.display.say(f"fused again: {error}")
+        return False
+    return True
 
 
 def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
@@ -63,7 +76,7 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
 def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
     """Fuse one tuned proxy with the target and write the result into ``folder``."""
     target, tokenizer = run.target()
-    layer_map = LayerMap.load(run.folder.layer_map)
+    layer_map = run.layer_map()
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
     fusion = run.config.fusion
     if fusion.judged_texts:

@@ -19,17 +19,18 @@ from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
-from fedproxy.models import LayerMap, check_model, load_model
+from fedproxy.models import check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression
 from fedproxy.pipeline.components import check_components
-from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
-from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
@@ -47,6 +48,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.sealed import read_sealed
 from fedproxy.strategies.trainable.base import TrainableModel
 
 RESUME_HINT = "go on with the same command and resume=auto"
@@ -78,8 +80,13 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     folder.open(config)
     current = Run(config, folder, display, shared)
     if current.facts.get("finished") == _goal(config) and folder.report.is_file():
-        display.say("this run is finished; nothing left to do")
-        return RunReport.load(folder.report)
+        try:
+            report = RunReport.load(folder.report)
+        except CheckpointError as error:
+            display.say(f"the report is made again: {error}")
+        else:
+            display.say("this run is finished; nothing left to do")
+            return report
     current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
     scores: dict[str, Any] = {}
     if is_slow(config.trainer, current.device):
@@ -97,6 +104,8 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
         current.loggers.scores(with_means(scores), config.federation.rounds)
         current.loggers.close("success")
+    except ChangedInputError:  # nothing was done: what is there stays
+        raise
     except BaseException as error:
         with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
             _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
@@ -186,9 +195,9 @@ def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
 def _deal(current: Run) -> Clients:
     """Read the sources and say who owns which row, as when the run began."""
     clients = client_rows(current.config.data, seed=current.config.seed)
-    check_same_owners(clients, current.folder.partition)
+    if not check_inputs(current, clients):
+        check_same_owners(clients, current.folder.partition)
     save_partition(clients, current.folder.partition)
-    current.note(data_sha256=rows_sha256(clients))
     return clients
 
 
@@ -222,7 +231,7 @@ def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
     config, facts = current.config, current.facts
     rounds = current.folder.rounds()
-    evaluations = [read_json(scores_file(current.folder, name)) for name in scores]
+    evaluations = [read_sealed(scores_file(current.folder, name)) for name in scores]
     seconds = facts["seconds"]
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
@@ -254,7 +263,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         ),
         exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
-        provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
+        provenance=provenance(facts.get("target_sha256"), data_sha256(facts)),
         compression=_compression(current),
         fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
         notes=_notes(current),
@@ -282,7 +291,7 @@ def _compression(current: Run) -> CompressionReport | None:
     scores = current.facts.get("block_scores")
     if scores is None or not current.folder.layer_map.is_file():
         return None
-    return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
+    return CompressionReport(scores, current.layer_map().proxy_to_target)
 
 
 def _notes(current: Run) -> list[str]:
@@ -290,6 +299,7 @@ def _notes(current: Run) -> list[str]:
     notes = [] if asset is None else [f"The target is {asset.about}."]
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
+    notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
     for folder, fusion in current.facts.get("fusion", {}).items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
     return notes

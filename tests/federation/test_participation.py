@@ -68,7 +68,7 @@ def test_a_fault_drops_the_client_and_keeps_the_others(tmp_path, word, reason):
 def test_the_error_below_min_clients_names_everyone_and_the_way_out(tmp_path):
     message = (
         r"^client 'cid' failed in round 2: .*; that leaves 2 of 4 clients \(dropped before it: bob\), and "
-        r"federation.min_clients asks for 3; mend the client or lower federation.min_clients, then resume=auto$"
+        r"federation.min_clients asks for 3; fix the client or lower federation.min_clients, then resume=auto$"
     )
     with pytest.raises(ClientError, match=message):
         collect(tmp_path, {"bob": "raise", "cid": "nan"}, min_clients=3)
