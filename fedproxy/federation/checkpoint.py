@@ -173,6 +173,7 @@ def _group(folder: Path, group: str, seal: str) -> dict[str, Tensor]:
     try:
         if check_tensors(path, {"group": group})["sha256"] != seal:
             raise ValueError("it belongs to another checkpoint")
-        return load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise ValueError(f"{path.name}: {one_line(error)}") from error
+    return tensors

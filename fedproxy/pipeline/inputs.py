@@ -41,43 +41,46 @@ class ChangedInputError(CheckpointError):
     """A run would go on with something else than it began with."""
 
 
-def check_inputs(run: "Run", clients: Clients) -> bool:
-    """Compare what a run is made from with what it began with, and note it.
+def check_inputs(run: "Run", clients: Clients) -> dict[str, Any]:
+    """Compare what a run is made from with what it began with; nothing is written.
 
-    Before there is a proxy nothing depends on it, and everything is noted as new.
+    Before there is a proxy nothing depends on it, and everything counts as new.
 
     Args:
         run: The run.
         clients: Every client's rows, as dealt out now.
 
     Returns:
-        Whether rows that differ were accepted, so that clients may own others than before.
+        Facts to note: ``inputs``, ``data_sha256``, and ``changes`` where some were accepted, now or before.
 
     Raises:
         ChangedInputError: Naming the input, what of it differs, and the way out.
     """
     now, total = inputs(run, clients), rows_sha256(clients)
+    facts: dict[str, Any] = {"inputs": now, "data_sha256": total}
     before: dict[str, Input] = run.facts.get("inputs", {})
     if not run.folder.layer_map.is_file() or not before:
-        run.note(inputs=now, data_sha256=total)
-        return False
+        return facts
     found = {name: said for name in now if (said := _difference(name, before.get(name, {}), now[name]))}
     if "target" in found and _same_weights(run, before["target"], now["target"]):
         del found["target"]
+    after = (CheckpointFolder(run.folder.checkpoints).rounds() or [0])[-1]
+    changes = [*run.facts.get("changes", [])]
     for name, said in found.items():
         if name not in run.config.accept_changed:
             raise ChangedInputError(
                 f"resume=auto: {name} changed since the run in {run.folder.root} began: {said}; put it back, go on "
                 f"with it by accept_changed=[{name}], which the report then says, or choose another output_dir"
             )
-    changes = [*run.facts.get("changes", [])]
-    after = (CheckpointFolder(run.folder.checkpoints).rounds() or [0])[-1]
-    for name, said in found.items():
         hashes = (run.facts["data_sha256"], total) if name == "data" else (_sha(before, name), _sha(now, name))
         changes.append({"input": name, "after_round": after, "what": said, "before": hashes[0], "now": hashes[1]})
         run.display.say(f"{name} changed after round {after}, which accept_changed allows: {said}")
-    run.note(inputs=now, data_sha256=total, **({"changes": changes} if changes else {}))
-    return "data" in found
+    return {**facts, "changes": changes} if changes else facts
+
+
+def same_rows(run: "Run", facts: Mapping[str, Any]) -> bool:
+    """Return whether the rows are those that the run knows, so that clients must own the same as before."""
+    return run.facts.get("data_sha256") in (None, facts["data_sha256"])
 
 
 def inputs(run: "Run", clients: Clients) -> dict[str, Input]:

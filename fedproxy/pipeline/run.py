@@ -30,7 +30,7 @@ from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
-from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256
+from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256, same_rows
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
@@ -195,9 +195,11 @@ def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
 def _deal(current: Run) -> Clients:
     """Read the sources and say who owns which row, as when the run began."""
     clients = client_rows(current.config.data, seed=current.config.seed)
-    if not check_inputs(current, clients):
+    facts = check_inputs(current, clients)
+    if same_rows(current, facts):
         check_same_owners(clients, current.folder.partition)
     save_partition(clients, current.folder.partition)
+    current.note(**facts)
     return clients
 
 

@@ -169,6 +169,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
     save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
+    run.facts.pop("key", None)  # of rounds on an earlier proxy
     run.keep("proxy", UNDISTILLED)
     text = layer_map.to_json()
     run.note(files={**run.facts["files"], LAYER_MAP: hashlib.sha256(text.encode()).hexdigest()})
