@@ -36,7 +36,7 @@ class StateCheck:
         """Check what the rule gave.
 
         Raises:
-            ClientError: Naming the rule and the first tensor that is not finite.
+            ClientError: Naming the rule and a tensor that is not finite, or frozen weights that would move too far.
         """
         groups: Mapping[str, Tensors] = {
             "the merged update": merged.delta,
@@ -45,6 +45,7 @@ class StateCheck:
             "the change of the frozen weights": merged.base_change,
         }
         self._finite(groups, f"aggregator.name={self.rule} gave NaN or infinity")
+        self._bounded(merged.base_change, "the change of the frozen weights")
 
     def moved(self, before: Tensors, after: Tensors, memory: Tensors) -> None:
         """Check the state after the server optimizer's step.
@@ -57,13 +58,11 @@ class StateCheck:
         Raises:
             ClientError: If a value is not finite or too large, or the whole state grew too much.
         """
-        sizes = self._finite(
+        self._finite(
             {"the state": after, "the optimizer's memory": memory},
             f"server_optimizer.name={self.optimizer} after aggregator.name={self.rule} gave NaN or infinity",
         )
-        name = max(after, key=sizes.__getitem__, default="")
-        if name and sizes[name] > _LARGEST:
-            raise self._error(f"the state would hold {sizes[name]:.3g} in tensor {name!r}, {_LARGEST:g} is the most")
+        self._bounded(after, "the state")
         old, new = _norm(before), _norm(after)
         if self.max_growth is not None and old and new > self.max_growth * old:
             raise self._error(
@@ -71,15 +70,16 @@ class StateCheck:
                 f"{self.max_growth:g} times as much"
             )
 
-    def _finite(self, groups: Mapping[str, Tensors], fault: str) -> dict[str, float]:
-        """Return the largest size of every tensor."""
-        sizes = {}
+    def _finite(self, groups: Mapping[str, Tensors], fault: str) -> None:
         for group, tensors in groups.items():
             for name in sorted(tensors):
-                sizes[name] = largest(tensors[name])
-                if not math.isfinite(sizes[name]):
+                if not math.isfinite(largest(tensors[name])):
                     raise self._error(f"{fault} in tensor {name!r} of {group}")
-        return sizes
+
+    def _bounded(self, tensors: Tensors, what: str) -> None:
+        for name in sorted(tensors):
+            if (size := largest(tensors[name])) > _LARGEST:
+                raise self._error(f"{what} would hold {size:.3g} in tensor {name!r}, {_LARGEST:g} is the most")
 
     def _error(self, fault: str) -> ClientError:
         longest = max(self.norms, key=self.norms.__getitem__, default=None)

@@ -36,7 +36,8 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
     done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
-        shutil.rmtree(run.folder.fused, ignore_errors=True)
+        for folder in (run.folder.fused, run.folder.adapter):
+            shutil.rmtree(folder, ignore_errors=True)
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)

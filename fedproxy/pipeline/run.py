@@ -1,6 +1,7 @@
 """The whole of one run, and what stays of it when it fails."""
 
 import dataclasses
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -79,7 +80,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     folder = RunFolder(config.output_dir)
     folder.open(config)
     current = Run(config, folder, display, shared)
-    if current.facts.get("finished") == _goal(config) and folder.report.is_file():
+    if current.facts.get("finished") == _goal(config) and os.path.lexists(folder.report):
         try:
             report = RunReport.load(folder.report)
         except CheckpointError as error:
