@@ -11,6 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
+    *("sealed", "sealed_tensors"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {

@@ -16,13 +16,13 @@ from fedproxy.files import plain, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable
-from fedproxy.pipeline.folder import RunFolder, flat, read_json
+from fedproxy.pipeline.folder import RunFolder, flat
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 
-_FREE = {"output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
+_FREE = {"accept_changed", "output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
 _FREE_KEYS = {"evaluation.batch_tokens", *(f"trainer.{name}" for name in TRAINER_PLACES)}
 _OPEN = ("data.files", "trainer")
 """Mappings with keys of the user's choice: compared whole, as a key that one side lacks is a difference there."""
@@ -196,8 +196,8 @@ def _failed(cell: Cell, error: str, display: Display) -> Outcome:
 
 def examples_seen(folder: RunFolder, config: RunConfig, report: RunReport) -> int | None:
     """Return how many rows training saw: those of every round's clients, as often as an epoch passes them."""
-    partition = read_json(folder.partition)
-    if partition is None:
+    owners = folder.owners()
+    if owners is None:
         return None
-    rows = {name: len(keys) for name, keys in partition["clients"].items()}
+    rows = {name: len(keys) for name, keys in owners.items()}
     return config.client.epochs * sum(rows[name] for line in report.rounds for name in line.clients)

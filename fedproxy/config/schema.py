@@ -17,6 +17,7 @@ from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
 
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
+INPUTS = ("target", "tokenizer", "data", "calibration", "plugins", "versions")
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
 
@@ -201,6 +202,9 @@ class RunConfig:
     """Folder of the run."""
     resume: Literal["auto", "never"] = "never"
     """``auto`` goes on from the last whole checkpoint of output_dir."""
+    accept_changed: list[str] = field(default_factory=list)
+    """What a run that goes on may find changed: target (its configuration, never its weights), tokenizer, data,
+    calibration, plugins (their code), versions (of FedProxy and its libraries). The report says so."""
     overwrite: bool = False
     """Delete the run that output_dir holds, after everything else was checked; on the command line alone."""
     plugins: list[str] = field(default_factory=list)
@@ -230,6 +234,9 @@ class RunConfig:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"loggers: unknown logger {name!r}{nearest(name, LOGGERS)}")
+        for name in self.accept_changed:
+            if name not in INPUTS:
+                raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
         if self.data.files and not self.evaluation_tasks:
             raise ConfigError("evaluation.tasks is missing: data.files has no task to score; name lm-eval tasks")

@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
-from fedproxy.errors import DataError
-from fedproxy.files import private_folder, write_text
+from fedproxy.errors import DataError, one_line
+from fedproxy.files import open_regular, parse_json, private_folder, write_text
 
 
 def rows_file(folder: Path, client_id: str) -> Path:
@@ -29,11 +29,12 @@ def read_client_rows(folder: Path, client_id: str) -> list[Row]:
     """
     path = rows_file(folder, client_id)
     try:
-        with path.open(encoding="utf-8") as file:
-            return [Row(**json.loads(line)) for line in file]
+        with open_regular(path, follow=True) as file:
+            return [Row(**parse_json(line, dict)) for line in file.read().splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{path} with the rows of client {client_id!r} cannot be read ({error}); resume=auto writes it again"
+            f"{path} with the rows of client {client_id!r} cannot be read ({one_line(error)}); resume=auto writes it "
+            "again"
         ) from error
 
 

@@ -19,6 +19,7 @@ from fedproxy.federation.realigner import GROUP as EMULATOR
 from fedproxy.federation.realigner import Realigner
 from fedproxy.federation.sampling import sample_clients
 from fedproxy.federation.shared import broadcast_extras, merge_shared, own_tensors
+from fedproxy.federation.state_checks import StateCheck, check_saved
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.files import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
@@ -87,6 +88,7 @@ class Federation:
         while progress.round < rounds:
             advance = self._round if self.aggregator.aggregates else self._separate_round
             progress = advance(progress, engine, on_client)
+            check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
             _write_journal(journal, progress.records)
             on_round(progress.records[-1])
@@ -106,8 +108,7 @@ class Federation:
         for update in updates:
             own = states.load(update.client_id)
             context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
-            merged = self._aggregate([update], own.aggregator_memory, context)
-            state, memory = self.server_optimizer.step(own.state, merged.delta, own.server_memory)
+            merged, state, memory = self._step([update], own, context)
             self.store.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
             norms += merged.diagnostics["update_norms"]
         record: Record = {
@@ -117,7 +118,8 @@ class Federation:
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
-        return replace(before, round=number, records=[*before.records, record])
+        kept = self.store.kept(before.client_files, number, record["clients"])
+        return replace(before, round=number, records=[*before.records, record], client_files=kept)
 
     def _chosen(self, number: int) -> list[str]:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
@@ -145,8 +147,8 @@ class Federation:
         trained = time.perf_counter()
         self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)
         context = RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
-        merged = self._aggregate(updates, before.aggregator_memory, context)
-        state, memory = self.server_optimizer.step(sent, merged.delta, before.server_memory)
+        start = ClientState(sent, before.server_memory, before.aggregator_memory)
+        merged, state, memory = self._step(updates, start, context)
         record: Record = {
             **_taken(number, updates, dropped),
             **merged.diagnostics,
@@ -167,6 +169,7 @@ class Federation:
             merged.base_change,
             [*before.records, record],
             {} if aligned is None else aligned.weights,
+            self.store.kept(before.client_files, number, record["clients"]),
         )
 
     def _bytes_for_the_rest(self, extras: Mapping[str, Tensors], served: int) -> int:
@@ -179,6 +182,28 @@ class Federation:
             return None
         progress.records[-1] |= self.validation.record(progress.round, progress.state)
         return self.validation.pinned(progress.records)
+
+    def _step(
+        self, updates: Sequence[ClientUpdate], before: ClientState, context: RoundContext
+    ) -> tuple[Aggregation, dict[str, Tensor], dict[str, Tensor]]:
+        """Merge updates and move a state by the result, each checked: what is returned may be saved.
+
+        Returns:
+            What the rule gave, the new state, and the server optimizer's memory.
+        """
+        merged = self._aggregate(updates, before.aggregator_memory, context)
+        norms = zip(updates, merged.diagnostics.get("update_norms", ()), strict=False)
+        check = StateCheck(
+            context.round,
+            self.aggregator.name,
+            self.server_optimizer.name,
+            self.participation.max_norm_ratio,
+            {update.client_id: norm for update, norm in norms},
+        )
+        check.merged(merged)
+        state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
+        check.moved(before.state, state, memory)
+        return merged, state, memory
 
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import DataError
+from fedproxy.errors import DataError, one_line
+from fedproxy.files import open_regular
 
 
 def read_owners(path: Path, where: str, way_out: str) -> dict[str, list[str]]:
@@ -19,9 +20,10 @@ def read_owners(path: Path, where: str, way_out: str) -> dict[str, list[str]]:
         DataError: If it cannot be read, or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        with open_regular(path, follow=True) as file:
+            content = json.loads(file.read(), object_pairs_hook=_without_twins)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where} cannot be read as JSON ({error}); {way_out}") from error
+        raise DataError(f"{where} cannot be read as JSON ({one_line(error)}); {way_out}") from error
     clients = content.get("clients") if isinstance(content, dict) else None
     if not isinstance(clients, dict) or not clients:
         raise DataError(f'{where} must hold {{"clients": {{name: [row keys]}}}} with at least one client; {way_out}')

@@ -1,5 +1,6 @@
 """Who takes part in a round's result: failing, late and invalid clients are dropped, each with its reason."""
 
+import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -67,8 +68,8 @@ class _Round:
         if isinstance(answer, Dropped):
             self.drop(answer)
             return
+        sent = self.broadcast.addressed_to(answer.client_id)  # a fault in it is the server's own
         try:
-            sent = self.broadcast.addressed_to(answer.client_id)
             self.norms[answer.client_id] = check_update(answer, sent, self.expected)
         except ClientError as error:
             self.drop(Dropped(answer.client_id, one_line(error)))
@@ -79,6 +80,7 @@ class _Round:
             return
         self.updates[answer.client_id] = answer
         self.on_answer(self.broadcast.round, answer)
+        self.require_enough()
 
     def drop_long(self, ratio: float) -> None:
         for part in ("", *sorted(self.expected.extras)):
@@ -90,13 +92,38 @@ class _Round:
         self.updates.pop(client.client_id, None)
         self.dropped[client.client_id] = client.reason
         self.on_answer(self.broadcast.round, client)
-        left = self.asked - len(self.dropped)
+        self.require_enough()
+
+    def require_enough(self) -> None:
+        """End the round if too few clients are left.
+
+        While all have failed, and alike, the next one is waited for: where nobody can train it is not a client's fault.
+        """
+        left, number = self.asked - len(self.dropped), self.broadcast.round
         if left >= self.wanted:
             return
-        others = sorted(set(self.dropped) - {client.client_id})
-        also = f" (dropped before it: {', '.join(others)})" if others else ""
+        alike = not self.updates and len(set(map(self.kind, self.dropped))) == 1 and not self.late()
+        if alike and left:
+            return
+        if alike and len(self.dropped) > 1:
+            raise ClientError(
+                f"all {self.asked} clients of round {number} failed alike, so that the state they were sent, or how "
+                f"they train, is to blame and no client: {self.dropped[min(self.dropped)]}; lower client.lr or change "
+                f"the trainer.* keys in another output_dir, or delete the checkpoint of round {number - 1} and use "
+                "resume=auto"
+            )
+        *before, client = self.dropped
+        also = f" (dropped before it: {', '.join(sorted(before))})" if before else ""
         raise ClientError(
-            f"client {client.client_id!r} failed in round {self.broadcast.round}: {client.reason}; that leaves {left} "
-            f"of {self.asked} clients{also}, and federation.min_clients asks for {self.wanted}; mend the client or "
-            f"lower federation.min_clients, then resume=auto"
+            f"client {client!r} failed in round {number}: {self.dropped[client]}; that leaves {left} of {self.asked} "
+            f"clients{also}, and federation.min_clients asks for {self.wanted}; fix the client or lower "
+            f"federation.min_clients, then resume=auto"
         )
+
+    def late(self) -> bool:
+        """Return whether a client was too slow, which says nothing about what it was sent."""
+        return any(reason.startswith("late:") for reason in self.dropped.values())
+
+    def kind(self, client: str) -> str:
+        """Return why a client was dropped, without its name and without numbers."""
+        return re.sub(r"[-+.\d]+", "#", self.dropped[client].replace(client, ""))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.engines.base import RemoteClient
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, WorkerProcess
 from fedproxy.files import private_folder, write_json
@@ -123,6 +123,7 @@ class RankGroup:
         Raises:
             _DiedError: If a process is gone.
             ClientError: If one fails, or ``deadline`` passes.
+            CheckpointError: If a file of the run is damaged.
         """
         news = _News(len(self._processes))
         limit = deadline
@@ -158,12 +159,12 @@ class _News:
     def __init__(self, count: int) -> None:
         self.count = count
         self.waiting = set(range(count))
-        self._died, self._failed = "", ""
+        self._died, self._failed, self._damaged = "", "", ""
 
     @property
     def bad(self) -> bool:
         """Whether the client can no longer succeed."""
-        return bool(self._died or self._failed)
+        return bool(self._died or self._failed or self._damaged)
 
     def take(self, rank: int, process: WorkerProcess) -> bool:
         """Hear what a process has to say; False if it is gone."""
@@ -174,6 +175,7 @@ class _News:
             self.waiting.discard(rank)
             return False
         for message in messages:
+            self._damaged = self._damaged or str(message.get("damaged") or "")
             reason = message.get("failed") or message.get("dropped")
             if reason is not None:
                 self._failed = self._failed or f"process {rank + 1} of {self.count}: {reason}"
@@ -182,6 +184,8 @@ class _News:
         return True
 
     def judge(self) -> None:
+        if self._damaged:
+            raise CheckpointError(one_line(self._damaged, 1000))
         if self._died:
             raise _DiedError(self._died)
         if self._failed:

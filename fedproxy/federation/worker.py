@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 from safetensors import SafetensorError
 
-from fedproxy.errors import FedProxyError, one_line
+from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.engines.base import Answer, Client, Dropped, attempt
 from fedproxy.protocol import Broadcast
 
@@ -39,7 +39,11 @@ def main(setup: Path, device: int | None, threads: int) -> None:
     while True:
         task = tasks.get()
         _say(channel, started=task["task"])
-        answer = _serve(client, broadcasts, task)
+        try:
+            answer = _serve(client, broadcasts, task)
+        except CheckpointError as error:  # the run's fault, not the client's
+            _say(channel, task=task["task"], damaged=one_line(error, 1000))
+            continue
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)
         else:
@@ -52,6 +56,8 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any]) -
         answer = attempt(client, broadcasts.load(task["broadcast"]), client_id)
         if not isinstance(answer, Dropped) and "update" in task:  # of several processes of a client, one writes
             answer.save(task["update"])
+    except CheckpointError:
+        raise
     except (FedProxyError, OSError, SafetensorError) as error:
         return Dropped(client_id, one_line(error))
     return answer

@@ -7,18 +7,21 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
+from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.task_checks import check_accuracy
-from fedproxy.files import write_json
+from fedproxy.files import read_json
 from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
-from fedproxy.pipeline.folder import RunFolder, read_json
-from fedproxy.pipeline.sharing import evaluation_key
+from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
 from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies
+from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
 from fedproxy.reporting.scores import MODELS
+from fedproxy.sealed import check_tree, content_sha256, read_sealed, remove, tree_sha256, write_sealed
 
 Scores = dict[str, dict[str, float]]
 _OF_CLIENTS = ("proxy_tuned", "fused")
@@ -46,8 +49,8 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
         parts = {}
         for client in tuned if of_clients else [MERGED]:
             label = f"{name}.{client}" if client else name
-            kept = read_json(scores_file(run.folder, label))
-            if kept is None or kept["settings"] != settings:
+            kept = _kept(run, label, settings, run.display.say)
+            if kept is None:
                 kept = _score(run, label, models[name](client), tokenizer, settings)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
@@ -61,9 +64,9 @@ def _drop_outdated(run: Run, rounds: int) -> None:
         if model not in MODELS:  # no run wrote it
             continue
         settings = evaluation_settings(run.config, rounds if model in _OF_CLIENTS else 0)
-        if model not in run.config.evaluation.models and (read_json(path) or {}).get("settings") != settings:
-            for name in (path.name, f"{label}.samples.jsonl", f"{label}.json"):
-                (path.parent / name).unlink(missing_ok=True)
+        if model not in run.config.evaluation.models and _kept(run, label, settings) is None:
+            for name in (path.name, *_results(label)):
+                remove(path.parent / name)
 
 
 def check_comparable(config: RunConfig) -> None:
@@ -93,9 +96,64 @@ def client_scores(folder: RunFolder, names: Iterable[str]) -> dict[str, dict[str
     """Return client to model to scores, of the models that every client has its own of."""
     found: dict[str, dict[str, Scores]] = {}
     for name in names:
-        for client, scores in (read_json(scores_file(folder, name)) or {}).get("clients", {}).items():
+        for client, scores in (read_sealed(scores_file(folder, name)) or {}).get("clients", {}).items():
             found.setdefault(client, {})[name] = scores
     return found
+
+
+def _kept(
+    run: Run, label: str, settings: Mapping[str, Any], say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any] | None:
+    """Return a model's kept scores, or None where there are none of these settings, or none that can be used.
+
+    Args:
+        run: The run.
+        label: The model, and the client whose own it is.
+        settings: What scores must have been taken under.
+        say: Is told why scores of these settings cannot be used: a file is damaged, or what was scored changed.
+    """
+    try:
+        kept = read_sealed(scores_file(run.folder, label))
+        if kept is None or kept["settings"] != settings:
+            return None
+        check_tree(run.folder.evaluation, kept["files"], *_results(label))
+    except CheckpointError as error:
+        say(f"{label} is scored again: {error}")
+        return None
+    now = _scored(run, label, settings)
+    changed = [name for name in now if now[name] != kept["scored"].get(name)]
+    if changed:
+        say(f"{label} is scored again: {' and '.join(changed)} changed")
+    return None if changed else kept
+
+
+def _keep(run: Run, label: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a model's scores, with hashes of their samples, of the model and of the questions."""
+    files = tree_sha256(run.folder.evaluation, *_results(label))
+    kept = {**content, "scored": _scored(run, label, content["settings"]), "files": files}
+    write_sealed(scores_file(run.folder, label), kept)
+    return kept
+
+
+def _results(label: str) -> tuple[str, str]:
+    return f"{label}.samples.jsonl", f"{label}.json"
+
+
+def _scored(run: Run, label: str, settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return what tells a score's model and questions from others: the files of weights and of questions."""
+    model, _, client = label.partition(".")
+    parts = {"proxy": ["proxy"], "proxy_tuned": ["proxy", f"adapter/{client}"], "fused": [f"fused/{client}"]}
+    tops = parts.get(model, [])
+    weights = {
+        name: sha
+        for name, sha in run.facts["files"].items()
+        if name.endswith(".safetensors") and any(name.startswith(f"{top.rstrip('/')}/") for top in tops)
+    }
+    return {
+        "the model": content_sha256({"target": run.facts.get("target_sha256"), **weights}),
+        "the questions": questions_sha256(settings["tasks"], settings["num_fewshot"]),
+        "lm-eval's version": versions().get("lm_eval"),
+    }
 
 
 def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +162,8 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
     scores, samples = mean_over_models(
         [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
     )
-    save_evaluation(run.folder.root, name, samples, read_json(run.folder.evaluation / f"{labels[min(labels)]}.json"))
+    lm_eval = read_json(run.folder.evaluation / f"{labels[min(labels)]}.json", dict)
+    save_evaluation(run.folder.root, name, samples, lm_eval)
     kept = {
         "model": name,
         "settings": next(iter(parts.values()))["settings"],
@@ -112,8 +171,7 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
         "clients": {client: part["scores"] for client, part in parts.items()},
         "seconds": sum(part["seconds"] for part in parts.values()),
     }
-    write_json(scores_file(run.folder, name), kept)
-    return kept
+    return _keep(run, name, kept)
 
 
 def _score(
@@ -140,7 +198,7 @@ def _score(
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
     kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds}
-    write_json(scores_file(run.folder, name), kept)
+    kept = _keep(run, name, kept)
     mean = result.mean.get("acc_norm", result.mean.get("acc"))
     shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
     run.display.say(f"evaluated {name}: {shown}{result.seconds:.0f} s")

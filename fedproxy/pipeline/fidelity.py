@@ -5,7 +5,7 @@ import time
 from collections.abc import Container, Sequence
 
 from fedproxy.config import RunConfig
-from fedproxy.models import Decoder, LayerMap, load_model, placed
+from fedproxy.models import Decoder, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches, texts_read
@@ -48,7 +48,7 @@ def measure_fidelity(run: Run, owned: Container[str], texts: Sequence[str]) -> N
     if run.facts.get("fidelity") is None:
         _measure(run, owned, texts)
     scores = run.facts["block_scores"]
-    kept = LayerMap.load(run.folder.layer_map).proxy_to_target
+    kept = run.layer_map().proxy_to_target
     write_influence_plot(CompressionReport(scores, kept), run.folder.influence_plot)
 
 

@@ -1,6 +1,5 @@
 """The run folder: who may write into it, where things lie, and what is already done."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,14 +11,16 @@ from omegaconf import OmegaConf
 
 from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.files import parse_json, private_folder, write_text
+from fedproxy.federation.owners import read_owners
+from fedproxy.files import open_regular, parse_json, private_folder, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
+from fedproxy.sealed import read_sealed
 
 # Keys that may change between a run and its continuation; federation.rounds may also grow.
 _FREE = {
-    *("resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"),
-    *("federation.min_clients", "federation.round_timeout_s", "trainer.strategy"),
+    *("resume", "accept_changed", "output_dir", "overwrite", "plugins", "engine", "evaluation", "loggers"),
+    *("trainer.devices", "trainer.strategy", "federation.min_clients", "federation.round_timeout_s"),
 }
 
 
@@ -156,7 +157,7 @@ class RunFolder:
 
     def is_past_compression(self) -> bool:
         """Return whether a run here went on after its proxy was made."""
-        facts = read_json(self.server / "facts.json") or {}
+        facts = read_sealed(self.server / "facts.json") or {}
         return bool(facts.get("finished") or self.rounds() or self.fused.is_dir())
 
     def fused_folders(self) -> list[Path]:
@@ -165,24 +166,33 @@ class RunFolder:
             return [self.fused]
         return sorted(path.parent for path in self.fused.glob("*/config.json"))
 
+    def owners(self) -> dict[str, list[str]] | None:
+        """Return which rows each client owns, by key, or None where nobody was dealt any.
+
+        Raises:
+            DataError: If partition.json cannot be used.
+        """
+        if not self.partition.exists():
+            return None
+        return read_owners(self.partition, str(self.partition), "delete it, and resume=auto writes it again")
+
     def rounds(self) -> list[dict[str, Any]]:
         """Return the lines of rounds.jsonl; half a line at its end, which a full disk leaves, is none.
 
         Raises:
-            CheckpointError: If another line is damaged.
+            CheckpointError: If it cannot be read; a run that goes on writes it again from its last checkpoint.
         """
-        if not self.journal.is_file():
+        if not os.path.lexists(self.journal):
             return []
-        *lines, _ = self.journal.read_bytes().split(b"\n")
-        found = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                found.append(parse_json(line, dict))
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{self.journal}, line {number}: {error}; delete the file, and resume=auto writes it again"
-                ) from None
-        return found
+        try:
+            with open_regular(self.journal, follow=True) as file:
+                *lines, _ = file.read().split(b"\n")
+            return [parse_json(line, dict) for line in lines]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.journal} cannot be read: {getattr(error, 'strerror', None) or error}; python -m fedproxy.fit "
+                "with resume=auto writes it again from the last checkpoint"
+            ) from error
 
     def _holds_run(self) -> bool:
         return self.config.is_file() and self.server.is_dir()
@@ -193,7 +203,7 @@ class RunFolder:
             check_removable(self.root)
         elif config.resume == "auto":
             self.check_continues(config, "use overwrite=true or another output_dir")
-            facts = read_json(self.server / "facts.json") or {}
+            facts = read_sealed(self.server / "facts.json") or {}
             again = facts.get("fused_after_round") != config.federation.rounds
             check_parts(self.root, ("exchange", "logs/csv", *(("adapter", "fused") if again else ())))
         else:
@@ -259,11 +269,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no run's configuration; use overwrite=true or another output_dir")
     return {str(key): value for key, value in content.items()}
-
-
-def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None where there is no whole one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -1,5 +1,6 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
+import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.files import whole_folder
-from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
+from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
@@ -35,14 +36,16 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     started = time.perf_counter()
     config = run.config
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
-    done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
+    done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
         run.folder.check_fused()
+        for folder in (run.folder.fused, run.folder.adapter):
+            shutil.rmtree(folder, ignore_errors=True)
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
             _save_adapter(model, run.folder.adapter / client)
-    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    trainable = config.trainable.placed(run.layer_map())
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
     known = None if merged is None else TunedProxy(proxy, merged, progress.emulator)
@@ -51,6 +54,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
         return tuned
     for client in states:
         plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
+    run.keep("adapter", "fused")
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
@@ -71,6 +75,17 @@ def _save_adapter(model: TrainableModel, folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error}; free disk space, then resume=auto") from error
 
 
+def _is_whole(run: Run) -> bool:
+    if not run.folder.fused.is_dir():
+        return False
+    try:
+        run.verify("adapter", "fused")
+    except CheckpointError as error:
+        run.display.say(f"fused again: {error}")
+        return False
+    return True
+
+
 def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     """Return the proxy as it was before tuning, read again if its frozen weights were moved."""
     proxy, moved = model.detach(), model.frozen_round
@@ -80,7 +95,7 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
 def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
     """Fuse one tuned proxy with the target and write the result into ``folder``."""
     target, tokenizer = run.target()
-    layer_map = LayerMap.load(run.folder.layer_map)
+    layer_map = run.layer_map()
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
     fusion = run.config.fusion
     if fusion.judged_texts:

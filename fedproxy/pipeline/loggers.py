@@ -17,7 +17,7 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, ConfigError, first_line
 from fedproxy.files import write_json
-from fedproxy.pipeline.folder import read_json
+from fedproxy.sealed import read_kept
 
 PROJECT = "fedproxy"
 """Name of the MLflow experiment and of the Weights & Biases project."""
@@ -141,7 +141,7 @@ class RunLoggers:
     def _get(self, name: str) -> tuple[Any, Seen]:
         if name not in self._started:
             self._folder.mkdir(parents=True, exist_ok=True)
-            seen = Seen(**(read_json(self._note(name)) or {}))
+            seen = Seen(**(read_kept(self._note(name), dict, remedy="delete it") or {}))
             known = name == "mlflow" and seen.id is not None  # it refuses to change a parameter
             logger = _MAKERS[name](self._folder, self._run, seen)
             if not known:

@@ -1,6 +1,7 @@
 """The whole of one run, and what stays of it when it fails."""
 
 import dataclasses
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.data.owned_texts import OwnedTexts
-from fedproxy.errors import ConfigError, FedProxyError
+from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import check_tasks, missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
@@ -21,17 +22,18 @@ from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
-from fedproxy.models import LayerMap, check_model, load_model
+from fedproxy.models import check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components
-from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
-from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256, same_rows
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
@@ -49,6 +51,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.sealed import read_sealed
 from fedproxy.strategies.trainable.base import TrainableModel
 
 RESUME_HINT = "go on with the same command and resume=auto"
@@ -81,10 +84,22 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     with folder.held():
         begins = folder.check(config)
         current = Run(config, folder, display, shared)
-        if not begins and current.facts.get("finished") == _goal(config) and folder.report.is_file():
-            display.say("this run is finished; nothing left to do")
-            return RunReport.load(folder.report)
-        return _run(current)
+        finished = None if begins else _finished(current)
+        return _run(current) if finished is None else finished
+
+
+def _finished(current: Run) -> RunReport | None:
+    """Return the report of a run that is finished, or None where something is left to do."""
+    folder = current.folder
+    if current.facts.get("finished") != _goal(current.config) or not os.path.lexists(folder.report):
+        return None
+    try:
+        report = RunReport.load(folder.report)
+    except CheckpointError as error:
+        current.display.say(f"the report is made again: {error}")
+        return None
+    current.display.say("this run is finished; nothing left to do")
+    return report
 
 
 def _run(current: Run) -> RunReport:
@@ -102,6 +117,8 @@ def _run(current: Run) -> RunReport:
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
         current.loggers.scores(with_means(scores), config.federation.rounds)
         current.loggers.close("success")
+    except ChangedInputError:  # nothing was done: what is there stays
+        raise
     except BaseException as error:
         stopped = interruption(error, RESUME_HINT)
         if folder.is_claimed:  # what is not claimed is as it was
@@ -204,28 +221,35 @@ def fetch_assets(config: RunConfig) -> None:
 
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
-    dealt = _deal(current)
+    dealt, inputs = _deal(current)
     questions = held_out(current.config, dealt)
-    return _claim(current, dealt), questions
+    return _claim(current, dealt, inputs), questions
 
 
 def _clients_and_texts(current: Run) -> tuple[ClientRows, list[str]]:
     """Deal out the rows, and read the public texts for fidelity, where a continued run has not measured it."""
-    dealt, texts = _deal(current), list[str]()
+    (dealt, inputs), texts = _deal(current), list[str]()
     if current.folder.begins or current.facts.get("fidelity") is None:
         texts = fidelity_texts(current.config, _owned(dealt))  # before the work: too little would throw it away
-    return _claim(current, dealt), texts
+    return _claim(current, dealt, inputs), texts
 
 
-def _deal(current: Run) -> Clients:
-    """Read the sources and say who owns which row, as when the run began; nothing is written yet."""
+def _deal(current: Run) -> tuple[Clients, dict[str, Any] | None]:
+    """Read the sources and say who owns which row, as when the run began; nothing is written yet.
+
+    Returns:
+        Every client's rows, and where a run goes on what is to be noted of its inputs.
+    """
     clients = client_rows(current.config.data, seed=current.config.seed)
-    if not current.folder.begins:
+    if current.folder.begins:
+        return clients, None
+    inputs = check_inputs(current, clients)
+    if same_rows(current, inputs):
         check_same_owners(clients, current.folder.partition)
-    return clients
+    return clients, inputs
 
 
-def _claim(current: Run, clients: Clients) -> ClientRows:
+def _claim(current: Run, clients: Clients, inputs: dict[str, Any] | None) -> ClientRows:
     """Begin to write: give every client the file with its rows; counts and hashes stay.
 
     An older run is deleted here, after all that could speak against the new one was looked at.
@@ -235,7 +259,7 @@ def _claim(current: Run, clients: Clients) -> ClientRows:
         check_public(current.config, _owned(clients))
     current.folder.claim(current.config)
     save_partition(clients, current.folder.partition)
-    current.note(data_sha256=rows_sha256(clients))
+    current.note(**(check_inputs(current, clients) if inputs is None else inputs))
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
     kept = ClientRows(clients, current.folder.rows)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
@@ -268,7 +292,7 @@ def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
     config, facts = current.config, current.facts
     rounds = current.folder.rounds()
-    evaluations = [read_json(scores_file(current.folder, name)) for name in scores]
+    evaluations = [read_sealed(scores_file(current.folder, name)) for name in scores]
     seconds = facts["seconds"]
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
@@ -300,7 +324,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         ),
         exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
-        provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
+        provenance=provenance(facts.get("target_sha256"), data_sha256(facts)),
         compression=_compression(current),
         fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
         notes=_notes(current),
@@ -328,7 +352,7 @@ def _compression(current: Run) -> CompressionReport | None:
     scores = current.facts.get("block_scores")
     if scores is None or not current.folder.layer_map.is_file():
         return None
-    return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
+    return CompressionReport(scores, current.layer_map().proxy_to_target)
 
 
 def _notes(current: Run) -> list[str]:
@@ -336,6 +360,7 @@ def _notes(current: Run) -> list[str]:
     notes = [] if asset is None else [f"The target is {asset.about}."]
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
+    notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
     for folder, fusion in current.facts.get("fusion", {}).items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
     return notes

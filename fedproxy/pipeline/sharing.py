@@ -24,17 +24,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fedproxy
+from fedproxy import files
 from fedproxy.config import to_dict
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
 from fedproxy.evaluation.validation import Question
-from fedproxy.files import plain, private_folder, write_json
+from fedproxy.files import plain, private_folder
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import public_texts
-from fedproxy.pipeline.folder import read_json
 from fedproxy.reporting.provenance import hardware, versions
+from fedproxy.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from fedproxy.pipeline.stages import Run
@@ -77,10 +78,10 @@ class SharedWork:
         if kept is not None and self._take(kept, run, last=last.relative_to(run.folder.root).as_posix()):
             run.display.say("compressed: taken from an equal run")
             return
-        files, facts = _files(run.folder.root), dict(run.facts)
+        before, facts = _files(run.folder.root), dict(run.facts)
         stage()
         if kept is not None:
-            made = {name for name, stamp in _files(run.folder.root).items() if files.get(name) != stamp}
+            made = {name for name, stamp in _files(run.folder.root).items() if before.get(name) != stamp}
             learned = {name: value for name, value in run.facts.items() if facts.get(name) != value}
             self._keep(kept, run.folder.root, made - _UNSHARED_FILES, learned)
 
@@ -99,7 +100,8 @@ class SharedWork:
         Returns:
             What the stage returns.
         """
-        key = federation_key(run, owned, questions) if run.config.federation.rounds else None
+        mixed = not run.config.federation.rounds or run.facts.get("changes")  # rounds on inputs that changed in between
+        key = None if mixed else federation_key(run, owned, questions)
         if key is None:
             return stage()
         kept = self.folder / "federations" / key
@@ -126,11 +128,11 @@ class SharedWork:
         if key is None:
             return score()
         path = self.folder / "evaluations" / f"{key}.json"
-        kept = read_json(path)
+        kept = _whole(path)
         if kept is not None:
             return EvaluationResult(**kept)
         result = score()
-        write_json(path, dataclasses.asdict(result))
+        write_sealed(path, dataclasses.asdict(result))
         return result
 
     def _take(self, kept: Path, run: "Run", *, last: str) -> bool:
@@ -139,7 +141,7 @@ class SharedWork:
         Returns:
             False where nothing is kept, or a file was changed.
         """
-        manifest = read_json(kept / "manifest.json")
+        manifest = _whole(kept / "manifest.json")
         if manifest is None or any(file_sha256(kept / name) != sha for name, sha in manifest["files"].items()):
             return False
         run.note(**manifest["facts"])
@@ -161,8 +163,8 @@ class SharedWork:
             shutil.rmtree(part, ignore_errors=True)
             for name in names:
                 _link(root / name, part / name)
-            files = {name: file_sha256(part / name) for name in sorted(names)}
-            write_json(part / "manifest.json", {"files": files, "facts": facts})
+            hashes = {name: file_sha256(part / name) for name in sorted(names)}
+            write_sealed(part / "manifest.json", {"files": hashes, "facts": facts})
             shutil.rmtree(kept, ignore_errors=True)
             part.rename(kept)
         except OSError as error:
@@ -291,10 +293,17 @@ def questions_sha256(tasks: Sequence[str], num_fewshot: int) -> str | None:
 def file_sha256(path: Path) -> str:
     """Return a file's SHA-256, or an empty text where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.file_sha256(path)
     except OSError:
         return ""
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """Return what is kept in a file, or None where there is none or it is damaged: then it is made again."""
+    try:
+        return read_sealed(path)
+    except CheckpointError:
+        return None
 
 
 @cache
@@ -339,12 +348,13 @@ def _files(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
+    """Give a file a second name; it is copied where lines are added to it, or the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        part = target.with_name(f".{target.name}.part")
-        shutil.copyfile(source, part)
-        part.replace(target)
+    if source.suffix != ".jsonl":
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    part = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)

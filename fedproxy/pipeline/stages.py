@@ -1,5 +1,6 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -25,7 +26,7 @@ from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
-from fedproxy.files import write_json
+from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
@@ -33,18 +34,24 @@ from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
-from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import realigner
 from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
+from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 if TYPE_CHECKING:
     from fedproxy.pipeline.sharing import SharedWork
+
+LAYER_MAP = "server/layer_map.json"
+UNDISTILLED = "server/proxy_undistilled"
+"""Paths in a run's folder, by which hashes are noted."""
 
 
 @dataclass
@@ -64,7 +71,7 @@ class Run:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What is known for the report; read when first asked for, which is after an older run was deleted."""
-        return read_json(self._facts_file) or {"seconds": {}}
+        return read_sealed(self._facts_file) or self._first_facts()
 
     @property
     def _facts_file(self) -> Path:
@@ -73,7 +80,43 @@ class Run:
     def note(self, **facts: Any) -> None:
         """Keep facts for the report, on disk, so that a continued run knows them too."""
         self.facts.update(facts)
-        write_json(self._facts_file, self.facts)
+        write_sealed(self._facts_file, self.facts)
+
+    def warn(self, line: str) -> None:
+        """Show a line and keep it for the report's notes."""
+        self.display.say(line)
+        self.note(warnings=[*self.facts.get("warnings", []), line])
+
+    def keep(self, *names: str) -> None:
+        """Note the hashes of all files below these files and folders of the run, as they are now."""
+        others = without_tree(self.facts.get("files", {}), *names)
+        self.note(files={**others, **tree_sha256(self.folder.root, *names)})
+
+    def verify(self, *names: str) -> None:
+        """Compare these files and folders of the run with what :meth:`keep` noted.
+
+        Raises:
+            CheckpointError: Naming the first file that differs.
+        """
+        check_tree(self.folder.root, self.facts.get("files", {}), *names)
+
+    def layer_map(self) -> LayerMap:
+        """Return the layer map, as it was written.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged.
+        """
+        self.verify(LAYER_MAP)
+        return LayerMap.load(self.folder.layer_map)
+
+    def checkpoints(self) -> CheckpointFolder:
+        """Return the run's checkpoints; it has a proxy."""
+        return CheckpointFolder(self.folder.checkpoints, run=run_key(self))
+
+    def _first_facts(self) -> dict[str, Any]:
+        if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
+            raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
+        return {"seconds": {}}
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""
@@ -102,6 +145,7 @@ def compress(run: Run, clients: ClientRows) -> None:
         DataError: If there is too little public text; nothing is compressed then.
     """
     if run.folder.layer_map.is_file():
+        run.verify("proxy", UNDISTILLED, LAYER_MAP)
         return
     config, started = run.config, time.perf_counter()
     calibration, healing, distillation = config.compression.calibration, config.healing, config.distillation
@@ -135,7 +179,11 @@ def compress(run: Run, clients: ClientRows) -> None:
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
     save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
-    layer_map.save(run.folder.layer_map)
+    run.facts.pop("key", None)  # of rounds on an earlier proxy
+    run.keep("proxy", UNDISTILLED)
+    text = layer_map.to_json()
+    run.note(files={**run.facts["files"], LAYER_MAP: hashlib.sha256(text.encode()).hexdigest()})
+    write_text(run.folder.layer_map, text)  # last: its presence says that all is there
 
 
 def describe(layer_map: LayerMap, depth: int) -> str:
@@ -203,14 +251,17 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     """
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    trainable = config.trainable.placed(run.layer_map())
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
-    checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or first_progress(config, model, clients)
-    _check_state(progress.state, model, checkpoints)
+    checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)
+
+    def check(progress: Progress) -> None:
+        _check_state(progress.state, model, checkpoints)
+        store.check(progress.client_files)
+
+    progress = checkpoints.load_latest(check, run.warn) or first_progress(config, model, clients)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
-    store = ClientStore(run.folder.checkpoints)
     store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
@@ -311,8 +362,7 @@ def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints
     for name, parameter in wanted.items():
         if name not in state or state[name].shape != parameter.shape:
             raise CheckpointError(
-                f"the checkpoint in {checkpoints.folder} has no tensor {name} of shape {tuple(parameter.shape)}; "
-                f"start again with overwrite=true"
+                f"the checkpoint in {checkpoints.folder} has no tensor {name} of shape {tuple(parameter.shape)}"
             )
 
 

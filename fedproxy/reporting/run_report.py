@@ -1,7 +1,6 @@
 """The record of one run: report.json of schema version 1, and the pages made from it."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
-from fedproxy.files import plain, write_json
+from fedproxy.files import plain, read_json, write_json
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
@@ -229,12 +228,9 @@ class RunReport:
             CheckpointError: If there is none, or it is broken or of a newer schema.
         """
         file = report_file(path)
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file} ({error.strerror}); give the folder of a finished run") from None
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON ({error}); run the recipe again to get a whole one") from None
+        if not os.path.lexists(file):
+            raise CheckpointError(f"cannot read {file}: there is no such file; give the folder of a finished run")
+        data = read_json(file, dict, remedy="run the recipe again with resume=auto to get a whole one")
         return cls.from_dict(data, str(file))
 
     def save(self, folder: str | Path) -> Path:

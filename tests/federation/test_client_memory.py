@@ -81,7 +81,9 @@ def test_a_truncated_file_is_one_line(tmp_path):
     store.save("c", 1, kept(1))
     path = tmp_path / "c" / "round_0001.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"the memory of client 'c' in .* is damaged .*overwrite=true") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"what is kept of client 'c' in .* cannot be used: .*overwrite=true"
+    ) as caught:
         store.load("c", before=2)
     assert "\n" not in str(caught.value)
 
@@ -95,7 +97,7 @@ def test_a_full_disk_is_one_line_and_the_last_memory_stays(tmp_path, monkeypatch
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fedproxy.federation.round_files.save_file", full)
+    monkeypatch.setattr("fedproxy.sealed_tensors.save_file", full)
     with pytest.raises(CheckpointError, match=r"round_0002.safetensors cannot be written: I/O error: No space left"):
         store.save("c", 2, kept(2))
     assert value(store.load("c", before=9)) == 1.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine
+from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.federation.engines import Dropped, Engine, RemoteClient
 from fedproxy.federation.expected import Expected, Group
 from fedproxy.federation.participation import Participation
 
@@ -68,7 +68,7 @@ def test_a_fault_drops_the_client_and_keeps_the_others(tmp_path, word, reason):
 def test_the_error_below_min_clients_names_everyone_and_the_way_out(tmp_path):
     message = (
         r"^client 'cid' failed in round 2: .*; that leaves 2 of 4 clients \(dropped before it: bob\), and "
-        r"federation.min_clients asks for 3; mend the client or lower federation.min_clients, then resume=auto$"
+        r"federation.min_clients asks for 3; fix the client or lower federation.min_clients, then resume=auto$"
     )
     with pytest.raises(ClientError, match=message):
         collect(tmp_path, {"bob": "raise", "cid": "nan"}, min_clients=3)
@@ -198,3 +198,52 @@ def test_zero_updates_have_no_median_to_compare_with(tmp_path):
     updates, dropped = Participation().collect(Given([zero, honest("bob")]), broadcast(), ["ann", "bob"])
     assert len(updates) == 2
     assert not dropped
+
+
+def alike(*reasons, min_clients=None):
+    answers = [Dropped(client, reason) for client, reason in zip(CLIENTS, reasons, strict=False)]
+    return Participation(min_clients).collect(Given(answers), broadcast(), CLIENTS)
+
+
+def test_where_all_clients_fail_alike_none_of_them_is_to_blame():
+    match = (
+        r"^all 4 clients of round 1 failed alike, so that the state they were sent, .* no client: loss of ann is nan 1;"
+    )
+    for least in (None, 1):
+        with pytest.raises(ClientError, match=match):
+            alike(*(f"loss of {client} is nan {i}" for i, client in enumerate(CLIENTS, 1)), min_clients=least)
+    with pytest.raises(ClientError, match="client 'cid' failed in round 1: out of memory"):
+        alike("it raised", "it raised", "out of memory", "it raised")
+    with pytest.raises(ClientError, match="client 'ann' failed in round 1: late: no update"):
+        alike(*["late: no update within federation.round_timeout_s of 1 s"] * 4)
+
+
+def test_one_client_that_fails_is_named_once_another_one_succeeds():
+    answers = [Dropped("ann", "it raised"), honest("bob"), honest("cid")]
+    taken = []
+    with pytest.raises(ClientError, match=r"^client 'ann' failed in round 1: it raised; that leaves 3 of 4"):
+        Participation().collect(Given(answers), broadcast(), CLIENTS, lambda number, answer: taken.append(answer))
+    assert len(taken) == 2  # nobody else is waited for
+
+
+@dataclass
+class Damaged:
+    """A client that finds a file of the run damaged."""
+
+    def train(self, broadcast, client_id, *, deadline=None):
+        raise CheckpointError("checkpoints/clients/ann/round_0001.safetensors cannot be used: it is cut")
+
+
+def damaged_client(device=None):
+    return Damaged()
+
+
+@pytest.mark.parametrize("engine", ["in_process", "workers"])
+def test_a_damaged_file_of_the_run_is_no_clients_fault(tmp_path, engine):
+    far = RemoteClient(f"{__name__}:damaged_client")
+    running = Engine.by_name(engine)().start(Damaged, far, tmp_path)
+    try:
+        with pytest.raises(CheckpointError, match=r"^checkpoints/clients/ann/round_0001.* cannot be used: it is cut$"):
+            Participation(1).collect(running, broadcast(), CLIENTS)
+    finally:
+        running.close()

@@ -179,11 +179,13 @@ def test_a_lost_or_damaged_state_is_one_line_and_no_fresh_start(tmp_path):
     progress = go(tmp_path, 2)
     path = tmp_path / "states" / "b" / "round_0002.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"the state of client 'b' in .* is damaged .*overwrite=true") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"what is kept of client 'b' in .* cannot be used: .*overwrite=true"
+    ) as caught:
         go(tmp_path, 3, start=progress)
     assert "\n" not in str(caught.value)
     shutil.rmtree(path.parent)
-    with pytest.raises(CheckpointError, match=r"the state of client 'b' in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"what is kept of client 'b' in .* cannot be used"):
         go(tmp_path, 3, start=progress)
 
 

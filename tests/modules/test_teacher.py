@@ -199,7 +199,7 @@ def test_leftovers_of_a_killed_run_are_swept_and_those_of_a_live_one_stay(tmp_pa
 def test_nothing_half_written_stays_when_the_disk_is_full(tmp_path, monkeypatch):
     cache = make_cache(tmp_path)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         with open(path, "wb") as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")

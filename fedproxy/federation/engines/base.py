@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fedproxy.errors import FedProxyError, one_line
+from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.registry import Component
 
@@ -101,10 +101,16 @@ class Engine(Component, family="engine"):
 
 
 def attempt(client: Client, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> Answer:
-    """Train one client; whatever goes wrong in it becomes the reason why it is dropped."""
+    """Train one client; whatever goes wrong in it becomes the reason why it is dropped.
+
+    Raises:
+        CheckpointError: If a file of the run is damaged or cannot be written, which is no client's fault.
+    """
     limits = {} if deadline is None else {"deadline": deadline}
     try:
         return signed(client.train(broadcast, client_id, **limits), client_id)
+    except CheckpointError:
+        raise
     except FedProxyError as error:
         return Dropped(client_id, one_line(error))
     except Exception as error:

@@ -324,6 +324,8 @@ class WorkerPool:
 
 
 def _answer(task: _Task, message: Message) -> Answer:
+    if "damaged" in message:
+        raise CheckpointError(one_line(message["damaged"], 1000))
     if "dropped" in message:
         return Dropped(task.client_id, str(message["dropped"]))
     try:
