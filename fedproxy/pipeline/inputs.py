@@ -87,7 +87,8 @@ def inputs(run: "Run", clients: Clients) -> dict[str, Input]:
     """Return what the run is made from, as it is now."""
     config = run.config
     target = resolve(config.target.path)
-    files = {} if target is None else {path.name: path for path in sorted(target.iterdir()) if path.is_file()}
+    inside = [] if target is None else sorted(target.iterdir())
+    files = {path.name: path for path in inside if path.is_file() and not path.name.startswith(".")}
     own = {name: path for name, path in files.items() if name.startswith(_TOKENIZER) or name.endswith(".model")}
     rest = {name: path for name, path in files.items() if name not in own and name.endswith((".json", *_WEIGHTS))}
     return {
