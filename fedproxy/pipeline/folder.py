@@ -82,7 +82,7 @@ class RunFolder:
                 f"output_dir {self.root} holds what is left of a run whose config.yaml is gone; use overwrite=true to "
                 "delete it, or another output_dir"
                 if is_marked(self.root)
-                else f"output_dir {self.root} holds files that are no run; choose another output_dir"
+                else f"output_dir {self.root} already contains files that are not a run; choose another output_dir"
             )
         return self.begins
 

@@ -392,6 +392,6 @@ def test_overwrite_deletes_the_old_run_only_when_the_texts_are_good(tmp_path):
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("do not lose")
-    with pytest.raises(ConfigError, match="holds files that are no run"):
+    with pytest.raises(ConfigError, match="already contains files that are not a run"):
         compress(tmp_path / "out", "overwrite=true")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose"

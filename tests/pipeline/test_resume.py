@@ -98,7 +98,7 @@ def test_foreign_files_are_never_deleted(run_tiny, tmp_path):
     (tmp_path / "thesis.txt").write_text("three years of work")
     (tmp_path / "config.yaml").write_text("mine: true")
     for way in ("overwrite=true", "resume=auto"):
-        with pytest.raises(ConfigError, match="holds files that are no run; choose another output_dir"):
+        with pytest.raises(ConfigError, match="already contains files that are not a run; choose another output_dir"):
             run_tiny(way, folder=tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "three years of work"
 
