@@ -13,7 +13,7 @@ import torch
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
-from fedproxy.evaluation.harness import check_tasks, missing_assets
+from fedproxy.evaluation.harness import check_data_tasks, missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
@@ -26,7 +26,14 @@ from fedproxy.pipeline.checks import check_calibration, check_compression
 from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.data import client_rows, rows_sha256
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
+from fedproxy.pipeline.evaluation import (
+    check_questions,
+    client_scores,
+    evaluate,
+    evaluation_notes,
+    expanded,
+    scores_file,
+)
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
@@ -66,12 +73,13 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             ``failed`` and why, and all finished rounds stay.
     """
     display = display or Display()
+    config = expanded(config)
     check_components(config)
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
     check_compression(config)
-    check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    check_questions(config, display)
     if config.resume != "auto":
         check_calibration(config)
     folder = RunFolder(config.output_dir)
@@ -120,6 +128,8 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     Raises:
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
+    display = display or Display()
+    config = expanded(config)
     folder = RunFolder(config.output_dir)
     if config.resume == "auto" and folder.is_past_compression():
         raise ConfigError(
@@ -133,12 +143,14 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     fetch_assets(config)
     check_compression(config)
     if early:
-        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+        check_questions(config, display)
+    else:
+        check_data_tasks(config.data.tasks)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
     begins = folder.open(config)
     try:
-        return _compress_only(Run(config, folder, display or Display()))
+        return _compress_only(Run(config, folder, display))
     except BaseException:
         if begins:
             folder.clear()
@@ -292,7 +304,7 @@ def _notes(current: Run) -> list[str]:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
     for folder, fusion in current.facts.get("fusion", {}).items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
-    return notes
+    return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:

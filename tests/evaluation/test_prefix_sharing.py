@@ -158,7 +158,9 @@ def test_every_prefix_is_run_once(tokenizer):
     prefixes = {tuple(tokens[:end]) for tokens in sequences for end in range(1, len(tokens) + 1)}
     counts = count_tokens(model)
     ours.loglikelihood(instances(requests), disable_tqdm=True)
-    assert counts == [len(prefixes)]
+    assert counts[0] == len(prefixes)
+    assert len(counts) <= 4  # and at most three sequences alone, to see that sharing is right
+    assert set(counts[1:]) <= set(map(len, sequences))
     assert 3 * len(prefixes) < sum(map(len, sequences))
 
 
