@@ -96,7 +96,7 @@ def evaluate_model(
     check_tasks(tasks, limit=limit, num_fewshot=num_fewshot, split=split)
     start, training = time.perf_counter(), model.training
     loaded = {task.name: task for task in _loaded(tasks, split, num_fewshot)}
-    notes = []
+    notes: list[str] = []
     with quiet(), _bar(progress) as report:
         lm = PrefixSharingLM(
             model,

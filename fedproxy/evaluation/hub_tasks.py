@@ -47,8 +47,9 @@ def members(name: str) -> list[str]:
     if entry.kind.name == "TAG":
         return sorted(entry.tags)
     listed = (entry.cfg or {}).get("task") if entry.kind.name == "GROUP" else None
-    plain = isinstance(listed, list) and all(isinstance(part, str) for part in listed)
-    if not plain or not set(entry.cfg) <= _GROUP_KEYS:
+    if not isinstance(listed, list) or not set(entry.cfg) <= _GROUP_KEYS:
+        return [name]
+    if not all(isinstance(part, str) for part in listed):
         return [name]
     return [task for part in listed for task in ([part] if part in offline_tasks() else members(part))]
 

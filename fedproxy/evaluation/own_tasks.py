@@ -112,7 +112,7 @@ def _merged(path: Path, files: list[Path], theirs: list[str]) -> dict[str, Any]:
     return merged | config
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Plain values only; lm-eval's ``!function`` is named in the error."""
 
 

@@ -6,9 +6,9 @@ from typing import Any
 def choose_examples(task: Any) -> bool:
     """Let lm-eval's ``task`` draw its solved examples from rows that are not scored, where it has any.
 
-    In this order: the split that the task's file names for them, unless that one is scored; the train split; examples
-    that the file itself holds; the validation split where another is scored. Where only scored rows are left, they are
-    drawn from those, and a question never gets itself.
+    In this order: the split that the task's file names for them, unless that one is scored; examples that the file
+    itself holds; the train split; the validation split where another is scored. Where only scored rows are left, they
+    are drawn from those, and a question never gets itself.
 
     Returns:
         Whether the examples come from the scored rows.
@@ -20,15 +20,14 @@ def choose_examples(task: Any) -> bool:
     scored = config.test_split or config.validation_split
     if settings.split is not None and settings.split != scored:
         return False
-    if config.training_split is not None and config.training_split != scored:
-        if settings.split is not None:
-            task.sampler.replace_df(list(task.training_docs()))
-            settings.split = config.training_split
-        return False
     if settings.split is None and settings.samples is not None:
         return False
-    if settings.split is None and config.test_split is not None and config.validation_split not in (None, scored):
-        return False
+    for name, docs in ((config.training_split, task.training_docs), (config.validation_split, task.validation_docs)):
+        if name not in (None, scored):
+            if settings.split is not None:
+                task.sampler.replace_df(list(docs()))
+                settings.split = name
+            return False
     task.sampler.replace_df(list(task.eval_docs))
     settings.split = config.test_split  # where the two are equal, lm-eval leaves the question out
     return True

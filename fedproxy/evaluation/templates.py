@@ -17,5 +17,5 @@ def use_sandbox() -> None:
         loader=plain.loader, undefined=plain.undefined, keep_trailing_newline=plain.keep_trailing_newline
     )
     sandbox.filters.update(plain.filters)
-    sandbox.from_string = functools.lru_cache(maxsize=1024)(sandbox.from_string)  # type: ignore[method-assign]
+    vars(sandbox)["from_string"] = functools.lru_cache(maxsize=1024)(sandbox.from_string)
     lm_eval.utils.env = sandbox

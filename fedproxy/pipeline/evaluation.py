@@ -187,12 +187,12 @@ def _score(
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
-    kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds}
-    kept["notes"] = [f"{name}: {note}" for note in result.notes]
+    notes = [f"{name}: {note}" for note in result.notes]
+    kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds, "notes": notes}
     write_json(scores_file(run.folder, name), kept)
     mean = result.mean.get("acc_norm", result.mean.get("acc"))
     shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
     run.display.say(f"evaluated {name}: {shown}{result.seconds:.0f} s")
-    for note in kept["notes"]:
+    for note in notes:
         run.display.say(note)
     return kept

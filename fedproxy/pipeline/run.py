@@ -73,11 +73,11 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             ``failed`` and why, and all finished rounds stay.
     """
     display = display or Display()
-    config = expanded(config)
+    named, config = config, expanded(config)
     check_components(config)
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
-    fetch_assets(config)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
     check_questions(config, display)
     if config.resume != "auto":
@@ -129,7 +129,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
     display = display or Display()
-    config = expanded(config)
+    named, config = config, expanded(config)
     folder = RunFolder(config.output_dir)
     if config.resume == "auto" and folder.is_past_compression():
         raise ConfigError(
@@ -140,7 +140,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     early = [name for name in evaluation.models if name in ("target", "proxy")]
     config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
     make_trainer(one_device(config.trainer))
-    fetch_assets(config)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
     if early:
         check_questions(config, display)
