@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedproxy.command import run_command
 
@@ -19,7 +20,8 @@ usage: python -m fedproxy.evaluate model=MODEL tasks=[TASK,...] [key=value ...]
 Scores a causal language model with lm-eval and writes scores.json, samples.jsonl and lm-eval's own results.json.
 
   model         a from_pretrained folder, asset:NAME (fetched if missing) or a hub id
-  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa)
+  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa),
+                and says how to write a task file of your own, my_task.yaml
   limit         only the first questions of each task; null is all       (null)
   num_fewshot   solved examples before each question                     (0)
   split         test or validation; null is lm-eval's choice             (null)
@@ -78,7 +80,9 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         if key not in known:
             raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist(list(arguments)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist([_as_list(word) for word in arguments])
+        )
         typed = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None) or "arguments"
@@ -88,6 +92,12 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         if not getattr(typed, key):
             raise ConfigError(f"{key} is missing; write, for example, {example}")
     return typed
+
+
+def _as_list(argument: str) -> str:
+    """Return ``tasks=a,b`` as ``tasks=[a,b]``, and any other argument as it is."""
+    key, _, value = argument.partition("=")
+    return f"tasks=[{value}]" if key == "tasks" and value and not value.startswith("[") else argument
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -105,6 +115,7 @@ def main(arguments: Sequence[str]) -> None:
         result = _evaluate(options)
         _write(options, result, folder)
     print(score_table(result))
+    print("".join(f"note: {note}\n" for note in result.notes), end="")
     print(f"results: {folder}/scores.json, samples.jsonl and results.json")
 
 
@@ -137,27 +148,28 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
     from fedproxy.data.assets import fetch, resolve
-    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets
-    from fedproxy.models import load_model, load_tokenizer
+    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
+    from fedproxy.models import check_model, load_model, load_tokenizer
 
     for asset in missing_assets(options.tasks):
         fetch(asset)
     split, limit, shots = options.split, options.limit, options.num_fewshot
     check_tasks(options.tasks, limit, shots, split=split)  # type: ignore[arg-type]
     path = str(resolve(options.model) or options.model)
+    tokenizer = load_tokenizer(path)
+    asked: dict[str, Any] = {"limit": limit, "num_fewshot": shots, "seed": options.seed, "split": split}
+    for note in prompt_notes(check_model(path), tokenizer, options.tasks, **asked):  # before the weights are loaded
+        print(f"note: {note}", file=sys.stderr)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, dtype=options.dtype).to(torch.device(device))
     return evaluate_model(
         model,
-        load_tokenizer(path),
+        tokenizer,
         options.tasks,
-        limit=limit,
-        num_fewshot=shots,
         batch_size=options.batch_size,
         batch_tokens=options.batch_tokens,
-        seed=options.seed,
-        split=split,  # type: ignore[arg-type]
         progress=True,
+        **asked,
     )
 
 
@@ -166,6 +178,7 @@ def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path)
 
     settings = dataclasses.asdict(options)
     scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}
+    scores["notes"] = result.notes
     write_json(folder / _FILES[0], scores)  # first: by it the others are known as ours
     write_text(folder / _FILES[1], "".join(json.dumps(sample) + "\n" for sample in result.samples))
     write_json(folder / _FILES[2], result.lm_eval)

@@ -15,7 +15,7 @@ from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.files import plain, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import check_comparable
+from fedproxy.pipeline.evaluation import check_comparable, expanded
 from fedproxy.pipeline.folder import RunFolder, flat
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
@@ -76,7 +76,7 @@ def make_cell(study: Study, method: Method, seed: int, *, changes: Sequence[str]
     place = study.work_dir / "runs" / f"{method.label}{part}" / f"seed_{seed}"
     words = [*method.arguments, *changes, f"seed={seed}", f"output_dir={place}", "resume=auto", "overwrite=false"]
     try:
-        config = load_config(words)
+        config = expanded(load_config(words))
     except ConfigError as error:
         raise ConfigError(f"{method.label}: {error}") from None
     return Cell(method, seed, config, study.output_dir / "records" / f"{method.label}{part}" / f"seed_{seed}.json")

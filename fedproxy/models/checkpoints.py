@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -54,8 +61,8 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     return frozen
 
 
-def check_model(path: str | Path) -> None:
-    """Check, from its configuration alone, that there is a decoder-only causal LM at ``path``.
+def check_model(path: str | Path) -> PretrainedConfig:
+    """Return the configuration of the decoder-only causal LM at ``path``; its weights are not looked at.
 
     Raises:
         ModelError: If there is none.
@@ -72,6 +79,8 @@ def check_model(path: str | Path) -> None:
         raise ModelError(f"{path} is an encoder-decoder model ({config.model_type}); give a decoder-only causal LM")
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"{path} is no causal LM (model type {config.model_type}); give a decoder-only causal LM")
+    found: PretrainedConfig = config
+    return found
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

@@ -1,5 +1,6 @@
 """Scores of target, proxy, tuned proxy and fused model; each is kept on disk as soon as it is known."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,25 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
+from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError
-from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
+from fedproxy.evaluation.harness import (
+    EvaluationResult,
+    check_data_tasks,
+    check_tasks,
+    evaluate_model,
+    prompt_notes,
+)
 from fedproxy.evaluation.means import mean_over_models
+from fedproxy.evaluation.own_tasks import is_task_file, own_sha256
 from fedproxy.evaluation.task_checks import check_accuracy
+from fedproxy.evaluation.task_loading import expand
 from fedproxy.files import read_json
-from fedproxy.models import load_model, placed
+from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
+from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
 from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies
@@ -69,6 +81,36 @@ def _drop_outdated(run: Run, rounds: int) -> None:
                 remove(path.parent / name)
 
 
+def expanded(config: RunConfig) -> RunConfig:
+    """Return the configuration with lm-eval's tags and plain groups replaced by their tasks, each a source of its own.
+
+    Raises:
+        EvaluationError: If lm-eval knows none of that name.
+    """
+    data = dataclasses.replace(config.data, tasks=expand(config.data.tasks))
+    scored = config.evaluation.tasks
+    evaluation = dataclasses.replace(config.evaluation, tasks=None if scored is None else expand(scored))
+    return dataclasses.replace(config, data=data, evaluation=evaluation)
+
+
+def check_questions(config: RunConfig, display: Display) -> None:
+    """Refuse tasks that cannot be trained on or scored, and say what the target's positions will cut from prompts.
+
+    Raises:
+        EvaluationError: If there is one.
+        ModelError: If the target has no tokenizer.
+    """
+    check_data_tasks(config.data.tasks)
+    settings, tasks = config.evaluation, config.evaluation_tasks
+    check_tasks(tasks, settings.limit, settings.num_fewshot)
+    if not settings.models:
+        return
+    tokenizer = load_tokenizer(resolve(config.target.path) or config.target.path)
+    asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": settings.seed}
+    for note in prompt_notes(target_config(config), tokenizer, tasks, **asked):
+        display.say(f"evaluation: {note}")
+
+
 def check_comparable(config: RunConfig) -> None:
     """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
 
@@ -89,7 +131,15 @@ def evaluation_settings(config: RunConfig, rounds: int) -> dict[str, Any]:
     del settings["models"], settings["batch_tokens"]
     autocast = autocast_dtype(config.trainer)
     precision = None if autocast is None else str(autocast).removeprefix("torch.")
-    return {**settings, "tasks": config.evaluation_tasks, "rounds": rounds, "autocast": precision}
+    settings |= {"tasks": config.evaluation_tasks, "rounds": rounds, "autocast": precision}
+    own = {name: own_sha256(name) for name in config.evaluation_tasks if is_task_file(name)}
+    return {**settings, "task_files": own} if own else settings
+
+
+def evaluation_notes(folder: RunFolder, names: Iterable[str]) -> list[str]:
+    """Return what the evaluations of these models noted, each sentence once."""
+    kept = [read_sealed(scores_file(folder, name)) or {} for name in names]
+    return list(dict.fromkeys(note for scores in kept for note in scores.get("notes", [])))
 
 
 def client_scores(folder: RunFolder, names: Iterable[str]) -> dict[str, dict[str, Scores]]:
@@ -170,6 +220,7 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
         "scores": scores,
         "clients": {client: part["scores"] for client, part in parts.items()},
         "seconds": sum(part["seconds"] for part in parts.values()),
+        "notes": list(dict.fromkeys(note for part in parts.values() for note in part.get("notes", []))),
     }
     return _keep(run, name, kept)
 
@@ -197,9 +248,12 @@ def _score(
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
-    kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds}
+    notes = [f"{name}: {note}" for note in result.notes]
+    kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds, "notes": notes}
     kept = _keep(run, name, kept)
     mean = result.mean.get("acc_norm", result.mean.get("acc"))
     shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
     run.display.say(f"evaluated {name}: {shown}{result.seconds:.0f} s")
+    for note in notes:
+        run.display.say(note)
     return kept

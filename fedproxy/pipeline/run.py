@@ -15,7 +15,7 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
-from fedproxy.evaluation.harness import check_tasks, missing_assets
+from fedproxy.evaluation.harness import check_data_tasks, missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
@@ -29,7 +29,14 @@ from fedproxy.pipeline.checks import check_calibration, check_compression, check
 from fedproxy.pipeline.components import check_components
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
+from fedproxy.pipeline.evaluation import (
+    check_questions,
+    client_scores,
+    evaluate,
+    evaluation_notes,
+    expanded,
+    scores_file,
+)
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
@@ -72,12 +79,13 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     """
     check_interrupt()
     display = display or Display()
+    named, config = config, expanded(config)
     check_components(config)
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
-    fetch_assets(config)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
-    check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    check_questions(config, display)
     if config.resume != "auto":
         check_calibration(config)
     folder = RunFolder(config.output_dir)
@@ -162,14 +170,18 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
     check_interrupt()
+    display = display or Display()
+    named, config = config, expanded(config)
     evaluation = config.evaluation
     early = [name for name in evaluation.models if name in ("target", "proxy")]
     config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
     make_trainer(one_device(config.trainer))
-    fetch_assets(config)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
     if early:
-        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+        check_questions(config, display)
+    else:
+        check_data_tasks(config.data.tasks)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
     folder = RunFolder(config.output_dir)
@@ -181,7 +193,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
             )
         folder.check(config)
         try:
-            return _compress_only(Run(config, folder, display or Display()))
+            return _compress_only(Run(config, folder, display))
         except BaseException:
             if folder.is_claimed:
                 folder.clear()
@@ -363,7 +375,7 @@ def _notes(current: Run) -> list[str]:
     notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
     for folder, fusion in current.facts.get("fusion", {}).items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
-    return notes
+    return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:
