@@ -43,6 +43,10 @@ class Cluster(BlockRemoval, name="cluster"):
         chosen = super().places(decoder)
         return shared_by_nearest(chosen, len(decoder)) if self.share else chosen
 
+    def arranged(self, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """Return the blocks that stay, with ``share`` in all places."""
+        return shared_by_nearest(kept, depth) if self.share else kept
+
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return the linear CKA between the outputs of all pairs of blocks, float64 (blocks, blocks).
 

@@ -1,7 +1,7 @@
 """What all compressors that remove whole blocks share: how many go, and blocks kept by hand."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
+from fedproxy.models.needs import complete, known_needs, possible_needs
 from fedproxy.strategies.compression.base import Batch, Compressor, require_removal
 
 
@@ -36,7 +37,7 @@ class BlockRemoval(Compressor):
     def places(self, decoder: Decoder) -> Sequence[int]:
         """Return as many blocks as will stay; those themselves where ``keep`` names them."""
         count = self.kept_count(decoder)
-        return self.keep or range(count)
+        return self.keep or complete(range(count), known_needs(decoder), len(decoder), None)
 
     def kept_count(self, decoder: Decoder) -> int:
         """Return how many blocks stay.
@@ -77,6 +78,25 @@ class BlockRemoval(Compressor):
         if self.keep is not None:
             return self.keep
         return range(depth) if count == depth else self.choose(depth, count, scores)
+
+    def choices(self, decoder: Decoder, scores: Tensor | None) -> Iterator[tuple[int, ...]]:
+        """Yield the selection, with the blocks that its own need, and then with what the family may need besides.
+
+        Blocks that ``keep`` names are taken as they are.
+        """
+        chosen, depth = tuple(self.select(decoder, scores)), len(decoder)
+        kept, known = sorted(set(chosen)), known_needs(decoder)
+        if self.keep is not None or len(kept) == depth:
+            yield chosen
+            return
+        worth = self.block_scores(depth, scores)
+        for needs in ((), *possible_needs(decoder)):
+            completed = complete(kept, (*known, *needs), depth, worth)
+            yield chosen if completed == tuple(kept) else self.arranged(completed, depth)
+
+    def arranged(self, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """Return the target's block behind each of the proxy's, of blocks that stay; for a member that repeats some."""
+        return kept
 
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return scores, float64 on the CPU; None for a member that needs none."""
