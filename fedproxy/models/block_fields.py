@@ -17,7 +17,14 @@ from fedproxy.errors import ModelError
 
 LISTS = frozenset(
     {
-        *("layer_types", "layers_block_type", "mlp_layer_types", "indexer_types", "attn_layers", "hybrid_layer_pattern"),
+        *(
+            "layer_types",
+            "layers_block_type",
+            "mlp_layer_types",
+            "indexer_types",
+            "attn_layers",
+            "hybrid_layer_pattern",
+        ),
         *("no_rope_layers", "layer_rope_theta", "activation_sparsity_pattern", "moe_layer_freq"),
         *("num_attention_heads_per_layer", "num_key_value_heads_per_layer", "intermediate_size", "sliding_window"),
         *("moe_topk", "num_experts", "num_shared_expert", "moe_intermediate_size", "swiglu_limits"),
@@ -110,6 +117,13 @@ def cut_fields(text: Any, kept: Sequence[int], depth: int) -> None:
     if overrides is not None:
         by_block = {int(block): override for block, override in overrides.items()}
         text.per_layer_config = {new: by_block[old] for new, old in enumerate(kept) if old in by_block}
+
+
+def rhythm(text: Any) -> int:
+    """Return after how many blocks the kinds of blocks repeat where a rule over numbers says which is which, or 1."""
+    fields = vars(text)
+    found = [fields[pattern.names[0]] for pattern in _PATTERNS if pattern.names[0] in fields]
+    return math.lcm(*found) if all(value >= 1 for value in found) else 1
 
 
 def cut_slices(name: str, weight: Tensor, kept: Sequence[int], depth: int) -> Tensor:

@@ -46,7 +46,6 @@ class Decoder:
             )
         if model.get_output_embeddings() is None:
             raise ModelError(f"target.path: {kind} has no language model head; FedProxy needs a decoder-only causal LM")
-        body = model.get_decoder()
         depth = depth_of(model.config.get_text_config())
         stacks = _stacks(model, depth)
         if not stacks:
@@ -55,6 +54,8 @@ class Decoder:
                 "its blocks once, in their order"
             )
         prefix, blocks = max(stacks, key=lambda stack: parameter_count(stack[1]))
+        # A family may call another part its decoder (ModernBERT's is the head).
+        body = next(part for part in (model.get_decoder(), model.base_model, model) if _holds(part, blocks))
         return cls(model, body, blocks, prefix)
 
     def __len__(self) -> int:
@@ -174,6 +175,10 @@ def _numbers_plain(fields: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
+def _holds(part: nn.Module, blocks: nn.Module) -> bool:
+    return any(module is blocks for module in part.modules())
+
+
 def _stacks(model: PreTrainedModel, depth: int | None) -> list[tuple[str, nn.ModuleList]]:
     """Return the lists of ``depth`` modules, with their names, that belong to the language model itself.
 
@@ -184,7 +189,8 @@ def _stacks(model: PreTrainedModel, depth: int | None) -> list[tuple[str, nn.Mod
     towers = [
         f"{name}."
         for name, module in model.named_modules()
-        if name and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        if name
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
         and isinstance(module, PreTrainedModel)
         and type(module.config) is not text
         and not any(isinstance(getattr(part, "config", None), text) for part in module.modules())
