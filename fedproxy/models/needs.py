@@ -131,8 +131,9 @@ def _shared_keys(text: Any) -> list[Need]:
 def _shared_indexers(text: Any) -> list[Need]:
     """GLM with sparse attention: a block without an indexer of its own reads that of the last one before it."""
     types = getattr(text, "indexer_types", None) or []
+    full = [block for block, kind in enumerate(types) if kind == "full"]
     readers = [block for block, kind in enumerate(types) if kind == "shared"]
-    return [_reads(block, {i for i in range(block) if types[i] == "full"}, "an index") for block in readers]
+    return [_reads(block, {max(i for i in full if i < block)}, "the index") for block in readers]
 
 
 def _reads(block: int, providers: Collection[int], what: str) -> Need:
