@@ -131,8 +131,9 @@ def cut_slices(name: str, weight: Tensor, kept: Sequence[int], depth: int) -> Te
     axis = next((axis for end, axis in SLICED.items() if name.endswith(end)), None)
     if axis is None or tuple(kept) == tuple(range(depth)):
         return weight
-    slices = weight.unflatten(axis, (depth, -1))
-    return slices.index_select(axis, torch.tensor(kept, device=weight.device)).flatten(axis, axis + 1)
+    width = weight.shape[axis] // depth
+    places = torch.cat([torch.arange(old * width, (old + 1) * width, device=weight.device) for old in kept])
+    return weight.index_select(axis, places)
 
 
 def _lists(fields: Fields, kept: Sequence[int], depth: int) -> Fields:
@@ -141,7 +142,9 @@ def _lists(fields: Fields, kept: Sequence[int], depth: int) -> Fields:
 
 
 def _indices(fields: Fields, kept: Sequence[int], depth: int) -> Fields:
-    found = {name: _renumbered(fields[name], kept, first) for name, first in INDICES.items() if fields.get(name)}
+    found: dict[str, Any] = {
+        name: _renumbered(fields[name], kept, first) for name, first in INDICES.items() if fields.get(name)
+    }
     for name, inner in NESTED_INDICES.items():
         value = fields.get(name)
         if isinstance(value, dict):

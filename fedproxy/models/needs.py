@@ -87,10 +87,10 @@ def complete(kept: Sequence[int], needs: Sequence[Need], depth: int, scores: Ten
             for new in range(depth)
             if new not in chosen
         ]
-        best = min(swaps, default=(missing,))
-        if best[0] >= missing:
+        left, _, old, new = min(swaps, default=(missing, 0.0, 0, 0))
+        if left >= missing:
             break
-        chosen = chosen - {best[2]} | {best[3]}
+        chosen = chosen - {old} | {new}
     return tuple(sorted(chosen))
 
 

@@ -156,7 +156,8 @@ def test_a_cut_that_cannot_work_is_refused_in_one_line(model_type, options, kept
         ("qwen3_next", MOE | DELTA | HEAD | {"shared_expert_intermediate_size": 16, "layer_types": [L, L, F] * 2},
          [9, 8, 3, 7, 1, 2], (0, 1, 2)),
         # Blocks 4 and 5 read keys and values of 2 and 3: without them, the readers have to go.
-        ("gemma4_text", GEMMA4 | SLICED | {"num_kv_shared_layers": 2, "layer_types": [S, F] * 3}, [1, 2, 3, 4, 9, 8], (2, 3, 5)),
+        ("gemma4_text", GEMMA4 | SLICED | {"num_kv_shared_layers": 2, "layer_types": [S, F] * 3},
+         [1, 2, 3, 4, 9, 8], (2, 3, 5)),
         # The first block of ModernBERT's decoder has no norm.
         ("modernbert-decoder", {"local_attention": 10, "global_attn_every_n_layers": 3}, [1, 2, 3, 4, 5, 6], (0, 4, 5)),
     ],
