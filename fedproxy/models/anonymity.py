@@ -17,7 +17,7 @@ _ORIGIN_KEYS = {
     *("_name_or_path", "name_or_path", "base_model", "auto_map", "chat_template", "transformers_version"),
     *("local_files_only", "id2label", "label2id", "problem_type", "task_specific_params"),
 }
-_MODEL_KEYS = {"model_type", "quantization_config"}
+_MODEL_KEYS = {"model_type", "quantization_config", "per_layer_config"}
 _TOKENIZER_KEYS = {
     *("tokenizer_class", "backend", "padding_side", "truncation_side", "model_input_names", "errors"),
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
