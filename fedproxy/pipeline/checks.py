@@ -1,13 +1,12 @@
 """What can be known to be wrong with a compression before a model is loaded and before anything is written."""
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.sources import read_texts
-from fedproxy.errors import ConfigError, ModelError, first_line
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder
-from fedproxy.models.checkpoints import without_reports
+from fedproxy.models.loading import build
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
 from fedproxy.pipeline.data import check_held_out, texts_read
@@ -27,13 +26,9 @@ def check_compression(config: RunConfig) -> None:
     shape = target_config(config)
     with torch.device("meta"):
         try:
-            with without_reports():
-                target = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.target.dtype))
-        except Exception as error:  # a family's own checks raise whatever they like
-            raise ModelError(
-                f"target.path={config.target.path} ({shape.model_type}) cannot be built: {first_line(error)}; "
-                "give a decoder-only causal LM"
-            ) from error
+            target = build(shape, getattr(torch, config.target.dtype))
+        except ModelError as error:
+            raise ModelError(f"target.path={config.target.path}: {error}") from error
         config.compression.outline(Decoder.of(target))
     settings = config.distillation
     if settings.steps and settings.train == "full":

@@ -5,11 +5,11 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
+from fedproxy.models.loading import build
 from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.traffic import Traffic
@@ -150,9 +150,7 @@ def measured_tflops(outline: Outline, tokens: int = _PROBE_TOKENS) -> float:
     on_cpu = found is None or outline.config.trainer.get("accelerator") == "cpu"
     device = torch.device("cpu") if on_cpu or found is None else found
     with torch.random.fork_rng():
-        two = AutoModelForCausalLM.from_config(
-            outline.target.subset_config([0, 0]), dtype=getattr(torch, outline.config.target.dtype)
-        )
+        two = build(outline.target.subset_config([0, 0]), getattr(torch, outline.config.target.dtype))
     options = outline.config.trainable
     everywhere = replace(options, blocks="all") if isinstance(options, BlockwiseTrainable) else options
     model = everywhere.attach(two, generator(0))
