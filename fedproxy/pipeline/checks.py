@@ -14,8 +14,12 @@ from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
 
 
-def check_compression(config: RunConfig) -> None:
+def check_compression(config: RunConfig, *, trains: bool = False) -> None:
     """Refuse a target that cannot be compressed, and options of compression, healing and distillation that do not fit.
+
+    Args:
+        config: The recipe.
+        trains: Whether clients will train: then what they train must fit, too.
 
     Raises:
         ConfigError: If an option does not fit the target, or healing the compressor.
@@ -30,6 +34,8 @@ def check_compression(config: RunConfig) -> None:
         except ModelError as error:
             raise ModelError(f"target.path={config.target.path}: {error}") from error
         config.compression.outline(Decoder.of(target))
+        if trains:
+            config.trainable.check(Decoder.of(target))
     settings = config.distillation
     if settings.steps and settings.train == "full":
         require_float32(target, "distillation.train=full", "distillation.train=lora")

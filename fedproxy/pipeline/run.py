@@ -70,7 +70,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
-    check_compression(config)
+    check_compression(config, trains=True)
     check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     if config.resume != "auto":
         check_calibration(config)

@@ -16,6 +16,8 @@ from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
+from fedproxy.strategies.trainable.lora import Lora
+from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
 _MBIT = 1e6 / 8
 _PROBE_TOKENS, _PROBES = 256, 3
@@ -153,6 +155,8 @@ def measured_tflops(outline: Outline, tokens: int = _PROBE_TOKENS) -> float:
         two = build(outline.target.subset_config([0, 0]), getattr(torch, outline.config.target.dtype))
     options = outline.config.trainable
     everywhere = replace(options, blocks="all") if isinstance(options, BlockwiseTrainable) else options
+    if isinstance(everywhere, Lora):  # whatever kind of block these two are
+        everywhere = replace(everywhere, modules=(ALL_LINEAR,), parameters=())
     model = everywhere.attach(two, generator(0))
     two.to(device).train()
     decoder = Decoder.of(two)
