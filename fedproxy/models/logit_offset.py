@@ -215,7 +215,7 @@ def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> Log
     path = Path(folder).expanduser() / "config.json"
     content = _read(path)
     alpha, places = content.get("alpha"), {role: content.get(role) for role in ROLES}
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(f"{path}: alpha must be a finite number, got {one_line(alpha)}; {_REMEDY}")
     models = {}
     for role, place in places.items():

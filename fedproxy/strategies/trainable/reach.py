@@ -6,7 +6,6 @@ import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -51,14 +50,14 @@ def is_router(name: str, decoder: Decoder) -> bool:
         name: The layer's name in the blocks.
         decoder: The model.
     """
-    outputs = decoder.blocks.get_submodule(name).weight.shape[0]
+    outputs = decoder.blocks.get_parameter(f"{name}.weight").shape[0]
     parts = name.split(".")
     for end in range(len(parts) - 1, 0, -1):
         above = decoder.blocks.get_submodule(".".join(parts[:end]))
         held = [len(m) for m in above.children() if isinstance(m, nn.ModuleList)]
         held += [p.shape[0] for m in above.children() for p in m.parameters(recurse=False) if p.ndim == 3]
-        if held and end > 1:
-            return outputs in held and not isinstance(above, nn.ModuleList)
+        if held:
+            return outputs in held
     return False
 
 
@@ -68,9 +67,9 @@ def read_past(decoder: Decoder) -> set[str]:
     Fused kernels of state-space layers take their projections' weights and never call them. The code of the modules'
     classes says so, also for a device that this machine does not have.
     """
-    return {
-        f"{name}.{weight}" for name, module in decoder.blocks.named_modules() for weight in _weights_read(type(module))
-    }
+    modules = dict(decoder.blocks.named_modules())
+    read = {kind: _weights_read(kind) for kind in {type(module) for module in modules.values()}}
+    return {f"{name}.{weight}" for name, module in modules.items() for weight in read[type(module)]}
 
 
 def shared_layers(decoder: Decoder) -> set[str]:
@@ -171,8 +170,7 @@ def _has_weights(module: nn.Module) -> bool:
     return next(module.parameters(), None) is not None
 
 
-@cache
-def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
+def _weights_read(kind: type[nn.Module]) -> set[str]:
     """Return the weights of its children (``out_proj.weight``) that a class' own code computes with."""
     found: set[str] = set()
     for part in kind.__mro__:
@@ -180,7 +178,7 @@ def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
             continue
         with suppress(OSError, TypeError, SyntaxError):
             found |= _read_in(ast.parse(textwrap.dedent(inspect.getsource(part))))
-    return frozenset(found)
+    return found
 
 
 def _read_in(tree: ast.AST) -> set[str]:
