@@ -197,6 +197,30 @@ def test_all_linear_leaves_routers(kind, options, router):
     assert not any(name.endswith(router) for name in Lora(r=2, modules="all-linear").attach(model).layers())
 
 
+def test_all_linear_takes_no_layer_for_a_router_because_of_a_convolution_of_its_width():
+    sizes = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    }
+    model = make(
+        "qwen3_5_text", **sizes, head_dim=8, layer_types=["linear_attention", "linear_attention", "full_attention"]
+    )
+    layers = Lora(r=2, modules="all-linear").attach(model).layers()
+    wanted = {name for name, module in plain_layers(model) if not name.endswith("lm_head")}
+    assert set(layers) == wanted
+    assert any(name.endswith("in_proj_qkv") for name in layers)
+
+
+def plain_layers(model):
+    return [
+        (n.removesuffix(".base_layer"), m)
+        for n, m in model.named_modules()
+        if type(m) is nn.Linear and "lora_" not in n
+    ]
+
+
 PAST = [
     ("mamba", {**SMALL, "state_size": 8}, ["dt_proj", "x_proj", "out_proj"], ["in_proj"]),
     ("falcon_mamba", {**SMALL, "state_size": 8}, ["dt_proj", "x_proj", "out_proj"], ["in_proj"]),

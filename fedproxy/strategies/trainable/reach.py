@@ -30,16 +30,11 @@ def linear_layers(decoder: Decoder) -> dict[str, nn.Module]:
 
 
 def expert_weights(decoder: Decoder) -> dict[str, nn.Parameter]:
-    """Return the weights of routed experts, one tensor (experts, rows, columns) each, by their name in the blocks.
-
-    A module of experts holds such tensors and no layer beside them.
-    """
+    """Return the weights of routed experts, one tensor (experts, rows, columns) each, by their name in the blocks."""
     return {
         f"{name}.{leaf}": parameter
         for name, module in decoder.blocks.named_modules()
-        if not isinstance(module, nn.modules.conv._ConvNd) and not any(map(_has_weights, module.children()))
-        for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and min(parameter.shape) > 1
+        for leaf, parameter in _expert_tensors(module).items()
     }
 
 
@@ -55,7 +50,7 @@ def is_router(name: str, decoder: Decoder) -> bool:
     for end in range(len(parts) - 1, 0, -1):
         above = decoder.blocks.get_submodule(".".join(parts[:end]))
         held = [len(m) for m in above.children() if isinstance(m, nn.ModuleList)]
-        held += [p.shape[0] for m in above.children() for p in m.parameters(recurse=False) if p.ndim == 3]
+        held += [len(tensor) for m in above.children() for tensor in _expert_tensors(m).values()]
         if held:
             return outputs in held
     return False
@@ -166,8 +161,12 @@ def _single_expert(name: str) -> bool:
     return any(part.isdigit() for part in name.split(".")[1:])
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _expert_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the tensors of three dimensions of a module that holds such and no layer beside them; not convolutions."""
+    if isinstance(module, nn.modules.conv._ConvNd) or any(list(child.parameters()) for child in module.children()):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {leaf: parameter for leaf, parameter in own if parameter.ndim == 3 and min(parameter.shape) > 1}
 
 
 def _weights_read(kind: type[nn.Module]) -> set[str]:
