@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.loading import load_from_hub, load_saved
 from fedproxy.data.readers import SUFFIXES, Record, read_file
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError, first_line, nearest
+from fedproxy.errors import DataError, nearest
 from fedproxy.seeding import generator
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -115,12 +116,9 @@ def _split_file(folder: Path, split: str) -> Path:
 
 
 def _saved_records(folder: Path, split: str) -> Iterator[Record]:
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset
 
-    try:
-        data = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is no whole save_to_disk folder ({first_line(error)}); save it again") from error
+    data = load_saved(folder)
     if not isinstance(data, Dataset):
         if split not in data:
             raise DataError(f"{folder} holds no split {split!r}{nearest(split, data)}")
@@ -132,15 +130,7 @@ def _saved_records(folder: Path, split: str) -> Iterator[Record]:
 def _hub_records(path: str, split: str) -> Iterator[Record]:
     if not _HUB_ID.fullmatch(path) or Path(path).suffix in SUFFIXES:
         raise DataError(f"{path} does not exist; give an existing file or folder, asset:NAME or a hub id")
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(path, split=split)
-    except Exception as error:  # the hub's client fails with many kinds, and all of them mean the same here
-        raise DataError(
-            f"{path} is no local file or folder, and the hub gave no split {split!r} of it ({first_line(error)})"
-        ) from error
-    for number, values in enumerate(data, 1):
+    for number, values in enumerate(load_from_hub(path, split), 1):
         yield Record(f"{path} {split} row {number}", values)
 
 

@@ -8,7 +8,6 @@ import lightning
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from fedproxy.data.batching import ShuffledBatches
 from fedproxy.errors import ConfigError, ModelError
@@ -23,6 +22,7 @@ from fedproxy.modules.teacher_cache import TeacherCache
 from fedproxy.modules.trainer import adamw, attention, fit, make_trainer
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
+from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
 _MAX_GRAD_NORM = 1.0
 _LAST_STEPS = 10
@@ -219,14 +219,7 @@ def _block_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def _lora(proxy: PreTrainedModel, settings: DistillationConfig, generator: torch.Generator) -> TrainableModel:
     """Attach LoRA to every linear layer of the blocks."""
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in Decoder.of(proxy).blocks.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-    )
-    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=tuple(linear))
+    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=(ALL_LINEAR,))
     return lora.attach(proxy, generator)
 
 

@@ -1,6 +1,5 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
-import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
@@ -39,8 +38,6 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
         run.folder.check_fused()
-        for folder in (run.folder.fused, run.folder.adapter):
-            shutil.rmtree(folder, ignore_errors=True)
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)

@@ -84,7 +84,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(named)  # what a tag stands for is not fetched unasked
-    check_compression(config)
+    check_compression(config, trains=True)
     check_questions(config, display)
     if config.resume != "auto":
         check_calibration(config)
