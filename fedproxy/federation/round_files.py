@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 from fedproxy.files import flush
+from fedproxy.names import file_stem
 
 _NAME = re.compile(r"round_(\d{4,})\.safetensors")
 _KEPT = 3
@@ -83,9 +83,8 @@ class ClientFiles:
         self.folder = folder
 
     def of(self, client_id: str) -> RoundFiles:
-        """Return one client's files; its name may hold any characters."""
-        name = quote(client_id, safe="")
-        return RoundFiles(self.folder / (f"%2E{name[1:]}" if name.startswith(".") else name))
+        """Return one client's files; see :func:`fedproxy.names.file_stem`."""
+        return RoundFiles(self.folder / file_stem(client_id))
 
     def write(
         self, client_id: str, round_: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ModelError, first_line
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.positions import positions
 
 OTHER_PARTS = "keep other blocks (compression.keep) or choose compression.name=none"
 
@@ -166,7 +167,7 @@ def disclosed_count(proxy: PreTrainedModel, layer_map: LayerMap) -> int:
 
 def positions_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
-    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
+    return min(wanted, positions(model.config) or wanted)
 
 
 @torch.no_grad()

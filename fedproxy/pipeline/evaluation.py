@@ -7,16 +7,18 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
+from fedproxy.errors import ConfigError
 from fedproxy.evaluation.harness import EvaluationResult, evaluate_model
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.task_checks import check_accuracy
 from fedproxy.files import write_json
 from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
+from fedproxy.names import file_stem
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.sharing import evaluation_key
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import MERGED, TunedProxies
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.samples import load_samples, save_evaluation
 
 Scores = dict[str, dict[str, float]]
@@ -31,20 +33,22 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
         tuned models are means over clients.
     """
+    if not run.config.scored_tasks:
+        return
+    _drop_outdated(run, rounds)
     _, tokenizer = run.target()
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
         "target": lambda client: run.target()[0],
         "proxy": lambda client: tuned.proxy,
         "proxy_tuned": lambda client: tuned[client].model(),
-        "fused": lambda client: load_model(run.folder.fused / client, dtype=run.config.target.dtype),
+        "fused": lambda client: load_model(folder_of(run.folder.fused, client), dtype=run.config.target.dtype),
     }
-    _drop_outdated(run, rounds)
     for name in run.config.evaluation.models:
         of_clients = name in _OF_CLIENTS
         settings = evaluation_settings(run.config, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
-            label = f"{name}.{client}" if client else name
+            label = _label(name, client)
             kept = read_json(scores_file(run.folder, label))
             if kept is None or kept["settings"] != settings:
                 kept = _score(run, label, models[name](client), tokenizer, settings)
@@ -67,8 +71,11 @@ def check_comparable(config: RunConfig) -> None:
     """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
 
     Raises:
-        EvaluationError: If there is one, or a task is unknown or cannot be loaded.
+        ConfigError: If there are no tasks.
+        EvaluationError: If one has no accuracy, is unknown or cannot be loaded.
     """
+    if not config.evaluation_tasks:
+        raise ConfigError("evaluation.tasks names no task, and methods are compared by scores; name at least one")
     check_accuracy(config.evaluation_tasks)
 
 
@@ -97,7 +104,7 @@ def client_scores(folder: RunFolder, names: Iterable[str]) -> dict[str, dict[str
 
 def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Keep the means over clients where a run of merged clients keeps its one model's scores and samples."""
-    labels = {client: f"{name}.{client}" for client in parts}
+    labels = {client: _label(name, client) for client in parts}
     scores, samples = mean_over_models(
         [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
     )
@@ -111,6 +118,11 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
     }
     write_json(scores_file(run.folder, name), kept)
     return kept
+
+
+def _label(model: str, client: str) -> str:
+    """Return what the files of a model's scores are called, of which every client may have its own."""
+    return model if client == MERGED else f"{model}.{file_stem(client)}"
 
 
 def _score(

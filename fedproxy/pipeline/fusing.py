@@ -18,7 +18,7 @@ from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states, folder_of
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.fusion.base import Judge
@@ -39,7 +39,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
-            model.save_adapter(run.folder.adapter / client)
+            model.save_adapter(folder_of(run.folder.adapter, client))
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
@@ -48,7 +48,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     if done:
         return tuned
     for client in states:
-        plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
+        plug_in(run, tuned[client], folder_of(run.folder.fused, client), clients.owned)
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned

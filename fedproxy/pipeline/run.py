@@ -19,12 +19,12 @@ from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
-from fedproxy.models import LayerMap, check_model, load_model
+from fedproxy.models import LayerMap, check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression
 from fedproxy.pipeline.components import check_components
-from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.data import client_rows, length_notes, rows_sha256, tokenised_lengths
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
@@ -33,7 +33,7 @@ from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
-from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.pipeline.tuned import TunedProxies, folder_of
 from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.reporting import (
     CompressionReport,
@@ -71,7 +71,8 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
     fetch_assets(config)
     check_compression(config)
-    check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    if config.scored_tasks:
+        check_tasks(config.scored_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
     if config.resume != "auto":
         check_calibration(config)
     folder = RunFolder(config.output_dir)
@@ -132,8 +133,8 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     make_trainer(one_device(config.trainer))
     fetch_assets(config)
     check_compression(config)
-    if early:
-        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+    if config.scored_tasks:
+        check_tasks(config.scored_tasks, evaluation.limit, evaluation.num_fewshot)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
     begins = folder.open(config)
@@ -171,7 +172,7 @@ def fetch_assets(config: RunConfig) -> None:
         AssetError: If an asset is unknown or cannot be fetched.
         ModelError: If the target is no decoder-only causal LM.
     """
-    for name in missing_assets([*config.data.tasks, *config.evaluation_tasks]):
+    for name in missing_assets([*config.data.tasks, *config.scored_tasks]):
         fetch(name)
     check_model(resolve(config.target.path) or config.target.path)
     resolve(config.compression.calibration.path)
@@ -180,6 +181,7 @@ def fetch_assets(config: RunConfig) -> None:
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
     dealt = _deal(current)
+    _count_cuts(current, dealt)
     return _hand_out(current, dealt), held_out(current.config, dealt)
 
 
@@ -190,6 +192,14 @@ def _deal(current: Run) -> Clients:
     save_partition(clients, current.folder.partition)
     current.note(data_sha256=rows_sha256(clients))
     return clients
+
+
+def _count_cuts(current: Run, clients: Clients) -> None:
+    """Say, before any work, how many rows are longer than what the recipe or the model has room for."""
+    path = resolve(current.config.target.path) or current.config.target.path
+    current.note(lengths=tokenised_lengths(clients, current.config, load_tokenizer(path)))
+    for note in length_notes(current.facts["lengths"], current.config.data):
+        current.display.say(note)
 
 
 def _hand_out(current: Run, clients: Clients) -> ClientRows:
@@ -269,9 +279,9 @@ def _write_cards(current: Run, report: RunReport) -> None:
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
     wrapper = current.config.fusion.adds_logits
+    own = {folder_of(folder.fused, client): scores for client, scores in report.client_scores.items()}
     for path in folder.fused_folders():
-        client = path.relative_to(folder.fused).name
-        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        scores = with_means(own[path]) if path in own else report.scores
         card = model_card(
             "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
         )
@@ -288,6 +298,10 @@ def _compression(current: Run) -> CompressionReport | None:
 def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
+    notes += length_notes(current.facts.get("lengths", {}), current.config.data)
+    if not current.config.scored_tasks:
+        key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
+        notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
     for folder, fusion in current.facts.get("fusion", {}).items():

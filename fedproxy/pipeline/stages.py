@@ -33,7 +33,6 @@ from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder, read_json
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import realigner
-from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
 from fedproxy.seeding import generator
@@ -195,7 +194,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or first_progress(config, model, clients)
+    progress = checkpoints.load_latest() or Progress(0, model.state())
     _check_state(progress.state, model, checkpoints)
     if progress.round:
         run.display.say(f"going on after round {progress.round}")

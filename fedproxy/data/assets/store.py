@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedproxy.data.assets.entries import Asset, by_name
-from fedproxy.errors import AssetError, DataError
+from fedproxy.errors import AssetError, DataError, one_line
 
 _STAMP = ".fedproxy-asset.json"
 _PREFIX = "asset:"
@@ -97,11 +97,14 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
 
     Raises:
         AssetError: If the asset is unknown or cannot be fetched.
-        DataError: If the asset has no such file inside.
+        DataError: If the asset has no such file inside, or the path cannot be one.
     """
     if not path.startswith(_PREFIX):
-        local = Path(path).expanduser()
-        return local if local.exists() else None
+        try:
+            local = Path(path).expanduser()
+            return local if local.exists() else None
+        except (OSError, RuntimeError, ValueError) as error:  # too long, not allowed, ~ of nobody, a zero byte
+            raise DataError(f"{one_line(path)} cannot be a path ({one_line(error, 80)}); correct it") from error
     name, _, inside = path.removeprefix(_PREFIX).partition("/")
     found = fetch(name, progress=progress)
     if not inside:
