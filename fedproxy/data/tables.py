@@ -34,7 +34,7 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         except DataError:
             raise
         except Exception as error:  # Arrow's own errors are of many kinds, and all of them mean a damaged file
-            raise DataError(f"{path} is not a readable parquet file ({one_line(error, 120)}); write it again") from error
+            raise DataError(f"{path} is not a readable parquet file ({one_line(error, 120)}); write it anew") from error
 
 
 def is_saved(folder: Path) -> bool:

@@ -118,7 +118,7 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, before: Seq
 
 
 def cut_counts(examples: Sequence[Example]) -> dict[str, int]:
-    """Return how many examples were ``cut`` at all, how many in their ``prompts``, and how many in their ``targets``."""
+    """Return how many examples were ``cut``, how many of them in their ``prompts``, and in their ``targets``."""
     return {
         "cut": sum(example.prompt_cut or example.target_cut for example in examples),
         "prompts": sum(example.prompt_cut for example in examples),
@@ -136,9 +136,7 @@ def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     return [list(ids) for ids in batch["input_ids"]]
 
 
-def _without_prompt(
-    row: Row, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
-) -> tuple[list[int], list[int]]:
+def _without_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the one-token prompt that stands in for an empty one, and the target tokens."""
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, *before[:1])
     first = next((token for token in named if token is not None), None)

@@ -3,7 +3,6 @@
 import shutil
 import time
 from collections.abc import Container
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -48,7 +47,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     if done:
         return tuned
     for client in states:
-        plug_in(run, tuned[client], folder_of(run.folder.fused, client), clients.owned)
+        plug_in(run, tuned[client], client, clients.owned)
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
@@ -60,8 +59,8 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
-def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
-    """Fuse one tuned proxy with the target and write the result into ``folder``."""
+def plug_in(run: Run, tuned: TunedProxy, client: str, owned: Container[str]) -> None:
+    """Fuse one tuned proxy, that of ``client`` or :data:`MERGED`, with the target and write the result."""
     target, tokenizer = run.target()
     layer_map = LayerMap.load(run.folder.layer_map)
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
@@ -70,11 +69,11 @@ def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) ->
         fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, owned))
         chosen = to_dict(fusion)
         run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
-        run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
+        run.note(fusion={**run.facts.get("fusion", {}), client or "fused": chosen})
     fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
     parameters = run.facts["target_parameters"]
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
-    save_model(fused, tokenizer, folder, card=card)
+    save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 
 def judge(run: Run, rows: int, owned: Container[str]) -> Judge:

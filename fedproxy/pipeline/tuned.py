@@ -15,7 +15,6 @@ from fedproxy.names import file_stem
 from fedproxy.protocol import Tensors
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable import Trainable
-from fedproxy.strategies.trainable.base import TrainableModel
 
 MERGED = ""
 """The one state of a run whose clients are merged, where others have a client's name."""
