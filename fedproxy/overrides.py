@@ -33,7 +33,9 @@ def as_typed(argument: str, cls: type) -> str:
             texts = yaml.load(value, yaml.BaseLoader)  # lists, mappings and texts alone
         except yaml.YAMLError:
             return argument  # whoever parses it says what is wrong
-        return f"{key}={json.dumps(texts, ensure_ascii=False)}" if isinstance(texts, list | dict) else argument
+        items = texts.values() if isinstance(texts, dict) else texts
+        if isinstance(texts, kind) and all(isinstance(item, str) for item in items):
+            return f"{key}={json.dumps(texts, ensure_ascii=False)}"
     return argument
 
 

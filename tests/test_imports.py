@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
-FOUNDATION = ("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means")
+FOUNDATION = ("errors", "registry", "protocol", "processes", "seeding", "files", "names", "overrides", "task_means")
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
     "strategies/aggregators": (*FOUNDATION, "strategies.aggregators", "strategies.functional"),
@@ -22,7 +22,7 @@ ALLOWED = {
     "reporting": (*FOUNDATION, "reporting"),
     "config": (*STRATEGIES, "federation", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
-    "comparison": ("errors", "files", "names", "reporting", "config", "pipeline", "comparison"),
+    "comparison": ("errors", "files", "names", "overrides", "reporting", "config", "pipeline", "comparison"),
 }
 
 
