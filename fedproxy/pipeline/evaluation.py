@@ -51,7 +51,8 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
             label = _label(name, client)
             kept = read_json(scores_file(run.folder, label))
             if kept is None or kept["settings"] != settings:
-                kept = _score(run, label, models[name](client), tokenizer, settings)
+                words = name if client == MERGED else f"{name} of client {client!r}"
+                kept = _score(run, label, words, models[name](client), tokenizer, settings)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
@@ -126,12 +127,18 @@ def _label(model: str, client: str) -> str:
 
 
 def _score(
-    run: Run, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+    run: Run,
+    name: str,
+    words: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
+    """Score one model, say so in ``words``, and keep the scores under ``name``."""
     evaluation = run.config.evaluation
 
     def score() -> EvaluationResult:
-        with run.display.counter(f"evaluating {name}") as advance, placed(model, run.device):
+        with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
             return evaluate_model(
                 model,
                 tokenizer,
@@ -152,5 +159,5 @@ def _score(
     write_json(scores_file(run.folder, name), kept)
     mean = result.mean.get("acc_norm", result.mean.get("acc"))
     shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
-    run.display.say(f"evaluated {name}: {shown}{result.seconds:.0f} s")
+    run.display.say(f"evaluated {words}: {shown}{result.seconds:.0f} s")
     return kept
