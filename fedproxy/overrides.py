@@ -48,10 +48,14 @@ def _hint(cls: type, key: str) -> Any:
             continue
         if not is_dataclass(hint):
             return None
-        members = hint._members.values() if issubclass(typing.cast(type, hint), Component) else [hint]
+        members = [hint.by_name(name) for name in hint.names()] if _is_family(hint) else [hint]
         found = [hints[part] for member in members if part in (hints := typing.get_type_hints(member))]
         hint = found[0] if found and all(other == found[0] for other in found) else None
     return hint
+
+
+def _is_family(hint: Any) -> typing.TypeGuard[type[Component]]:
+    return isinstance(hint, type) and issubclass(hint, Component)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

@@ -5,6 +5,7 @@ that stands in a table is opened.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,10 @@ def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     """
     import pyarrow.parquet as pq
 
-    with open_regular(path, follow=True) as file:
-        try:
-            table = pq.ParquetFile(file)
-            wanted = _wanted(str(path), table.schema_arrow, columns)
-            yield from _records(str(path), table.iter_batches(batch_size=_ROWS, columns=wanted))
-        except DataError:
-            raise
-        except Exception as error:  # Arrow's own errors are of many kinds, and all of them mean a damaged file
-            raise DataError(f"{path} is not a readable parquet file ({one_line(error, 120)}); write it anew") from error
+    with open_regular(path, follow=True) as file, _reading(path, "a readable parquet file", "write it again"):
+        table = pq.ParquetFile(file)
+        wanted = _wanted(str(path), table.schema_arrow, columns)
+        yield from _records(str(path), table.iter_batches(batch_size=_ROWS, columns=wanted))
 
 
 def is_saved(folder: Path) -> bool:
@@ -55,13 +51,8 @@ def saved_records(folder: Path, split: str, columns: Sequence[str]) -> Iterator[
         if split not in names:
             raise DataError(f"{folder} holds no split {split!r}{nearest(split, names)}")
         whole = folder / split
-    try:
+    with _reading(folder, "a whole save_to_disk folder", _SAVE_AGAIN):
         yield from _records(str(folder), _saved_batches(whole, str(folder), columns))
-    except DataError:
-        raise
-    except Exception as error:  # as for parquet files
-        reason = getattr(error, "strerror", None) or one_line(error, 120)
-        raise DataError(f"{folder} is not a whole save_to_disk folder ({reason}); {_SAVE_AGAIN}") from error
 
 
 def _saved_batches(folder: Path, place: str, columns: Sequence[str]) -> Iterator[Any]:
@@ -89,11 +80,24 @@ def hub_records(data: Any, place: str, columns: Sequence[str]) -> Iterator[Recor
         columns: The columns that are wanted.
 
     Raises:
-        DataError: If a column is missing, or holds neither text nor numbers.
+        DataError: If a column is missing, or holds neither text nor numbers, or what is cached of the set is damaged.
     """
-    wanted = _wanted(place, data.features.arrow_schema, columns)
-    tables = data.select_columns(wanted).with_format("arrow").iter(batch_size=_ROWS)
-    yield from _records(place, (batch for table in tables for batch in table.to_batches()))
+    with _reading(place, "a whole data set", "delete its copy in the hub's cache"):
+        wanted = _wanted(place, data.features.arrow_schema, columns)
+        tables = data.select_columns(wanted).with_format("arrow").iter(batch_size=_ROWS)
+        yield from _records(place, (batch for table in tables for batch in table.to_batches()))
+
+
+@contextmanager
+def _reading(place: object, kind: str, remedy: str) -> Iterator[None]:
+    """Make one line of what Arrow raises: its errors are of many kinds, and all of them mean damage."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or one_line(error, 120)
+        raise DataError(f"{place} is not {kind} ({reason}); {remedy}") from error
 
 
 def _wanted(place: str, schema: Any, columns: Sequence[str]) -> list[str]:

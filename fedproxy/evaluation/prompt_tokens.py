@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedproxy.data.tokenisation import encode, leading_tokens
 from fedproxy.errors import EvaluationError
@@ -71,10 +72,6 @@ class PromptTokens(HFLM):  # type: ignore[misc]
             return ids, mask
         rows = [torch.tensor(ids) for ids in encode(strings, self.tokenizer, self._leading)]
         rows = [row[-left_truncate_len:] if left_truncate_len else row for row in rows]
-        padded = {"batch_first": True, "padding_side": padding_side}
         ones = [torch.ones_like(row) for row in rows]
         pad = self.tokenizer.pad_token_id or 0
-        return (
-            torch.nn.utils.rnn.pad_sequence(rows, padding_value=pad, **padded),
-            torch.nn.utils.rnn.pad_sequence(ones, **padded),
-        )
+        return pad_sequence(rows, True, pad, padding_side), pad_sequence(ones, True, 0, padding_side)

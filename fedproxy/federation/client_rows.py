@@ -4,6 +4,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 
@@ -90,18 +91,20 @@ class ClientExamples(Mapping[str, list[Example]]):
         max_tokens: int | None = None,
         keep: int = 16,
     ) -> None:
-        self.folder, self.tokenizer, self.keep = folder, tokenizer, keep
-        self._limits = {
-            "max_input_tokens": max_input_tokens,
-            "max_target_tokens": max_target_tokens,
-            "max_tokens": max_tokens,
-        }
+        self.folder, self.keep = folder, keep
+        self._tokenise = partial(
+            tokenise,
+            tokenizer=tokenizer,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
+            max_tokens=max_tokens,
+        )
         self._latest: OrderedDict[str, list[Example]] = OrderedDict()
 
     def __getitem__(self, client_id: str) -> list[Example]:
         if client_id not in self._latest:
             rows = read_client_rows(self.folder, client_id)
-            self._latest[client_id] = tokenise(rows, self.tokenizer, **self._limits)
+            self._latest[client_id] = self._tokenise(rows)
             while len(self._latest) > self.keep:
                 self._latest.popitem(last=False)
         self._latest.move_to_end(client_id)

@@ -15,6 +15,7 @@ from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.data.tokenisation import cut_counts, tokenise
 from fedproxy.errors import DataError
 from fedproxy.evaluation.harness import render_rows
+from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.positions import positions
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.seeding import derive_seed, generator
@@ -64,7 +65,8 @@ def tokenised_lengths(
             f"data.end_token=always: the tokenizer of target.path={config.target.path} has no end-of-sequence token; "
             "use data.end_token=auto, or give the tokenizer one"
         )
-    most, data = positions(target_config(config)), config.data
+    model, data, end = target_config(config), config.data, tokenizer.eos_token_id
+    most = positions(model)
     cut = Counter[str]()
     for own in clients.values():
         for start in range(0, len(own), _ROWS_AT_ONCE):
@@ -76,8 +78,15 @@ def tokenised_lengths(
                 max_tokens=most,
             )
             cut.update(cut_counts(examples))
-    endless = tokenizer.eos_token_id is None and any(row.ends for own in clients.values() for row in own)
-    return {"rows": sum(map(len, clients.values())), **cut, "positions": most, "endless": int(endless)}
+    ending = any(row.ends for own in clients.values() for row in own)
+    stops = [token for name, token in special_ids(model.get_text_config()) if name == "eos_token_id"]
+    return {
+        "rows": sum(map(len, clients.values())),
+        **cut,
+        "positions": most,
+        "endless": int(ending and end is None),
+        "unstopped": int(ending and end is not None and bool(stops) and end not in stops),
+    }
 
 
 def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[str]:
@@ -93,6 +102,11 @@ def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[st
         )
     if found.get("endless"):
         notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
+    if found.get("unstopped"):
+        notes.append(
+            "Targets end with the tokenizer's end-of-sequence token, and the model's eos_token_id is another one: "
+            "generation does not stop there by itself."
+        )
     return notes
 
 

@@ -239,3 +239,14 @@ def test_a_damaged_saved_folder_is_one_line(tmp_path, damage, message):
 def test_a_split_file_is_found_whatever_the_case_of_its_ending(tmp_path):
     write(tmp_path / "train.JSONL", GOOD)
     assert len(read_rows("mine", str(tmp_path))) == 1
+
+
+def test_what_breaks_while_a_hub_set_is_read_is_one_line(monkeypatch):
+    class Broken(datasets.Dataset):
+        def iter(self, *_, **__):
+            raise pa.ArrowInvalid("one line\nand another")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split: datasets.Dataset.from_list(ROWS))
+    monkeypatch.setattr(datasets.Dataset, "iter", Broken.iter)
+    with pytest.raises(DataError, match=r"someone/data train is not a whole data set \(one line and another\); delete"):
+        read_rows("mine", "someone/data")

@@ -128,3 +128,14 @@ def test_a_tokenizer_without_an_end_token_is_said_or_refused(run_tiny, ward, tmp
     ):
         run_tiny(*words, folder=tmp_path / "out")
     assert not (tmp_path / "out/proxy").exists()  # before any work
+
+
+def test_an_end_token_at_which_the_model_does_not_stop_is_said(run_tiny, ward, tmp_path):
+    model = load_model(resolve("asset:tiny-llama"))
+    model.config.eos_token_id = model.generation_config.eos_token_id = [1, 3]
+    model.save_pretrained(tmp_path / "target")
+    load_tokenizer(resolve("asset:tiny-llama")).save_pretrained(tmp_path / "target")
+    words = (*ward, f"target.path={tmp_path / 'target'}", "federation.rounds=0")
+    said = [note for note in run_tiny(*words)[0].notes if "generation does not stop there by itself" in note]
+    assert len(said) == 1
+    assert not [note for note in run_tiny(*ward, "federation.rounds=0")[0].notes if "does not stop" in note]
