@@ -117,5 +117,9 @@ def test_names_of_sources_are_checked(tmp_path):
         load_config([TINY, "data.files.Ward=a", "data.files.ward=b"])
     with pytest.raises(ConfigError, match=r"data.files: a name must be a text of 1 to 100 printable characters"):
         load_config([TINY, f"data.files.{'w' * 101}=a"])
+    with pytest.raises(ConfigError, match=r"data.files must be named otherwise: the mean over sources has this name"):
+        load_config([TINY, "data.files.Mean=a"])
+    with pytest.raises(ConfigError, match=r"data.tasks must be different tasks"):
+        load_config([TINY, "data.tasks=[tiny_sums,tiny_sums]"])
     with pytest.raises(ConfigError, match=r"data.files must be named differently from data.tasks, got \['tiny_sums'\]"):
         load_config([TINY, "data.files.Tiny_Sums=a"])

@@ -66,6 +66,9 @@ class DataConfig:
         check_names(self.files, "data.files")
         both = sorted({folded(task) for task in self.tasks} & {folded(name) for name in self.files})
         _require("data.files", both, not both, "named differently from data.tasks")
+        taken = sorted(name for name in self.files if folded(name) == "mean")
+        _require("data.files", taken, not taken, "named otherwise: the mean over sources has this name")
+        _require("data.tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "different tasks")
         for key in ("max_input_tokens", "max_target_tokens"):
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
