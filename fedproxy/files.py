@@ -101,7 +101,7 @@ def parse_json(text: str | bytes, kind: type[T], *, unique_keys: bool = False) -
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}" if "\n" in error.doc.rstrip() else f"column {error.colno}"
+        place = f"line {error.lineno}" if "\n" in error.doc.rstrip() else f"column {error.pos + 1}"
         raise ValueError(f"it is not valid JSON ({place}: {error.msg})") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"it cannot be read ({one_line(error)})") from None
