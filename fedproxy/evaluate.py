@@ -71,6 +71,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     from yaml import YAMLError
 
     from fedproxy.errors import ConfigError, nearest
+    from fedproxy.overrides import as_typed
 
     known = [option.name for option in dataclasses.fields(EvaluateArguments)]
     for argument in arguments:
@@ -79,9 +80,10 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
             raise ConfigError(f"{argument!r} is no key=value argument; write, for example, limit=100")
         if key not in known:
             raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
+    words = [as_typed(argument, EvaluateArguments) for argument in arguments]
     try:
         merged = OmegaConf.merge(
-            OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist([_as_list(word) for word in arguments])
+            OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist([_as_list(word) for word in words])
         )
         typed = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:

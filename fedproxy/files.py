@@ -93,25 +93,27 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def parse_json(text: str | bytes, kind: type[T]) -> T:
+def parse_json(text: str | bytes, kind: type[T], *, unique_keys: bool = False) -> T:
     """Return the value of a JSON text, of the wanted type.
 
     Args:
         text: The text, in UTF-8 where it comes as bytes.
         kind: dict, list, str, int or float.
+        unique_keys: Refuse an object that has a key twice, where JSON itself keeps the last one.
 
     Raises:
         ValueError: In one line, if the text is not JSON that can be read (too deep, a number of too many digits, not
-            UTF-8), or holds another type.
+            UTF-8, a key twice), or holds another type.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON (line {error.lineno}: {error.msg})") from None
+        place = f"line {error.lineno}" if "\n" in error.doc.rstrip() else f"column {error.pos + 1}"
+        raise ValueError(f"it is not valid JSON ({place}: {error.msg})") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"it cannot be read ({one_line(error)})") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -226,6 +228,15 @@ def flush(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{one_line(name, 40)!r} stands twice in one object")
+        content[name] = value
+    return content
 
 
 def _holds(path: Path, data: bytes) -> bool:

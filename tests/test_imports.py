@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
-    *("sealed", "sealed_tensors"),
+    *("overrides", "sealed", "sealed_tensors"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
@@ -25,7 +25,7 @@ ALLOWED = {
     "reporting": (*FOUNDATION, "reporting"),
     "config": (*STRATEGIES, "federation", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
-    "comparison": ("errors", "files", "names", "locks", "reporting", "config", "pipeline", "comparison"),
+    "comparison": ("errors", "files", "names", "locks", "overrides", "reporting", "config", "pipeline", "comparison"),
 }
 
 

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.overrides import as_typed
 from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
 
@@ -134,7 +135,7 @@ def _study_file(name: str) -> dict[str, Any]:
 
 def _parsed(argument: str, key: str) -> dict[str, Any]:
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([as_typed(argument, _Arguments)]))
     except (OmegaConfBaseException, YAMLError, ValueError) as error:
         raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
     assert isinstance(parsed, dict)  # from_dotlist makes nothing else

@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from fedproxy.config.schema import RunConfig
 from fedproxy.errors import ConfigError, first_line, nearest
+from fedproxy.overrides import as_typed
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
@@ -34,8 +35,11 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     if name is not None and not isinstance(name, str):
         raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {name!r}")
     layers = [*(_recipe_layers(name) if name else []), overrides]
-    for module in _listed_plugins(layers):
+    plugins = _listed_plugins(layers)
+    for module in plugins:
         _import_plugin(module)
+    if plugins:  # only now are the types of their components' options known
+        layers[-1] = {key: value for key, value in _parse_arguments(arguments).items() if key != "recipe"}
     merged = OmegaConf.create({"output_dir": "runs/${recipe}", "recipe": "custom"})
     for layer in layers:
         _drop_foreign_options(merged, layer)
@@ -73,9 +77,10 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
         if value == "None":
             raise ConfigError(f"{key}=None would be the text 'None'; write {key}=null")
         with _one_line_errors(key):
-            OmegaConf.from_dotlist([argument])
+            OmegaConf.from_dotlist([as_typed(argument, RunConfig)])
     with _one_line_errors():
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=False)
+        words = [as_typed(argument, RunConfig) for argument in arguments]
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(words), resolve=False)
     return typing.cast(dict[str, Any], parsed)
 
 
@@ -198,6 +203,7 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
     schema = dataclasses.make_dataclass("Schema", [("value", hint)])
     rule = _collection_rule(hint)
     misfit = ConfigError(f"{key} must be {rule}, got {value!r}")
+    _check_texts(hint, value, key)
     if rule and isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
         raise misfit
     with _one_line_errors(key):
@@ -208,6 +214,32 @@ def _typed(hint: Any, value: Any, key: str) -> Any:
                 raise misfit from None
             raise
         return OmegaConf.to_object(typed).value  # type: ignore[union-attr]
+
+
+def _check_texts(hint: Any, value: Any, key: str) -> None:
+    """Refuse what YAML made a number, a truth value or a mapping of where text is meant: 2026_11_29, on, a name's dot.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in hints and not {int, float, bool} & set(hints):
+        texts = {key: value}
+    elif dict[str, str] in hints and isinstance(value, dict):
+        texts = {f"{key}.{name}": text for name, text in value.items()}
+        texts |= {f"{key}: the name {name}": name for name in value if not isinstance(name, str)}
+    elif list[str] in hints and isinstance(value, list):
+        texts = {f"{key}[{index}]": text for index, text in enumerate(value)}
+    else:
+        return
+    for where, text in texts.items():
+        if isinstance(text, dict):
+            raise ConfigError(
+                f"{where} must be a text, got a mapping: a dot in a key begins another level; use a name without dots, "
+                "or write it into a recipe file"
+            )
+        if isinstance(text, bool | int | float):
+            raise ConfigError(f"{where} must be a text, and YAML reads {text!r} in its place; put it into quotes")
 
 
 _ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}

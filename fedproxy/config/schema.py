@@ -8,6 +8,7 @@ from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.names import check_names, folded
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
@@ -53,15 +54,22 @@ class DataConfig:
     rows_per_task: int | None = None
     """Rows sampled per source before the partition; null takes all."""
     max_input_tokens: int = 256
-    """Longer prompts are cut from the left, so that the answer cue stays."""
+    """Longer prompts are cut from the left, so that the answer cue stays; the run says how many."""
     max_target_tokens: int = 64
-    """Longer targets are cut from the right."""
+    """Longer targets, end token included, are cut from the right; the run says how many."""
+    end_token: Literal["auto", "always", "never"] = "auto"
+    """Whether targets end with the tokenizer's end-of-sequence token, so that a tuned model stops there: those of
+    data.files alone (auto), all, or none."""
     partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
 
     def __post_init__(self) -> None:
         _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
-        both = sorted(set(self.tasks) & set(self.files))
+        check_names(self.files, "data.files")
+        both = sorted({folded(task) for task in self.tasks} & {folded(name) for name in self.files})
         _require("data.files", both, not both, "named differently from data.tasks")
+        taken = sorted(name for name in self.files if folded(name) == "mean")
+        _require("data.files", taken, not taken, "named otherwise: the mean over sources has this name")
+        _require("data.tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "different tasks")
         for key in ("max_input_tokens", "max_target_tokens"):
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
@@ -165,9 +173,9 @@ class EvaluationConfig:
     """What is scored with lm-eval at the end of a run."""
 
     tasks: list[str] | None = None
-    """lm-eval tasks; null takes data.tasks."""
+    """lm-eval tasks; null takes data.tasks. An empty list scores nothing."""
     models: list[str] = field(default_factory=lambda: list(MODELS))
-    """Which models are scored: target, proxy, proxy_tuned, fused."""
+    """Which models are scored: target, proxy, proxy_tuned, fused. An empty list scores nothing."""
     limit: int | None = None
     """Score the first ``limit`` documents of each task; null scores all."""
     num_fewshot: int = 0
@@ -238,10 +246,13 @@ class RunConfig:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
-        if self.data.files and not self.evaluation_tasks:
-            raise ConfigError("evaluation.tasks is missing: data.files has no task to score; name lm-eval tasks")
 
     @property
     def evaluation_tasks(self) -> list[str]:
-        """The tasks that are scored."""
+        """The tasks that models are asked."""
         return self.data.tasks if self.evaluation.tasks is None else self.evaluation.tasks
+
+    @property
+    def scored_tasks(self) -> list[str]:
+        """The same, and none where no model is scored."""
+        return self.evaluation_tasks if self.evaluation.models else []

@@ -1,26 +1,11 @@
-"""The one place where data sets are read by a library: saved folders and those of the hub.
+"""The one place where data sets are read by a library: those of the hub.
 
 ``datasets`` runs no code that lies beside data; whatever else goes wrong is one line.
 """
 
-from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import DataError, first_line
-
-
-def load_saved(folder: Path) -> Any:
-    """Return the data set, or the data sets by split, of a ``save_to_disk`` folder.
-
-    Raises:
-        DataError: If it is not one.
-    """
-    from datasets import load_from_disk
-
-    try:
-        return load_from_disk(str(folder))
-    except Exception as error:  # a damaged file fails in whatever library meets it first
-        raise DataError(f"{folder} is no whole save_to_disk folder ({first_line(error)}); save it again") from error
 
 
 def load_from_hub(path: str, split: str) -> Any:

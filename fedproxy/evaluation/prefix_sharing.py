@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 
 from fedproxy.errors import first_line
+from fedproxy.evaluation.prompt_tokens import PromptTokens
 from fedproxy.evaluation.token_trees import Query, TokenTree, batches, plant, score, score_alone
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -25,7 +25,7 @@ _OVERHEAD_CPU, _OVERHEAD_GPU = 40, 1000
 """What a forward costs beyond its tokens, in tokens: reading the weights, starting the kernels."""
 
 
-class PrefixSharingLM(HFLM):  # type: ignore[misc]
+class PrefixSharingLM(PromptTokens):
     """HFLM whose log-likelihood requests run every shared prefix once (see :mod:`fedproxy.evaluation.token_trees`).
 
     Tokenisation, truncation and all other request types are HFLM's. A model whose forward does not take a tree, found

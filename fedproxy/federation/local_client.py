@@ -14,6 +14,7 @@ from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Client, RemoteClient
 from fedproxy.federation.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
+from fedproxy.models.positions import positions
 from fedproxy.models.quantized import load_quantized
 from fedproxy.modules.devices import ClientDevices, accelerators, one_device, training_device
 from fedproxy.strategies.trainable import Trainable
@@ -66,6 +67,7 @@ class LocalSetup:
             tokenizer,
             max_input_tokens=self.max_input_tokens,
             max_target_tokens=self.max_target_tokens,
+            max_tokens=positions(model.model.config),
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         store = ClientStore(Path(self.store))

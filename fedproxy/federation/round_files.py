@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 from fedproxy.files import flush
+from fedproxy.names import file_stem
 from fedproxy.sealed import RESTART, remove
 from fedproxy.sealed_tensors import check_tensors, save_tensors
 
@@ -117,9 +117,8 @@ class ClientFiles:
         self._seen: dict[Path, tuple[int, ...]] = {}
 
     def of(self, client_id: str) -> RoundFiles:
-        """Return one client's files; its name may hold any characters."""
-        name = quote(client_id, safe="")
-        return RoundFiles(self.folder / (f"%2E{name[1:]}" if name.startswith(".") else name), client_id, self._seen)
+        """Return one client's files; see :func:`fedproxy.names.file_stem`."""
+        return RoundFiles(self.folder / file_stem(client_id), client_id, self._seen)
 
     def write(
         self, client_id: str, round_: int, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None

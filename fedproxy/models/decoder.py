@@ -14,6 +14,7 @@ from fedproxy.errors import ModelError, one_line
 from fedproxy.models.block_fields import cut_fields, cut_slices, depth_of
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.positions import positions
 from fedproxy.models.structure import check_structure
 
 _CAUSE = 160
@@ -236,7 +237,7 @@ def disclosed_count(proxy: PreTrainedModel, layer_map: LayerMap) -> int:
 
 def positions_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
-    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
+    return min(wanted, positions(model.config) or wanted)
 
 
 @torch.no_grad()

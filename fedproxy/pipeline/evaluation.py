@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import resolve
-from fedproxy.errors import CheckpointError
+from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.evaluation.harness import (
     EvaluationResult,
     check_data_tasks,
@@ -24,12 +24,13 @@ from fedproxy.evaluation.task_loading import expand
 from fedproxy.files import read_json
 from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
+from fedproxy.names import file_stem
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import MERGED, TunedProxies
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
 from fedproxy.reporting.scores import MODELS
@@ -47,23 +48,26 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
         tuned models are means over clients.
     """
+    if not run.config.scored_tasks:
+        return
+    _drop_outdated(run, rounds)
     _, tokenizer = run.target()
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
         "target": lambda client: run.target()[0],
         "proxy": lambda client: tuned.proxy,
         "proxy_tuned": lambda client: tuned[client].model(),
-        "fused": lambda client: load_model(run.folder.fused / client, dtype=run.config.target.dtype),
+        "fused": lambda client: load_model(folder_of(run.folder.fused, client), dtype=run.config.target.dtype),
     }
-    _drop_outdated(run, rounds)
     for name in run.config.evaluation.models:
         of_clients = name in _OF_CLIENTS
         settings = evaluation_settings(run.config, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
-            label = f"{name}.{client}" if client else name
+            label = _label(name, client)
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
-                kept = _score(run, label, models[name](client), tokenizer, settings)
+                words = name if client == MERGED else f"{name} of client {client!r}"
+                kept = _score(run, label, words, models[name](client), tokenizer, settings)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
@@ -101,10 +105,10 @@ def check_questions(config: RunConfig, display: Display) -> None:
         ModelError: If the target has no tokenizer.
     """
     check_data_tasks(config.data.tasks)
-    settings, tasks = config.evaluation, config.evaluation_tasks
-    check_tasks(tasks, settings.limit, settings.num_fewshot)
-    if not settings.models:
+    settings, tasks = config.evaluation, config.scored_tasks
+    if not tasks:
         return
+    check_tasks(tasks, settings.limit, settings.num_fewshot)
     tokenizer = load_tokenizer(resolve(config.target.path) or config.target.path)
     asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": settings.seed}
     for note in prompt_notes(target_config(config), tokenizer, tasks, **asked):
@@ -115,8 +119,11 @@ def check_comparable(config: RunConfig) -> None:
     """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
 
     Raises:
-        EvaluationError: If there is one, or a task is unknown or cannot be loaded.
+        ConfigError: If there are no tasks.
+        EvaluationError: If one has no accuracy, is unknown or cannot be loaded.
     """
+    if not config.evaluation_tasks:
+        raise ConfigError("evaluation.tasks names no task, and methods are compared by scores; name at least one")
     check_accuracy(config.evaluation_tasks)
 
 
@@ -208,7 +215,7 @@ def _scored(run: Run, label: str, settings: Mapping[str, Any]) -> dict[str, str 
 
 def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """Keep the means over clients where a run of merged clients keeps its one model's scores and samples."""
-    labels = {client: f"{name}.{client}" for client in parts}
+    labels = {client: _label(name, client) for client in parts}
     scores, samples = mean_over_models(
         [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
     )
@@ -225,13 +232,24 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
     return _keep(run, name, kept)
 
 
+def _label(model: str, client: str) -> str:
+    """Return what the files of a model's scores are called, of which every client may have its own."""
+    return model if client == MERGED else f"{model}.{file_stem(client)}"
+
+
 def _score(
-    run: Run, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]
+    run: Run,
+    name: str,
+    words: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
+    """Score one model, say so in ``words``, and keep the scores under ``name``."""
     evaluation = run.config.evaluation
 
     def score() -> EvaluationResult:
-        with run.display.counter(f"evaluating {name}") as advance, placed(model, run.device):
+        with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
             return evaluate_model(
                 model,
                 tokenizer,
@@ -253,7 +271,7 @@ def _score(
     kept = _keep(run, name, kept)
     mean = result.mean.get("acc_norm", result.mean.get("acc"))
     shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
-    run.display.say(f"evaluated {name}: {shown}{result.seconds:.0f} s")
+    run.display.say(f"evaluated {words}: {shown}{result.seconds:.0f} s")
     for note in notes:
         run.display.say(note)
     return kept

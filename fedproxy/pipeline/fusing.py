@@ -20,7 +20,7 @@ from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states, folder_of
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.fusion.base import Judge
@@ -41,7 +41,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
-            _save_adapter(model, run.folder.adapter / client)
+            _save_adapter(model, folder_of(run.folder.adapter, client))
     trainable = config.trainable.placed(run.layer_map())
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
@@ -50,7 +50,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     if done:
         return tuned
     for client in states:
-        plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
+        plug_in(run, tuned[client], client, clients.owned)
     run.keep("adapter", "fused")
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
@@ -89,8 +89,8 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
-def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
-    """Fuse one tuned proxy with the target and write the result into ``folder``."""
+def plug_in(run: Run, tuned: TunedProxy, client: str, owned: Container[str]) -> None:
+    """Fuse one tuned proxy, that of ``client`` or :data:`MERGED`, with the target and write the result."""
     target, tokenizer = run.target()
     layer_map = run.layer_map()
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
@@ -99,11 +99,11 @@ def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) ->
         fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, owned))
         chosen = to_dict(fusion)
         run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
-        run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
+        run.note(fusion={**run.facts.get("fusion", {}), client or "fused": chosen})
     fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
     parameters = run.facts["target_parameters"]
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
-    save_model(fused, tokenizer, folder, card=card)
+    save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 
 def judge(run: Run, rows: int, owned: Container[str]) -> Judge:

@@ -15,19 +15,19 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
-from fedproxy.evaluation.harness import check_data_tasks, missing_assets
+from fedproxy.evaluation.harness import missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
-from fedproxy.models import check_model, load_model
+from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components
-from fedproxy.pipeline.data import client_rows
+from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import (
     check_questions,
@@ -44,7 +44,7 @@ from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inpu
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
-from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.pipeline.tuned import TunedProxies, folder_of
 from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.reporting import (
     CompressionReport,
@@ -178,10 +178,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     make_trainer(one_device(config.trainer))
     fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
-    if early:
-        check_questions(config, display)
-    else:
-        check_data_tasks(config.data.tasks)
+    check_questions(config, display)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
     folder = RunFolder(config.output_dir)
@@ -225,7 +222,7 @@ def fetch_assets(config: RunConfig) -> None:
         AssetError: If an asset is unknown or cannot be fetched.
         ModelError: If the target is no decoder-only causal LM.
     """
-    for name in missing_assets([*config.data.tasks, *config.evaluation_tasks]):
+    for name in missing_assets([*config.data.tasks, *config.scored_tasks]):
         fetch(name)
     check_model(resolve(config.target.path) or config.target.path)
     resolve(config.compression.calibration.path)
@@ -272,10 +269,19 @@ def _claim(current: Run, clients: Clients, inputs: dict[str, Any] | None) -> Cli
     current.folder.claim(current.config)
     save_partition(clients, current.folder.partition)
     current.note(**(check_inputs(current, clients) if inputs is None else inputs))
+    _count_cuts(current, clients)
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
     kept = ClientRows(clients, current.folder.rows)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
     return kept
+
+
+def _count_cuts(current: Run, clients: Clients) -> None:
+    """Say how many rows are longer than what the recipe or the model has room for."""
+    path = resolve(current.config.target.path) or current.config.target.path
+    current.note(lengths=tokenised_lengths(clients, current.config, load_tokenizer(path)))
+    for note in length_notes(current.facts["lengths"], current.config.data):
+        current.display.say(note)
 
 
 def _owned(clients: Clients) -> OwnedTexts:
@@ -351,9 +357,9 @@ def _write_cards(current: Run, report: RunReport) -> None:
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
     wrapper = current.config.fusion.adds_logits
+    own = {folder_of(folder.fused, client): scores for client, scores in report.client_scores.items()}
     for path in folder.fused_folders():
-        client = path.relative_to(folder.fused).name
-        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        scores = with_means(own[path]) if path in own else report.scores
         card = model_card(
             "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
         )
@@ -370,6 +376,10 @@ def _compression(current: Run) -> CompressionReport | None:
 def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
+    notes += length_notes(current.facts.get("lengths", {}), current.config.data)
+    if not current.config.scored_tasks:
+        key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
+        notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
     notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]

@@ -38,7 +38,6 @@ from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import realigner
-from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
 from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
@@ -259,7 +258,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         _check_state(progress.state, model, checkpoints)
         store.check(progress.client_files)
 
-    progress = checkpoints.load_latest(check, run.warn) or first_progress(config, model, clients)
+    progress = checkpoints.load_latest(check, run.warn) or Progress(0, model.state())
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
     store.rewind(progress.round)

@@ -38,7 +38,6 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
     [
         ("trainer.acelerator=cpu", ConfigError, r"trainer.acelerator: .* did you mean 'accelerator'"),
         ("data.tasks=[tiny_sum]", EvaluationError, r"tiny_sum'?.*tiny_sums"),
-        ("evaluation.limit=100000", EvaluationError, r"evaluation.limit 100000 is above the 200 questions of tiny_"),
         ("target.path=asset:tiny-lama", FedProxyError, r"tiny-lama.*tiny-llama"),
         ("target.path=./nowhere", ModelError, r"^./nowhere is no folder; give an asset"),
         ("trainer.devices=0", ConfigError, r"trainer.devices must be auto \(one per client\), a number .*, got 0"),
@@ -64,6 +63,12 @@ def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):
     with pytest.raises(error, match=message) as caught:
         run_tiny(*QUICK, *(["regularizer.name=none"] if "aggregator" in override else []), override)
     assert "\n" not in str(caught.value)
+
+
+def test_more_questions_than_there_are_cannot_be_scored(run_tiny):
+    message = r"evaluation.limit 100000 is above the 200 questions of tiny_"
+    with pytest.raises(EvaluationError, match=message):
+        run_tiny(*QUICK[:1], "evaluation.models=[target]", "evaluation.limit=100000")
 
 
 def test_too_many_clients_per_round_are_refused_before_anything_is_made(run_tiny, tmp_path):

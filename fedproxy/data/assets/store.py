@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.data.assets.entries import Asset, by_name
-from fedproxy.errors import AssetError, CheckpointError, DataError
+from fedproxy.errors import AssetError, CheckpointError, DataError, one_line
 from fedproxy.files import file_sha256, parse_json, plain, whole_folder
 from fedproxy.sealed import read_sealed, write_sealed
 
@@ -102,11 +102,14 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
 
     Raises:
         AssetError: If the asset is unknown or cannot be fetched.
-        DataError: If the asset has no such file inside.
+        DataError: If the asset has no such file inside, or the path cannot be one.
     """
     if not path.startswith(_PREFIX):
-        local = Path(path).expanduser()
-        return local if local.exists() else None
+        try:
+            local = Path(path).expanduser()
+            return local if local.exists() else None
+        except (OSError, RuntimeError, ValueError) as error:  # too long, not allowed, ~ of nobody, a zero byte
+            raise DataError(f"{one_line(path)} cannot be a path ({one_line(error, 80)}); correct it") from error
     name, _, inside = path.removeprefix(_PREFIX).partition("/")
     found = fetch(name, progress=progress)
     if not inside:

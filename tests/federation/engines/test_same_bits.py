@@ -17,6 +17,7 @@ from fedproxy.federation.engines import Dropped, Engine
 from fedproxy.federation.engines.base import attempt
 from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_tokenizer
+from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 CLIENTS = ("a/b", "c", "d", "e")
@@ -94,7 +95,7 @@ def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     assert alone.train(broadcast, "a/b").num_examples == 3
     dropped = attempt(alone, broadcast, "c")
     assert isinstance(dropped, Dropped)
-    assert "c.jsonl with the rows of client 'c' cannot be read" in dropped.reason
+    assert f"{file_stem('c')}.jsonl with the rows of client 'c' cannot be read" in dropped.reason
 
 
 def test_what_a_worker_is_told_names_neither_target_nor_other_secrets(setup):
