@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
-FOUNDATION = ("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means")
+FOUNDATION = ("errors", "registry", "protocol", "processes", "seeding", "files", "names", "tensor_files", "task_means")
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
     "strategies/aggregators": (*FOUNDATION, "strategies.aggregators", "strategies.functional"),

@@ -30,8 +30,8 @@ _METADATA = 1 << 14
 """Most bytes of a header beside its tensors: the update's figures, and the blanks that fill it up."""
 _ENTRY = 120
 """Most bytes that a header spends on a tensor beside its name and shape."""
-_COPIED = 1 << 20
-"""Bytes that are copied at once."""
+_COPIED = 1 << 18
+"""Bytes that are copied at once: few enough to stay in a core's cache between reading and writing."""
 
 
 @dataclass(frozen=True)

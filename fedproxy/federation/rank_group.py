@@ -161,7 +161,7 @@ class _News:
 
     def __init__(self, count: int, task: int) -> None:
         self.count, self.task = count, task
-        self.waiting, self.started = set(range(count)), set[int]()
+        self.waiting, self._said = set(range(count)), set[tuple[int, str]]()
         self._died, self._failed = "", ""
 
     @property
@@ -188,11 +188,12 @@ class _News:
         return True
 
     def _hear(self, rank: int, name: str, message: Message) -> None:
-        if message.task not in (None, self.task) or (message.kind == "started" and rank in self.started):
+        if message.task not in (None, self.task):
             raise BadMessageError("answered what it was not asked")
-        if message.kind == "started":
-            self.started.add(rank)
-        elif message.kind != "ready":
+        if (rank, message.kind) in self._said:
+            raise BadMessageError("said the same twice")
+        self._said.add((rank, message.kind))
+        if message.kind not in ("ready", "started"):
             self.waiting.discard(rank)
         if message.kind in ("failed", "dropped"):
             self._failed = self._failed or f"{name}: {message.text}"

@@ -116,13 +116,14 @@ def _norm(tensors: Tensors, largest: float, where: str = "", *, non_negative: bo
     for name in sorted(tensors):
         what = f"{where}tensor {name!r}"
         for part in Source.of(tensors, name).parts():
-            most = float(torch.linalg.vector_norm(part, math.inf)) if len(part) else 0.0
-            if not math.isfinite(most):
+            low, high = (float(bound) for bound in part.aminmax()) if len(part) else (0.0, 0.0)
+            most = max(-low, high)
+            if not math.isfinite(most):  # both bounds are NaN where a value is
                 raise ClientError(f"{what} must be finite, got NaN or infinity; lower client.lr")
             if most > largest:
                 raise ClientError(f"{what} must lie within {largest:g}, got a magnitude of {most:.3g}; lower client.lr")
-            if non_negative and bool((part < 0).any()):
-                raise ClientError(f"{what} must be non-negative, got {float(part.min()):g}")
+            if non_negative and low < 0:
+                raise ClientError(f"{what} must be non-negative, got {low:g}")
             squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
     return math.sqrt(squares)
 
