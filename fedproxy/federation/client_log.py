@@ -63,7 +63,7 @@ def _keep(error: Exception, client_id: str, round_: int, logs: str | None) -> st
     try:
         private_folder(path.parent)
         begins = path.exists() and path.stat().st_size > _MOST_LOG
-        with open(path, "wb" if begins else "ab", opener=_private) as file:  # noqa: PTH123
+        with open(path, "wb" if begins else "ab", opener=_private) as file:
             file.write(entry.encode("utf-8", "replace"))
     except OSError as failed:
         return f"its log cannot be written ({failed.strerror})"

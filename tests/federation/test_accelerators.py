@@ -86,7 +86,10 @@ def test_a_step_in_mixed_precision_is_near_that_in_float32(setup):
     whole, _ = make(setup)
     mixed, seen = make(setup, precision="bf16-mixed")
     given = broadcast(whole)
-    exact, found = whole.train(given.addressed_to("bob"), "bob"), mixed.train(given.addressed_to("bob"), "bob")  # five rows: one step
+    exact, found = (
+        whole.train(given.addressed_to("bob"), "bob"),
+        mixed.train(given.addressed_to("bob"), "bob"),
+    )  # five rows: one step
     assert set(seen) == {where(setup), torch.bfloat16}
     assert torch.isfinite(flat(found)).all()
     # bfloat16 keeps eight bits: a loss to a few parts in a thousand. AdamW's first step has the gradient's signs, which

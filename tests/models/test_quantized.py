@@ -97,7 +97,9 @@ def check_two_rounds(made):
     again = made.train(Broadcast(1, made.initial, job=JOB, seeds=ClientSeeds.of(7, 1, "ann")), "ann")
     assert all(torch.equal(first.delta[name], again.delta[name]) for name in first.delta)
     moved = {name: tensor + first.delta[name] for name, tensor in made.initial.items()}
-    assert made.train(Broadcast(2, moved, job=JOB, seeds=ClientSeeds.of(7, 2, "ann")), "ann").train_loss < first.train_loss
+    assert (
+        made.train(Broadcast(2, moved, job=JOB, seeds=ClientSeeds.of(7, 2, "ann")), "ann").train_loss < first.train_loss
+    )
     assert all(tensor.dtype == torch.float32 for tensor in first.delta.values())
 
 

@@ -62,7 +62,9 @@ def broadcast(client):
     """Round 2, with a conflict map, from a state in which B is not zero."""
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in client.model.state().items()}
-    return Broadcast(2, state, {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}, JOB, all_seeds=SEEDS)
+    return Broadcast(
+        2, state, {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}, JOB, all_seeds=SEEDS
+    )
 
 
 def run(pool, broadcast):
