@@ -72,12 +72,10 @@ class Broadcast:
         """
         file, meta, extras = _load(path, "broadcast")
         conflict = file.under("conflict/") if meta.get("has_conflict") else None
-        try:
-            return cls(meta["round"], file.under("state/"), conflict, meta["job"], extras)
-        except KeyError as error:
-            raise ClientError(
-                f"{path} lacks the field {error} of a broadcast; ask its sender to send it again"
-            ) from error
+        number, job = meta.get("round"), meta.get("job")
+        if type(number) is not int or not isinstance(job, dict):
+            raise ClientError(f"{path} lacks round or job of a broadcast; ask its sender to send it again")
+        return cls(number, file.under("state/"), conflict, job, extras)
 
     @property
     def bytes(self) -> int:
