@@ -43,8 +43,8 @@ class Workers(Engine, name="workers"):
     Results depend neither on the number of workers nor on the order in which clients finish. The round's state is
     written once as a safetensors file that all workers read (once for each client where clients have states of their
     own), updates come back as files that are merged one tensor at a time. A worker that dies or hangs is replaced and
-    its client tried once more; if it cannot be replaced, the run continues with one fewer as long as one is left. A round's
-    timeout counts from when its first client is handed out.
+    its client tried once more; if it cannot be replaced, the run continues with one fewer as long as one is left. A
+    round's timeout counts from when its first client is handed out.
     """
 
     workers: int | str = "auto"
