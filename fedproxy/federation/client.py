@@ -25,7 +25,7 @@ from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.names import file_stem
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
-from fedproxy.seeding import derive_seed, generator
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -34,7 +34,6 @@ from fedproxy.strategies.trainable.base import TrainableModel
 class Job:
     """What the server asks of every client in a round, sent as plain values in the broadcast."""
 
-    seed: int
     lr: float
     batch_size: int
     accumulate: int
@@ -83,11 +82,12 @@ class LocalClient:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
 
         Raises:
-            ClientError: If the client has no rows, the broadcast does not fit what it trains, or ``deadline``
+            ClientError: If the client has no rows, the broadcast does not fit what it trains or lacks this client's
+                seeds, or ``deadline``
                 (``time.monotonic()``) passes, which is looked at after each batch.
         """
         started = time.perf_counter()
-        job = Job(**broadcast.job)
+        job, seeds = Job(**broadcast.job), _seeds(broadcast)
         memory = self._receive(broadcast, client_id)
         state = {**broadcast.state, **{name: memory.own.get(name, self.initial[name]) for name in job.own}}
         self.model.load_state(state)
@@ -98,7 +98,7 @@ class LocalClient:
             self.examples[client_id],
             job.batch_size,
             pad_id=self.pad_id,
-            generator=generator(job.seed, broadcast.round, client_id, "batches"),
+            generator=torch.Generator().manual_seed(seeds.batches),
         )
         regularizer = _regularizer(job.regularizer)
         shared = broadcast.extras.get(regularizer.name, {})
@@ -121,7 +121,7 @@ class LocalClient:
             root=self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}",
         )
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
-            fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
+            fit(trainer, module, loader, seed=seeds.dropout[rank_and_size()[0]])
         tuned = self.model.state()
         own = {name: tuned[name].clone() for name in job.own}
         delta = _difference(tuned, state)
@@ -171,10 +171,16 @@ class _Deadline(Callback):  # type: ignore[misc]
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
-def _dropout_seed(job: Job, round_: int, client_id: str) -> int:
-    """Return the seed of a client's dropout in a round; processes that share a batch each draw their own masks."""
-    rank = rank_and_size()[0]
-    return derive_seed(job.seed, round_, client_id, "dropout", *([rank] if rank else []))
+def _seeds(broadcast: Broadcast) -> ClientSeeds:
+    """Return the seeds of this client's draws; processes that share a batch each draw their own dropout masks.
+
+    Raises:
+        ClientError: If the server sent too few.
+    """
+    seeds, processes = broadcast.seeds, rank_and_size()[1]
+    if seeds is None or len(seeds.dropout) < processes:
+        raise ClientError(f"the broadcast brings no seeds for {processes} processes; send them with every task")
+    return seeds
 
 
 @contextmanager

@@ -48,6 +48,11 @@ class LocalSetup:
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
+    @property
+    def _logs(self) -> str:
+        """Folder of the clients' own logs, on their side of the run folder."""
+        return str(Path(self.store) / "logs")
+
     def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
         """Return a client for this process, which trains on a proxy that is loaded already where it can."""
         devices = ClientDevices.of(self.trainer)
@@ -78,7 +83,7 @@ class LocalSetup:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""
         there, count = accelerators(self.trainer), ClientDevices.of(self.trainer).count
         places = there if count == 1 else tuple(range(len(there) // count))
-        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places)
+        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places, self._logs)
 
     def load(self, device: torch.device) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
         """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state.
@@ -97,7 +102,7 @@ class LocalSetup:
         """Return a client that trains in processes of its own on the ``place``-th group of devices."""
         own = accelerators(self.trainer)[place * devices.count :][: devices.count]
         options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
-        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins)
+        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins, logs=self._logs)
         return RankGroup(remote, devices.count, scratch=self.scratch)
 
 

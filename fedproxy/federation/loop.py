@@ -23,6 +23,7 @@ from fedproxy.federation.state_checks import StateCheck, check_saved
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.files import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
@@ -59,6 +60,8 @@ class Federation:
     """Who may be missing, how long a round may take, and what counts as an update."""
     rows: Mapping[str, int] | None = None
     """Each client's rows where the draw of a round's clients weighs them; None draws all alike."""
+    client_processes: int = 1
+    """Processes that train a client, each with a seed of its own for dropout."""
 
     @property
     def clients_in_round(self) -> int:
@@ -101,7 +104,8 @@ class Federation:
         """
         started, number = time.perf_counter(), before.round + 1
         chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
-        broadcast = Broadcast(number, {}, job=self._job(before.state, number), states=states)
+        job = self._job(before.state, number)
+        broadcast = Broadcast(number, {}, job=job, states=states, all_seeds=self._seeds(chosen, number))
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         norms = []
@@ -124,6 +128,9 @@ class Federation:
     def _chosen(self, number: int) -> list[str]:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
 
+    def _seeds(self, chosen: Sequence[str], number: int) -> dict[str, ClientSeeds]:
+        return {client: ClientSeeds.of(self.seed, number, client, self.client_processes) for client in chosen}
+
     def _job(self, state: Tensors, number: int) -> dict[str, Any]:
         """Return what clients of a round are asked to do, with the tensors that rest and those that stay with them."""
         resting = [name for name in state if not self.aggregator.trains(name, number)]
@@ -142,7 +149,7 @@ class Federation:
         aligned = None if self.realigner is None else self.realigner.align(before)
         if aligned is not None:
             extras[EMULATOR] = aligned.weights
-        broadcast = Broadcast(number, sent, conflict, job, extras)
+        broadcast = Broadcast(number, sent, conflict, job, extras, all_seeds=self._seeds(chosen, number))
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
         self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)

@@ -4,8 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 
-from fedproxy.errors import ClientError, one_line
+from fedproxy.errors import CheckpointError, ClientError, one_line
+from fedproxy.federation.admission import Form, Vault, admit
 from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine
 from fedproxy.federation.expected import Expected
 from fedproxy.federation.update_checks import check_update, too_long
@@ -26,6 +29,8 @@ class Participation:
     """Longest update, as a multiple of the round's median norm; None checks no length."""
     expected: Expected = field(default_factory=Expected)
     """What the server knows of the updates."""
+    folder: Path | None = None
+    """Folder of the server alone, for its copies of updates that come as files; None is the system's temporary one."""
 
     def collect(
         self,
@@ -41,8 +46,10 @@ class Participation:
 
         Raises:
             ClientError: As soon as fewer than ``min_clients`` can be left; the message names a client and its reason.
+            CheckpointError: If the server cannot copy an update.
         """
-        round_ = _Round(broadcast, self.expected, len(clients), self.min_clients or len(clients), on_answer)
+        wanted = self.min_clients or len(clients)
+        round_ = _Round(broadcast, self.expected, len(clients), wanted, on_answer, Vault(self.folder))
         # closing: where too many clients are dropped, the engine stops those that still run.
         with closing(engine.run(broadcast, clients, timeout_s=self.round_timeout_s)) as answers:
             for answer in answers:
@@ -60,9 +67,15 @@ class _Round:
     asked: int
     wanted: int
     on_answer: OnAnswer
+    vault: Vault
     updates: dict[str, ClientUpdate] = field(default_factory=dict)
     norms: dict[str, dict[str, float]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def form(self) -> Form:
+        """The form of all updates, where clients share a state."""
+        return Form.of(self.broadcast, self.expected)
 
     def take(self, answer: Answer) -> None:
         if isinstance(answer, Dropped):
@@ -70,16 +83,20 @@ class _Round:
             return
         sent = self.broadcast.addressed_to(answer.client_id)  # a fault in it is the server's own
         try:
-            self.norms[answer.client_id] = check_update(answer, sent, self.expected)
+            form = self.form if self.broadcast.states is None else Form.of(sent, self.expected)
+            update = admit(answer, form, self.vault)
+            self.norms[answer.client_id] = check_update(update, sent, self.expected)
         except ClientError as error:
-            self.drop(Dropped(answer.client_id, one_line(error)))
+            self.drop(Dropped(answer.client_id, str(error)))
             return
+        except CheckpointError:  # the server's own disk
+            raise
         except Exception as error:  # a payload may be odd in ways that nobody thought of
             reason = f"its update cannot be read: {type(error).__name__}: {one_line(error)}"
             self.drop(Dropped(answer.client_id, reason))
             return
-        self.updates[answer.client_id] = answer
-        self.on_answer(self.broadcast.round, answer)
+        self.updates[answer.client_id] = update
+        self.on_answer(self.broadcast.round, update)
         self.require_enough()
 
     def drop_long(self, ratio: float) -> None:
@@ -89,9 +106,11 @@ class _Round:
                 self.drop(Dropped(client, reason))
 
     def drop(self, client: Dropped) -> None:
+        """Drop a client; whoever worded the reason, it passes here on its way into records and onto the screen."""
+        reason = one_line(client.reason)
         self.updates.pop(client.client_id, None)
-        self.dropped[client.client_id] = client.reason
-        self.on_answer(self.broadcast.round, client)
+        self.dropped[client.client_id] = reason
+        self.on_answer(self.broadcast.round, Dropped(client.client_id, reason))
         self.require_enough()
 
     def require_enough(self) -> None:
@@ -113,7 +132,7 @@ class _Round:
                 "resume=auto"
             )
         *before, client = self.dropped
-        also = f" (dropped before it: {', '.join(sorted(before))})" if before else ""
+        also = f" (dropped before it: {one_line(', '.join(sorted(before)))})" if before else ""
         raise ClientError(
             f"client {client!r} failed in round {number}: {self.dropped[client]}; that leaves {left} of {self.asked} "
             f"clients{also}, and federation.min_clients asks for {self.wanted}; fix the client or lower "
@@ -125,5 +144,5 @@ class _Round:
         return any(reason.startswith("late:") for reason in self.dropped.values())
 
     def kind(self, client: str) -> str:
-        """Return why a client was dropped, without its name and without numbers."""
-        return re.sub(r"[-+.\d]+", "#", self.dropped[client].replace(client, ""))
+        """Return why a client was dropped, without its name, its log and numbers."""
+        return re.sub(r"[-+.\d]+|log \S+", "#", self.dropped[client].replace(client, ""))

@@ -286,7 +286,9 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
                 target_tokens=config.data.max_target_tokens,
                 extras=expected_extras(config.regularizer, config.aggregator, model),
             ),
+            folder=run.folder.server,
         ),
+        client_processes=ClientDevices.of(config.trainer).count,
         rows=clients if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
@@ -330,7 +332,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {"seed": config.seed, **settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer)}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:

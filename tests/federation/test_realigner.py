@@ -1,5 +1,7 @@
 """The emulator on its way from the server to the clients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.realigner import GROUP, Realigner, emulator_blocks, emulator_weights, receive
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.realignment.emulator import EmulatorRealignment
 from fedproxy.strategies.trainable.lora import Lora
@@ -18,7 +21,7 @@ from tests.strategies.test_realignment import text
 
 PI = (0, 2, 4)
 JOB = {
-    "seed": 0, "lr": 1e-2, "batch_size": 2, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 1e-2, "batch_size": 2, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "none"},
 }  # fmt: skip
 
@@ -72,7 +75,8 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
     realigner = make_realigner(make_model)
     state = realigner.model.state()
     weights = realigner.align(Progress(0, state)).weights
-    plain, aligned = Broadcast(1, state, job=JOB), Broadcast(1, state, job=JOB, extras={GROUP: weights})
+    plain = Broadcast(1, state, job=JOB, seeds=ClientSeeds.of(0, 1, "a"))
+    aligned = replace(plain, extras={GROUP: weights})
     assert aligned.bytes - plain.bytes == sum(tensor.numel() * 4 for tensor in weights.values())
     aligned.save(tmp_path / "broadcast.safetensors")
     examples = {"a": [Example((5, 6, 7, 8), 2, "x"), Example((9, 8, 7), 1, "y")]}
@@ -81,7 +85,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
         client = LocalClient(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, store=ClientStore(tmp_path))
         return client.train(broadcast, "a").delta
 
-    sent = Broadcast.load(tmp_path / "broadcast.safetensors")
+    sent = replace(Broadcast.load(tmp_path / "broadcast.safetensors"), seeds=aligned.seeds)
     elsewhere = train(sent, make(make_model)[0])
     assert equal(elsewhere, train(aligned, realigner.model))
     assert not equal(elsewhere, train(plain, make(make_model)[0]))

@@ -10,6 +10,7 @@ import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fedproxy.errors import ClientError, ConfigError, DataError, EvaluationError, FedProxyError, ModelError
+from fedproxy.names import file_stem
 from fedproxy.reporting import RunReport
 
 QUICK = ("federation.rounds=1", "evaluation.models=[]")
@@ -128,12 +129,15 @@ def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny
     _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
     with monkeypatch.context() as patch:
         patch.setattr(LocalClient, "train", fail)
-        message = "client 'tiny_places' failed in round 2: RuntimeError: out of memory; that leaves 3 of 4 clients, and"
+        log = f"checkpoints/logs/{file_stem('tiny_places')}.log"
+        said = f"RuntimeError; details in the client's log {log}"
+        message = f"client 'tiny_places' failed in round 2: {said}; that leaves 3 of 4 clients, and"
         with pytest.raises(ClientError, match=message):
             run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     report = RunReport.load(folder)
     assert (report.run.status, len(report.rounds)) == ("failed", 1)
     assert message in str(report.run.error)
+    assert "out of\nmemory" in (folder / log).read_text()
     report, _ = run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     assert (report.run.status, len(report.rounds)) == ("completed", 2)
 

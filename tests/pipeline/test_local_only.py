@@ -125,7 +125,9 @@ def test_a_failing_client_is_named_and_fused_from_its_last_state(run_tiny, monke
 
     monkeypatch.setattr(LocalClient, "train", fail)
     report, folder = run_tiny(*LOCAL, "federation.min_clients=1", "evaluation.models=[]")
-    assert [line.dropped for line in report.rounds] == [{}, {"tiny_sums": "RuntimeError: out of memory"}]
+    first, second = (line.dropped for line in report.rounds)
+    assert first == {}
+    assert second["tiny_sums"].startswith("RuntimeError; details in the client's log checkpoints/logs/tiny-sums-")
     kept = load_file(folder / "checkpoints/states" / FOLDERS[1] / "round_0001.safetensors")
     adapter = load_file(folder / "adapter" / FOLDERS[1] / "adapter_model.safetensors")
     assert adapter
