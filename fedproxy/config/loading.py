@@ -1,25 +1,34 @@
 """How a RunConfig is read: defaults < recipe < command line, typed once here and plain values below."""
 
 import dataclasses
-import importlib
+import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedproxy.config.schema import RunConfig
-from fedproxy.errors import ConfigError, first_line, nearest
+from fedproxy.config.plugins import import_plugins, trusted_plugins
+from fedproxy.config.references import check_references, resolve
+from fedproxy.config.source import configuration_class
+from fedproxy.config.yaml_files import read_mapping
+from fedproxy.errors import ConfigError, FedProxyError, first_line, nearest, one_line
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
+if TYPE_CHECKING:
+    from fedproxy.config.schema import RunConfig
 
-def load_config(arguments: Sequence[str]) -> RunConfig:
+_SCHEMA = "fedproxy.config.schema"
+
+
+def load_config(arguments: Sequence[str]) -> "RunConfig":
     """Read ``recipe=NAME key=value ...`` into a checked configuration.
 
     Args:
@@ -27,24 +36,25 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
     Raises:
         ConfigError: On the first thing that does not exist, has the wrong type or lies out of range; one line that
-            names the key, the rule and the nearest known name.
+            names the key, the rule and the nearest known name. Where no plugin is named, it is raised before anything
+            heavy is imported.
     """
-    overrides = _parse_arguments(arguments)
-    name = overrides.pop("recipe", None)
-    if name is not None and not isinstance(name, str):
-        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {name!r}")
-    layers = [*(_recipe_layers(name) if name else []), overrides]
-    for module in _listed_plugins(layers):
-        _import_plugin(module)
-    merged = OmegaConf.create({"output_dir": "runs/${recipe}", "recipe": "custom"})
-    for layer in layers:
-        _drop_foreign_options(merged, layer)
-        with _one_line_errors():
-            merged = typing.cast(DictConfig, OmegaConf.merge(merged, layer))
-    with _one_line_errors():
-        node = OmegaConf.to_container(merged, resolve=True)
-    config: RunConfig = _build(RunConfig, node, "")
+    layers, plugins = _read(arguments)
+    _check_early(layers, plugins)
+    import_plugins(plugins)
+    from fedproxy.config.schema import RunConfig
+
+    config: RunConfig = _configure(RunConfig, layers)
     return config
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse at once what :func:`load_config` would refuse, as far as no library and no plugin is needed to tell.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    _check_early(*_read(arguments))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -56,7 +66,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return fields
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: "RunConfig") -> str:
     """Return a configuration as YAML, itself a valid recipe file."""
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
@@ -79,60 +89,79 @@ def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     return typing.cast(dict[str, Any], parsed)
 
 
-def _recipe_layers(name: str) -> list[Any]:
-    """Return a recipe file and those it extends, the most general first."""
-    layers: list[Any] = []
+def _read(arguments: Sequence[str]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return what recipes and the command line set, the most general first, and the plugins that the user names."""
+    given = _parse_arguments(arguments)
+    check_references(given, way_out="let the shell put it in, or write the value itself")
+    name = given.pop("recipe", None)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {name!r}")
+    files = _recipe_layers(name) if name else []
+    defaults = {"output_dir": "runs/${recipe}", "recipe": "custom"}
+    return [defaults, *(layer for _, layer in files), given], trusted_plugins(given, files)
+
+
+def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return a recipe file and those it extends, the most general first, each with its name for errors."""
+    layers: list[tuple[str, dict[str, Any]]] = []
     seen: set[Path] = set()
-    wanted: Any = name
+    wanted = name
     while wanted:
-        path = find_recipe(str(wanted))
+        path = find_recipe(wanted)
+        where = f"recipe file {path}"
         if path in seen:
             raise ConfigError(f"recipe {name!r} extends itself through {wanted!r}; remove one `extends`")
         seen.add(path)
-        layer = _read_yaml(path)
-        layer.setdefault("recipe", path.stem if path.name in str(wanted) else wanted)
-        wanted = layer.pop("extends", None)
-        layers.insert(0, layer)
+        layer = read_mapping(path, "recipe file")
+        check_references(layer, where)
+        layer.setdefault("recipe", path.stem if path.name in wanted else wanted)
+        wanted = layer.pop("extends", None) or ""
+        if not isinstance(wanted, str):
+            raise ConfigError(f"{where}: extends must be one recipe's name, got {one_line(repr(wanted), 80)}")
+        layers.insert(0, (where, layer))
     return layers
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _check_early(layers: Sequence[Mapping[str, Any]], plugins: Sequence[str]) -> None:
+    """Find mistakes before torch and others are imported; plugins may know what the package does not."""
+    if plugins or _SCHEMA in sys.modules:
+        return
     try:
-        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(layer, dict):
-        raise ConfigError(f"recipe file {path} must hold a mapping of keys to values")
-    return {str(key): value for key, value in layer.items()}
+        _configure(configuration_class(), layers)
+    except FedProxyError:
+        raise
+    except Exception:
+        return  # a rule that needs a library: the class itself tells
 
 
-def _listed_plugins(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    listed = [layer["plugins"] for layer in layers if layer.get("plugins")]
-    plugins = listed[-1] if listed else []
-    if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
-        raise ConfigError(f"plugins must be a list of module names, got {plugins!r}")
-    return plugins
+def _configure(schema: type[Any], layers: Sequence[Mapping[str, Any]]) -> Any:
+    components = _component_paths(schema)
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _drop_foreign_options(merged, layer, components)
+        merged = _merged(merged, layer)
+    return _build(schema, resolve(merged), "")
 
 
-def _import_plugin(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"plugins: cannot import {module!r} ({error}); is its folder on PYTHONPATH?") from error
+def _merged(old: Any, new: Any) -> Any:
+    """Return ``new`` over ``old``: mappings key by key, everything else as a whole."""
+    if not isinstance(new, Mapping):
+        return new
+    below = old if isinstance(old, Mapping) else {}
+    return {**below, **{key: _merged(below.get(key), value) for key, value in new.items()}}
 
 
-def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
+def _drop_foreign_options(merged: dict[str, Any], layer: Mapping[str, Any], components: Sequence[str]) -> None:
     """Where ``layer`` names another class for a node, drop the options that earlier layers gave the old one."""
-    for path in _component_paths(RunConfig):
-        new = _lookup(layer, path)
-        old = OmegaConf.select(merged, path)
+    for path in components:
+        new, old = _lookup(layer, path), _lookup(merged, path)
         if (
             isinstance(new, Mapping)
             and "name" in new
-            and isinstance(old, DictConfig)
+            and isinstance(old, dict)
             and old.get("name") != new["name"]
         ):
-            OmegaConf.update(merged, path, {}, merge=False)
+            old.clear()
 
 
 def _component_paths(cls: type, prefix: str = "") -> list[str]:
