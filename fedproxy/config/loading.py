@@ -1,24 +1,18 @@
 """How a RunConfig is read: defaults < recipe < command line, typed once here and plain values below."""
 
 import dataclasses
-import math
 import sys
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from fedproxy.config.plugins import import_plugins, trusted_plugins
 from fedproxy.config.references import check_references, resolve
 from fedproxy.config.source import configuration_class
-from fedproxy.config.yaml_files import read_mapping
-from fedproxy.errors import ConfigError, FedProxyError, first_line, nearest, one_line
+from fedproxy.config.values import typed
+from fedproxy.config.yaml_files import dump_yaml, parse_yaml, read_mapping
+from fedproxy.errors import ConfigError, FedProxyError, nearest, one_line
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
@@ -39,12 +33,12 @@ def load_config(arguments: Sequence[str]) -> "RunConfig":
             names the key, the rule and the nearest known name. Where no plugin is named, it is raised before anything
             heavy is imported.
     """
-    layers, plugins = _read(arguments)
-    _check_early(layers, plugins)
+    files, plugins = _read(arguments)
+    _check_early(files, arguments, plugins)
     import_plugins(plugins)
     from fedproxy.config.schema import RunConfig
 
-    config: RunConfig = _configure(RunConfig, layers)
+    config: RunConfig = _configure(RunConfig, files, arguments)
     return config
 
 
@@ -54,7 +48,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: As :func:`load_config`.
     """
-    _check_early(*_read(arguments))
+    files, plugins = _read(arguments)
+    _check_early(files, arguments, plugins)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -68,37 +63,52 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: "RunConfig") -> str:
     """Return a configuration as YAML, itself a valid recipe file."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    return dump_yaml(to_dict(config))
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return ``key=value`` words as nested plain values, references as they are written.
+
+    Raises:
+        ConfigError: If a word is not of that form, or its value is not YAML.
+    """
+    parsed: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ConfigError(f"{argument!r} is no key=value argument; write, for example, federation.rounds=3")
-        if value == "None":
-            raise ConfigError(f"{key}=None would be the text 'None'; write {key}=null")
-        with _one_line_errors(key):
-            OmegaConf.from_dotlist([argument])
-    with _one_line_errors():
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=False)
-    return typing.cast(dict[str, Any], parsed)
+            raise ConfigError(
+                f"{one_line(repr(argument), 80)} is not a key=value argument; write, for example, federation.rounds=3"
+            )
+        parts = key.split(".")
+        if not all(parts):
+            raise ConfigError(f"{one_line(key, 80)}: a key is made of names with one dot between; correct it")
+        if text == "None":
+            raise ConfigError(f"{one_line(key, 80)}=None would be the text 'None'; write {one_line(key, 80)}=null")
+        try:
+            value = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{one_line(key, 80)}: {one_line(text, 60)} cannot be read as YAML ({error}); put a text into quotes"
+            ) from None
+        for part in reversed(parts):
+            value = {part: value}
+        parsed = _merged(parsed, value)
+    check_references(parsed, way_out="let the shell put it in, or write the value itself")
+    return parsed
 
 
 def _read(arguments: Sequence[str]) -> tuple[list[Mapping[str, Any]], list[str]]:
-    """Return what recipes and the command line set, the most general first, and the plugins that the user names."""
-    given = _parse_arguments(arguments)
-    check_references(given, way_out="let the shell put it in, or write the value itself")
+    """Return what recipes set, the most general first, and the plugins that the user names."""
+    given = parse_arguments(arguments)
     name = given.pop("recipe", None)
     if name is not None and not isinstance(name, str):
-        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {name!r}")
+        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {one_line(repr(name), 80)}")
     files = _recipe_layers(name) if name else []
-    defaults = {"output_dir": "runs/${recipe}", "recipe": "custom"}
-    return [defaults, *(layer for _, layer in files), given], trusted_plugins(given, files)
+    return [layer for _, layer in files], trusted_plugins(given, files)
 
 
 def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
@@ -122,22 +132,24 @@ def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     return layers
 
 
-def _check_early(layers: Sequence[Mapping[str, Any]], plugins: Sequence[str]) -> None:
+def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> None:
     """Find mistakes before torch and others are imported; plugins may know what the package does not."""
     if plugins or _SCHEMA in sys.modules:
         return
     try:
-        _configure(configuration_class(), layers)
+        _configure(configuration_class(), files, arguments)
     except FedProxyError:
         raise
     except Exception:
         return  # a rule that needs a library: the class itself tells
 
 
-def _configure(schema: type[Any], layers: Sequence[Mapping[str, Any]]) -> Any:
+def _configure(schema: type[Any], files: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> Any:
+    """Return ``schema`` filled from defaults < files < arguments."""
     components = _component_paths(schema)
-    merged: dict[str, Any] = {}
-    for layer in layers:
+    given = {key: value for key, value in parse_arguments(arguments).items() if key != "recipe"}
+    merged: dict[str, Any] = {"output_dir": "runs/${recipe}", "recipe": "custom"}
+    for layer in (*files, given):
         _drop_foreign_options(merged, layer, components)
         merged = _merged(merged, layer)
     return _build(schema, resolve(merged), "")
@@ -155,12 +167,7 @@ def _drop_foreign_options(merged: dict[str, Any], layer: Mapping[str, Any], comp
     """Where ``layer`` names another class for a node, drop the options that earlier layers gave the old one."""
     for path in components:
         new, old = _lookup(layer, path), _lookup(merged, path)
-        if (
-            isinstance(new, Mapping)
-            and "name" in new
-            and isinstance(old, dict)
-            and old.get("name") != new["name"]
-        ):
+        if isinstance(new, Mapping) and "name" in new and isinstance(old, dict) and old.get("name") != new["name"]:
             old.clear()
 
 
@@ -183,9 +190,12 @@ def _lookup(node: Any, path: str) -> Any:
 
 
 def _build(cls: type[Any], node: Any, path: str) -> Any:
-    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves typed by OmegaConf."""
+    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves by :func:`typed`."""
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{path} must be a mapping of options, got {node!r}")
+        line = f"{path} must be a mapping of options, got {one_line(repr(node), 80)}"
+        if isinstance(node, str):
+            line += f"; write {path}.{'name' if issubclass(cls, Component) else 'KEY'}={one_line(node, 80)}"
+        raise ConfigError(line)
     if issubclass(cls, Component):
         node = dict(node)
         cls = cls.by_name(_component_name(cls, node, path))
@@ -201,63 +211,23 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
         if dataclasses.is_dataclass(hint) and (name in node or required):
             values[name] = _build(typing.cast(type, hint), node.get(name, {}), key)
         elif name in node:
-            values[name] = _typed(hint, node[name], key)
+            values[name] = typed(hint, node[name], key)
         elif required:
             raise ConfigError(f"{key} is missing; give it in the recipe or as {key}=VALUE")
     return cls(**values)
 
 
 def _component_name(cls: type[Component], node: dict[str, Any], path: str) -> str:
-    name = node.pop("name", None)
+    known = f"known: {', '.join(cls.names())}"
+    if "name" not in node:
+        raise ConfigError(f"{path}.name is missing; {known}")
+    name = node.pop("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{path}.name is missing; known: {', '.join(cls.names())}")
-    try:
-        cls.by_name(name)
-    except ConfigError:
-        raise ConfigError(f"{path}.name: unknown {cls.family} {name!r}{nearest(name, cls.names())}") from None
+        raise ConfigError(f"{path}.name must be one of the names, got {one_line(repr(name), 80)}; {known}")
+    if name not in cls.names():
+        raise ConfigError(f"{path}.name: unknown {cls.family} {one_line(repr(name), 80)}{nearest(name, cls.names())}")
     return name
 
 
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """Convert one plain value to its declared type, or say in one line why it does not fit."""
-    schema = dataclasses.make_dataclass("Schema", [("value", hint)])
-    rule = _collection_rule(hint)
-    misfit = ConfigError(f"{key} must be {rule}, got {value!r}")
-    if rule and isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
-        raise misfit
-    with _one_line_errors(key):
-        try:
-            typed = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
-        except (OmegaConfBaseException, TypeError):
-            if rule:
-                raise misfit from None
-            raise
-        return OmegaConf.to_object(typed).value  # type: ignore[union-attr]
-
-
-_ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}
-
-
-def _collection_rule(hint: Any) -> str | None:
-    """Return in words what a list or mapping must be, and None for any other type, of which OmegaConf speaks well."""
-    if isinstance(hint, types.UnionType):
-        rules = [rule for part in typing.get_args(hint) if (rule := _collection_rule(part))]
-        return f"{rules[0]}, or null" if rules else None
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is dict:
-        return "a mapping like {a: b}"
-    return f"a list of {_ELEMENTS[parts[0]]}" if origin in (list, tuple) else None
-
-
-@contextmanager
-def _one_line_errors(key: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (OmegaConfBaseException, ValueError, YAMLError) as error:
-        where = key or getattr(error, "full_key", None)
-        first = first_line(error)
-        raise ConfigError(f"{where}: {first}" if where else first) from None
-
-
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{one_line(key, 80)}" if path else one_line(key, 80)

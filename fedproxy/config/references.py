@@ -28,7 +28,7 @@ def check_references(node: Any, where: str = "", way_out: str = "write the value
     for key, text in _texts(node, ""):
         prefix = f"{where}: {key}" if where else key
         if text == "???":
-            raise ConfigError(f"{prefix} is missing (???); {way_out}")
+            raise ConfigError(f"{prefix} is missing: ??? stands for a value to be given; give it")
         if "${" not in text:
             continue
         odd = next((found for found in _REFERENCE.findall(text) if not _KEY.fullmatch(found)), None)

@@ -1,5 +1,6 @@
 """RunConfig and its parts: frozen dataclasses, checked when they are made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,12 @@ LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def _require_different(key: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{key} names {twice[0]!r} twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
+        _require_different("data.tasks", self.tasks)
         both = sorted(set(self.tasks) & set(self.files))
         _require("data.files", both, not both, "named differently from data.tasks")
         for key in ("max_input_tokens", "max_target_tokens"):
@@ -180,6 +188,8 @@ class EvaluationConfig:
         for name in self.models:
             if name not in MODELS:
                 raise ConfigError(f"evaluation.models: unknown model {name!r}{nearest(name, MODELS)}")
+        _require_different("evaluation.models", self.models)
+        _require_different("evaluation.tasks", self.tasks or [])
         _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
         _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
         _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
@@ -230,6 +240,7 @@ class RunConfig:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"loggers: unknown logger {name!r}{nearest(name, LOGGERS)}")
+        _require_different("loggers", self.loggers)
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
         if self.data.files and not self.evaluation_tasks:
             raise ConfigError("evaluation.tasks is missing: data.files has no task to score; name lm-eval tasks")

@@ -81,7 +81,7 @@ class _Reader:
 class _Bare(ast.NodeTransformer):
     """Takes from functions what is evaluated where they are defined and may need a library: annotations, decorators."""
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:  # noqa: N802 (ast's name)
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
         """Return the function without annotations, and with the decorators of Python itself alone."""
         node.decorator_list = [own for own in node.decorator_list if _name(own) in _DECORATORS]
         node.returns = None
@@ -116,5 +116,3 @@ def _file(module: str) -> Path:
 
 def _is_python(module: str) -> bool:
     return module.split(".")[0] in sys.stdlib_module_names
-
-
