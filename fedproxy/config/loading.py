@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedproxy.config.plugins import import_plugins, trusted_plugins
 from fedproxy.config.references import check_references, resolve
-from fedproxy.config.source import configuration_class
+from fedproxy.config.source import check_trainer_options, configuration_class
 from fedproxy.config.values import typed
 from fedproxy.config.yaml_files import dump_yaml, parse_yaml, read_mapping
 from fedproxy.errors import ConfigError, FedProxyError, nearest, one_line
@@ -34,7 +34,8 @@ def load_config(arguments: Sequence[str]) -> "RunConfig":
             heavy is imported.
     """
     files, plugins = _read(arguments)
-    _check_early(files, arguments, plugins)
+    if _SCHEMA not in sys.modules:
+        _check_early(files, arguments, plugins)
     import_plugins(plugins)
     from fedproxy.config.schema import RunConfig
 
@@ -134,10 +135,10 @@ def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> None:
     """Find mistakes before torch and others are imported; plugins may know what the package does not."""
-    if plugins or _SCHEMA in sys.modules:
+    if plugins:
         return
     try:
-        _configure(configuration_class(), files, arguments)
+        check_trainer_options(_configure(configuration_class(), files, arguments).trainer)
     except FedProxyError:
         raise
     except Exception:

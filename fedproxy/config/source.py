@@ -8,10 +8,12 @@ The classes here only ever refuse; a run is always configured by the real ones. 
 
 import ast
 import importlib
+import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 _PACKAGE = Path(__file__).parent.parent
@@ -26,6 +28,32 @@ def configuration_class() -> type[Any]:
     """Return RunConfig with its parts and all components of this package."""
     found: type[Any] = _Reader().names_of("fedproxy.config.schema")["RunConfig"]
     return found
+
+
+def check_trainer_options(options: Mapping[str, Any]) -> None:
+    """Check the names of ``trainer`` options against lightning.Trainer's source.
+
+    Raises:
+        ConfigError: If Lightning has no such option, or another key sets it.
+    """
+    module = _Reader().names_of("fedproxy.modules.trainer")
+    module["lightning"] = SimpleNamespace(Trainer=_trainer())
+    module["check_trainer_options"](options)
+
+
+def _trainer() -> Any:
+    """Return a class with the arguments of lightning.Trainer, which is not imported."""
+    spec = importlib.util.find_spec("lightning")
+    assert spec is not None  # a dependency
+    assert spec.submodule_search_locations is not None
+    path = Path(spec.submodule_search_locations[0], "pytorch", "trainer", "trainer.py")
+    found = (node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef))
+    trainer = next(node for node in found if node.name == "Trainer")
+    trainer.body = [node for node in trainer.body if getattr(node, "name", "") == "__init__"]
+    trainer.decorator_list = []
+    names: Names = {"__name__": "trainer"}
+    _execute(_Bare().visit(trainer), names)
+    return names["Trainer"]
 
 
 class _Reader:

@@ -26,7 +26,7 @@ _NUMBERS = {
     _TAG + "float": r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)"
     r"|\.(?:nan|NaN|NAN)",
 }
-"""What is a number: 7, 0x1f, 1e-3, .5, .inf. YAML 1.1 takes 2026_11_29, 010, 12:30 for numbers too; here they are text."""
+"""What is a number: 7, 0x1f, 1e-3, .inf. YAML 1.1 takes 2026_11_29, 010 and 12:30 for numbers; here they are text."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
