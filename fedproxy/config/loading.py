@@ -149,7 +149,8 @@ def _configure(schema: type[Any], files: Sequence[Mapping[str, Any]], arguments:
     """Return ``schema`` filled from defaults < files < arguments."""
     components = _component_paths(schema)
     given = {key: value for key, value in parse_arguments(arguments).items() if key != "recipe"}
-    merged: dict[str, Any] = {"output_dir": "runs/${recipe}", "recipe": "custom"}
+    plain = (item for item in dataclasses.fields(schema) if isinstance(item.default, str | int))
+    merged: dict[str, Any] = {item.name: item.default for item in plain}  # what ${seed} and others may name
     for layer in (*files, given):
         _drop_foreign_options(merged, layer, components)
         merged = _merged(merged, layer)

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedproxy.reporting.formatting import MINUS, NONE
-from fedproxy.reporting.tables import Table, shown
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, shown
 from fedproxy.reporting.view import build_view
 
 if TYPE_CHECKING:
     from fedproxy.reporting.pairing import PairedDifference
     from fedproxy.reporting.run_report import RunReport
-
-_LONGEST_COMMAND = 100_000
 
 
 def to_markdown(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDifference]" = ()) -> str:
@@ -58,7 +56,7 @@ def escape(text: str) -> str:
 
 def code_block(lines: Iterable[str]) -> str:
     """Return lines of a shell as a block of code; none of them can end it."""
-    lines = [shown(line, _LONGEST_COMMAND) for line in lines]
+    lines = [shown(line, LONGEST_COMMAND) for line in lines]
     longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
     fence = "`" * max(3, longest + 1)
     return "\n".join([f"{fence}sh", *lines, fence])

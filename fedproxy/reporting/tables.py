@@ -8,6 +8,8 @@ from fedproxy.errors import one_line
 
 LONGEST = 2000
 """Most characters of a cell or a line of a page; texts of others were cut far below (errors.one_line)."""
+LONGEST_COMMAND = 100_000
+"""Most characters of a command that a page repeats."""
 
 
 def shown(text: str, limit: int = LONGEST) -> str:

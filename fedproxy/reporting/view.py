@@ -10,7 +10,7 @@ from fedproxy.reporting.pairing import PairedDifference, paired_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
-from fedproxy.reporting.tables import Table, all_shown
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, all_shown, shown
 from fedproxy.task_means import mean_scores
 
 MODEL_WORDS = {
@@ -282,10 +282,11 @@ def _repeat(folder: Path) -> list[str]:
         folder = folder.relative_to(Path.cwd())
     again = folder.with_name(f"{folder.name or 'run'}-again")
     recipe, first, second = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder, again))
-    return [
+    commands = [
         f"python -m fedproxy.fit recipe={recipe} output_dir={second}",
         f"python -m fedproxy.report {first} {second}",
     ]
+    return [shown(command, LONGEST_COMMAND) for command in commands]
 
 
 def _provenance(report: RunReport) -> Table:

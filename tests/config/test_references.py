@@ -84,6 +84,12 @@ def test_references_to_keys_are_put_in(tmp_path):
     assert config.evaluation.limit == config.data.rows_per_task
 
 
+def test_a_reference_may_name_a_key_that_has_its_default():
+    config = load_config(["recipe=fedproxy_tiny", "compression.name=random", "compression.seed=${seed}"])
+    assert config.compression.seed == config.seed  # type: ignore[attr-defined]
+    assert load_config(["target.path=a", "data.tasks=[b]", "output_dir=${method}_${seed}"]).output_dir == "custom_42"
+
+
 def test_a_study_may_name_its_own_keys(tmp_path):
     path = tmp_path / "s.yaml"
     path.write_text("title: wards\nrecipes: [fedproxy_tiny]\noutput_dir: 'out/${title}'\n")

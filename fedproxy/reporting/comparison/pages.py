@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedproxy.files import write_json, write_text
+from fedproxy.files import plain, write_json, write_text
 from fedproxy.reporting.comparison.plots import comparison_plots
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.view import Comparison, ComparisonView, build_view
 from fedproxy.reporting.html import render
 from fedproxy.reporting.markdown import code_block, escape, markdown_table
-from fedproxy.reporting.tables import shown
+from fedproxy.reporting.tables import all_shown, shown
 from fedproxy.reporting.view import presentable
 
 SCHEMA_VERSION = 1
@@ -36,7 +36,7 @@ def write_comparison(found: Comparison, runs: Runs, folder: str | Path) -> list[
     """
     folder, view = Path(folder), build_view(found)
     runs = {label: [replace(own, report=presentable(own.report)) for own in records] for label, records in runs.items()}
-    content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(found)}
+    content = {"schema_version": SCHEMA_VERSION, **all_shown(plain(dataclasses.asdict(found))), "command": view.command}
     page = render("comparison.html.j2", view=view, plots=comparison_plots(found.analysis, runs))
     return [
         write_text(folder / "comparison.md", to_markdown(view)),

@@ -15,7 +15,7 @@ from fedproxy.reporting.comparison.tables import (
     score_table,
     settings_table,
 )
-from fedproxy.reporting.tables import Table, shown
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, shown
 
 _SCORES = """Sent: upload and download of all clients and rounds. Client time: local training, summed over clients.
 Answer NLL: nats per answer token, lower is better."""
@@ -102,7 +102,7 @@ def build_view(found: Comparison) -> ComparisonView:
         notes.append(f"Not run yet: {'; '.join(waiting)}. The tables hold what is there.")
     return ComparisonView(
         title=shown(found.title),
-        command=found.command,
+        command=shown(found.command, LONGEST_COMMAND),
         facts=[
             ("Methods", str(len(analysis.methods))),
             ("Seeds", ", ".join(map(str, found.seeds))),
