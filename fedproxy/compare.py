@@ -45,11 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         FedProxyError: If recipes cannot be compared, or nothing was finished.
     """
     from fedproxy.comparison.arguments import read_study
+
+    study = read_study(arguments)
     from fedproxy.comparison.compare import compare
+    from fedproxy.errors import one_line
     from fedproxy.reporting.comparison.tables import score_table
     from fedproxy.reporting.markdown import markdown_table
 
-    study = read_study(arguments)
     try:
         finished = compare(study, arguments)
     except KeyboardInterrupt as error:
@@ -57,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     print(markdown_table(score_table(finished.comparison.analysis)))
     print("report: " + ", ".join(str(path) for path in finished.files))
     for line in finished.failed:
-        print(f"failed: {line}")
+        print(f"failed: {one_line(line)}")
     return FAILED if finished.failed else 0
 
 

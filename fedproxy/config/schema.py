@@ -1,5 +1,6 @@
 """RunConfig and its parts: frozen dataclasses, checked when they are made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,6 +26,12 @@ LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def _require_different(key: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{key} names {twice[0]!r} twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -65,11 +72,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
         check_names(self.files, "data.files")
+        _require_different("data.tasks", self.tasks)
         both = sorted({folded(task) for task in self.tasks} & {folded(name) for name in self.files})
         _require("data.files", both, not both, "named differently from data.tasks")
         taken = sorted(name for name in self.files if folded(name) == "mean")
         _require("data.files", taken, not taken, "named otherwise: the mean over sources has this name")
-        _require("data.tasks", self.tasks, len(set(self.tasks)) == len(self.tasks), "different tasks")
         for key in ("max_input_tokens", "max_target_tokens"):
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
@@ -189,6 +196,8 @@ class EvaluationConfig:
         for name in self.models:
             if name not in MODELS:
                 raise ConfigError(f"evaluation.models: unknown model {name!r}{nearest(name, MODELS)}")
+        _require_different("evaluation.models", self.models)
+        _require_different("evaluation.tasks", self.tasks or [])
         _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
         _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
         _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
@@ -245,6 +254,7 @@ class RunConfig:
         for name in self.accept_changed:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
+        _require_different("loggers", self.loggers)
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
 
     @property

@@ -39,11 +39,12 @@ def comparison_page(first: str, second: str, found: RunDifferences) -> str:
             "",
             markdown_table(paired_table(found.models)),
             "",
-            f"{found.models[-1].name} by task:",
+            f"{escape(found.models[-1].name)} by task:",
             "",
             markdown_table(paired_table(found.tasks, "task")),
             "",
         ]
     if found.alike:
-        lines += [f"The same answers and log-likelihoods in both runs, to the last bit: {', '.join(found.alike)}.", ""]
+        alike = escape(", ".join(found.alike))
+        lines += [f"The same answers and log-likelihoods in both runs, to the last bit: {alike}.", ""]
     return "\n".join(lines)
