@@ -103,7 +103,7 @@ def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     assert isinstance(dropped, Dropped)
     log = tmp_path / "kept/logs" / f"{file_stem('c')}.log"
     assert dropped.reason == f"DataError; details in the client's log kept/logs/{log.name}"
-    assert "c.jsonl with the rows of client 'c' cannot be read" in log.read_text()
+    assert "with the rows of client 'c' cannot be read" in log.read_text()
 
 
 def test_what_a_worker_is_told_names_neither_target_nor_other_secrets(setup):
