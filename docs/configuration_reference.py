@@ -15,15 +15,31 @@ PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 `python -m fedproxy.fit recipe=NAME key=value ...` reads defaults < recipe < command line. A recipe is a YAML file of
-the keys below; `extends: NAME` at its top takes over another recipe. `${key}` is replaced by that key's value after
-everything is merged.
+the keys below; `extends: NAME` at its top takes over another recipe.
 
 - Lists are written `data.tasks=[arc_easy,csqa]`, no value `null`.
 - `<node>.name` picks a class, and the class's options are the node's keys. Where the command line (or an extending
   recipe) names another class, the options that were set for the old one are dropped.
 - `trainer.*` takes every option of `lightning.Trainer`, except those that a key below sets.
-- `plugins: [my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
-- A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2.
+- `plugins=[my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
+- `overwrite=true` deletes a run, so it counts on the command line alone: a recipe file that sets it is refused. What is
+  deleted, and what never, is in [architecture.md](architecture.md#the-run-folder).
+- `${key}` is replaced by that key's value, once, after everything is merged. Nothing else behind a `$` is read, no
+  environment variable either: on the command line the shell puts those in.
+- A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2. It is found
+  before anything large is imported, in about half a second.
+
+## What a recipe file may do
+
+A recipe may come from anywhere, a run's `config.yaml` included. It is plain YAML of at most 256 KiB: no tags, no key
+twice, at most 30 levels, and anchors that stand for at most 50,000 values. Numbers are written `7`, `0x1f`, `0.5` or
+`1e-3`; `010`, `1_000`, `12:30` and dates are text.
+
+A recipe can list `plugins`, but it cannot make FedProxy import them. Importing a module runs it, so the command line
+has to name them again: `plugins=[my_module]`, or `plugins=[]` to go without. That holds for every command that reads a
+recipe: `fit`, also with `resume=auto`, `compress`, `compare` and `recipes plan`. `recipes ls`, `show` and `cp` import
+nothing. Modules are looked up as Python does it, and `python -m` looks into the working directory first. So start
+FedProxy in a folder whose files you trust, or with `python -P -m fedproxy.fit`, which leaves that folder out.
 
 This page is generated from the classes by `python docs/configuration_reference.py`.
 """

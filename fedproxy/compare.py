@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fedproxy.command import run_command
+from fedproxy.interrupts import interruption
 
 USAGE = """
 usage: python -m fedproxy.compare recipes=[NAME,...] [seeds=[...]] [key=value ...]
@@ -44,19 +45,21 @@ def main(arguments: Sequence[str]) -> int:
         FedProxyError: If recipes cannot be compared, or nothing was finished.
     """
     from fedproxy.comparison.arguments import read_study
+
+    study = read_study(arguments)
     from fedproxy.comparison.compare import compare
+    from fedproxy.errors import one_line
     from fedproxy.reporting.comparison.tables import score_table
     from fedproxy.reporting.markdown import markdown_table
 
-    study = read_study(arguments)
     try:
         finished = compare(study, arguments)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("go on with the same command") from None
+    except KeyboardInterrupt as error:
+        raise interruption(error, "go on with the same command") or error from None
     print(markdown_table(score_table(finished.comparison.analysis)))
     print("report: " + ", ".join(str(path) for path in finished.files))
     for line in finished.failed:
-        print(f"failed: {line}")
+        print(f"failed: {one_line(line)}")
     return FAILED if finished.failed else 0
 
 

@@ -25,9 +25,10 @@ docs/compression.md says which compressor does what.
 def main(arguments: Sequence[str]) -> None:
     """Compress the target of the recipe that the arguments describe, and print where the report lies."""
     from fedproxy.config import load_config
-    from fedproxy.pipeline.run import compress_only
 
     config = load_config(arguments)
+    from fedproxy.pipeline.run import compress_only
+
     compress_only(config)
     print(f"proxy: {config.output_dir}/proxy")
     print(f"report: {config.output_dir}/report.md (and report.html, report.json, block_influence.png)")

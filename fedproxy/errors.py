@@ -72,6 +72,10 @@ def one_line(text: object, limit: int = LONGEST_LINE) -> str:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of a library's error that says something, as :func:`one_line` shows it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0]) if lines else type(error).__name__
+    """Return the first line of a library's error that says something, as :func:`one_line` shows it.
+
+    A line that ends with a colon only announces the next one.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.endswith(":")] or lines
+    return one_line(said[0]) if said else type(error).__name__

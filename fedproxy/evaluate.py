@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fedproxy.command import run_command
 
@@ -18,7 +20,8 @@ usage: python -m fedproxy.evaluate model=MODEL tasks=[TASK,...] [key=value ...]
 Scores a causal language model with lm-eval and writes scores.json, samples.jsonl and lm-eval's own results.json.
 
   model         a from_pretrained folder, asset:NAME (fetched if missing) or a hub id
-  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa)
+  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa),
+                and says how to write a task file of your own, my_task.yaml
   limit         only the first questions of each task; null is all       (null)
   num_fewshot   solved examples before each question                     (0)
   split         test or validation; null is lm-eval's choice             (null)
@@ -34,6 +37,9 @@ examples:
   python -m fedproxy.evaluate model=asset:smollm2-135m tasks=[arc_easy,openbookqa] limit=100
   python -m fedproxy.evaluate model=runs/demo/fused tasks=[csqa] num_fewshot=5 output_dir=runs/demo/csqa_5shot
 """
+
+
+_FILES = ("scores.json", "samples.jsonl", "results.json")
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     from yaml import YAMLError
 
     from fedproxy.errors import ConfigError, nearest
+    from fedproxy.overrides import as_typed
 
     known = [option.name for option in dataclasses.fields(EvaluateArguments)]
     for argument in arguments:
@@ -73,8 +80,11 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
             raise ConfigError(f"{argument!r} is no key=value argument; write, for example, limit=100")
         if key not in known:
             raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
+    words = [as_typed(argument, EvaluateArguments) for argument in arguments]
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist(list(arguments)))
+        merged = OmegaConf.merge(
+            OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist([_as_list(word) for word in words])
+        )
         typed = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None) or "arguments"
@@ -86,45 +96,82 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     return typed
 
 
+def _as_list(argument: str) -> str:
+    """Return ``tasks=a,b`` as ``tasks=[a,b]``, and any other argument as it is."""
+    key, _, value = argument.partition("=")
+    return f"tasks=[{value}]" if key == "tasks" and value and not value.startswith("[") else argument
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate the model that the arguments name, write the result files and print the scores."""
+    """Evaluate the model that the arguments name, write the result files and print the scores.
+
+    Raises:
+        FedProxyError: If an argument, the model or a task cannot be used, or ``output_dir`` holds foreign files.
+    """
+    from fedproxy.locks import locked
+
     options = parse_arguments(arguments)
     folder = Path(options.output_dir)
-    if (folder / "scores.json").exists() and not options.overwrite:
-        from fedproxy.errors import ConfigError
-
-        raise ConfigError(f"{folder} already holds scores; add overwrite=true or choose another output_dir")
-    result = _evaluate(options)
-    _write(options, result, folder)
+    with locked(folder):
+        _check_folder(folder, options.overwrite)
+        result = _evaluate(options)
+        _write(options, result, folder)
     print(score_table(result))
+    print("".join(f"note: {note}\n" for note in result.notes), end="")
     print(f"results: {folder}/scores.json, samples.jsonl and results.json")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    """Refuse to replace files that no evaluation wrote, and scores without the word for it.
+
+    Raises:
+        ConfigError: Naming the first such file.
+    """
+    from fedproxy.errors import CheckpointError, ConfigError
+    from fedproxy.files import read_json
+
+    scores, *others = (folder / name for name in _FILES)
+    if not os.path.lexists(scores):
+        for other in others:
+            if os.path.lexists(other):
+                raise ConfigError(f"{other} was written by something else; move it away or choose another output_dir")
+        return
+    if not overwrite:
+        raise ConfigError(f"{folder} already holds scores; add overwrite=true or choose another output_dir")
+    try:
+        content = read_json(scores, dict)
+    except CheckpointError:
+        content = {}
+    if not {"settings", "scores", "seconds"} <= content.keys():
+        raise ConfigError(f"{scores} was written by something else; move it away or choose another output_dir")
 
 
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
     from fedproxy.data.assets import fetch, resolve
-    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets
-    from fedproxy.models import load_model, load_tokenizer
+    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
+    from fedproxy.models import check_model, load_model, load_tokenizer
 
     for asset in missing_assets(options.tasks):
         fetch(asset)
     split, limit, shots = options.split, options.limit, options.num_fewshot
     check_tasks(options.tasks, limit, shots, split=split)  # type: ignore[arg-type]
     path = str(resolve(options.model) or options.model)
+    tokenizer = load_tokenizer(path)
+    asked: dict[str, Any] = {"limit": limit, "num_fewshot": shots, "seed": options.seed, "split": split}
+    for note in prompt_notes(check_model(path), tokenizer, options.tasks, **asked):  # before the weights are loaded
+        print(f"note: {note}", file=sys.stderr)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(path, dtype=options.dtype).to(torch.device(device))
     return evaluate_model(
         model,
-        load_tokenizer(path),
+        tokenizer,
         options.tasks,
-        limit=limit,
-        num_fewshot=shots,
         batch_size=options.batch_size,
         batch_tokens=options.batch_tokens,
-        seed=options.seed,
-        split=split,  # type: ignore[arg-type]
         progress=True,
+        **asked,
     )
 
 
@@ -133,9 +180,10 @@ def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path)
 
     settings = dataclasses.asdict(options)
     scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}
-    write_json(folder / "scores.json", scores)
-    write_text(folder / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in result.samples))
-    write_json(folder / "results.json", result.lm_eval)
+    scores["notes"] = result.notes
+    write_json(folder / _FILES[0], scores)  # first: by it the others are known as ours
+    write_text(folder / _FILES[1], "".join(json.dumps(sample) + "\n" for sample in result.samples))
+    write_json(folder / _FILES[2], result.lm_eval)
 
 
 def score_table(result: "EvaluationResult") -> str:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,16 +45,25 @@ def plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def write_text(path: str | Path, text: str) -> Path:
-    """Write ``text`` to ``path`` through a temporary file and a rename, so that readers never see half of it.
+def write_text(path: str | Path, text: str, *, private: bool = False) -> Path:
+    """Write ``text`` in UTF-8 to ``path``; see :func:`write_bytes`."""
+    return write_bytes(path, text.encode("utf-8"), private=private)
 
-    A file that holds this text already is left as it is.
+
+def write_bytes(path: str | Path, data: bytes, *, private: bool = False) -> Path:
+    """Write ``data`` to ``path`` through a temporary file and a rename, so that readers never see half of it.
+
+    A file that holds these bytes already is left as it is.
+
+    Args:
+        path: The file; its folder is made if it is missing.
+        data: Its content.
+        private: Whether only the owner may read it.
 
     Raises:
         CheckpointError: If the folder cannot be made or written; what was there before stays.
     """
     path = Path(path)
-    data = text.encode("utf-8")
     try:
         if _holds(path, data):
             return path
@@ -64,7 +74,8 @@ def write_text(path: str | Path, text: str) -> Path:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+            if not private:
+                os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -82,25 +93,27 @@ def write_json(path: str | Path, value: Any) -> Path:
     return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def parse_json(text: str | bytes, kind: type[T]) -> T:
+def parse_json(text: str | bytes, kind: type[T], *, unique_keys: bool = False) -> T:
     """Return the value of a JSON text, of the wanted type.
 
     Args:
         text: The text, in UTF-8 where it comes as bytes.
         kind: dict, list, str, int or float.
+        unique_keys: Refuse an object that has a key twice, where JSON itself keeps the last one.
 
     Raises:
         ValueError: In one line, if the text is not JSON that can be read (too deep, a number of too many digits, not
-            UTF-8), or holds another type.
+            UTF-8, a key twice), or holds another type.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"it is not UTF-8 text (byte {error.start})") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"it is not valid JSON (line {error.lineno}: {error.msg})") from None
+        place = f"line {error.lineno}" if "\n" in error.doc.rstrip() else f"column {error.pos + 1}"
+        raise ValueError(f"it is not valid JSON ({place}: {error.msg})") from None
     except ValueError as error:  # a number of more digits than Python reads
         raise ValueError(f"it cannot be read ({one_line(error)})") from None
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -179,6 +192,34 @@ def private_folder(path: str | Path) -> Path:
     return path
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to fill, which takes the place of ``folder`` when the context ends without an error.
+
+    Until then, and after an error, what was there stays; a kill between the two renames is repaired by the next call.
+
+    Raises:
+        OSError: If it cannot be made or renamed.
+    """
+    part, old = (folder.with_name(f".{folder.name}.{word}") for word in ("part", "old"))
+    if old.is_dir() and not folder.exists():
+        old.rename(folder)
+    for left in (part, old):
+        shutil.rmtree(left, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        yield part
+        if folder.exists():
+            folder.rename(old)
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def flush(paths: Iterable[Path]) -> None:
     """Bring files, or folders' lists of files, to the disk itself."""
     for path in paths:
@@ -187,6 +228,15 @@ def flush(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{one_line(name, 40)!r} stands twice in one object")
+        content[name] = value
+    return content
 
 
 def _holds(path: Path, data: bytes) -> bool:

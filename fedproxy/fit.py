@@ -22,10 +22,11 @@ examples:
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
     from fedproxy.config import load_config
+
+    config = load_config(arguments)
     from fedproxy.pipeline.run import run
     from fedproxy.reporting.summary import summary
 
-    config = load_config(arguments)
     report = run(config)
     print(summary(report))
     print(f"report: {config.output_dir}/report.md (and report.html, report.json)")

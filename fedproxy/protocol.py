@@ -1,101 +1,24 @@
 """All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
 
 import json
-import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedproxy.errors import ClientError
+from fedproxy.errors import ClientError, one_line
+from fedproxy.files import parse_json
+from fedproxy.seeding import ClientSeeds
+from fedproxy.tensor_files import TensorFile, Tensors, nbytes
 
-_FORMAT = "fedproxy-1"
-_DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    "BOOL": torch.bool,
-}
-"""safetensors' names of the dtypes that may cross the wire."""
-Tensors = Mapping[str, Tensor]
+__all__ = ["FORMAT", "Broadcast", "ClientUpdate", "TensorFile", "Tensors", "nbytes"]
 
-
-class TensorFile(Mapping[str, Tensor]):
-    """Tensors of one safetensors file, read one at a time when asked for.
-
-    Args:
-        path: The file.
-        prefix: Only tensors whose name starts with this are seen, under the rest of their name.
-    """
-
-    def __init__(self, path: str | Path, prefix: str = "") -> None:
-        self.path, self.prefix = Path(path), prefix
-        self._file = safe_open(self.path, framework="pt")
-        self._names = tuple(sorted(n.removeprefix(prefix) for n in self._file.keys() if n.startswith(prefix)))  # noqa: SIM118
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(self.prefix + name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
-        return tuple(self._file.get_slice(self.prefix + name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Return a tensor's dtype without reading it.
-
-        Raises:
-            ClientError: If it is none of those that may cross the wire.
-        """
-        kind = self._header[self.prefix + name]["dtype"]
-        if kind not in _DTYPES:
-            raise ClientError(f"{self.path}: tensor {name!r} is of type {kind}; send one of {', '.join(_DTYPES)}")
-        return _DTYPES[kind]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the tensors take, without reading them."""
-        return sum(math.prod(self.shape(name)) * self.dtype(name).itemsize for name in self)
-
-    def part(self, name: str, start: int, stop: int) -> Tensor:
-        """Return coordinates [start, stop) of the flattened tensor, read without mapping the file into memory.
-
-        Raises:
-            ClientError: If the file ends too early.
-        """
-        tensor = torch.empty(stop - start, dtype=self.dtype(name))
-        raw: memoryview = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
-        begin = self._data_start + self._header[self.prefix + name]["data_offsets"][0] + start * tensor.element_size()
-        if os.preadv(self._raw.fileno(), [raw], begin) != len(raw):
-            raise ClientError(f"{self.path} ends within tensor {name!r}; ask its sender to send it again")
-        return tensor
-
-    @cached_property
-    def _raw(self) -> BinaryIO:
-        return self.path.open("rb")
-
-    @cached_property
-    def _data_start(self) -> int:
-        return 8 + int.from_bytes(os.pread(self._raw.fileno(), 8, 0), "little")
-
-    @cached_property
-    def _header(self) -> dict[str, Any]:
-        header: dict[str, Any] = json.loads(os.pread(self._raw.fileno(), self._data_start - 8, 8))
-        return header
+FORMAT = "fedproxy-1"
+"""What every file on the wire says that it is."""
 
 
 @dataclass(frozen=True)
@@ -112,22 +35,32 @@ class Broadcast:
     """What rides with the round beyond the state, by round part."""
     each: "Mapping[str, Broadcast] | None" = None
     """Where clients are not all sent the same: each one's own broadcast, made when that client is served."""
+    all_seeds: Mapping[str, ClientSeeds] = field(default_factory=dict)
+    """The seeds of every client's own draws; each client is sent its own ones alone."""
+    seeds: ClientSeeds | None = None
+    """Seeds of the draws of the client that this is addressed to. They travel beside the file, which all may read."""
 
     def addressed_to(self, client_id: str) -> "Broadcast":
-        """Return what one client is sent: this broadcast, or that client's own."""
-        return self if self.each is None else self.each[client_id]
+        """Return what one client is sent: its own seeds and, where clients are not all sent the same, its own rest."""
+        own = self if self.each is None else self.each[client_id]
+        return replace(own, each=None, all_seeds={}, seeds=self.seeds_of(client_id))
 
-    def mapped(self, change: "Callable[[str | None, Broadcast], Broadcast]") -> "Broadcast":
-        """Return the broadcast changed, and every client's own one likewise.
+    def mapped(self, change: "Callable[[Broadcast], Broadcast]") -> "Broadcast":
+        """Return the broadcast changed, and every client's own one likewise."""
+        changed = change(replace(self, each=None))
+        return changed if self.each is None else replace(changed, each=Mapped(self.each, lambda _, own: change(own)))
 
-        Args:
-            change: Maps the client (None for what stands for all) and a broadcast to the changed one.
-        """
-        changed = change(None, replace(self, each=None))
-        return changed if self.each is None else replace(changed, each=Mapped(self.each, change))
+    def seeds_of(self, client_id: str) -> ClientSeeds | None:
+        """Return the seeds of one client's draws."""
+        return self.all_seeds.get(client_id, self.seeds)
+
+    def same_file(self, other: "Broadcast") -> bool:
+        """Return whether :meth:`save` writes for both the same objects: seeds alone may differ."""
+        parts = ("state", "job", "extras", "each")
+        return self.round == other.round and all(getattr(self, part) is getattr(other, part) for part in parts)
 
     def save(self, path: str | Path) -> None:
-        """Write the broadcast, addressed to its client where each has its own state, as one safetensors file."""
+        """Write the broadcast without seeds as one safetensors file; one of many is addressed to its client before."""
         assert self.each is None, "what is written is addressed_to() one client"
         meta = {"round": self.round, "job": dict(self.job)}
         _save(path, "broadcast", meta, {"state": self.state}, self.extras)
@@ -139,13 +72,11 @@ class Broadcast:
         Raises:
             ClientError: If the file is not a broadcast.
         """
-        meta, extras = _load(path, "broadcast")
-        try:
-            return cls(meta["round"], TensorFile(path, "state/"), meta["job"], extras)
-        except KeyError as error:
-            raise ClientError(
-                f"{path} lacks the field {error} of a broadcast; ask its sender to send it again"
-            ) from error
+        file, meta, extras = _load(path, "broadcast")
+        number, job = meta.get("round"), meta.get("job")
+        if type(number) is not int or not isinstance(job, dict):
+            raise ClientError(f"{path} lacks round or job of a broadcast; ask its sender to send it again")
+        return cls(number, file.under("state/"), job, extras)
 
     @property
     def bytes(self) -> int:
@@ -195,36 +126,49 @@ class ClientUpdate:
     """Mean of the regularizer's term over the steps of ``train_loss``."""
     round: int | None = None
     """Round of the broadcast that this update answers; the server merges no other round's."""
+    wire_bytes: int | None = None
+    """Bytes that crossed the wire, where the tensors were decoded since."""
 
     def save(self, path: str | Path) -> None:
         """Write the update as one safetensors file."""
-        meta = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("delta", "extras")}
+        meta = {
+            item.name: getattr(self, item.name)
+            for item in fields(self)
+            if item.name not in ("delta", "extras", "wire_bytes")
+        }
         _save(path, "client_update", meta, {"delta": self.delta}, self.extras)
 
     @classmethod
     def load(cls, path: str | Path) -> "ClientUpdate":
-        """Read an update; its tensors stay in the file until they are used.
+        """Read an update that is trusted; :mod:`fedproxy.federation.admission` takes in those that are not.
+
+        Its tensors stay in the file until they are used.
 
         Raises:
             ClientError: If the file is not a client update.
         """
-        meta, extras = _load(path, "client_update")
+        return cls.of(_open(path))
+
+    @classmethod
+    def of(cls, file: TensorFile) -> "ClientUpdate":
+        """Return the update that a file's tensors and metadata are.
+
+        Raises:
+            ClientError: If the metadata are not those of a client update.
+        """
+        meta, extras = _read(file, "client_update")
         try:
-            return cls(delta=TensorFile(path, "delta/"), extras=extras, **meta)
+            return cls(delta=file.under("delta/"), extras=extras, wire_bytes=None, **meta)
         except TypeError as error:
-            raise ClientError(f"{path} has other fields than a client update ({error}); send it again") from error
+            reason = one_line(error, 120)
+            raise ClientError(f"{file.path} has other fields than a client update ({reason}); send it again") from error
 
     @property
     def bytes(self) -> int:
-        """Payload size in bytes: delta and extras."""
+        """Payload size in bytes: delta and extras, as they crossed the wire."""
+        if self.wire_bytes is not None:
+            return self.wire_bytes
         return nbytes(self.delta) + sum(nbytes(group) for group in self.extras.values())
-
-
-def nbytes(tensors: Tensors) -> int:
-    """Return the bytes that the tensors of a mapping take."""
-    if isinstance(tensors, TensorFile):
-        return tensors.nbytes
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _save(
@@ -239,24 +183,34 @@ def _save(
             seen.add(tensor.data_ptr())
             flat[f"{group}/{name}"] = tensor.clone() if shared else tensor.contiguous()
     header = {**meta, "extras": sorted(extras)}
-    save_file(flat, str(path), metadata={"format": _FORMAT, "kind": kind, "meta": json.dumps(header)})
+    save_file(flat, str(path), metadata={"format": FORMAT, "kind": kind, "meta": json.dumps(header)})
 
 
-def _load(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensors]]:
+def _load(path: str | Path, kind: str) -> tuple[TensorFile, dict[str, Any], dict[str, Tensors]]:
+    file = _open(path)
+    return file, *_read(file, kind)
+
+
+def _open(path: str | Path) -> TensorFile:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        return TensorFile(path)
     except (SafetensorError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ClientError(
-            f"{path} is not a readable safetensors file ({error}); ask its sender to send it again"
+            f"{path} is not a readable safetensors file ({reason}); ask its sender to send it again"
         ) from error
-    if header.get("format") != _FORMAT or header.get("kind") != kind:
+
+
+def _read(file: TensorFile, kind: str) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    """Return the fields and the groups of extras of a file of ours."""
+    header = file.metadata
+    if header.get("format") != FORMAT or header.get("kind") != kind:
         raise ClientError(
-            f"{path} is not a FedProxy {kind.replace('_', ' ')}; ask its sender for one of format {_FORMAT}"
+            f"{file.path} is not a FedProxy {kind.replace('_', ' ')}; ask its sender for one of format {FORMAT}"
         )
     try:
-        meta: dict[str, Any] = dict(json.loads(header["meta"]))
+        meta = parse_json(header["meta"], dict)
         groups = [str(group) for group in meta.pop("extras")]
     except (KeyError, ValueError, TypeError) as error:
-        raise ClientError(f"{path} has a header that cannot be read; ask its sender to send it again") from error
-    return meta, {group: TensorFile(path, f"extras/{group}/") for group in groups}
+        raise ClientError(f"{file.path} has a header that cannot be read; ask its sender to send it again") from error
+    return meta, {group: file.under(f"extras/{group}/") for group in groups}

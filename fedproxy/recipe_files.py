@@ -1,8 +1,9 @@
 """Where recipes lie: shipped ones by name, a user's own by path."""
 
+import os
 from pathlib import Path
 
-from fedproxy.errors import ConfigError, nearest
+from fedproxy.errors import ConfigError, nearest, one_line
 
 _SHIPPED = Path(__file__).parent / "_recipes"
 _CHECKOUT = Path(__file__).parent.parent / "recipes"
@@ -28,11 +29,18 @@ def find_recipe(name: str) -> Path:
     Raises:
         ConfigError: If there is none; the message names the nearest.
     """
+    shown = one_line(name, 120)
     if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ConfigError(f"recipe={name}: no such file; `python -m fedproxy.recipes ls` lists the shipped recipes")
-        return path.resolve()
+        if not os.path.exists(name):
+            raise ConfigError(
+                f"recipe={shown}: no such file; `python -m fedproxy.recipes ls` lists the shipped recipes"
+            )
+        if not os.path.isfile(name):
+            raise ConfigError(f"recipe={shown}: it is not a regular file; give a YAML file")
+        return Path(name).resolve()
     if name not in recipe_names():
-        raise ConfigError(f"recipe={name}: unknown recipe{nearest(name, recipe_names())}")
+        hint = nearest(name, recipe_names())
+        if os.path.exists(name):
+            hint = "; the name of a recipe file ends in .yaml"
+        raise ConfigError(f"recipe={shown}: unknown recipe{hint}")
     return recipes_folder() / f"{name}.yaml"

@@ -1,11 +1,12 @@
 """`python -m fedproxy.recipes`: list, show, copy and plan the shipped recipes."""
 
-import shutil
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from fedproxy.command import run_command
-from fedproxy.errors import ConfigError
+from fedproxy.errors import CheckpointError, ConfigError, one_line
+from fedproxy.files import open_regular, write_bytes
 from fedproxy.recipe_files import find_recipe, recipe_names, recipes_folder
 
 USAGE = """
@@ -46,18 +47,37 @@ def main(arguments: Sequence[str]) -> None:
             for name in recipe_names():
                 print(f"{name:48} {_summary(recipes_folder() / f'{name}.yaml')}")
         case ["show", name]:
-            print(find_recipe(name).read_text(), end="")
+            print(_text(find_recipe(name)), end="")
         case ["cp", name, *rest] if len(rest) <= 1:
             _copy(find_recipe(name), Path(rest[0]) if rest else Path(f"{Path(name).name}.yaml"))
         case ["plan", name, *overrides]:
-            from fedproxy.pipeline.plan import plan
-
-            print(plan([f"recipe={name}", *overrides]), end="")
+            _plan([f"recipe={name}", *overrides])
         case _:
             words = " ".join(arguments) or "nothing"
             raise ConfigError(
                 f"recipes: expected ls, show NAME, cp NAME [FILE] or plan NAME [key=value], got {words!r}"
             )
+
+
+def _plan(words: Sequence[str]) -> None:
+    from fedproxy.config import check_arguments
+    from fedproxy.pipeline.planning.hardware import Hardware
+
+    check_arguments(Hardware.split(words)[1])
+    from fedproxy.pipeline.plan import plan
+
+    print(plan(words), end="")
+
+
+def _text(path: Path) -> str:
+    """Return a recipe's text without what a terminal would take for commands."""
+    try:
+        with open_regular(path, follow=True) as file:
+            text = file.read().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
+        raise ConfigError(f"recipe file {path} cannot be read: {reason}; give another file") from None
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
 
 
 def _summary(path: Path) -> str:
@@ -67,11 +87,11 @@ def _summary(path: Path) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):  # a link that leads nowhere would be followed
         raise ConfigError(f"{target} exists; give another file name")
     try:
-        shutil.copyfile(source, target)
-    except OSError as error:
+        write_bytes(target, source.read_bytes())
+    except (OSError, CheckpointError) as error:
         raise ConfigError(f"{target} cannot be written ({error}); give another file name") from error
     print(f"wrote {target}; run it with: python -m fedproxy.fit recipe={target}")
 

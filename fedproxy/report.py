@@ -36,17 +36,24 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _render(run: Path) -> None:
-    from fedproxy.reporting.run_report import RunReport, report_file
+    from fedproxy.locks import locked
+    from fedproxy.reporting.run_report import RunReport, check_pages, report_file
 
-    report = RunReport.load(run)
-    for path in report.render(report_file(run).parent):
-        print(path)
+    report, folder = RunReport.load(run), report_file(run).parent
+    with locked(folder, "run"):
+        check_pages(folder)
+        for path in report.render(folder):
+            print(path)
 
 
 def _compare(first: Path, second: Path) -> None:
+    from fedproxy.locks import locked
     from fedproxy.reporting.run_comparison import save_comparison
 
-    path = save_comparison(first, second)
+    if not second.is_dir():
+        raise ConfigError(f"{second} is no folder; give the folder of a finished run")
+    with locked(second, "run"):
+        path = save_comparison(first, second)
     print(path.read_text(encoding="utf-8"))
     print(f"Saved as {path}")
 

@@ -1,5 +1,6 @@
 """What crosses the wire survives the trip, and foreign bytes are refused without unpickling."""
 
+import os
 import pickle
 
 import pytest
@@ -8,6 +9,8 @@ from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
 from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile, nbytes
+from fedproxy.seeding import ClientSeeds
+from fedproxy.tensor_files import Layout
 
 STATE = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.tensor(0.5), "c": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -103,5 +106,45 @@ def test_forged_headers_are_refused(tmp_path, metadata, message):
 
 def test_tensors_of_a_type_that_may_not_cross_are_refused(tmp_path):
     ClientUpdate("a", {"w": torch.zeros(2, dtype=torch.complex64)}).save(tmp_path / "u.safetensors")
-    with pytest.raises(ClientError, match=r"tensor 'w' is of type C64; send one of F64"):
-        ClientUpdate.load(tmp_path / "u.safetensors").delta.dtype("w")
+    with pytest.raises(ClientError, match=r"tensor 'delta/w' is of type C64; send one of F64"):
+        ClientUpdate.load(tmp_path / "u.safetensors")
+
+
+@pytest.mark.parametrize(
+    "meta", ['{"extras": []}', '{"extras": [], "round": "1", "job": {}}', '{"extras": [], "round": 1, "job": 2}']
+)
+def test_a_broadcast_without_round_or_job_is_refused(tmp_path, meta):
+    metadata = {"format": "fedproxy-1", "kind": "broadcast", "meta": meta}
+    save_file({"state/a": torch.zeros(1)}, tmp_path / "b.safetensors", metadata=metadata)
+    with pytest.raises(ClientError, match=r"b.safetensors lacks round or job of a broadcast"):
+        Broadcast.load(tmp_path / "b.safetensors")
+
+
+def test_no_broadcasts_file_holds_seeds(tmp_path):
+    seeds = {name: ClientSeeds.of(918273645546372819, 1, name, 2) for name in ("ann", "bob")}
+    sent = Broadcast(1, STATE, all_seeds=seeds)
+    sent.addressed_to("ann").save(tmp_path / "b.safetensors")
+    content = (tmp_path / "b.safetensors").read_bytes()
+    for number in (918273645546372819, seeds["ann"].batches, *seeds["bob"].dropout):
+        assert str(number).encode() not in content
+    assert sent.addressed_to("bob").seeds == seeds["bob"]
+    assert sent.addressed_to("bob").all_seeds == {}
+    assert sent.addressed_to("ann").same_file(sent.addressed_to("bob"))
+    assert not sent.same_file(Broadcast(1, dict(STATE)))
+
+
+def test_a_file_with_many_groups_is_parsed_once(tmp_path, monkeypatch):
+    update = ClientUpdate("a", STATE, extras={f"g{i}": {"x": torch.zeros(1)} for i in range(50)})
+    update.save(tmp_path / "u.safetensors")
+    read, calls = Layout.read, []
+    monkeypatch.setattr(Layout, "read", lambda *args, **options: calls.append(1) or read(*args, **options))
+    assert len(ClientUpdate.load(tmp_path / "u.safetensors").extras) == 50
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    path = tmp_path / "u.safetensors"
+    {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
+    with pytest.raises(ClientError, match=r"u.safetensors is not a readable safetensors file \("):
+        ClientUpdate.load(path)

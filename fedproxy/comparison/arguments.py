@@ -4,18 +4,22 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from fedproxy.errors import ConfigError, nearest
+from fedproxy.config.loading import check_arguments, parse_arguments
+from fedproxy.config.plugins import trusted_plugins
+from fedproxy.config.references import check_references, resolve
+from fedproxy.config.values import typed
+from fedproxy.config.yaml_files import read_mapping
+from fedproxy.errors import ConfigError, nearest, one_line
+from fedproxy.names import check_names
 from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
 
 _SHIPPED = Path(__file__).parent.parent / "_studies"
 _CHECKOUT = Path(__file__).parent.parent.parent / "studies"
+_LONGEST_LABEL = 150
+"""Most bytes of a method's label, which names folders."""
 _OF_A_RUN = {
     "recipe": "write recipes=[NAME,...]",
     "seed": "write seeds=[42,43]",
@@ -85,22 +89,30 @@ def read_study(arguments: Sequence[str]) -> Study:
     Keys that are none of the comparison's own change every recipe, as they would change one run.
 
     Raises:
-        ConfigError: On the first argument that cannot be used; one line that names it.
+        ConfigError: On the first argument that cannot be used; one line that names it. Recipes are looked at as far as
+            that needs neither a library nor a plugin.
     """
-    own: dict[str, Any] = {}
+    own: list[str] = []
     every: list[str] = []
     for argument in arguments:
         key, equals, _ = argument.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ConfigError(f"{argument!r} is no key=value argument; write, for example, recipes=[fedot,fedproxy]")
+            raise ConfigError(
+                f"{one_line(repr(argument), 80)} is not a key=value argument; write, for example, "
+                "recipes=[fedot,fedproxy]"
+            )
         if key in _OF_A_RUN:
             raise ConfigError(f"{key} is not an argument of a comparison; {_OF_A_RUN[key]}")
-        if key == "study" or key in _names():
-            own |= _parsed(argument, key)
-        else:
-            every.append(argument)
-    study = own.pop("study", None)
-    return _checked(_typed({**(_study_file(str(study)) if study else {}), **own}), every)
+        (own if key == "study" or key in _names() else every).append(argument)
+    given = parse_arguments(own, _Arguments)
+    name = given.pop("study", None)
+    study = _checked(_typed({**(_study_file(str(name), every) if name else {}), **given}), every)
+    for method in study.methods:
+        try:
+            check_arguments(method.arguments)
+        except ConfigError as error:
+            raise ConfigError(f"{method.label}: {error}") from None
+    return study
 
 
 def study_names() -> tuple[str, ...]:
@@ -116,52 +128,49 @@ def _names() -> list[str]:
     return [item.name for item in fields(_Arguments)]
 
 
-def _study_file(name: str) -> dict[str, Any]:
+def _study_file(name: str, every: Sequence[str]) -> dict[str, Any]:
     if not name.endswith((".yaml", ".yml")) and name not in study_names():
-        raise ConfigError(f"study={name}: unknown study{nearest(name, study_names())}")
+        raise ConfigError(f"study={one_line(name, 120)}: unknown study{nearest(name, study_names())}")
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"study file {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"study file {path} must hold a mapping of keys to values")
+    content, where = read_mapping(path, "study file"), f"study file {path}"
     for key in content:
         if key not in _names():
-            raise ConfigError(f"study file {path}: unknown key {key!r}{nearest(str(key), _names())}")
-    return {str(key): value for key, value in content.items()}
+            raise ConfigError(f"{where}: unknown key {one_line(repr(key), 80)}{nearest(key, _names())}")
+    check_references(content, where)
+    names = [key for key in content if key in ("overrides", "methods")]
+    changes = {key: content.pop(key) for key in names}
+    _check_plugins(changes, every, where)
+    return {**resolve(content), **changes}
 
 
-def _parsed(argument: str, key: str) -> dict[str, Any]:
-    try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([argument]))
-    except (OmegaConfBaseException, YAMLError, ValueError) as error:
-        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
-    assert isinstance(parsed, dict)  # from_dotlist makes nothing else
-    return {str(name): value for name, value in parsed.items()}
+def _check_plugins(changes: Mapping[str, Any], every: Sequence[str], where: str) -> None:
+    """Refuse a study that lists plugins of which the command line says nothing."""
+    methods = changes.get("methods")
+    nodes = [changes.get("overrides"), *(methods.values() if isinstance(methods, Mapping) else ())]
+    listed = [(where, parse_arguments(_words(node))) for node in nodes if isinstance(node, Mapping)]
+    trusted_plugins(parse_arguments(every), listed)
 
 
 def _typed(values: Mapping[str, Any]) -> _Arguments:
     seeds = values.get("seeds", [42])
     whole = isinstance(seeds, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds must be a list of different whole numbers such as [42,43], got {seeds!r}")
+        shown = one_line(repr(seeds), 80)
+        raise ConfigError(f"seeds must be a list of different whole numbers such as [42,43], got {shown}")
     recipes = values.get("recipes", [])
     if not isinstance(recipes, list) or not all(isinstance(name, str) for name in recipes):
-        raise ConfigError(f"recipes must be a list of names such as [fedot,fedproxy], got {recipes!r}")
-    try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(_Arguments), dict(values)))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "arguments"
-        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
-    assert isinstance(typed, _Arguments)
-    return typed
+        shown = one_line(repr(recipes), 80)
+        raise ConfigError(f"recipes must be a list of names such as [fedot,fedproxy], got {shown}")
+    hints = get_type_hints(_Arguments)
+    return _Arguments(**{key: typed(hints[key], value, key) for key, value in values.items()})
 
 
 def _checked(given: _Arguments, every: Sequence[str]) -> Study:
+    _check_keys("overrides", given.overrides)
     shared = (*_words(given.overrides), *every)
+    plugins = [word for word in every if "plugins" in parse_arguments([word])]  # the user's word is the last one
     methods = [Method(_label(name), (f"recipe={name}", *shared)) for name in given.recipes]
-    methods += [_method(label, node, shared) for label, node in given.methods.items()]
+    methods += [_method(str(label), node, shared, plugins) for label, node in given.methods.items()]
     labels = [method.label for method in methods]
     if not methods:
         raise ConfigError("recipes is missing; write, for example, recipes=[fedot,fedproxy] or study=NAME")
@@ -171,14 +180,15 @@ def _checked(given: _Arguments, every: Sequence[str]) -> Study:
     for key, choices in (("budget", ("equal", "any")), ("equal_bytes", ("least", "most", *labels, None))):
         if getattr(given, key) not in choices:
             known = ", ".join("null" if choice is None else choice for choice in choices)
-            raise ConfigError(f"{key} must be one of {known}, got {getattr(given, key)!r}")
+            raise ConfigError(f"{key} must be one of {known}, got {one_line(repr(getattr(given, key)), 80)}")
+    _check_labels(labels)
     output = Path(given.output_dir)
     return Study(
         methods=methods,
         seeds=given.seeds,
         output_dir=output,
         work_dir=Path(given.work_dir) if given.work_dir else output / "work",
-        title=given.title,
+        title=one_line(given.title),
         ceiling=_known_label("ceiling", given.ceiling, labels, "centralised"),
         reference=_known_label("reference", given.reference, labels, "fedproxy"),
         budget=given.budget,  # type: ignore[arg-type]
@@ -192,24 +202,49 @@ def _label(recipe: str) -> str:
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe.replace("/", "-")
 
 
-def _method(label: str, node: Any, shared: Sequence[str]) -> Method:
+def _method(label: str, node: Any, shared: Sequence[str], last: Sequence[str]) -> Method:
     if not isinstance(node, Mapping) or not isinstance(node.get("recipe"), str):
         raise ConfigError(
-            f"methods.{label} must be a mapping with a recipe, such as {{recipe: fedproxy}}, got {node!r}"
+            f"methods.{label} must be a mapping with a recipe, such as {{recipe: fedproxy}}, got "
+            f"{one_line(repr(node), 80)}"
         )
-    if not label or Path(label).name != label or label.startswith("."):
-        raise ConfigError(f"methods.{label}: a label names a folder; use letters, digits, - and _")
     scored = node.get("scored", FUSED)
     if scored not in MODELS:
-        raise ConfigError(f"methods.{label}.scored: unknown model {scored!r}{nearest(str(scored), MODELS)}")
+        shown = one_line(repr(scored), 80)
+        raise ConfigError(f"methods.{label}.scored: unknown model {shown}{nearest(str(scored), MODELS)}")
     changes = {key: value for key, value in node.items() if key not in ("recipe", "scored")}
-    return Method(label, (f"recipe={node['recipe']}", *shared, *_words(changes)), scored)
+    _check_keys(f"methods.{label}", changes)
+    return Method(label, (f"recipe={node['recipe']}", *shared, *_words(changes), *last), scored)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    """Refuse what cannot name a method's folder."""
+    for label in labels:
+        if Path(label).name != label or label.startswith(".") or len(label.encode("utf-8", "replace")) > _LONGEST_LABEL:
+            raise ConfigError(
+                f"methods.{one_line(label, 80)}: a label names a folder; use at most {_LONGEST_LABEL} letters, digits, "
+                "- and _"
+            )
+    check_names(labels, "methods")
+
+
+def _check_keys(where: str, changes: Mapping[str, Any]) -> None:
+    for key in changes:
+        if key in _OF_A_RUN:
+            raise ConfigError(f"{where}.{key} is not a key of a comparison; {_OF_A_RUN[key]}")
 
 
 def _words(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return nested values as ``key=value`` words; JSON is YAML, so that every type comes back as it was."""
+    """Return nested values as ``key=value`` words; JSON is YAML, so that every type comes back as it was.
+
+    Raises:
+        ConfigError: If a key would end where it is not meant to.
+    """
     words: list[str] = []
     for key, value in node.items():
+        if not str(key) or "=" in str(key):
+            shown = f"{prefix}{one_line(repr(key), 80)}"
+            raise ConfigError(f"{shown}: a key must not be empty or hold a =; correct the study file")
         if isinstance(value, Mapping) and value:
             words += _words(value, f"{prefix}{key}.")
         else:
@@ -221,5 +256,5 @@ def _known_label(key: str, label: str | None, labels: Sequence[str], usual: str)
     if label is None:
         return usual if usual in labels else None
     if label not in labels:
-        raise ConfigError(f"{key}={label}: no such method in this comparison{nearest(label, labels)}")
+        raise ConfigError(f"{key}={one_line(label, 80)}: no such method in this comparison{nearest(label, labels)}")
     return label

@@ -1,30 +1,28 @@
 """The runs of a comparison: what has a record is not repeated, what was killed goes on, what fails is told."""
 
 import gc
-import shutil
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from fedproxy.comparison.arguments import Method, Study
 from fedproxy.comparison.fairness import TRAINER_PLACES
 from fedproxy.config import RunConfig, load_config, to_dict
-from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
+from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.files import plain, write_text
+from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import check_comparable
-from fedproxy.pipeline.folder import RunFolder, flat, read_json
+from fedproxy.pipeline.evaluation import check_comparable, expanded
+from fedproxy.pipeline.folder import RunFolder, flat
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 
-_FREE = {"output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
+_FREE = {"accept_changed", "output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
 _FREE_KEYS = {"evaluation.batch_tokens", *(f"trainer.{name}" for name in TRAINER_PLACES)}
 _OPEN = ("data.files", "trainer")
 """Mappings with keys of the user's choice: compared whole, as a key that one side lacks is a difference there."""
@@ -78,7 +76,7 @@ def make_cell(study: Study, method: Method, seed: int, *, changes: Sequence[str]
     place = study.work_dir / "runs" / f"{method.label}{part}" / f"seed_{seed}"
     words = [*method.arguments, *changes, f"seed={seed}", f"output_dir={place}", "resume=auto", "overwrite=false"]
     try:
-        config = load_config(words)
+        config = expanded(load_config(words))
     except ConfigError as error:
         raise ConfigError(f"{method.label}: {error}") from None
     return Cell(method, seed, config, study.output_dir / "records" / f"{method.label}{part}" / f"seed_{seed}.json")
@@ -116,24 +114,17 @@ def shared_work(study: Study) -> SharedWork:
 
 @contextmanager
 def only_one(study: Study) -> Iterator[None]:
-    """Keep two comparisons from writing into one folder at a time.
+    """Keep other processes out of the report's folder and of that of the runs.
 
     Raises:
         ConfigError: If another one is at work there.
-        CheckpointError: If the folder cannot be written.
+        CheckpointError: If a folder cannot be written.
     """
-    try:
-        study.work_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(study.work_dir / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"work_dir {study.work_dir}: another comparison is running there; wait for it") from None
-    except OSError as error:
-        raise CheckpointError(f"work_dir {study.work_dir} cannot be written ({error}); choose another") from error
-    try:
+    with ExitStack() as held:
+        held.enter_context(locked(study.output_dir))
+        if study.work_dir.resolve() != study.output_dir.resolve():
+            held.enter_context(locked(study.work_dir, "work_dir"))
         yield
-    finally:
-        lock.release()
 
 
 def _recorded(cell: Cell) -> Record | None:
@@ -176,13 +167,25 @@ def _done(cell: Cell, shared: SharedWork, study: Study, display: Display) -> Out
     except FedProxyError as error:
         return _failed(cell, str(error), display)
     except Exception as error:  # a defect in one method must not lose the other methods' hours
-        write_text(folder.root.with_name(f"{folder.root.name}.traceback.txt"), traceback.format_exc())
+        place = folder.root.with_name(f"{folder.root.name}.traceback.txt")
+        write_text(place, traceback.format_exc(), private=True)
         return _failed(cell, f"{type(error).__name__}: {error}", display)
     finally:
         gc.collect()
     if not study.keep_runs:
-        shutil.rmtree(folder.root, ignore_errors=True)
+        _delete_run(folder, display)
     return Outcome(cell, record)
+
+
+def _delete_run(folder: RunFolder, display: Display) -> None:
+    """Delete a run whose record is kept; where something else came into its folder, that and the run stay."""
+    try:
+        with folder.held():
+            folder.remove()
+        with suppress(OSError):
+            folder.root.rmdir()
+    except FedProxyError as error:
+        display.say(f"kept {folder.root}: {error}")
 
 
 def _failed(cell: Cell, error: str, display: Display) -> Outcome:
@@ -193,8 +196,8 @@ def _failed(cell: Cell, error: str, display: Display) -> Outcome:
 
 def examples_seen(folder: RunFolder, config: RunConfig, report: RunReport) -> int | None:
     """Return how many rows training saw: those of every round's clients, as often as an epoch passes them."""
-    partition = read_json(folder.partition)
-    if partition is None:
+    owners = folder.owners()
+    if owners is None:
         return None
-    rows = {name: len(keys) for name, keys in partition["clients"].items()}
+    rows = {name: len(keys) for name, keys in owners.items()}
     return config.client.epochs * sum(rows[name] for line in report.rounds for name in line.clients)

@@ -1,15 +1,20 @@
-"""The configuration of a run."""
+"""The configuration of a run. Its classes are imported when they are first asked for: they bring torch along."""
 
-from fedproxy.config.loading import load_config, to_dict, to_yaml
-from fedproxy.config.schema import (
-    ClientConfig,
-    DataConfig,
-    EvaluationConfig,
-    FederationConfig,
-    RunConfig,
-    TargetConfig,
-)
-from fedproxy.modules.distillation_config import DistillationConfig
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fedproxy.config.loading import check_arguments, load_config, to_dict, to_yaml
+
+if TYPE_CHECKING:
+    from fedproxy.config.schema import (
+        ClientConfig,
+        DataConfig,
+        EvaluationConfig,
+        FederationConfig,
+        RunConfig,
+        TargetConfig,
+    )
+    from fedproxy.modules.distillation_config import DistillationConfig
 
 __all__ = [
     "ClientConfig",
@@ -19,7 +24,14 @@ __all__ = [
     "FederationConfig",
     "RunConfig",
     "TargetConfig",
+    "check_arguments",
     "load_config",
     "to_dict",
     "to_yaml",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("fedproxy.config.schema"), name)

@@ -1,25 +1,29 @@
 """How a RunConfig is read: defaults < recipe < command line, typed once here and plain values below."""
 
 import dataclasses
-import importlib
-import types
+import sys
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
-from fedproxy.config.schema import RunConfig
-from fedproxy.errors import ConfigError, first_line, nearest
+from fedproxy.config.plugins import import_plugins, trusted_plugins
+from fedproxy.config.references import check_references, resolve
+from fedproxy.config.source import check_trainer_options, configuration_class
+from fedproxy.config.values import typed
+from fedproxy.config.yaml_files import dump_yaml, parse_yaml, read_mapping
+from fedproxy.errors import ConfigError, FedProxyError, nearest, one_line
+from fedproxy.overrides import as_typed
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
 
+if TYPE_CHECKING:
+    from fedproxy.config.schema import RunConfig
 
-def load_config(arguments: Sequence[str]) -> RunConfig:
+_SCHEMA = "fedproxy.config.schema"
+
+
+def load_config(arguments: Sequence[str]) -> "RunConfig":
     """Read ``recipe=NAME key=value ...`` into a checked configuration.
 
     Args:
@@ -27,24 +31,27 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
     Raises:
         ConfigError: On the first thing that does not exist, has the wrong type or lies out of range; one line that
-            names the key, the rule and the nearest known name.
+            names the key, the rule and the nearest known name. Where no plugin is named, it is raised before anything
+            heavy is imported.
     """
-    overrides = _parse_arguments(arguments)
-    name = overrides.pop("recipe", None)
-    if name is not None and not isinstance(name, str):
-        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {name!r}")
-    layers = [*(_recipe_layers(name) if name else []), overrides]
-    for module in _listed_plugins(layers):
-        _import_plugin(module)
-    merged = OmegaConf.create({"output_dir": "runs/${recipe}", "recipe": "custom"})
-    for layer in layers:
-        _drop_foreign_options(merged, layer)
-        with _one_line_errors():
-            merged = typing.cast(DictConfig, OmegaConf.merge(merged, layer))
-    with _one_line_errors():
-        node = OmegaConf.to_container(merged, resolve=True)
-    config: RunConfig = _build(RunConfig, node, "")
+    files, plugins = _read(arguments)
+    if _SCHEMA not in sys.modules:
+        _check_early(files, arguments, plugins)
+    import_plugins(plugins)
+    from fedproxy.config.schema import RunConfig
+
+    config: RunConfig = _configure(RunConfig, files, arguments)
     return config
+
+
+def check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse at once what :func:`load_config` would refuse, as far as no library and no plugin is needed to tell.
+
+    Raises:
+        ConfigError: As :func:`load_config`.
+    """
+    files, plugins = _read(arguments)
+    _check_early(files, arguments, plugins)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -56,83 +63,123 @@ def to_dict(config: Any) -> dict[str, Any]:
     return fields
 
 
-def to_yaml(config: RunConfig) -> str:
-    """Return a configuration as YAML, itself a valid recipe file."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+def to_yaml(config: "RunConfig") -> str:
+    """Return a configuration as YAML, itself a valid recipe file, which never asks to overwrite anything."""
+    return dump_yaml({**to_dict(config), "overwrite": False})
 
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _parse_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+def parse_arguments(arguments: Sequence[str], schema: type[Any] | None = None) -> dict[str, Any]:
+    """Return ``key=value`` words as nested plain values, references as they are written.
+
+    Args:
+        arguments: The words.
+        schema: Dataclass whose keys of type text take their values as they are typed; None reads all as YAML.
+
+    Raises:
+        ConfigError: If a word is not of that form, or its value is not YAML.
+    """
+    parsed: dict[str, Any] = {}
     for argument in arguments:
-        key, equals, value = argument.partition("=")
+        key, equals, text = argument.partition("=")
         if not equals or not key or key.startswith("-"):
-            raise ConfigError(f"{argument!r} is no key=value argument; write, for example, federation.rounds=3")
-        if value == "None":
-            raise ConfigError(f"{key}=None would be the text 'None'; write {key}=null")
-        with _one_line_errors(key):
-            OmegaConf.from_dotlist([argument])
-    with _one_line_errors():
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist(list(arguments)), resolve=False)
-    return typing.cast(dict[str, Any], parsed)
+            raise ConfigError(
+                f"{one_line(repr(argument), 80)} is not a key=value argument; write, for example, federation.rounds=3"
+            )
+        parts = key.split(".")
+        if not all(parts):
+            raise ConfigError(f"{one_line(key, 80)}: a key is made of names with one dot between; correct it")
+        if text == "None":
+            raise ConfigError(f"{one_line(key, 80)}=None would be the text 'None'; write {one_line(key, 80)}=null")
+        try:
+            value = parse_yaml(text if schema is None else as_typed(argument, schema).partition("=")[2])
+        except ValueError as error:
+            raise ConfigError(
+                f"{one_line(key, 80)}: {one_line(text, 60)} cannot be read as YAML ({error}); put a text into quotes"
+            ) from None
+        for part in reversed(parts):
+            value = {part: value}
+        parsed = _merged(parsed, value)
+    check_references(parsed, way_out="let the shell put it in, or write the value itself")
+    return parsed
 
 
-def _recipe_layers(name: str) -> list[Any]:
-    """Return a recipe file and those it extends, the most general first."""
-    layers: list[Any] = []
+def _read(arguments: Sequence[str]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """Return what recipes set, the most general first, and the plugins that the user names."""
+    given = parse_arguments(arguments, configuration_class())
+    name = given.pop("recipe", None)
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"recipe must be a recipe's name or a .yaml file, got {one_line(repr(name), 80)}")
+    files = _recipe_layers(name) if name else []
+    return [layer for _, layer in files], trusted_plugins(given, files)
+
+
+def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return a recipe file and those it extends, the most general first, each with its name for errors."""
+    layers: list[tuple[str, dict[str, Any]]] = []
     seen: set[Path] = set()
-    wanted: Any = name
+    wanted = name
     while wanted:
-        path = find_recipe(str(wanted))
+        path = find_recipe(wanted)
+        where = f"recipe file {path}"
         if path in seen:
             raise ConfigError(f"recipe {name!r} extends itself through {wanted!r}; remove one `extends`")
         seen.add(path)
-        layer = _read_yaml(path)
-        layer.setdefault("recipe", path.stem if path.name in str(wanted) else wanted)
-        wanted = layer.pop("extends", None)
-        layers.insert(0, layer)
+        layer = read_mapping(path, "recipe file")
+        check_references(layer, where)
+        if layer.get("overwrite", False) is not False:
+            raise ConfigError(
+                f"{where}: overwrite deletes a run, so it comes from the command line alone; remove the key"
+            )
+        layer.setdefault("recipe", path.stem if path.name in wanted else wanted)
+        wanted = layer.pop("extends", None) or ""
+        if not isinstance(wanted, str):
+            raise ConfigError(f"{where}: extends must be one recipe's name, got {one_line(repr(wanted), 80)}")
+        layers.insert(0, (where, layer))
     return layers
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> None:
+    """Find mistakes before torch and others are imported; plugins may know what the package does not."""
+    if plugins:
+        return
     try:
-        layer = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except (OSError, YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(layer, dict):
-        raise ConfigError(f"recipe file {path} must hold a mapping of keys to values")
-    return {str(key): value for key, value in layer.items()}
+        check_trainer_options(_configure(configuration_class(), files, arguments).trainer)
+    except FedProxyError:
+        raise
+    except Exception:
+        return  # a rule that needs a library: the class itself tells
 
 
-def _listed_plugins(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    listed = [layer["plugins"] for layer in layers if layer.get("plugins")]
-    plugins = listed[-1] if listed else []
-    if not isinstance(plugins, list) or not all(isinstance(module, str) for module in plugins):
-        raise ConfigError(f"plugins must be a list of module names, got {plugins!r}")
-    return plugins
+def _configure(schema: type[Any], files: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> Any:
+    """Return ``schema`` filled from defaults < files < arguments."""
+    components = _component_paths(schema)
+    given = {key: value for key, value in parse_arguments(arguments, schema).items() if key != "recipe"}
+    plain = (item for item in dataclasses.fields(schema) if isinstance(item.default, str | int))
+    merged: dict[str, Any] = {item.name: item.default for item in plain}  # what ${seed} and others may name
+    for layer in (*files, given):
+        _drop_foreign_options(merged, layer, components)
+        merged = _merged(merged, layer)
+    return _build(schema, resolve(merged), "")
 
 
-def _import_plugin(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"plugins: cannot import {module!r} ({error}); is its folder on PYTHONPATH?") from error
+def _merged(old: Any, new: Any) -> Any:
+    """Return ``new`` over ``old``: mappings key by key, everything else as a whole."""
+    if not isinstance(new, Mapping):
+        return new
+    below = old if isinstance(old, Mapping) else {}
+    return {**below, **{key: _merged(below.get(key), value) for key, value in new.items()}}
 
 
-def _drop_foreign_options(merged: DictConfig, layer: Mapping[str, Any]) -> None:
+def _drop_foreign_options(merged: dict[str, Any], layer: Mapping[str, Any], components: Sequence[str]) -> None:
     """Where ``layer`` names another class for a node, drop the options that earlier layers gave the old one."""
-    for path in _component_paths(RunConfig):
-        new = _lookup(layer, path)
-        old = OmegaConf.select(merged, path)
-        if (
-            isinstance(new, Mapping)
-            and "name" in new
-            and isinstance(old, DictConfig)
-            and old.get("name") != new["name"]
-        ):
-            OmegaConf.update(merged, path, {}, merge=False)
+    for path in components:
+        new, old = _lookup(layer, path), _lookup(merged, path)
+        if isinstance(new, Mapping) and "name" in new and isinstance(old, dict) and old.get("name") != new["name"]:
+            old.clear()
 
 
 def _component_paths(cls: type, prefix: str = "") -> list[str]:
@@ -154,9 +201,12 @@ def _lookup(node: Any, path: str) -> Any:
 
 
 def _build(cls: type[Any], node: Any, path: str) -> Any:
-    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves typed by OmegaConf."""
+    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves by :func:`typed`."""
     if not isinstance(node, Mapping):
-        raise ConfigError(f"{path} must be a mapping of options, got {node!r}")
+        line = f"{path} must be a mapping of options, got {one_line(repr(node), 80)}"
+        if isinstance(node, str):
+            line += f"; write {path}.{'name' if issubclass(cls, Component) else 'KEY'}={one_line(node, 80)}"
+        raise ConfigError(line)
     if issubclass(cls, Component):
         node = dict(node)
         cls = cls.by_name(_component_name(cls, node, path))
@@ -172,63 +222,23 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
         if dataclasses.is_dataclass(hint) and (name in node or required):
             values[name] = _build(typing.cast(type, hint), node.get(name, {}), key)
         elif name in node:
-            values[name] = _typed(hint, node[name], key)
+            values[name] = typed(hint, node[name], key)
         elif required:
             raise ConfigError(f"{key} is missing; give it in the recipe or as {key}=VALUE")
     return cls(**values)
 
 
 def _component_name(cls: type[Component], node: dict[str, Any], path: str) -> str:
-    name = node.pop("name", None)
+    known = f"known: {', '.join(cls.names())}"
+    if "name" not in node:
+        raise ConfigError(f"{path}.name is missing; {known}")
+    name = node.pop("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{path}.name is missing; known: {', '.join(cls.names())}")
-    try:
-        cls.by_name(name)
-    except ConfigError:
-        raise ConfigError(f"{path}.name: unknown {cls.family} {name!r}{nearest(name, cls.names())}") from None
+        raise ConfigError(f"{path}.name must be one of the names, got {one_line(repr(name), 80)}; {known}")
+    if name not in cls.names():
+        raise ConfigError(f"{path}.name: unknown {cls.family} {one_line(repr(name), 80)}{nearest(name, cls.names())}")
     return name
 
 
-def _typed(hint: Any, value: Any, key: str) -> Any:
-    """Convert one plain value to its declared type, or say in one line why it does not fit."""
-    schema = dataclasses.make_dataclass("Schema", [("value", hint)])
-    rule = _collection_rule(hint)
-    misfit = ConfigError(f"{key} must be {rule}, got {value!r}")
-    if rule and isinstance(value, list) and any(isinstance(part, list | dict) for part in value):
-        raise misfit
-    with _one_line_errors(key):
-        try:
-            typed = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
-        except (OmegaConfBaseException, TypeError):
-            if rule:
-                raise misfit from None
-            raise
-        return OmegaConf.to_object(typed).value  # type: ignore[union-attr]
-
-
-_ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}
-
-
-def _collection_rule(hint: Any) -> str | None:
-    """Return in words what a list or mapping must be, and None for any other type, of which OmegaConf speaks well."""
-    if isinstance(hint, types.UnionType):
-        rules = [rule for part in typing.get_args(hint) if (rule := _collection_rule(part))]
-        return f"{rules[0]}, or null" if rules else None
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is dict:
-        return "a mapping like {a: b}"
-    return f"a list of {_ELEMENTS[parts[0]]}" if origin in (list, tuple) else None
-
-
-@contextmanager
-def _one_line_errors(key: str = "") -> Iterator[None]:
-    try:
-        yield
-    except (OmegaConfBaseException, ValueError, YAMLError) as error:
-        where = key or getattr(error, "full_key", None)
-        first = first_line(error)
-        raise ConfigError(f"{where}: {first}" if where else first) from None
-
-
 def _join(path: str, key: object) -> str:
-    return f"{path}.{key}" if path else str(key)
+    return f"{path}.{one_line(key, 80)}" if path else one_line(key, 80)

@@ -1,5 +1,6 @@
 """RunConfig and its parts: frozen dataclasses, checked when they are made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.names import check_names, folded
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
@@ -17,12 +19,19 @@ from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
 
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
+INPUTS = ("target", "tokenizer", "data", "calibration", "plugins", "versions")
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 
 
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
     if not ok:
         raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def _require_different(key: str, names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{key} names {twice[0]!r} twice; name each once")
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,22 @@ class DataConfig:
     rows_per_task: int | None = None
     """Rows sampled per source before the partition; null takes all."""
     max_input_tokens: int = 256
-    """Longer prompts are cut from the left, so that the answer cue stays."""
+    """Longer prompts are cut from the left, so that the answer cue stays; the run says how many."""
     max_target_tokens: int = 64
-    """Longer targets are cut from the right."""
+    """Longer targets, end token included, are cut from the right; the run says how many."""
+    end_token: Literal["auto", "always", "never"] = "auto"
+    """Whether targets end with the tokenizer's end-of-sequence token, so that a tuned model stops there: those of
+    data.files alone (auto), all, or none."""
     partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
 
     def __post_init__(self) -> None:
         _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
-        both = sorted(set(self.tasks) & set(self.files))
+        check_names(self.files, "data.files")
+        _require_different("data.tasks", self.tasks)
+        both = sorted({folded(task) for task in self.tasks} & {folded(name) for name in self.files})
         _require("data.files", both, not both, "named differently from data.tasks")
+        taken = sorted(name for name in self.files if folded(name) == "mean")
+        _require("data.files", taken, not taken, "named otherwise: the mean over sources has this name")
         for key in ("max_input_tokens", "max_target_tokens"):
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
@@ -164,9 +180,9 @@ class EvaluationConfig:
     """What is scored with lm-eval at the end of a run."""
 
     tasks: list[str] | None = None
-    """lm-eval tasks; null takes data.tasks."""
+    """lm-eval tasks; null takes data.tasks. An empty list scores nothing."""
     models: list[str] = field(default_factory=lambda: list(MODELS))
-    """Which models are scored: target, proxy, proxy_tuned, fused."""
+    """Which models are scored: target, proxy, proxy_tuned, fused. An empty list scores nothing."""
     limit: int | None = None
     """Score the first ``limit`` documents of each task; null scores all."""
     num_fewshot: int = 0
@@ -180,6 +196,8 @@ class EvaluationConfig:
         for name in self.models:
             if name not in MODELS:
                 raise ConfigError(f"evaluation.models: unknown model {name!r}{nearest(name, MODELS)}")
+        _require_different("evaluation.models", self.models)
+        _require_different("evaluation.tasks", self.tasks or [])
         _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
         _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
         _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
@@ -201,8 +219,11 @@ class RunConfig:
     """Folder of the run."""
     resume: Literal["auto", "never"] = "never"
     """``auto`` goes on from the last whole checkpoint of output_dir."""
+    accept_changed: list[str] = field(default_factory=list)
+    """What a run that goes on may find changed: target (its configuration, never its weights), tokenizer, data,
+    calibration, plugins (their code), versions (of FedProxy and its libraries). The report says so."""
     overwrite: bool = False
-    """Delete the run that output_dir holds."""
+    """Delete the run that output_dir holds, after everything else was checked; on the command line alone."""
     plugins: list[str] = field(default_factory=list)
     """Modules to import for the components they register."""
     compression: Compressor = field(default_factory=lambda: Compressor.by_name("block_influence")())
@@ -230,11 +251,18 @@ class RunConfig:
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"loggers: unknown logger {name!r}{nearest(name, LOGGERS)}")
+        for name in self.accept_changed:
+            if name not in INPUTS:
+                raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
+        _require_different("loggers", self.loggers)
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
-        if self.data.files and not self.evaluation_tasks:
-            raise ConfigError("evaluation.tasks is missing: data.files has no task to score; name lm-eval tasks")
 
     @property
     def evaluation_tasks(self) -> list[str]:
-        """The tasks that are scored."""
+        """The tasks that models are asked."""
         return self.data.tasks if self.evaluation.tasks is None else self.evaluation.tasks
+
+    @property
+    def scored_tasks(self) -> list[str]:
+        """The same, and none where no model is scored."""
+        return self.evaluation_tasks if self.evaluation.models else []

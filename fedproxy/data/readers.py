@@ -1,13 +1,18 @@
 """Records of one data file with their place in it, so that an error can name the broken one."""
 
 import csv
-import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import DataError, nearest
+from fedproxy.errors import DataError, nearest, one_line
+from fedproxy.files import open_regular, parse_json
+
+_LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field, the most that Python's reader can be asked for; its default is 131,072."""
 
 
 @dataclass(frozen=True)
@@ -19,93 +24,109 @@ class Record:
     values: Mapping[str, Any]
 
 
-def read_file(path: Path) -> Iterator[Record]:
+def read_file(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     """Yield the records of a .jsonl, .json, .csv, .parquet or .txt file (one ``text`` per line that is not blank).
+
+    Args:
+        path: The file; a pipe or a device is refused.
+        columns: The columns that are wanted; of a parquet file no others are read.
 
     Raises:
         DataError: If the file is of another kind, cannot be read, or a record is broken.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"{path} is of no known kind{nearest(path.suffix, _READERS)}; convert it to one of them")
+        raise DataError(f"{path} is not of a known kind{nearest(path.suffix, _READERS)}; convert it to one of them")
     try:
-        yield from reader(path)
+        yield from reader(path, columns)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error}); check the file") from error
+        raise DataError(f"{path} cannot be read ({error.strerror or one_line(error)}); check the file") from error
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def no_column(place: str, column: str, found: Iterable[object]) -> DataError:
+    """Return the error of a row or a table that lacks a column."""
+    return DataError(f"{place} has no column {column!r}{nearest(column, (one_line(name, 40) for name in found))}")
+
+
+def check_columns(place: str, names: Iterable[str]) -> None:
+    """Refuse a table with two columns of one name: which of them is meant nobody knows.
+
+    Raises:
+        DataError: Naming the column.
+    """
+    twins = [name for name, count in Counter(names).items() if count > 1 and name]
+    if twins:
+        raise DataError(f"{place} has two columns named {one_line(twins[0], 40)!r}; rename or remove one of them")
+
+
+def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    del columns
     for place, line in _lines(path):
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place} is not valid JSON ({error.msg}, column {error.colno}); mend the line") from error
-        yield _record(place, values)
+            values = parse_json(line, dict, unique_keys=True)
+        except ValueError as error:
+            raise DataError(f"{place}: {error}; write one JSON object in each line") from None
+        yield Record(place, values)
 
 
-def _json(path: Path) -> Iterator[Record]:
+def _json(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    del columns
+    with _open(path) as file:
+        text = file.read()
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} is not valid JSON ({error.msg}); mend the file") from error
-    if not isinstance(rows, list):
-        raise DataError(
-            f"{path} must hold a JSON list of objects, got {type(rows).__name__}; one object a line is .jsonl"
-        )
+        rows = parse_json(text, list, unique_keys=True)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; write one JSON list of objects (.jsonl holds an object a line)") from None
     for number, values in enumerate(rows, 1):
-        yield _record(f"{path} row {number}", values)
+        place = f"{path} row {number}"
+        if not isinstance(values, dict):
+            raise DataError(f"{place} must be a JSON object, got {type(values).__name__}; fix the row")
+        yield Record(place, values)
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+def _csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    del columns
+    csv.field_size_limit(_LONGEST_FIELD)
+    with _open(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         number = 0
         try:
+            check_columns(f"{path} line 1", reader.fieldnames or ())
             for number, values in enumerate(reader, 1):
                 place = f"{path} row {number} (line {reader.line_num})"
                 if None in values or None in values.values():
                     fields = sum(value is not None for name, value in values.items() if name is not None)
-                    found = fields + len(values.get(None) or ())
-                    raise DataError(f"{place} has {found} fields, the header has {len(reader.fieldnames or ())}")
+                    found, wanted = fields + len(values.get(None) or ()), len(reader.fieldnames or ())
+                    raise DataError(f"{place} has {found} fields, the header has {wanted}; put fields into quotes")
                 yield Record(place, values)
         except csv.Error as error:
-            raise DataError(f"{path} row {number + 1} is not valid CSV ({error}); mend the row") from error
+            raise DataError(f"{path} row {number + 1} is not valid CSV ({error}); fix the row") from error
 
 
-def _parquet(path: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    from fedproxy.data.tables import parquet_records
 
-    try:
-        with pq.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Record(f"{path} row {number}", values)
-    except pa.ArrowInvalid as error:
-        raise DataError(f"{path} is no readable parquet file ({str(error).splitlines()[0]}); write it again") from error
+    return parquet_records(path, columns)
 
 
-def _txt(path: Path) -> Iterator[Record]:
+def _txt(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    del columns
     for place, line in _lines(path):
         yield Record(place, {"text": line.strip()})
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the lines that are not blank, with their place."""
-    with path.open(encoding="utf-8-sig") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path} line {number}", line
 
 
-def _record(place: str, values: Any) -> Record:
-    if not isinstance(values, dict):
-        raise DataError(f"{place} must be a JSON object, got {type(values).__name__}")
-    return Record(place, values)
+def _open(path: Path, newline: str | None = None) -> TextIOWrapper:
+    return TextIOWrapper(open_regular(path, follow=True), encoding="utf-8-sig", newline=newline)
 
 
 _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}

@@ -17,3 +17,5 @@ class Row:
     """Stable name of the row, e.g. ``arc_easy/train/17``; errors and partitions name rows by it."""
     label: int | None = None
     """Gold choice of a multiple-choice row, for partitions that skew labels."""
+    ends: bool = False
+    """Whether the answer is over where the target ends, so that the model should write its end token next."""

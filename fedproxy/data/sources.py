@@ -5,16 +5,20 @@ for texts), a local folder (written by ``save_to_disk``, or holding ``<split>.js
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fedproxy.data.assets import resolve
-from fedproxy.data.readers import SUFFIXES, Record, read_file
+from fedproxy.data.loading import load_from_hub
+from fedproxy.data.readers import SUFFIXES, Record, no_column, read_file
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError, first_line, nearest
+from fedproxy.data.tables import hub_records, is_saved, saved_records
+from fedproxy.errors import DataError, nearest, one_line
 from fedproxy.seeding import generator
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -50,9 +54,10 @@ def read_rows(
         AssetError: If an asset is unknown or cannot be fetched.
     """
     columns = columns or Columns()
+    wanted = tuple(column for column in (columns.prompt, columns.target, columns.label) if column is not None)
     rows = []
     labels: list[Any] = []
-    for number, record in enumerate(islice(_records(path, split), limit)):
+    for number, record in enumerate(islice(_records(path, split, wanted), limit)):
         prompt, target = _text(record, columns.prompt), _text(record, columns.target)
         if not (prompt[-1].isspace() or target[0].isspace()):
             target = f" {target}"
@@ -64,7 +69,7 @@ def read_rows(
     if not labels:
         return rows
     numbers = _numbered(labels)
-    return [Row(row.prompt, row.target, row.source, row.key, label) for row, label in zip(rows, numbers, strict=True)]
+    return [replace(row, label=label) for row, label in zip(rows, numbers, strict=True)]
 
 
 def read_texts(path: str, rows: int, seed: int) -> list[str]:
@@ -81,7 +86,7 @@ def read_texts(path: str, rows: int, seed: int) -> list[str]:
     """
     import torch
 
-    texts = [_text(record, "text") for record in _records(path, "train")]
+    texts = [_text(record, "text") for record in _records(path, "train", ("text",))]
     if len(texts) < rows:
         raise DataError(f"{path} holds {len(texts)} texts, {rows} are asked for; ask for fewer or add some")
     order = torch.randperm(len(texts), generator=generator(seed, "texts"))[:rows]
@@ -90,79 +95,78 @@ def read_texts(path: str, rows: int, seed: int) -> list[str]:
 
 def count_texts(path: str) -> int:
     """Return how many texts :func:`read_texts` can draw from."""
-    return sum(1 for _ in _records(path, "train"))
+    return sum(1 for _ in _records(path, "train", ("text",)))
 
 
-def _records(path: str, split: str) -> Iterator[Record]:
-    """Yield every record of a path with its place in words."""
+def _records(path: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
+    """Yield every record of a path with its place in words; ``columns`` are those that are looked at."""
+    if not path.strip():
+        raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
     local = resolve(path)
     if local is None:
-        yield from _hub_records(path, split)
-    elif local.is_file():
-        yield from read_file(local)
-    elif (local / "dataset_info.json").exists() or (local / "dataset_dict.json").exists():
-        yield from _saved_records(local, split)
+        yield from _hub_records(path, split, columns)
+    elif not local.is_dir():
+        yield from read_file(local, columns)
+    elif is_saved(local):
+        yield from saved_records(local, split, columns)
     else:
-        yield from read_file(_split_file(local, split))
+        yield from read_file(_split_file(local, split), columns)
 
 
 def _split_file(folder: Path, split: str) -> Path:
+    try:
+        held = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); check the folder") from error
     for suffix in SUFFIXES:
-        if (folder / f"{split}{suffix}").is_file():
-            return folder / f"{split}{suffix}"
-    held = {file.stem for file in folder.iterdir() if file.suffix in SUFFIXES}
-    raise DataError(f"{folder} holds no data file for split {split!r}{nearest(split, held)}")
+        for file in held:
+            if file.stem == split and file.suffix.lower() == suffix:
+                return file
+    raise DataError(f"{folder} holds no data file for split {split!r}{nearest(split, {file.stem for file in held})}")
 
 
-def _saved_records(folder: Path, split: str) -> Iterator[Record]:
-    from datasets import Dataset, load_from_disk
-
-    try:
-        data = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder} is no whole save_to_disk folder ({first_line(error)}); save it again") from error
-    if not isinstance(data, Dataset):
-        if split not in data:
-            raise DataError(f"{folder} holds no split {split!r}{nearest(split, data)}")
-        data = data[split]
-    for number, values in enumerate(data, 1):
-        yield Record(f"{folder} row {number}", values)
-
-
-def _hub_records(path: str, split: str) -> Iterator[Record]:
-    if not _HUB_ID.fullmatch(path) or Path(path).suffix in SUFFIXES:
+def _hub_records(path: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
+    if not _HUB_ID.fullmatch(path) or Path(path).suffix in SUFFIXES or _is_format(path):
         raise DataError(f"{path} does not exist; give an existing file or folder, asset:NAME or a hub id")
-    from datasets import load_dataset
+    yield from hub_records(load_from_hub(path, split), f"{path} {split}", columns)
 
-    try:
-        data = load_dataset(path, split=split)
-    except Exception as error:  # the hub's client fails with many kinds, and all of them mean the same here
-        raise DataError(
-            f"{path} is no local file or folder, and the hub gave no split {split!r} of it ({first_line(error)})"
-        ) from error
-    for number, values in enumerate(data, 1):
-        yield Record(f"{path} {split} row {number}", values)
+
+def _is_format(path: str) -> bool:
+    """Tell whether ``datasets`` takes a name for a kind of files, and would read all such files that lie here."""
+    return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
 
 
 def _text(record: Record, column: str) -> str:
     value = _value(record, column)
     if not isinstance(value, str):
-        raise DataError(f"{record.place}: {column!r} must be text, got {type(value).__name__} {_short(value)}")
+        raise DataError(
+            f"{record.place}: {column!r} must be text, got {type(value).__name__} {_short(value)}; put it into quotes "
+            "or remove the row"
+        )
     if not value.strip():
         raise DataError(f"{record.place}: {column!r} is empty; fill it in or remove the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{record.place}: {column!r} holds half a character (surrogate, at {error.start}); write the whole one"
+        ) from None
     return value
 
 
 def _label(record: Record, column: str) -> int | str:
     value = _value(record, column)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise DataError(f"{record.place}: {column!r} must be a whole number or a word, got {_short(value)}")
+        raise DataError(
+            f"{record.place}: {column!r} must be a whole number or a word, got {_short(value)}; correct it or remove "
+            "the row"
+        )
     return value
 
 
 def _value(record: Record, column: str) -> Any:
     if column not in record.values:
-        raise DataError(f"{record.place} has no column {column!r}{nearest(column, map(str, record.values))}")
+        raise no_column(record.place, column, record.values)
     return record.values[column]
 
 
@@ -175,5 +179,4 @@ def _numbered(labels: list[Any]) -> list[int]:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+    return one_line(reprlib.repr(value), 40)

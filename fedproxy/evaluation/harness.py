@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedproxy.data.rows import Row
-from fedproxy.evaluation.loaded_task import Split
-from fedproxy.evaluation.offline_tasks import missing_assets, task_names
+from fedproxy.evaluation.loaded_task import LoadedTask
+from fedproxy.evaluation.offline_tasks import Split, missing_assets, task_names
+from fedproxy.evaluation.prompt_limits import positions, prompt_limits
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import (
     EvaluationResult,
@@ -22,20 +23,28 @@ from fedproxy.evaluation.results import (
     question_samples,
     task_scores,
 )
-from fedproxy.evaluation.task_checks import check_metrics, check_rows, check_settings, check_task
-from fedproxy.evaluation.task_loading import load_task, needed_splits
+from fedproxy.evaluation.task_checks import (
+    check_metrics,
+    check_rows,
+    check_settings,
+    check_task,
+    check_training_task,
+)
+from fedproxy.evaluation.task_loading import expand, load_one, load_task, needed_splits
 from fedproxy.seeding import generator
 from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
     "METRICS",
     "EvaluationResult",
+    "check_data_tasks",
     "check_tasks",
     "evaluate_model",
     "missing_assets",
+    "prompt_notes",
     "render_rows",
     "task_names",
 ]
@@ -66,7 +75,8 @@ def evaluate_model(
     Args:
         model: The model, on its device; its weights are not changed and its training mode is restored.
         tokenizer: Its tokenizer.
-        tasks: Task names: those of :func:`task_names` run on local files, any other through the hub.
+        tasks: Task names: those of :func:`task_names` run on local files, task files of one's own on theirs, any other
+            through the hub; a tag stands for its tasks.
         limit: Only the first ``limit`` documents of each task; None is all.
         num_fewshot: Solved examples before each question, drawn from the train split with ``seed``.
         batch_size: Sequences per forward where requests do not share prefixes (generation, fallback).
@@ -85,10 +95,8 @@ def evaluate_model(
 
     check_tasks(tasks, limit=limit, num_fewshot=num_fewshot, split=split)
     start, training = time.perf_counter(), model.training
-    needs = {name: needed_splits(name, split, num_fewshot) for name in tasks}
-    loaded = {task.name: task for name in tasks for task in load_task(name, split, needs[name])}
-    for task in loaded.values():
-        task.prepare(num_fewshot, seed)
+    loaded = {task.name: task for task in _loaded(tasks, split, num_fewshot)}
+    notes: list[str] = []
     with quiet(), _bar(progress) as report:
         lm = PrefixSharingLM(
             model,
@@ -99,6 +107,10 @@ def evaluate_model(
             on_progress=report,
         )
         try:
+            for task in loaded.values():
+                limits = prompt_limits(task, tokenizer, lm.max_length, limit=limit, num_fewshot=num_fewshot, seed=seed)
+                task.prepare(num_fewshot, seed, limits.answer_tokens)
+                notes += limits.notes
             raw = evaluate(
                 lm=lm,
                 task_dict={"tasks": {name: task.task for name, task in loaded.items()}},
@@ -112,6 +124,8 @@ def evaluate_model(
     for name, results in raw["results"].items():
         results |= missing_stderrs(results, samples[name])
     scores = {name: task_scores(raw["results"][name], samples[name]) for name in loaded}
+    if lm.obstacle is not None:
+        notes.append(f"Every sequence is run alone, as lm-eval does it: {lm.obstacle}.")
     settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "split": split, "sharing": lm.sharing}
     return EvaluationResult(
         scores=scores,
@@ -119,7 +133,36 @@ def evaluate_model(
         samples=[sample for name in loaded for sample in samples[name]],
         lm_eval=plain_results(raw, settings, loaded),
         seconds=time.perf_counter() - start,
+        notes=notes,
     )
+
+
+def prompt_notes(
+    config: "PretrainedConfig",
+    tokenizer: "PreTrainedTokenizerBase",
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    seed: int = 0,
+    split: Split | None = None,
+) -> list[str]:
+    """Return what an evaluation will have to cut, in a sentence each, from a model's configuration alone.
+
+    Raises:
+        EvaluationError: If a task cannot be asked of such a model.
+    """
+    with quiet():
+        most = positions(config, tokenizer)
+        return [
+            note
+            for task in _loaded(tasks, split, num_fewshot)
+            for note in prompt_limits(task, tokenizer, most, limit=limit, num_fewshot=num_fewshot, seed=seed).notes
+        ]
+
+
+def _loaded(tasks: Sequence[str], split: Split | None, num_fewshot: int) -> list[LoadedTask]:
+    return [task for name in expand(tasks) for task in load_task(name, split, needed_splits(name, split, num_fewshot))]
 
 
 def check_tasks(
@@ -137,8 +180,20 @@ def check_tasks(
     """
     check_settings(names, limit, num_fewshot, split)
     check_metrics(metrics, METRICS)
-    for name in names:
+    single = expand(names)
+    check_settings(single, limit, num_fewshot, split)
+    for name in single:
         check_task(name, limit, num_fewshot, split)
+
+
+def check_data_tasks(names: Sequence[str]) -> None:
+    """Raise one clear line unless clients can own training rows of every task; local tasks are not loaded.
+
+    Raises:
+        EvaluationError: If a task is unknown, has no train split, or is not multiple choice.
+    """
+    for name in expand(names):
+        check_training_task(name)
 
 
 def render_rows(task: str, split: str = "train", limit: int | None = None, seed: int | None = None) -> list[Row]:
@@ -159,9 +214,10 @@ def render_rows(task: str, split: str = "train", limit: int | None = None, seed:
     """
     check_rows(task, split, limit)
     with quiet():
-        (loaded,) = load_task(task, None, (split,))
+        loaded = load_one(task, None, (split,))
+        loaded.check_rows(split)
         docs = loaded.docs(split)
-        order = range(len(docs)) if seed is None else _permutation(len(docs), seed, task, split)
+        order = range(len(docs)) if seed is None else _permutation(len(docs), seed, loaded.name, split)
         return [loaded.row(docs[index], split, index) for index in order[:limit]]
 
 

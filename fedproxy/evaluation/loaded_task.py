@@ -1,30 +1,52 @@
 """An lm-eval task and the few questions that the rest of this package asks it."""
 
-from typing import Any, Literal
+import copy
+from collections.abc import Mapping
+from typing import Any
 
 from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
-from fedproxy.evaluation.offline_tasks import OfflineTask
+from fedproxy.evaluation.offline_tasks import Split
+from fedproxy.evaluation.solved_examples import choose_examples, example_count
 
-Split = Literal["test", "validation"]
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""Names under which lm-eval's tasks give the most tokens of a generated answer, the first one counts."""
 
 
 class LoadedTask:
     """One lm-eval task and what it was configured with."""
 
-    def __init__(self, task: Any, offline: OfflineTask | None, split: Split | None) -> None:
-        """Wrap lm-eval's ``task`` (from our file ``offline`` if it has one), to be scored on ``split``.
+    def __init__(self, task: Any, split: Split | None, public: Mapping[str, Any] | None = None) -> None:
+        """Wrap lm-eval's ``task``, to be scored on ``split``.
+
+        Args:
+            task: lm-eval's task object.
+            split: ``test`` or ``validation``; None is lm-eval's choice.
+            public: What stands in for this machine's paths where the configuration is shown: ``dataset_kwargs`` and
+                ``config_source``; None where lm-eval's own file holds none.
 
         Raises:
-            EvaluationError: If the task has no such split.
+            EvaluationError: If the task has no such split, or asks for more than text.
         """
-        self.task, self.offline = task, offline
+        self.task, self._public = task, public
         self.name: str = task.get_config("task")
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            reason = (
+                "runs code that a model writes" if getattr(task, "UNSAFE_CODE", False) else "shows images or sounds"
+            )
+            raise EvaluationError(f"task {self.name!r} {reason}, which FedProxy does not do; leave it out")
         self._num_fewshot: int | None = task.get_config("num_fewshot")
+        self._generation = copy.deepcopy(task.get_config("generation_kwargs"))
         if split is not None and not (task.has_test_docs() if split == "test" else task.has_validation_docs()):
             raise EvaluationError(f"task {self.name!r} has no {split} split; leave evaluation.split null")
         if split == "validation":
             task.set_config(key="test_split", value=None)
+        self.examples_are_scored = choose_examples(task)
+
+    @property
+    def scored(self) -> Split:
+        """The split that is scored."""
+        return "test" if self.task.has_test_docs() else "validation"
 
     @property
     def multiple_choice(self) -> bool:
@@ -41,10 +63,40 @@ class LoadedTask:
         """Whether every metric is a mean, whose standard error needs no bootstrap."""
         return all(getattr(function, "__name__", "") == "mean" for function in self.task.aggregation().values())
 
-    def prepare(self, num_fewshot: int, seed: int) -> None:
-        """Set the number of solved examples (a task that fixes it at 0 keeps 0, as in lm-eval) and their seed."""
-        self.task.set_config(key="num_fewshot", value=0 if self._num_fewshot == 0 else num_fewshot)
+    def shots(self, num_fewshot: int) -> int:
+        """Return how many solved examples a question gets of those asked for: a task that fixes them at 0 has none."""
+        return 0 if self._num_fewshot == 0 else num_fewshot
+
+    @property
+    def examples(self) -> int:
+        """How many solved examples there are to draw from for one question."""
+        return example_count(self.task)
+
+    def prepare(self, num_fewshot: int, seed: int, answer_tokens: int | None = None) -> None:
+        """Set the number of solved examples and their seed, and the most tokens of an answer that is generated.
+
+        Args:
+            num_fewshot: Solved examples before each question.
+            seed: They are drawn anew from this seed.
+            answer_tokens: Most tokens of a generated answer; None is the task's own number.
+        """
+        self.task.set_config(key="num_fewshot", value=self.shots(num_fewshot))
         self.task.set_fewshot_seed(seed=seed)
+        if answer_tokens is not None:
+            short = {key: value for key, value in self._generation.items() if key not in LENGTH_KEYS}
+            self.task.set_config(key="generation_kwargs", value={**short, "max_gen_toks": answer_tokens})
+        elif self._generation is not None:
+            self.task.set_config(key="generation_kwargs", value=copy.deepcopy(self._generation))
+
+    def check_rows(self, split: str) -> None:
+        """Raise an EvaluationError unless the task has training rows in that split, each with one right answer."""
+        if not self.multiple_choice:
+            raise EvaluationError(
+                f"data.tasks: {self.name} is not multiple choice ({self.task.OUTPUT_TYPE}), so it has no rows to train "
+                "on; leave it to evaluation.tasks, and give such rows by data.files"
+            )
+        if self.docs(split) is None:
+            raise EvaluationError(f"data.tasks: {self.name} has no {split} split to train on; leave it out")
 
     def docs(self, split: str) -> Any:
         """Return the documents of ``train``, ``validation`` or ``test`` as an indexable data set, or None."""
@@ -80,7 +132,7 @@ class LoadedTask:
 
     def public_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return lm-eval's dump of the task's configuration without this machine's paths."""
-        if self.offline is None:
+        if self._public is None:
             return config
-        metadata = {**(config.get("metadata") or {}), "config_source": f"fedproxy/{self.name}.yaml"}
-        return {**config, "dataset_kwargs": self.offline.config["dataset_kwargs"], "metadata": metadata}
+        metadata = {**(config.get("metadata") or {}), "config_source": self._public["config_source"]}
+        return {**config, "dataset_kwargs": self._public["dataset_kwargs"], "metadata": metadata}

@@ -5,13 +5,14 @@ import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 from fedproxy.data.assets import cache_root
 from fedproxy.errors import EvaluationError
 
+Split = Literal["test", "validation"]
 _TASKS = Path(__file__).parent / "tasks"
 
 
@@ -56,7 +57,7 @@ class OfflineTask:
         """Tell whether all these splits are in the cache."""
         return all(self.file(split) is not None for split in splits)
 
-    def scored_split(self, split: str | None) -> str:
+    def scored_split(self, split: Split | None) -> Split:
         """Return the split that is scored: the wanted one, else lm-eval's choice (test where there is one)."""
         return split or ("test" if "test" in self.declared else "validation")
 

@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
-from torch import Tensor
 
-from fedproxy.evaluation.token_trees import Query, TokenTree, batches, plant, score
-from fedproxy.seeding import generator
+from fedproxy.errors import first_line
+from fedproxy.evaluation.prompt_tokens import PromptTokens
+from fedproxy.evaluation.token_trees import Query, TokenTree, batches, plant, score, score_alone
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """lm-eval's encoded request: (context, continuation) as text, then both as tokens."""
@@ -18,15 +17,20 @@ _MAX_NODES = 1024
 _LOGITS = 2**26
 """Logits held at once, scored tokens times vocabulary (256 MiB in float32)."""
 
+_NOISE, _HALF_NOISE = 3e-5, 1e-1
+"""Largest difference that rounding makes per token, in standard deviations of its logits: in float32, and below it."""
+_SUMMED, _LEAST = 1e-6, 2e-5
+"""What rounding of the sum adds: as a share of it, and in nats. Seen in all: 4e-5 nats over 90 small models."""
 _OVERHEAD_CPU, _OVERHEAD_GPU = 40, 1000
 """What a forward costs beyond its tokens, in tokens: reading the weights, starting the kernels."""
 
 
-class PrefixSharingLM(HFLM):  # type: ignore[misc]
+class PrefixSharingLM(PromptTokens):
     """HFLM whose log-likelihood requests run every shared prefix once (see :mod:`fedproxy.evaluation.token_trees`).
 
     Tokenisation, truncation and all other request types are HFLM's. A model whose forward does not take a tree, found
-    by comparing a small one with plain forwards, and sequences longer than an attention window go through HFLM as well.
+    by comparing some of the requests with plain forwards, and sequences longer than an attention window go through
+    HFLM as well.
     """
 
     def __init__(
@@ -60,12 +64,13 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         )
         self.batch_tokens, self.on_progress = batch_tokens, on_progress
         self.answer_tokens: dict[tuple[str, str], int] = {}
-        self.obstacle = sharing_obstacle(self.model) if self.backend == "causal" else "not a causal model"
+        self.cut: set[tuple[str, str]] = set()
+        self.obstacle = None if self.backend == "causal" else "it is not a causal model"
         self._window = attention_window(self.model)
 
     @property
     def sharing(self) -> bool:
-        """Whether prefixes are shared with this model; ``obstacle`` says why not."""
+        """Whether prefixes are shared with this model, as far as requests have shown; ``obstacle`` says why not."""
         return self.obstacle is None
 
     def _loglikelihood_tokens(
@@ -74,14 +79,14 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         self.answer_tokens |= {text: len(continuation) for text, _, continuation in requests if text is not None}
         rolling = override_bs is not None
         queries = {} if rolling or not self.sharing else self._queries(requests)
-        found = self._score(queries, len(requests))
+        found = self._score(queries, len(requests)) if queries else {}
+        for index in found:
+            if (text := requests[index][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", text, found[index])
         rest = [index for index in range(len(requests)) if index not in found]
         if rest:
             plain = super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm, override_bs)
             found |= dict(zip(rest, plain, strict=True))
-        for index in queries:
-            if (text := requests[index][0]) is not None:
-                self.cache_hook.add_partial("loglikelihood", text, found[index])
         self._report(len(requests), len(requests))
         return [found[index] for index in range(len(requests))]
 
@@ -96,19 +101,50 @@ class PrefixSharingLM(HFLM):  # type: ignore[misc]
         return queries
 
     def _score(self, queries: dict[int, Query], total: int) -> dict[int, tuple[float, bool]]:
+        """Score queries with shared prefixes; return nothing where some show that this model cannot share."""
         order, asked = list(queries), list(queries.values())
-        trees = plant(asked, hidden_size(self.model), min(_MAX_NODES, self.batch_tokens))
-        found: dict[int, tuple[float, bool]] = {}
-        scored = max(1, _LOGITS // vocabulary(self.model))
+        try:
+            trees = plant(asked, hidden_size(self.model), min(_MAX_NODES, self.batch_tokens))
+            scored = max(1, _LOGITS // vocabulary(self.model))
+        except Exception as error:  # a configuration or a head that is not where others have it
+            self.obstacle = f"{type(error).__name__}: {first_line(error)}"
+            return {}
         overhead = _OVERHEAD_CPU if self.device.type == "cpu" else _OVERHEAD_GPU
-        for batch in batches(trees, self.batch_tokens, scored, overhead):
-            with torch.autocast(
-                self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
-            ):
-                answers = score(self.model, batch, asked, self.softmax_dtype)
+        forwards = batches(trees, self.batch_tokens, scored, overhead)
+        telling = most_telling(forwards, asked)
+        forwards.sort(key=lambda batch: telling.isdisjoint(_members(batch)))  # what shows an obstacle comes first
+        found: dict[int, tuple[float, bool]] = {}
+        for batch in forwards:
+            checked = telling & _members(batch)
+            try:
+                answers = self._answers(batch, asked, checked)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # a forward that does not take what a tree needs may raise anything
+                if not checked:
+                    raise
+                self.obstacle = f"{type(error).__name__}: {first_line(error)}"
+            if self.obstacle is not None:
+                return {}
             found |= {order[position]: answer for position, answer in answers.items()}
             self._report(len(found), total)
         return found
+
+    def _answers(
+        self, batch: Sequence[TokenTree], asked: Sequence[Query], checked: set[int]
+    ) -> dict[int, tuple[float, bool]]:
+        """Score one batch, and set ``obstacle`` where a plain forward over one of ``checked`` says something else."""
+        dtype = self.mixed_precision_dtype
+        precise = dtype is None and self.model.dtype in (torch.float32, torch.float64)
+        noise = _NOISE if precise and torch.get_float32_matmul_precision() == "highest" else _HALF_NOISE
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            answers = score(self.model, batch, asked, self.softmax_dtype)
+            for index in sorted(checked):
+                plain, scale = score_alone(self.model, asked[index], self.softmax_dtype)
+                gap = abs(answers[index][0] - plain)
+                if not gap <= noise * scale + _SUMMED * abs(plain) + _LEAST:
+                    self.obstacle = f"over shared prefixes log-likelihoods are {gap:.2g} nats from a plain forward's"
+        return answers
 
     def _report(self, done: int, total: int) -> None:
         if self.on_progress is not None:
@@ -135,49 +171,24 @@ def attention_window(model: Any) -> int | None:
     return min((int(window) for window in windows if window), default=None)
 
 
-def sharing_obstacle(model: Any) -> str | None:
-    """Return why the model cannot run trees, or None if it can.
+def most_telling(forwards: Sequence[Sequence[TokenTree]], queries: Sequence[Query]) -> set[int]:
+    """Return the queries, at most three, in which a model that cannot run trees gives itself away.
 
-    Two small trees of different size, with a shared prefix, a repeated question and answers of one and several tokens,
-    are compared with a plain forward per sequence. Recurrent layers, positional biases that ignore position ids and
-    attention kernels without masks fail here, by an exception or by other numbers.
+    Windows and chunks, whatever a configuration calls them, hide early tokens of the longest one. Recurrent states, and
+    layers that choose among a row's tokens, are wrong most where most tokens of other sequences come before. What
+    depends on the longest sequence of a batch is wrong in the shortest one beside it.
     """
-    try:
-        queries, trees = _small_trees(vocabulary(model))
-        hidden_size(model)
-        found = score(model, trees, queries)
-        plain = [_plain_logprobs(model, query) for query in queries]
-    except Exception as error:  # a forward that does not take what a tree needs may raise anything
-        return f"{type(error).__name__}: {error}"
-    precise = model.dtype in (torch.float32, torch.float64)
-    for index, (logprobs, spread) in enumerate(plain):
-        if abs(found[index][0] - logprobs) > (1e-3 if precise else 1e-1) * spread:
-            return "its forward over a token tree differs from its forward over each sequence"
-    return None
+    unseen = {
+        index: path[-1] + 1 - len(queries[index].tokens)
+        for batch in forwards
+        for tree in batch
+        for index, path in tree.scored
+    }
+    longest = max(unseen, key=lambda index: len(queries[index].tokens))
+    beside = next(members for batch in forwards if longest in (members := _members(batch)))
+    shortest = min(sorted(beside), key=lambda index: len(queries[index].tokens))
+    return {longest, max(unseen, key=lambda index: unseen[index]), shortest}
 
 
-def _small_trees(words: int) -> tuple[list[Query], list[TokenTree]]:
-    """Return three queries of one tree and one of a smaller one, of random tokens."""
-    token = torch.randint(words, (24,), generator=generator(0, "sharing check")).tolist()
-    prefix = token[:9]
-    queries = [
-        Query(prefix, token[9:10]),
-        Query(prefix + token[10:12], token[10:13]),
-        Query(prefix + token[13:17], token[13:18]),
-        Query(token[18:22], token[22:23]),
-    ]
-    large, small = TokenTree(), TokenTree()
-    for index in sorted(range(3), key=lambda i: queries[i].tokens):
-        large.add(index, queries[index])
-    small.add(3, queries[3])
-    return queries, [large, small]
-
-
-@torch.no_grad()
-def _plain_logprobs(model: Any, query: Query) -> tuple[float, float]:
-    """Return the summed log-probability of the targets, and the sum of the logits' standard deviations there."""
-    logits: Tensor = model(torch.tensor([query.tokens], device=model.device), use_cache=False).logits[0]
-    logits = logits[len(query.tokens) - len(query.targets) :].float()
-    logprobs = logits.log_softmax(-1)
-    picked = logprobs[torch.arange(len(query.targets)), torch.tensor(query.targets)]
-    return float(picked.sum()), float(logits.std(-1).sum())
+def _members(batch: Sequence[TokenTree]) -> set[int]:
+    return {index for tree in batch for index, _ in tree.scored}

@@ -1,4 +1,4 @@
-"""Runs lm-eval without its printing and without its side effects."""
+"""Runs lm-eval without its printing, without its side effects, and with its templates in a sandbox."""
 
 import contextlib
 import logging
@@ -31,6 +31,9 @@ def quiet() -> Iterator[None]:
     import lm_eval.api.task
     import lm_eval.models.huggingface
 
+    from fedproxy.evaluation.templates import use_sandbox
+
+    use_sandbox()
     modules = (lm_eval.api.task, lm_eval.api.model, lm_eval.models.huggingface)
     logger, bars = logging.getLogger("lm_eval"), datasets.is_progress_bar_enabled()
     state, level, originals = random.getstate(), logger.level, [module.tqdm for module in modules]

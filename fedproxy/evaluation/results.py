@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ class EvaluationResult:
     """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json."""
     seconds: float
     """Wall time, loading of tasks included."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the scores should know: prompts that were cut, prefixes that could not be shared."""
 
 
 def question_samples(

@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from fedproxy.errors import EvaluationError, nearest
-from fedproxy.evaluation.loaded_task import Split
-from fedproxy.evaluation.offline_tasks import count_rows, offline_tasks, task_names
-from fedproxy.evaluation.task_loading import load_task, needed_splits
+from fedproxy.evaluation.offline_tasks import Split, count_rows, offline_tasks, task_names
+from fedproxy.evaluation.task_loading import load_one, load_task, needed_splits
 
 _SPLITS = ("test", "validation")
 
@@ -41,11 +40,20 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
     task = offline_tasks().get(name)
     if task is not None and task.has(needs):
         rows = {part: count_rows(path) for part in needs if (path := task.file(part)) is not None}
-        _check_counts(name, rows[needs[0]], rows.get("train"), limit, num_fewshot)
+        # lm-eval draws one more where it leaves the question out, as it does without a test split.
+        examples = rows["train"] - int(needs[0] == "validation") if num_fewshot else None
+        _check_counts(name, rows[needs[0]], examples, limit, num_fewshot)
         return
     for loaded in load_task(name, split, needs):
-        examples = len(loaded.task.fewshot_docs()) if num_fewshot else None
+        examples = loaded.examples if loaded.shots(num_fewshot) else None
         _check_counts(loaded.name, len(loaded.task.eval_docs), examples, limit, num_fewshot)
+
+
+def check_training_task(name: str) -> None:
+    """Raise an EvaluationError unless clients can own rows of the task: it is multiple choice and has a train split."""
+    task = offline_tasks().get(name)
+    if task is None or not task.has(("train",)):  # ours are all multiple choice
+        load_one(name, None, ("train",)).check_rows("train")
 
 
 def check_accuracy(names: Iterable[str]) -> None:

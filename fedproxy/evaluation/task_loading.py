@@ -1,4 +1,4 @@
-"""Turns a task name into lm-eval's task object: from local files where we have them, through the hub otherwise."""
+"""Turns a task name into lm-eval's task object: a file of one's own, local data where we have them, else the hub."""
 
 import functools
 import os
@@ -9,10 +9,11 @@ from pathlib import Path
 import yaml
 
 from fedproxy.data.assets import cache_root
-from fedproxy.errors import EvaluationError, first_line
-from fedproxy.evaluation.hub_tasks import load_from_hub
-from fedproxy.evaluation.loaded_task import LoadedTask, Split
-from fedproxy.evaluation.offline_tasks import OfflineTask, offline_tasks
+from fedproxy.errors import EvaluationError, first_line, one_line
+from fedproxy.evaluation.hub_tasks import load_from_hub, members
+from fedproxy.evaluation.loaded_task import LoadedTask
+from fedproxy.evaluation.offline_tasks import OfflineTask, Split, offline_tasks
+from fedproxy.evaluation.own_tasks import is_task_file, load_own
 from fedproxy.evaluation.quiet import quiet
 
 
@@ -23,11 +24,35 @@ def needed_splits(name: str, split: Split | None, num_fewshot: int) -> tuple[str
     return (scored, "train") if num_fewshot else (scored,)
 
 
+def expand(names: Iterable[str]) -> list[str]:
+    """Return the names with every tag of lm-eval, and every group that only lists names, replaced by its tasks.
+
+    Raises:
+        EvaluationError: If lm-eval knows none of that name.
+    """
+    single = offline_tasks()
+    return [task for name in names for task in ([name] if name in single or is_task_file(name) else members(name))]
+
+
+def load_one(name: str, split: Split | None, needs: Iterable[str]) -> LoadedTask:
+    """Return the task of that name, as :func:`load_task` does.
+
+    Raises:
+        EvaluationError: As there, or if the name stands for several tasks.
+    """
+    listed = expand([name])
+    found = load_task(listed[0], split, needs) if len(listed) == 1 else []
+    if len(found) != 1:
+        several = [task.name for task in found] or listed
+        raise EvaluationError(f"{name!r} stands for {len(several)} tasks: {one_line(', '.join(several))}; name one")
+    return found[0]
+
+
 def load_task(name: str, split: Split | None, needs: Iterable[str]) -> list[LoadedTask]:
     """Return the lm-eval task of that name, or the tasks of a group of the hub.
 
     Args:
-        name: Task name; through the hub also a group or tag.
+        name: Task name, or a task file of one's own; through the hub also a group.
         split: Score on this split; None is lm-eval's choice.
         needs: Splits that will be read (``train``, ``validation``, ``test``): the local files are used if they have
             all of them, else the hub.
@@ -35,15 +60,18 @@ def load_task(name: str, split: Split | None, needs: Iterable[str]) -> list[Load
     Raises:
         EvaluationError: If the task is unknown, cannot be loaded, or lacks a split.
     """
+    if is_task_file(name):
+        return [load_own(name, split)]
     offline, needs = offline_tasks().get(name), tuple(needs)
     if offline is not None and offline.has(needs):
         text = yaml.safe_dump(offline.resolved(), sort_keys=False)
         files = [cache_root() / file for file in offline.declared.values()]
         stamp = tuple(path.stat().st_mtime_ns for path in files if path.is_file())
         return [_load_offline(offline, text, stamp, split)]
-    if offline is not None:
-        _require_hub(offline, needs)
-    return load_from_hub(name, split)
+    if offline is None:
+        return load_from_hub(name, split)
+    _require_hub(offline, needs)
+    return load_from_hub(name, offline.scored_split(split))
 
 
 def _require_hub(task: OfflineTask, needs: Sequence[str]) -> None:
@@ -81,4 +109,5 @@ def _load_offline(offline: OfflineTask, text: str, stamp: tuple[int, ...], split
                 f"task {offline.name!r} cannot be read from {cache_root() / offline.asset} ({first_line(error)}); "
                 f"fetch its data again"
             ) from error
-    return LoadedTask(tasks[offline.name], offline, split)
+    public = {"dataset_kwargs": offline.config["dataset_kwargs"], "config_source": f"fedproxy/{offline.name}.yaml"}
+    return LoadedTask(tasks[offline.name], split, public)

@@ -164,12 +164,23 @@ def score(
     return found
 
 
-def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -> Tensor:
-    """Return logits (scored nodes, vocabulary) of a forward over rows of trees, padded on the right.
+@torch.no_grad()
+def score_alone(model: Any, query: Query, softmax_dtype: torch.dtype | None = None) -> tuple[float, float]:
+    """Score one query by a plain forward over its tokens, without a mask and without position ids.
 
-    A hook hands the vocabulary head only the hidden states of the scored nodes; whatever the model does to logits
-    afterwards (scaling, soft-capping) still happens.
+    Returns:
+        The summed log-probability of its targets, and the sum of the logits' standard deviations there: their scale.
     """
+    first = len(query.tokens) - len(query.targets)
+    where = torch.arange(first, len(query.tokens), device=model.device)
+    logits = _scored_logits(model, where, input_ids=torch.tensor([query.tokens], device=model.device))
+    targets = torch.tensor(query.targets, device=logits.device)
+    values, _ = _pick(logits, torch.arange(len(targets), device=logits.device), targets, softmax_dtype)
+    return float(sum(values)), float(logits.float().std(-1).sum())
+
+
+def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -> Tensor:
+    """Return logits (scored nodes, vocabulary) of a forward over rows of trees, padded on the right."""
     device, rows = model.device, len(trees)
     tokens = torch.zeros(rows, width, dtype=torch.long)
     depths = torch.zeros(rows, width, dtype=torch.long)
@@ -181,6 +192,17 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
         visible[row, :size, :size] = tree.visible()
     mask = torch.zeros(rows, 1, width, width, dtype=model.dtype)
     mask.masked_fill_(~visible[:, None], torch.finfo(model.dtype).min)
+    return _scored_logits(
+        model, where, input_ids=tokens.to(device), attention_mask=mask.to(device), position_ids=depths.to(device)
+    )
+
+
+def _scored_logits(model: Any, where: Tensor, **inputs: Tensor) -> Tensor:
+    """Return the logits (scored tokens, vocabulary) of a forward; ``where`` indexes the flattened batch.
+
+    A hook hands the vocabulary head only the hidden states of the scored tokens; whatever the model does to logits
+    afterwards (scaling, soft-capping) still happens.
+    """
 
     def keep_scored(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = inputs[0].flatten(0, 1)
@@ -190,12 +212,7 @@ def _logits(model: Any, trees: Sequence[TokenTree], width: int, where: Tensor) -
         for head in output_heads(model):
             stack.callback(head.register_forward_pre_hook(keep_scored).remove)
             stack.enter_context(_without_autocast(head))
-        output = model(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            position_ids=depths.to(device),
-            use_cache=False,
-        )
+        output = model(**inputs, use_cache=False)
     logits: Tensor = output.logits
     if logits.shape[:2] != (1, len(where)):
         raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(where)} scored tokens")

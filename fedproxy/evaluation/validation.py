@@ -10,7 +10,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.quiet import quiet
-from fedproxy.evaluation.task_loading import load_task, needed_splits
+from fedproxy.evaluation.task_loading import load_one, needed_splits
 from fedproxy.seeding import generator
 from fedproxy.task_means import mean_scores
 
@@ -54,14 +54,15 @@ def task_questions(task: str, rows: int, owned: Collection[Row], seed: int) -> l
     keys, texts = {row.key for row in owned}, {(row.prompt, row.target) for row in owned}
     split = needed_splits(task, None, 0)[0]
     with quiet():
-        (loaded,) = load_task(task, None, ("train", split))
+        loaded = load_one(task, None, ("train", split))
+        loaded.check_rows("train")
         docs = loaded.docs("train")
-        left = len(docs) - sum(row.source == task for row in owned)
+        left = len(docs) - sum(row.source == loaded.name for row in owned)
         if left < rows:  # told before every row is rendered
             raise too_few(task, rows, left)
-        scored = {context for doc in loaded.docs(split) for context, _ in loaded.requests(doc)}
+        scored = {context for doc in loaded.docs(loaded.scored) for context, _ in loaded.requests(doc)}
         found: list[Question] = []
-        for index in _order(len(docs), seed, task):
+        for index in _order(len(docs), seed, loaded.name):
             row = loaded.row(docs[index], "train", index)
             if row.key not in keys and (row.prompt, row.target) not in texts and row.prompt not in scored:
                 found.append(_question(loaded, docs[index], row))

@@ -1,19 +1,20 @@
-"""Round checkpoints: written whole or not at all, read back to the bit."""
+"""Round checkpoints: written whole or not at all, read back to the bit, and verified when they are read."""
 
-import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fedproxy.errors import CheckpointError
+from fedproxy.errors import CheckpointError, one_line
 from fedproxy.files import flush
+from fedproxy.sealed import RESTART, read_sealed, remove, write_sealed
+from fedproxy.sealed_tensors import check_tensors, save_tensors
 
 _NAME = re.compile(r"round_(\d{4,})")
 
@@ -30,6 +31,9 @@ class Progress:
     """What the server remembers, by who remembers it: ``aggregator``, ``server_optimizer``, and every round part."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
+    client_files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Files of the client store without which nobody can go on from here: see
+    :meth:`fedproxy.federation.client_store.ClientStore.kept`."""
 
     def remembered(self, name: str) -> dict[str, Tensor]:
         """Return what one of them remembers; nothing before the first round."""
@@ -39,16 +43,22 @@ class Progress:
 class CheckpointFolder:
     """The checkpoints of one run.
 
+    A checkpoint is a folder with one safetensors file per group, each with a hash of its content, and progress.json,
+    which holds those hashes, the records, the run's key and a hash of itself.
+
     Args:
         folder: ``runs/<name>/checkpoints``.
+        run: Key of the run (:func:`fedproxy.pipeline.inputs.run_key`); a checkpoint of another one is refused.
         keep: How many of the latest checkpoints stay on disk.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, *, run: str = "", keep: int = 2) -> None:
+        self.folder, self.run, self.keep = folder, run, keep
 
     def save(self, progress: Progress, *, pinned: int | None = None) -> None:
-        """Write a checkpoint into a temporary folder, flush it to disk, and rename it; older ones are deleted.
+        """Write a checkpoint into a temporary folder, flush it to disk, and rename it.
+
+        Older ones are deleted then, and those of later rounds, which are damaged or this one would not be written.
 
         Args:
             progress: What to keep.
@@ -57,58 +67,108 @@ class CheckpointFolder:
         Raises:
             CheckpointError: If it cannot be written.
         """
-        final = self.folder / f"round_{progress.round:04d}"
+        final = self._path(progress.round)
         part = self.folder / f".part_{progress.round:04d}"
         try:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir(parents=True)
-            names: dict[str, list[str]] = {}
+            hashes: dict[str, str] = {}
             groups: dict[str, Mapping[str, Tensor]] = {"state": progress.state, **progress.memory}
             for group, tensors in groups.items():
-                names[group] = sorted(tensors)
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in tensors.items()}, part / f"{group}.safetensors"
-                )
-            content = {"round": progress.round, "tensors": names, "records": progress.records}
-            (part / "progress.json").write_text(json.dumps(content) + "\n")
-            flush([*part.iterdir(), part])
-            shutil.rmtree(final, ignore_errors=True)
+                facts = {"round": str(progress.round), "group": group}
+                hashes[group] = save_tensors(part / f"{group}.safetensors", tensors, facts)
+            content = {
+                "round": progress.round,
+                "run": self.run,
+                "tensors": hashes,
+                "client_files": progress.client_files,
+                "records": progress.records,
+            }
+            write_sealed(part / "progress.json", content)
+            flush([part])
+            remove(final)
             part.rename(final)
             flush([self.folder])
         except (OSError, SafetensorError) as error:  # a full disk comes as either
             raise CheckpointError(
                 f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
             ) from error
-        for old in self.rounds()[: -self.keep]:
-            if old != pinned:
-                shutil.rmtree(self.folder / f"round_{old:04d}")
+        kept = [number for number in self.rounds() if number <= progress.round][-self.keep :]
+        for other in self.rounds():
+            if other not in kept and other != pinned:
+                remove(self._path(other))
 
     def rounds(self) -> list[int]:
-        """Return the rounds that have a whole checkpoint, ascending."""
+        """Return the rounds that have a checkpoint, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(match[1]) for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
-    def load_latest(self) -> Progress | None:
-        """Return the progress of the last whole checkpoint, or None where there is none.
+    def load_latest(
+        self,
+        check: Callable[[Progress], None] = lambda progress: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Progress | None:
+        """Return the progress of the last checkpoint that is whole, or None where there is no checkpoint.
+
+        Args:
+            check: Raises a CheckpointError for a progress that nobody can go on from.
+            say: Is given one line where the last checkpoint is damaged and one before it is taken.
 
         Raises:
-            CheckpointError: If the checkpoint is damaged; the message names what is missing.
+            CheckpointError: If none is whole; the message names the last one's fault.
         """
-        rounds = self.rounds()
-        return self.load(rounds[-1]) if rounds else None
+        fault: CheckpointError | None = None
+        for number in reversed(self.rounds()):
+            try:
+                progress = self._read(number)
+                check(progress)
+            except CheckpointError as error:
+                fault = fault or error
+                continue
+            if fault is not None:
+                say(f"{fault}; going on after round {number}, from the checkpoint before it")
+            return progress
+        if fault is not None:
+            raise CheckpointError(f"{fault}, and no checkpoint before it is whole; {RESTART}")
+        return None
 
     def load(self, round_: int) -> Progress:
-        """Return the progress after round ``round_``."""
-        path = self.folder / f"round_{round_:04d}"
-        hint = f"delete {path} to go on from the round before, or start again with overwrite=true"
+        """Return the progress after round ``round_``.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged, or that of another round or run.
+        """
         try:
-            content = json.loads((path / "progress.json").read_text())
-            listed: dict[str, list[str]] = content["tensors"]
-            groups = {group: load_file(path / f"{group}.safetensors") for group in listed}
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(f"checkpoint {path} is damaged ({error}); {hint}") from error
-        for group, tensors in groups.items():
-            if lost := sorted(set(listed[group]) - set(tensors)):
-                raise CheckpointError(f"checkpoint {path} lacks the tensor {lost[0]} in {group}.safetensors; {hint}")
-        return Progress(content["round"], groups.pop("state"), groups, content["records"])
+            return self._read(round_)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {RESTART}") from error
+
+    def _read(self, round_: int) -> Progress:
+        path = self._path(round_)
+        try:
+            content = read_sealed(path / "progress.json", remedy="")
+            if content is None:
+                raise ValueError("progress.json is missing")
+            if content["run"] != self.run:
+                raise ValueError("it is of another run")
+            if content["round"] != round_:
+                raise ValueError(f"it is of round {content['round']}")
+            groups = {group: _group(path, group, seal) for group, seal in content["tensors"].items()}
+        except (ValueError, KeyError, CheckpointError) as error:
+            raise CheckpointError(f"checkpoint {path} is damaged ({one_line(error).rstrip('; ')})") from error
+        return Progress(round_, groups.pop("state"), groups, content["records"], content["client_files"])
+
+    def _path(self, round_: int) -> Path:
+        return self.folder / f"round_{round_:04d}"
+
+
+def _group(folder: Path, group: str, seal: str) -> dict[str, Tensor]:
+    path = folder / f"{group}.safetensors"
+    try:
+        if check_tensors(path, {"group": group})["sha256"] != seal:
+            raise ValueError("it belongs to another checkpoint")
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(f"{path.name}: {one_line(error)}") from error
+    return tensors

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.names import file_stem
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate
-from fedproxy.seeding import derive_seed, generator
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.round_parts import ClientRound, made
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -30,7 +32,6 @@ from fedproxy.strategies.trainable.base import TrainableModel
 class Job:
     """What the server asks of every client in a round, sent as plain values in the broadcast."""
 
-    seed: int
     lr: float
     batch_size: int
     accumulate: int
@@ -56,6 +57,7 @@ class LocalClient:
         pad_id: Token that fills up short examples.
         trainer: Options of lightning.Trainer.
         store: Where clients keep what they remember between rounds; only rules that need it use it.
+        logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
     """
 
     def __init__(
@@ -66,20 +68,22 @@ class LocalClient:
         pad_id: int,
         trainer: Mapping[str, Any],
         store: ClientStore,
+        logs: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.store = store
+        self.store, self.logs = store, logs
         self.initial = model.state()
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
 
         Raises:
-            ClientError: If the client has no rows, the broadcast does not fit what it trains, or ``deadline``
+            ClientError: If the client has no rows, the broadcast does not fit what it trains or lacks this client's
+                seeds, or ``deadline``
                 (``time.monotonic()``) passes, which is looked at after each batch.
         """
         started = time.perf_counter()
-        job = Job(**broadcast.job)
+        job, seeds = Job(**broadcast.job), _seeds(broadcast)
         parts, task = [made(part) for part in job.parts], self._task(broadcast, client_id, job)
         for part in reversed(parts):
             part.receive(task)
@@ -89,7 +93,7 @@ class LocalClient:
             task.examples,
             job.batch_size,
             pad_id=self.pad_id,
-            generator=generator(job.seed, broadcast.round, client_id, "batches"),
+            generator=torch.Generator().manual_seed(seeds.batches),
         )
         module = CausalLMModule(
             self.model.model,
@@ -107,9 +111,10 @@ class LocalClient:
             accumulate=job.accumulate,
             max_grad_norm=job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
+            root=self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}",
         )
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
-            fit(trainer, module, loader, seed=_dropout_seed(job, broadcast.round, client_id))
+            fit(trainer, module, loader, seed=seeds.dropout[rank_and_size()[0]])
         task.steps, task.device = trainer.global_step, trainer.strategy.root_device
         update = ClientUpdate(
             client_id,
@@ -140,7 +145,7 @@ class LocalClient:
             base=self.store.frozen,
             device=torch.device("cpu"),
             lr=job.lr,
-            seed=job.seed,
+            seed=_seeds(broadcast).parts,
             writes=rank_and_size()[0] == 0,
         )
 
@@ -156,10 +161,16 @@ class _Deadline(Callback):  # type: ignore[misc]
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
-def _dropout_seed(job: Job, round_: int, client_id: str) -> int:
-    """Return the seed of a client's dropout in a round; processes that share a batch each draw their own masks."""
-    rank = rank_and_size()[0]
-    return derive_seed(job.seed, round_, client_id, "dropout", *([rank] if rank else []))
+def _seeds(broadcast: Broadcast) -> ClientSeeds:
+    """Return the seeds of this client's draws; processes that share a batch each draw their own dropout masks.
+
+    Raises:
+        ClientError: If the server sent too few.
+    """
+    seeds, processes = broadcast.seeds, rank_and_size()[1]
+    if seeds is None or len(seeds.dropout) < processes:
+        raise ClientError(f"the broadcast brings no seeds for {processes} processes; send them with every task")
+    return seeds
 
 
 @contextmanager

@@ -9,11 +9,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
-from fedproxy.errors import CheckpointError
 from fedproxy.federation.round_files import ClientFiles
 from fedproxy.protocol import TensorFile, Tensors
+from fedproxy.sealed_tensors import facts_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class ClientMemory:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = ClientFiles(folder)
+        self.files = ClientFiles(folder)
+        """Where the memories lie."""
 
     def load(self, client_id: str, before: int) -> Memory:
         """Return what a client remembers from its last round before round ``before``.
@@ -46,20 +45,14 @@ class ClientMemory:
         Raises:
             CheckpointError: If the file is damaged.
         """
-        files = self._files.of(client_id)
+        files = self.files.of(client_id)
         rounds = [number for number in files.rounds() if number < before]
         if not rounds:
             return Memory()
-        path = files.path(rounds[-1])
-        try:
-            with safe_open(path, framework="pt") as file:
-                counts: dict[str, int] = json.loads((file.metadata() or {})["counts"])
-                parts = sorted({name.partition("/")[0] for name in file.keys()})  # noqa: SIM118
-            return Memory({part: TensorFile(path, f"{part}/") for part in parts}, **counts)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the memory of client {client_id!r} in {path} is damaged ({error}); start again with overwrite=true"
-            ) from error
+        path = files.verified(rounds[-1])
+        counts: dict[str, int] = json.loads(facts_of(path)["counts"])
+        file = TensorFile(path)
+        return Memory({part: file.under(f"{part}/") for part in {name.partition("/")[0] for name in file}}, **counts)
 
     def save(self, client_id: str, round_: int, memory: Memory) -> None:
         """Keep a client's memory after a round; older files that no checkpoint needs are deleted.
@@ -69,13 +62,13 @@ class ClientMemory:
         """
         tensors = {f"{part}/{name}": t for part, kept in memory.parts.items() for name, t in kept.items()}
         counts = {"num_examples": memory.num_examples, "num_tokens": memory.num_tokens}
-        self._files.write(client_id, round_, tensors, {"counts": json.dumps(counts)})
+        self.files.write(client_id, round_, tensors, {"counts": json.dumps(counts)})
 
     def drop(self, client_ids: Iterable[str], round_: int) -> None:
         """Undo a round of clients whose update was not used."""
         for client_id in client_ids:
-            self._files.of(client_id).remove(round_)
+            self.files.of(client_id).remove(round_)
 
     def rewind(self, round_: int) -> None:
         """Forget everything that was kept after round ``round_``."""
-        self._files.rewind(round_)
+        self.files.rewind(round_)

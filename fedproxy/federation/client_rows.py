@@ -4,21 +4,23 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from io import TextIOWrapper
 from pathlib import Path
-from urllib.parse import quote
 
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
-from fedproxy.errors import DataError
-from fedproxy.files import write_text
+from fedproxy.errors import DataError, one_line
+from fedproxy.files import open_regular, parse_json, private_folder, write_text
+from fedproxy.names import file_stem
 
 
 def rows_file(folder: Path, client_id: str) -> Path:
-    """Return where a client's rows lie: its name with what file systems do not like escaped, ``.jsonl``."""
-    return folder / f"{quote(client_id, safe=' ')}.jsonl"
+    """Return where a client's rows lie; see :func:`fedproxy.names.file_stem`."""
+    return folder / f"{file_stem(client_id)}.jsonl"
 
 
 def read_client_rows(folder: Path, client_id: str) -> list[Row]:
@@ -29,11 +31,12 @@ def read_client_rows(folder: Path, client_id: str) -> list[Row]:
     """
     path = rows_file(folder, client_id)
     try:
-        with path.open(encoding="utf-8") as file:
-            return [Row(**json.loads(line)) for line in file]
+        with TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            return [Row(**parse_json(line, dict)) for line in file]
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{path} with the rows of client {client_id!r} cannot be read ({error}); resume=auto writes it again"
+            f"{path} with the rows of client {client_id!r} cannot be read ({one_line(error, 80)}); "
+            "resume=auto writes it again"
         ) from error
 
 
@@ -52,6 +55,7 @@ class ClientRows(Mapping[str, int]):
         self._sizes = {name: len(rows) for name, rows in clients.items()}
         self.owned = OwnedTexts(row for rows in clients.values() for row in rows)
         """Tells whether a text is a client's."""
+        private_folder(folder)
         for name, rows in clients.items():
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             write_text(rows_file(folder, name), "".join(lines))
@@ -74,6 +78,7 @@ class ClientExamples(Mapping[str, list[Example]]):
         tokenizer: The proxy's tokenizer.
         max_input_tokens: Most prompt tokens of an example.
         max_target_tokens: Most target tokens of an example.
+        max_tokens: Most tokens of an example, the model's positions; None is no bound.
         keep: How many clients' examples stay in memory.
     """
 
@@ -84,18 +89,23 @@ class ClientExamples(Mapping[str, list[Example]]):
         *,
         max_input_tokens: int,
         max_target_tokens: int,
+        max_tokens: int | None = None,
         keep: int = 16,
     ) -> None:
-        self.folder, self.tokenizer, self.keep = folder, tokenizer, keep
-        self._input, self._target = max_input_tokens, max_target_tokens
+        self.folder, self.keep = folder, keep
+        self._tokenise = partial(
+            tokenise,
+            tokenizer=tokenizer,
+            max_input_tokens=max_input_tokens,
+            max_target_tokens=max_target_tokens,
+            max_tokens=max_tokens,
+        )
         self._latest: OrderedDict[str, list[Example]] = OrderedDict()
 
     def __getitem__(self, client_id: str) -> list[Example]:
         if client_id not in self._latest:
             rows = read_client_rows(self.folder, client_id)
-            self._latest[client_id] = tokenise(
-                rows, self.tokenizer, max_input_tokens=self._input, max_target_tokens=self._target
-            )
+            self._latest[client_id] = self._tokenise(rows)
             while len(self._latest) > self.keep:
                 self._latest.popitem(last=False)
         self._latest.move_to_end(client_id)

@@ -9,9 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.round_files import ClientFiles
 from fedproxy.protocol import TensorFile, Tensors
@@ -40,7 +37,8 @@ class ClientStates:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = ClientFiles(folder)
+        self.files = ClientFiles(folder)
+        """Where the states lie."""
 
     def save(self, client_id: str, round_: int, after: ClientState) -> None:
         """Keep a client's state after a round; older files that no checkpoint needs are deleted.
@@ -50,15 +48,15 @@ class ClientStates:
         """
         groups: dict[str, Tensors] = {group: getattr(after, group) for group in _GROUPS}
         tensors = {f"{group}/{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
-        self._files.write(client_id, round_, tensors)
+        self.files.write(client_id, round_, tensors)
 
     def after(self, progress: Progress, clients: Sequence[str]) -> "StatesAfter":
         """Return the clients' states as they are after the last round of ``progress``."""
-        return StatesAfter(self._files, progress, clients)
+        return StatesAfter(self.files, progress, clients)
 
     def rewind(self, round_: int) -> None:
         """Forget everything that was kept after round ``round_``."""
-        self._files.rewind(round_)
+        self.files.rewind(round_)
 
 
 class StatesAfter(Mapping[str, Tensors]):
@@ -85,14 +83,8 @@ class StatesAfter(Mapping[str, Tensors]):
             raise KeyError(client_id)
         if client_id not in self._last:
             return ClientState(self._start)
-        path = self._files.of(client_id).path(self._last[client_id])
-        try:
-            found = ClientState(**{group: TensorFile(path, f"{group}/") for group in _GROUPS})
-        except (OSError, SafetensorError) as error:
-            raise self._damaged(client_id, path, str(error)) from error
-        if lost := sorted(set(self._start) - set(found.state)):
-            raise self._damaged(client_id, path, f"it lacks the tensor {lost[0]}")
-        return found
+        path = self._files.of(client_id).verified(self._last[client_id])
+        return ClientState(**{group: TensorFile(path, f"{group}/") for group in _GROUPS})
 
     def __getitem__(self, client_id: str) -> Tensors:
         return self.load(client_id).state
@@ -105,8 +97,3 @@ class StatesAfter(Mapping[str, Tensors]):
 
     def __len__(self) -> int:
         return len(self._clients)
-
-    def _damaged(self, client_id: str, path: Path, reason: str) -> CheckpointError:
-        return CheckpointError(
-            f"the state of client {client_id!r} in {path} is damaged ({reason}); start again with overwrite=true"
-        )

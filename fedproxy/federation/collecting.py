@@ -5,12 +5,28 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.protocol import ClientUpdate, nbytes
+from fedproxy.protocol import ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.trainable.base import TrainableModel
+
+
+def _check_own(client: str, own: Tensors, start: Tensors) -> None:
+    """Refuse tensors of a client's own that do not fit the state.
+
+    Raises:
+        ClientError: Naming the first that is missing, unknown or of another form.
+    """
+    for name in sorted(set(own) | set(start)):
+        if name not in own or name not in start or Source.of(own, name).shape != tuple(start[name].shape):
+            raise ClientError(
+                f"client {client!r} hands in other tensors of its own than the state has "
+                f"({one_line(repr(name), 100)}); start again with overwrite=true"
+            )
 
 
 def assemble(
@@ -41,7 +57,7 @@ def _mean_of_own(
 
     Raises:
         CheckpointError: If a file is damaged.
-        ClientError: If a client's values are not finite.
+        ClientError: If a client's tensors do not fit the state or are not finite.
     """
     counts = []
     for client in clients:
@@ -54,6 +70,7 @@ def _mean_of_own(
     sums, handed = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}, 0
     for update, weight in zip(counts, weights.tolist(), strict=True):
         own = store.memory.load(update.client_id, before=round_ + 1).parts["personal"]
+        _check_own(update.client_id, own, start)
         handed += nbytes(own)
         for name, total in sums.items():
             change = (own[name] - start[name]).float()

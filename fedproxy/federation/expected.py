@@ -1,7 +1,7 @@
 """What the server knows of an update before it comes: rows that it dealt out, tensors that it asked for."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,17 +22,49 @@ class Expected:
     """Names, shapes and dtypes of the update itself; None takes those of the broadcast state."""
     extras: Mapping[str, Group] = field(default_factory=dict)
     """Groups that every update carries; there may be no others."""
+    own: "Mapping[str, Expected]" = field(default_factory=dict)
+    """What is expected of single clients whose updates have another form, by name."""
+
+    def of(self, client_id: str) -> "Expected":
+        """Return what is expected of one client."""
+        return self.own.get(client_id, self)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Sequence[RoundPart],
+        model: TrainableModel,
+        *,
+        rows: Mapping[str, int] | None = None,
+        target_tokens: int | None = None,
+    ) -> "Expected":
+        """Return what is expected where these parts ride with a round.
+
+        Args:
+            parts: In the order of the chain.
+            model: The proxy with what is trained attached; its values play no part.
+            rows: Rows that each client was dealt.
+            target_tokens: Most answer tokens of a row.
+        """
+
+        def expected(client_id: str) -> Expected:
+            groups = expected_groups(parts, model, client_id)
+            return cls(rows, target_tokens, groups.pop("delta").tensors, groups)
+
+        own = {client: expected(client) for part in parts for client in part.differs}
+        return replace(expected(""), own=own)
 
 
-def expected_groups(parts: Sequence[RoundPart], model: TrainableModel) -> dict[str, Group]:
+def expected_groups(parts: Sequence[RoundPart], model: TrainableModel, client_id: str = "") -> dict[str, Group]:
     """Return the groups of tensors that clients send: the update itself is ``delta``, the others are its extras.
 
     Args:
         parts: What rides with a round, in the order of the chain.
         model: The proxy with what is trained attached; its values play no part.
+        client_id: Whose update it is.
     """
     state = {name: torch.empty_like(p, device="meta") for name, p in model.parameters().items()}
     groups: Mapping[str, Group] = {"delta": Group(state)}
     for part in parts:
-        groups = part.expects(groups, model)
+        groups = part.expects(groups, model, client_id)
     return dict(groups)

@@ -6,8 +6,6 @@ model that was loaded later (another process, a run that goes on) catches up fro
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.round_files import RoundFiles
 from fedproxy.protocol import TensorFile, Tensors
@@ -22,7 +20,8 @@ class FrozenChanges:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files = RoundFiles(folder)
+        self.files = RoundFiles(folder)
+        """Where they lie."""
 
     def receive(self, model: TrainableModel, round_: int, change: Tensors) -> None:
         """Keep the change of round ``round_``, and bring a model's frozen weights to that round.
@@ -33,24 +32,16 @@ class FrozenChanges:
             change: LoRA factors whose product times s is added.
 
         Raises:
-            CheckpointError: If the change of an earlier round that the model lacks was not received here.
+            CheckpointError: If the model lacks the change of an earlier round, and its file is missing or damaged.
         """
-        if round_ not in self._files.rounds():
-            self._files.write(round_, dict(change), {})
+        try:
+            self.files.verified(round_)
+        except CheckpointError:  # not received before, or damaged since
+            self.files.write(round_, change, {})
         for number in range(model.frozen_round + 1, round_ + 1):
-            model.add_to_frozen(self._read(number))
+            model.add_to_frozen(TensorFile(self.files.verified(number)))
             model.frozen_round = number
 
     def rewind(self, round_: int) -> None:
         """Forget the changes of all rounds after ``round_``."""
-        self._files.rewind(round_)
-
-    def _read(self, round_: int) -> Tensors:
-        path = self._files.path(round_)
-        try:
-            return TensorFile(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"the change of round {round_} to the frozen weights in {path} cannot be read ({error}); "
-                "start again with overwrite=true"
-            ) from error
+        self.files.rewind(round_)

@@ -14,6 +14,7 @@ from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Client, RemoteClient
 from fedproxy.federation.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
+from fedproxy.models.positions import positions
 from fedproxy.models.quantized import load_quantized
 from fedproxy.modules.devices import ClientDevices, accelerators, one_device, training_device
 from fedproxy.strategies.trainable import Trainable
@@ -44,6 +45,13 @@ class LocalSetup:
     """Modules that a client's own processes import."""
     scratch: str | None = None
     """Folder for what a client's own processes exchange; None is the system's."""
+    logs: str | None = None
+    """Folder for what Lightning's loggers and profilers write; None is the working directory."""
+
+    @property
+    def _logs(self) -> str:
+        """Folder of the clients' own logs, on their side of the run folder."""
+        return str(Path(self.store) / "logs")
 
     def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
         """Return a client for this process, which trains on a proxy that is loaded already where it can."""
@@ -64,16 +72,18 @@ class LocalSetup:
             tokenizer,
             max_input_tokens=self.max_input_tokens,
             max_target_tokens=self.max_target_tokens,
+            max_tokens=positions(model.model.config),
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         store = ClientStore(Path(self.store))
-        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store)
+        logs = None if self.logs is None else Path(self.logs)
+        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs)
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""
         there, count = accelerators(self.trainer), ClientDevices.of(self.trainer).count
         places = there if count == 1 else tuple(range(len(there) // count))
-        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places)
+        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places, self._logs)
 
     def load(self, device: torch.device) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
         """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state.
@@ -92,7 +102,7 @@ class LocalSetup:
         """Return a client that trains in processes of its own on the ``place``-th group of devices."""
         own = accelerators(self.trainer)[place * devices.count :][: devices.count]
         options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
-        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins)
+        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins, logs=self._logs)
         return RankGroup(remote, devices.count, scratch=self.scratch)
 
 

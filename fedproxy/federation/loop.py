@@ -1,7 +1,6 @@
 """The one round loop: every federated method runs through it."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,16 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_states import ClientState
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
 from fedproxy.federation.participation import OnAnswer, Participation
 from fedproxy.federation.sampling import sample_clients
+from fedproxy.federation.state_checks import StateCheck, check_saved
 from fedproxy.federation.validation import RoundValidation
 from fedproxy.files import plain, write_text
-from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, Tensors, nbytes
+from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.product import aggregate_products
@@ -55,6 +55,8 @@ class Federation:
     """Who may be missing, how long a round may take, and what counts as an update."""
     rows: Mapping[str, int] | None = None
     """Each client's rows where the draw of a round's clients weighs them; None draws all alike."""
+    client_processes: int = 1
+    """Processes that train a client, each with a seed of its own for dropout."""
 
     @property
     def clients_in_round(self) -> int:
@@ -74,7 +76,7 @@ class Federation:
     ) -> Progress:
         """Go on from ``progress`` until ``rounds`` rounds are done, and return the last progress.
 
-        After each round the checkpoint is written whole, then one line is added to ``journal`` (rounds.jsonl).
+        After each round the checkpoint is written whole, then ``journal`` (rounds.jsonl) with one line more.
 
         Raises:
             ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
@@ -84,8 +86,9 @@ class Federation:
         while progress.round < rounds:
             advance = self._round if self.aggregator.aggregates else self._separate_round
             progress = advance(progress, engine, on_client)
+            check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
-            _append(journal, progress.records[-1])
+            _write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
 
@@ -96,7 +99,7 @@ class Federation:
         """
         started, number = time.perf_counter(), before.round + 1
         chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
-        common = Broadcast(number, {}, self._job(before.state, number))
+        common = Broadcast(number, {}, self._job(before.state, number), all_seeds=self._seeds(chosen, number))
         broadcast = replace(common, each=Mapped(states, lambda _, state: replace(common, state=state)))
         updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
         trained = time.perf_counter()
@@ -104,8 +107,7 @@ class Federation:
         for update in updates:
             own = states.load(update.client_id)
             context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
-            merged = self._aggregate([update], own.aggregator_memory, context)
-            state, memory = self.server_optimizer.step(own.state, merged.delta, own.server_memory)
+            merged, state, memory = self._step([update], own, context)
             self.store.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
             norms += merged.diagnostics["update_norms"]
         record: Record = {
@@ -115,12 +117,16 @@ class Federation:
             "server_seconds": time.perf_counter() - trained,
             "seconds": time.perf_counter() - started,
         }
-        return replace(before, round=number, records=[*before.records, record])
+        kept = self.store.kept(before.client_files, number, record["clients"])
+        return replace(before, round=number, records=[*before.records, record], client_files=kept)
 
     def _chosen(self, number: int) -> list[str]:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
 
-    def _job(self, state: Tensors, number: int) -> dict[str, Any]:
+    def _seeds(self, chosen: Sequence[str], number: int) -> dict[str, ClientSeeds]:
+        return {client: ClientSeeds.of(self.seed, number, client, self.client_processes) for client in chosen}
+
+    def _job(self, state: Mapping[str, Tensor], number: int) -> dict[str, Any]:
         """Return what clients of a round are asked to do, with the tensors that rest and the parts of the round."""
         resting = [name for name in state if not self.aggregator.trains(name, number)]
         return {**self.job, "frozen": resting, "parts": [described(part) for part in self.parts]}
@@ -128,16 +134,17 @@ class Federation:
     def _round(self, before: Progress, engine: RunningEngine, on_client: OnAnswer) -> Progress:
         started, number = time.perf_counter(), before.round + 1
         chosen = self._chosen(number)
-        broadcast = self._broadcast(before, number)
-        updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
+        broadcast = self._broadcast(before, number, chosen)
+        updates, dropped = self.participation.collect(
+            engine, broadcast, chosen, on_client, lambda update: self._taken_in(update, broadcast)
+        )
         trained = time.perf_counter()
         self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)
-        start = self._seen(broadcast).state
-        updates = [self._taken_in(update, broadcast) for update in updates]
-        merged = self._aggregate(
-            updates, before.remembered("aggregator"), RoundContext(number, self.seed, start, self.lora_scaling or 1.0)
+        sent = self._seen(broadcast).state
+        start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
+        merged, state, remembered = self._step(
+            updates, start, RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
         )
-        state, remembered = self.server_optimizer.step(start, merged.delta, before.remembered("server_optimizer"))
         memory = {"aggregator": dict(merged.memory), "server_optimizer": remembered}
         result = RoundResult(number, len(self.clients), broadcast, updates, merged)
         for part in self.parts:
@@ -153,11 +160,13 @@ class Federation:
             "server_seconds": time.perf_counter() - trained + result.figures.get("server_seconds", 0.0),
             "seconds": time.perf_counter() - started,
         }
-        return Progress(number, {**before.state, **state}, memory, [*before.records, record])
+        kept = self.store.kept(before.client_files, number, record["clients"])
+        return Progress(number, {**before.state, **state}, memory, [*before.records, record], kept)
 
-    def _broadcast(self, before: Progress, number: int) -> Broadcast:
+    def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""
-        broadcast = Broadcast(number, before.state, self._job(before.state, number))
+        seeds = self._seeds(chosen, number)
+        broadcast = Broadcast(number, before.state, self._job(before.state, number), all_seeds=seeds)
         for part in self.parts:
             broadcast = part.send(broadcast, before.remembered(part.name))
         return broadcast
@@ -168,9 +177,10 @@ class Federation:
         return broadcast
 
     def _taken_in(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
+        taken = update
         for part in reversed(self.parts):
-            update = part.take(update, broadcast)
-        return update
+            taken = part.take(taken, broadcast)
+        return update if taken is update else replace(taken, wire_bytes=update.bytes)
 
     def _sent_bytes(self, broadcast: Broadcast, served: Sequence[str]) -> int:
         """Return the bytes that go to the round's clients, and to all others those of parts that reach everybody."""
@@ -184,6 +194,28 @@ class Federation:
             return None
         progress.records[-1] |= self.validation.record(progress.round, progress.state)
         return self.validation.pinned(progress.records)
+
+    def _step(
+        self, updates: Sequence[ClientUpdate], before: ClientState, context: RoundContext
+    ) -> tuple[Aggregation, dict[str, Tensor], dict[str, Tensor]]:
+        """Merge updates and move a state by the result, each checked: what is returned may be saved.
+
+        Returns:
+            What the rule gave, the new state, and the server optimizer's memory.
+        """
+        merged = self._aggregate(updates, before.aggregator_memory, context)
+        norms = zip(updates, merged.diagnostics.get("update_norms", ()), strict=False)
+        check = StateCheck(
+            context.round,
+            self.aggregator.name,
+            self.server_optimizer.name,
+            self.participation.max_norm_ratio,
+            {update.client_id: norm for update, norm in norms},
+        )
+        check.merged(merged)
+        state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
+        check.moved(before.state, state, memory)
+        return merged, state, memory
 
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext
@@ -240,18 +272,8 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
 
 
 def _write_journal(journal: Path, records: Sequence[Record]) -> None:
-    """Make the journal hold exactly the finished rounds: a kill between checkpoint and journal may have lost a line."""
+    """Make the journal hold exactly the finished rounds, as a new file: runs that share rounds share the old one."""
     write_text(journal, "".join(_line(record) for record in records))
-
-
-def _append(journal: Path, record: Record) -> None:
-    try:
-        with journal.open("a") as file:
-            file.write(_line(record))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{journal} cannot be written: {error}; free disk space, then resume=auto") from error
 
 
 def _line(record: Record) -> str:

@@ -15,6 +15,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
 from fedproxy.federation.owners import read_owners
 from fedproxy.files import write_text
+from fedproxy.names import check_names, file_stem
 from fedproxy.registry import Component
 from fedproxy.seeding import derive_seed, generator
 
@@ -29,9 +30,11 @@ class Partition(Component, family="data.partition"):
         """Return each client's rows, clients in sorted order.
 
         Raises:
+            ConfigError: If a client's name is not good, or two could be taken for each other.
             DataError: If a client would own no row.
         """
         clients = self.assign(rows, seed)
+        check_names(clients, f"data.partition.name={self.name}")
         for client, own in clients.items():
             if not own:
                 raise DataError(
@@ -147,7 +150,9 @@ def heterogeneity(clients: Mapping[str, Sequence[Row]]) -> dict[str, float]:
 
 
 def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """Write which rows (by key) each client owns, with the heterogeneity figures.
+    """Write which rows (by key) each client owns, what its files are called, and the heterogeneity figures.
+
+    Only the owner may read it.
 
     Raises:
         CheckpointError: If it cannot be written.
@@ -155,8 +160,9 @@ def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
     content = {
         "heterogeneity": heterogeneity(clients),
         "clients": {name: [row.key for row in own] for name, own in clients.items()},
+        "files": {name: file_stem(name) for name in clients},
     }
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n", private=True)
 
 
 def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:

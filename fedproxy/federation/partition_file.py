@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError, nearest
+from fedproxy.errors import DataError, nearest, one_line
 from fedproxy.federation.owners import read_owners
 from fedproxy.federation.partition import Clients, Partition
 
@@ -54,8 +54,9 @@ class PartitionFile(Partition, name="file"):
         if entry in by_key:
             return by_key[entry]
         raise DataError(
-            f"data.partition.path={self.path}: client {client!r} is given {entry!r}, which is no row and no source of "
-            f"this run's {len(by_key)} rows{nearest(entry, by_source)}; correct it, or raise data.rows_per_task"
+            f"data.partition.path={self.path}: client {client!r} is given {one_line(repr(entry), 60)}, which is not a "
+            f"row or a source of this run's {len(by_key)} rows{nearest(entry, by_source)}; correct it, or raise "
+            "data.rows_per_task"
         )
 
     def _read(self) -> dict[str, list[str]]:

@@ -1,6 +1,5 @@
 """A client that several processes train together, one for each device; to an engine it is like any other."""
 
-import json
 import selectors
 import shutil
 import tempfile
@@ -12,9 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.engines.base import RemoteClient
-from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, WorkerProcess
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.federation.engines.base import RemoteClient, UpdateFile
+from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, BadMessageError, Message, WorkerProcess
+from fedproxy.files import private_folder, write_json
+from fedproxy.protocol import Broadcast
 
 _TRIES = 2
 """How often a client is tried one of whose processes dies."""
@@ -41,14 +41,14 @@ class RankGroup:
         self._folder: Path | None = None
         self._processes: list[WorkerProcess] = []
         self._sent: tuple[Broadcast, Path] | None = None
-        self._tasks = 0
+        self._tasks = self._starts = 0
 
     @property
     def pids(self) -> list[int]:
         """Process ids of the processes that run, in the order of their ranks."""
         return [process.pid for process in self._processes]
 
-    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
+    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> UpdateFile:
         """Train one client; see :class:`fedproxy.federation.engines.base.Client`.
 
         Raises:
@@ -70,30 +70,31 @@ class RankGroup:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = self._sent = None
 
-    def _train(self, broadcast: Broadcast, client_id: str, deadline: float | None) -> ClientUpdate:
+    def _train(self, broadcast: Broadcast, client_id: str, deadline: float | None) -> UpdateFile:
         try:
             path = self._write(broadcast)
             if not self._processes:
                 self._start(path.parent.parent)
             self._tasks += 1
             update = path.parent / f"update_{self._tasks:05d}.safetensors"
+            task = {"task": self._tasks, "client": client_id, "broadcast": str(path)}
+            seeds = {} if broadcast.seeds is None else {"seeds": asdict(broadcast.seeds)}
             for rank, process in enumerate(self._processes):
-                written = {"update": str(update)} if rank == 0 else {}
-                process.send({"task": self._tasks, "client": client_id, "broadcast": str(path), **written})
+                process.send({**task, **seeds, **({"update": str(update)} if rank == 0 else {})})
             self._wait(deadline)
-            return ClientUpdate.load(update)
+            return UpdateFile(client_id, update)
         except BaseException:
             self._end()
             raise
 
     def _write(self, broadcast: Broadcast) -> Path:
         """Return the broadcast's file; a new broadcast takes the place of the old one and of the updates to it."""
-        if self._sent is not None and self._sent[0] is broadcast:
+        if self._sent is not None and self._sent[0].same_file(broadcast):
             return self._sent[1]
         try:
             if self._folder is None:
                 if self._scratch is not None:
-                    Path(self._scratch).mkdir(parents=True, exist_ok=True)
+                    private_folder(self._scratch)
                 self._folder = Path(tempfile.mkdtemp(prefix="ranks_", dir=self._scratch)).absolute()
             if self._sent is not None:
                 shutil.rmtree(self._sent[1].parent)
@@ -108,12 +109,14 @@ class RankGroup:
         return path
 
     def _start(self, folder: Path) -> None:
+        self._starts += 1
         place = Path(tempfile.mkdtemp(prefix="start_", dir=folder))
+        logs = place if self.remote.logs is None else Path(self.remote.logs)
         for rank in range(self.count):
             options = {**self.remote.options, "rank": rank, "rendezvous": str(place / "rendezvous")}
             setup = place / f"setup_{rank}.json"
-            setup.write_text(json.dumps(asdict(replace(self.remote, options=options))))
-            log = place / f"rank_{rank}.log"
+            write_json(setup, asdict(replace(self.remote, options=options)))
+            log = logs / f"{folder.name}_{self._starts:03d}_{rank}.log"
             threads = max(1, torch.get_num_threads() // self.count)
             self._processes.append(WorkerProcess(setup, device=None, threads=threads, log=log))
 
@@ -123,8 +126,9 @@ class RankGroup:
         Raises:
             _DiedError: If a process is gone.
             ClientError: If one fails, or ``deadline`` passes.
+            CheckpointError: If a file of the run is damaged.
         """
-        news = _News(len(self._processes))
+        news = _News(len(self._processes), self._tasks)
         limit = deadline
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes):
@@ -132,14 +136,14 @@ class RankGroup:
             while news.waiting:
                 timeout = None if limit is None else min(LONGEST_WAIT_S, max(0.0, limit - time.monotonic()))
                 ready = [key.data for key, _ in selector.select(timeout)]
-                if not ready and limit is not None and time.monotonic() >= limit:
-                    break
                 for rank in ready:
                     if not news.take(rank, self._processes[rank]):
                         selector.unregister(self._processes[rank])
                 if news.bad:
                     grace = time.monotonic() + _GRACE_S
                     limit = grace if limit is None else min(limit, grace)
+                if limit is not None and time.monotonic() >= limit:
+                    break
         news.judge()
 
     def _end(self) -> None:
@@ -155,33 +159,50 @@ class _DiedError(Exception):
 class _News:
     """What the processes of a group have said of the client under way."""
 
-    def __init__(self, count: int) -> None:
-        self.count = count
-        self.waiting = set(range(count))
-        self._died, self._failed = "", ""
+    def __init__(self, count: int, task: int) -> None:
+        self.count, self.task = count, task
+        self.waiting, self._said = set(range(count)), set[tuple[int, str]]()
+        self._died, self._failed, self._damaged = "", "", ""
 
     @property
     def bad(self) -> bool:
         """Whether the client can no longer succeed."""
-        return bool(self._died or self._failed)
+        return bool(self._died or self._failed or self._damaged)
 
     def take(self, rank: int, process: WorkerProcess) -> bool:
         """Hear what a process has to say; False if it is gone."""
-        messages = process.receive()
-        if messages is None:
-            if rank in self.waiting:
-                self._died = self._died or f"its process {rank + 1} of {self.count} was {process.ended()}"
+        name = f"process {rank + 1} of {self.count}"
+        try:
+            messages = process.receive()
+            if messages is None:
+                if rank in self.waiting:
+                    self._died = self._died or f"its {name} was {process.ended()}"
+                self.waiting.discard(rank)
+                return False
+            for message in messages:
+                self._hear(rank, name, message)
+        except BadMessageError as error:
+            self._died = self._died or f"its {name} {error}"
             self.waiting.discard(rank)
             return False
-        for message in messages:
-            reason = message.get("failed") or message.get("dropped")
-            if reason is not None:
-                self._failed = self._failed or f"process {rank + 1} of {self.count}: {reason}"
-            if reason is not None or "task" in message:
-                self.waiting.discard(rank)
         return True
 
+    def _hear(self, rank: int, name: str, message: Message) -> None:
+        if message.task not in (None, self.task):
+            raise BadMessageError("answered what it was not asked")
+        if (rank, message.kind) in self._said:
+            raise BadMessageError("said the same twice")
+        self._said.add((rank, message.kind))
+        if message.kind not in ("ready", "started"):
+            self.waiting.discard(rank)
+        if message.kind == "damaged":
+            self._damaged = self._damaged or message.text
+        if message.kind in ("failed", "dropped"):
+            self._failed = self._failed or f"{name}: {message.text}"
+
     def judge(self) -> None:
+        if self._damaged:
+            raise CheckpointError(self._damaged)
         if self._died:
             raise _DiedError(self._died)
         if self._failed:

@@ -1,17 +1,21 @@
-"""One safetensors file per round in a folder, written whole or not at all, and such a folder for each client."""
+"""One safetensors file per round in a folder, written whole or not at all and verified when it is read.
+
+There is such a folder for each client.
+"""
 
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import quote
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
 from fedproxy.files import flush
+from fedproxy.names import file_stem
+from fedproxy.sealed import RESTART, remove
+from fedproxy.sealed_tensors import check_tensors, save_tensors
 
 _NAME = re.compile(r"round_(\d{4,})\.safetensors")
 _KEPT = 3
@@ -23,10 +27,12 @@ class RoundFiles:
 
     Args:
         folder: Made when something is written.
+        owner: Whose files they are, which each of them says as well; empty where they are everybody's.
+        seen: Files that were verified, with what changes when they are written again; shared by those who read alike.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, owner: str = "", seen: dict[Path, tuple[int, ...]] | None = None) -> None:
+        self.folder, self.owner, self._seen = folder, owner, {} if seen is None else seen
 
     def rounds(self) -> list[int]:
         """Return the rounds that have a file, ascending."""
@@ -38,7 +44,31 @@ class RoundFiles:
         """Return where a round's file is."""
         return self.folder / f"round_{round_:04d}.safetensors"
 
-    def write(self, round_: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    def verified(self, round_: int, seal: str | None = None) -> Path:
+        """Return where a round's file is, after it was read through once and has the hash that it was written with.
+
+        Args:
+            round_: The round.
+            seal: The hash that it must have, where that is known; every call with it reads the file through.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged, or that of another round or client.
+        """
+        path = self.path(round_)
+        try:
+            status = path.stat()
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if seal is not None or self._seen.get(path) != stamp:
+                found = check_tensors(path, {"round": str(round_), "owner": self.owner})
+                if seal not in (None, found["sha256"]):
+                    raise ValueError("it is not the one that the checkpoint was written with")
+                self._seen[path] = stamp
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise CheckpointError(f"{self._what} in {path} cannot be used: {reason}; {RESTART}") from error
+        return path
+
+    def write(self, round_: int, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
         """Write a round's file under another name, flush it to disk, and rename it.
 
         Raises:
@@ -49,8 +79,7 @@ class RoundFiles:
         try:
             is_new = not self.folder.is_dir()
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, part, dict(metadata))
-            flush([part])
+            save_tensors(part, tensors, {**facts, "round": str(round_), "owner": self.owner})
             part.replace(final)
             flush([self.folder, *([self.folder.parent] if is_new else [])])
         except (OSError, SafetensorError) as error:
@@ -58,7 +87,7 @@ class RoundFiles:
 
     def remove(self, round_: int) -> None:
         """Delete a round's file if there is one."""
-        self.path(round_).unlink(missing_ok=True)
+        remove(self.path(round_))
 
     def rewind(self, round_: int) -> None:
         """Delete the files of all rounds after ``round_``, and what a killed process left half-written."""
@@ -66,7 +95,11 @@ class RoundFiles:
             if later > round_:
                 self.remove(later)
         for part in self.folder.glob("*.part*"):
-            part.unlink()
+            remove(part)
+
+    @property
+    def _what(self) -> str:
+        return f"what is kept of client {self.owner!r}" if self.owner else "the change of the frozen weights"
 
 
 class ClientFiles:
@@ -81,14 +114,14 @@ class ClientFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._seen: dict[Path, tuple[int, ...]] = {}
 
     def of(self, client_id: str) -> RoundFiles:
-        """Return one client's files; its name may hold any characters."""
-        name = quote(client_id, safe="")
-        return RoundFiles(self.folder / (f"%2E{name[1:]}" if name.startswith(".") else name))
+        """Return one client's files; see :func:`fedproxy.names.file_stem`."""
+        return RoundFiles(self.folder / file_stem(client_id), client_id, self._seen)
 
     def write(
-        self, client_id: str, round_: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+        self, client_id: str, round_: int, tensors: Mapping[str, Tensor], facts: Mapping[str, str] | None = None
     ) -> None:
         """Write a client's file of a round, and delete those that no checkpoint needs any more.
 
@@ -96,7 +129,7 @@ class ClientFiles:
             CheckpointError: If it cannot be written.
         """
         files = self.of(client_id)
-        files.write(round_, tensors, metadata or {})
+        files.write(round_, tensors, facts or {})
         for old in files.rounds()[:-_KEPT]:
             files.remove(old)
 
@@ -104,4 +137,5 @@ class ClientFiles:
         """Delete what was written after round ``round_``."""
         if self.folder.is_dir():
             for folder in self.folder.iterdir():
-                RoundFiles(folder).rewind(round_)
+                if folder.is_dir():
+                    RoundFiles(folder).rewind(round_)

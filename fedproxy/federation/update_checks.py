@@ -1,13 +1,12 @@
-"""What an update must be before it is merged; a client's payload is never trusted."""
+"""What an update's figures and values must be before it is merged; its form is checked when it is admitted."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fedproxy.errors import ClientError
+from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.expected import Expected
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Source
@@ -17,13 +16,18 @@ _MOST_COUNTED = 10**9
 _LARGEST_LOSS = 1e9
 _LONGEST_S = 1e8
 """Three years."""
+LARGEST_CHANGE = 1e4
+"""Most that a round may change a coordinate: hundreds of times what AdamW does at any rate that trains a model, and so
+small that sums of squares over all coordinates stay far inside float32."""
+_LARGEST_EXTRA = 1e9
+"""Largest magnitude in extras; of those that are squares, its square."""
 
 
 def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected) -> dict[str, float]:
     """Check one update against the round it should answer, reading one part of one tensor at a time.
 
     Args:
-        update: What came back; its tensors may lie in a file.
+        update: What was admitted (:func:`fedproxy.federation.admission.admit`); its tensors may lie in a file.
         broadcast: What was asked.
         expected: What else the server knows of it.
 
@@ -32,8 +36,7 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
         (of sums of squares its square root).
 
     Raises:
-        ClientError: If round, figures, tensors' names, shapes or dtypes are others than asked for, or a value is
-            not finite.
+        ClientError: If round or figures are others than asked for, or a value is not finite, or too large.
     """
     if update.round != broadcast.round:
         raise ClientError(
@@ -43,14 +46,12 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
     _check_figure(update, "train_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "regularizer_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "seconds", 0.0, _LONGEST_S)
-    delta = broadcast.state if expected.delta is None else expected.delta
-    _check_names(update.delta, delta, "tensor", "tensors that the round asks for")
-    _check_names(update.extras, expected.extras, "extras", "extras that the round asks for")
-    norms = {"": _norm(update.delta, delta)}
+    norms = {"": _norm(update.delta, LARGEST_CHANGE)}
     for group, form in expected.extras.items():
-        sent, where = update.extras[group], f"extras[{group!r}] "
-        _check_names(sent, form.tensors, f"{where}tensor", "tensors that the round asks for")
-        norm = _norm(sent, form.tensors, where, non_negative=form.non_negative)
+        if group not in update.extras:  # it was of the wire alone
+            continue
+        largest = _LARGEST_EXTRA**2 if form.squares else _LARGEST_EXTRA
+        norm = _norm(update.extras[group], largest, f"extras[{group!r}] ", non_negative=form.non_negative)
         norms[group] = math.sqrt(norm) if form.squares else norm
     return norms
 
@@ -58,16 +59,17 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
 def too_long(norms: Mapping[str, float], ratio: float, part: str = "") -> dict[str, str]:
     """Return which clients' updates are longer than ``ratio`` times the median, with the reason.
 
-    The lower median is taken, so that of two updates the shorter one counts; a median of zero says nothing.
+    The lower median of those that moved is taken, so that of two updates the shorter one counts.
 
     Args:
         norms: By client, of one part of :func:`check_update`'s result.
         ratio: Largest multiple of the median.
         part: Which part, for the reason.
     """
-    median = sorted(norms.values())[(len(norms) - 1) // 2] if norms else 0.0
-    if median == 0.0:
+    moved = sorted(norm for norm in norms.values() if norm)
+    if not moved:
         return {}
+    median = moved[(len(moved) - 1) // 2]
     of = f" of extras[{part!r}]" if part else ""
     return {
         client: f"its update's norm{of} {norm:.3g} is {norm / median:.3g} times the round's median {median:.3g}, "
@@ -106,45 +108,31 @@ def _check_figure(update: ClientUpdate, name: str, least: float, most: float, *,
         raise ClientError(f"the update's {name} must be a number from {least:g} to {most:g}, got {_shown(value)}")
 
 
-def _check_names(sent: Mapping[str, Any], asked: Mapping[str, Any], what: str, all_of_them: str) -> None:
-    odd = sorted(set(asked).symmetric_difference(sent))
-    if odd:
-        verb = "lacks" if odd[0] in asked else "has unknown"
-        raise ClientError(f"the update {verb} {what} {_shown(odd[0])}; send exactly the {all_of_them}")
-
-
-def _norm(tensors: Tensors, wanted: Tensors, where: str = "", *, non_negative: bool = False) -> float:
-    """Return the Euclidean norm over all tensors, whose names are checked.
+def _norm(tensors: Tensors, largest: float, where: str = "", *, non_negative: bool = False) -> float:
+    """Return the Euclidean norm over all tensors.
 
     Raises:
-        ClientError: If a shape or dtype is not the wanted one, or a value is not finite, or negative where none may be.
+        ClientError: If a value is not finite, or of a larger magnitude, or negative where none may be.
     """
     squares = 0.0
-    for name in sorted(wanted):
-        source = Source.of(tensors, name)
-        _check_form(source, wanted[name], f"{where}tensor {name!r}")
-        total = 0.0
-        for part in source.parts():
-            # In float64 no finite float32 overflows, so that a norm that is not finite comes from a value that is not.
-            total += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
-            if non_negative and bool((part < 0).any()):
-                raise ClientError(f"{where}tensor {name!r} must be non-negative, got {float(part.min()):g}")
-        if not math.isfinite(total):
-            raise ClientError(f"{where}tensor {name!r} must be finite, got NaN or infinity")
-        squares += total
+    for name in sorted(tensors):
+        what = f"{where}tensor {name!r}"
+        for part in Source.of(tensors, name).parts():
+            low, high = (float(bound) for bound in part.aminmax()) if len(part) else (0.0, 0.0)
+            most = max(-low, high)
+            if not math.isfinite(most):  # both bounds are NaN where a value is
+                raise ClientError(f"{what} must be finite, got NaN or infinity; lower client.lr")
+            if most > largest:
+                raise ClientError(f"{what} must lie within {largest:g}, got a magnitude of {most:.3g}; lower client.lr")
+            if non_negative and low < 0:
+                raise ClientError(f"{what} must be non-negative, got {low:g}")
+            squares += float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2
     return math.sqrt(squares)
-
-
-def _check_form(source: Source, wanted: Tensor, what: str) -> None:
-    if source.shape != tuple(wanted.shape) or source.dtype != wanted.dtype:
-        asked = f"{str(wanted.dtype).removeprefix('torch.')} {tuple(wanted.shape)}"
-        raise ClientError(f"{what} must be {asked}, got {source}; send the shape and dtype that the round asks for")
 
 
 def _shown(value: Any) -> str:
     """Return a sent value for a message of one short line."""
     try:
-        text = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return one_line(repr(value), 60)
+    except Exception:  # a whole number of more digits than Python writes, or a foreign object
+        return f"a {type(value).__name__}"

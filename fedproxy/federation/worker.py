@@ -7,19 +7,22 @@ one JSON object per line. Tensors travel in safetensors files whose paths the me
 import importlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from typing import Any, TextIO
 
 import torch
-from safetensors import SafetensorError
 
-from fedproxy.errors import FedProxyError, one_line
-from fedproxy.federation.engines.base import Answer, Client, Dropped, attempt
+from fedproxy.errors import CheckpointError, FedProxyError, one_line
+from fedproxy.federation.client_log import told
+from fedproxy.federation.engines.base import Answer, Client, Dropped, UpdateFile, attempt
 from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -29,7 +32,8 @@ def main(setup: Path, device: int | None, threads: int) -> None:
     Thread(target=_listen, args=(tasks,), daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        client = _make_client(json.loads(setup.read_text()), device)
+        options = json.loads(setup.read_text())
+        client = _make_client(options, device)
     except Exception as error:
         kind = "" if isinstance(error, FedProxyError) else f"{type(error).__name__}: "
         _say(channel, failed=f"{kind}{one_line(error)}")
@@ -39,21 +43,34 @@ def main(setup: Path, device: int | None, threads: int) -> None:
     while True:
         task = tasks.get()
         _say(channel, started=task["task"])
-        answer = _serve(client, broadcasts, task)
+        try:
+            answer = _serve(client, broadcasts, task, options["logs"])
+        except CheckpointError as error:  # the run's fault, not the client's
+            _say(channel, task=task["task"], damaged=one_line(error))
+            continue
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)
         else:
             _say(channel, task=task["task"])
 
 
-def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any]) -> Answer:
+def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], logs: str | None) -> Answer:
     client_id: str = task["client"]
+    round_ = 0
     try:
-        answer = attempt(client, broadcasts.load(task["broadcast"]), client_id)
-        if not isinstance(answer, Dropped) and "update" in task:  # of several processes of a client, one writes
+        broadcast = broadcasts.load(task)
+        round_ = broadcast.round
+        answer = attempt(client, broadcast, client_id, logs=logs)
+        if "update" not in task:  # of several processes of a client, one writes
+            return answer
+        if isinstance(answer, UpdateFile):
+            shutil.move(answer.path, task["update"])
+        elif not isinstance(answer, Dropped):
             answer.save(task["update"])
-    except (FedProxyError, OSError, SafetensorError) as error:
-        return Dropped(client_id, one_line(error))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        return Dropped(client_id, told(error, client_id, round_, logs))
     return answer
 
 
@@ -63,10 +80,11 @@ class _Broadcasts:
     def __init__(self) -> None:
         self._path, self._broadcast = "", Broadcast(0, {})
 
-    def load(self, path: str) -> Broadcast:
-        if path != self._path:
-            self._path, self._broadcast = path, Broadcast.load(path)
-        return self._broadcast
+    def load(self, task: Mapping[str, Any]) -> Broadcast:
+        """Return the broadcast of a task, with the seeds of its client."""
+        if task["broadcast"] != self._path:
+            self._path, self._broadcast = task["broadcast"], Broadcast.load(task["broadcast"])
+        return replace(self._broadcast, seeds=ClientSeeds(**task["seeds"])) if "seeds" in task else self._broadcast
 
 
 def _make_client(setup: Mapping[str, Any], device: int | None) -> Client:

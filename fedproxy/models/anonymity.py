@@ -11,11 +11,13 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from fedproxy.files import write_text
+
 _ORIGIN_KEYS = {
     *("_name_or_path", "name_or_path", "base_model", "auto_map", "chat_template", "transformers_version"),
     *("local_files_only", "id2label", "label2id", "problem_type", "task_specific_params"),
 }
-_MODEL_KEYS = {"model_type", "quantization_config"}
+_MODEL_KEYS = {"model_type", "quantization_config", "per_layer_config"}
 _TOKENIZER_KEYS = {
     *("tokenizer_class", "backend", "padding_side", "truncation_side", "model_input_names", "errors"),
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"),
@@ -53,7 +55,7 @@ def strip_origin(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
             fields = _known(fields, vars(GenerationConfig()))
         else:
             fields = _known(fields, {*_TOKENIZER_KEYS, *options, *(key for key in fields if key.endswith("_token"))})
-        path.write_text(json.dumps(_without(fields, names), indent=2) + "\n")
+        write_text(path, json.dumps(_without(fields, names), indent=2) + "\n")
 
 
 def origin_names(*paths: str) -> set[str]:

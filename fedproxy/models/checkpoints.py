@@ -1,7 +1,6 @@
 """Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,13 +8,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedproxy.errors import CheckpointError, ConfigError, ModelError, first_line
+from fedproxy.errors import CheckpointError, ConfigError, ModelError
+from fedproxy.files import whole_folder, write_text
 from fedproxy.models.anonymity import strip_origin, without_templates
+from fedproxy.models.loading import check_model, load_tokenizer_files, load_weights
 from fedproxy.models.logit_offset import is_logit_offset, join_from
+from fedproxy.models.quiet import without_bars, without_reports
+
+__all__ = [
+    "check_model",
+    "check_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "placed",
+    "save_model",
+    "special_ids",
+    "state_sha256",
+    "without_bars",
+    "without_reports",
+]
 
 _FILLED = 0.9
 """Least share of a model's vocabulary that its own tokenizer fills; padding to a round number takes a few per cent."""
@@ -36,42 +49,12 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
     if dtype not in _DTYPES:
         raise ConfigError(f"target.dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
     if is_logit_offset(path):
-        return join_from(path, lambda part: load_model(part, dtype=dtype))
-    check_model(path)
-    try:
-        with without_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=_DTYPES[dtype], output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be loaded as a causal LM: {first_line(error)}") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; copy the model again"
-        )
-    frozen: PreTrainedModel = model.eval().requires_grad_(False)
-    return frozen
+        return join_from(path, lambda part: _load_plain(part, dtype))
+    return _load_plain(path, dtype)
 
 
-def check_model(path: str | Path) -> None:
-    """Check, from its configuration alone, that there is a decoder-only causal LM at ``path``.
-
-    Raises:
-        ModelError: If there is none.
-    """
-    if str(path).startswith(("/", ".", "~")) and not Path(path).expanduser().is_dir():
-        raise ModelError(f"{path} is no folder; give an asset, a from_pretrained folder or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(str(path))
-    except Exception as error:  # a family's own checks of its configuration raise whatever they like
-        raise ModelError(
-            f"{path} is no model: {first_line(error)}; give an asset, a from_pretrained folder or a hub id"
-        ) from error
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{path} is an encoder-decoder model ({config.model_type}); give a decoder-only causal LM")
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"{path} is no causal LM (model type {config.model_type}); give a decoder-only causal LM")
+def _load_plain(path: str | Path, dtype: str) -> PreTrainedModel:
+    return load_weights(path, remedy="copy the model again or choose another", dtype=_DTYPES[dtype])
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -80,10 +63,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: If there is none at ``path``.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} has no tokenizer: {first_line(error)}") from error
+    tokenizer = load_tokenizer_files(path)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -104,22 +84,15 @@ def save_model(
     Raises:
         CheckpointError: If the folder cannot be written.
     """
-    part = folder.with_name(folder.name + ".part")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        with without_bars():
-            model.save_pretrained(part)
-        _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
-        if anonymous:
-            strip_origin(part, model, tokenizer)
-        (part / "README.md").write_text(card)
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(part, ignore_errors=True)
-        if not isinstance(error, OSError | SafetensorError):  # a full disk comes as either
-            raise
+        with whole_folder(folder) as part:
+            with without_bars():
+                model.save_pretrained(part)
+            _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
+            if anonymous:
+                strip_origin(part, model, tokenizer)
+            write_text(part / "README.md", card)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
         raise CheckpointError(
             f"{folder} cannot be written: {error}; free disk space or choose another output_dir"
         ) from error
@@ -178,30 +151,6 @@ def special_ids(config: Any) -> list[tuple[str, int]]:
         value = getattr(config, name, None)
         found += [(name, token) for token in (value if isinstance(value, list) else [value])]
     return [(name, token) for name, token in found if token is not None and token >= 0]
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Hold back transformers' progress bars, which flood a log with lines about a fraction of a second."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def without_reports() -> Iterator[None]:
-    """Hold back all that transformers says, tables of weights included, where an error says it in one line."""
-    level = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with without_bars():
-            yield
-    finally:
-        logging.set_verbosity(level)
 
 
 @contextmanager

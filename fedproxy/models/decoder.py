@@ -1,18 +1,24 @@
 """The decoder stack of a causal language model, found by its structure and not by its class."""
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from fedproxy.errors import ModelError, first_line
+from fedproxy.errors import ModelError, one_line
+from fedproxy.models.block_fields import cut_fields, cut_slices, depth_of
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.positions import positions
+from fedproxy.models.structure import check_structure
 
+_CAUSE = 160
+"""Most characters of what a library says about a failure, inside of a line of our own."""
 OTHER_PARTS = "keep other blocks (compression.keep) or choose compression.name=none"
 
 
@@ -41,20 +47,16 @@ class Decoder:
             )
         if model.get_output_embeddings() is None:
             raise ModelError(f"target.path: {kind} has no language model head; FedProxy needs a decoder-only causal LM")
-        body = model.get_decoder()
-        depth = model.config.get_text_config().num_hidden_layers
-        stacks = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList)
-            and len(module) == depth
-            and not any(p.isdigit() for p in name.split("."))
-        ]
-        if len(stacks) != 1:
+        depth = depth_of(model.config.get_text_config())
+        stacks = _stacks(model, depth)
+        if not stacks:
             raise ModelError(
-                f"target.path: {kind} has {len(stacks)} stacks of {depth} blocks; FedProxy needs exactly one"
+                f"target.path: {kind} has no single stack of {depth} blocks; FedProxy needs a model that runs each of "
+                "its blocks once, in their order"
             )
-        prefix, blocks = stacks[0]
+        prefix, blocks = max(stacks, key=lambda stack: parameter_count(stack[1]))
+        # A family may call another part its decoder (ModernBERT's is the head).
+        body = next(part for part in (model.get_decoder(), model.base_model, model) if _holds(part, blocks))
         return cls(model, body, blocks, prefix)
 
     def __len__(self) -> int:
@@ -79,13 +81,32 @@ class Decoder:
         Block indices, per-layer configuration lists (attention types, for example) and caches are renumbered, so the
         result is an ordinary checkpoint of a shallower model.
         """
-        source = self.model.state_dict()
-        state = copied({name: tensor for name, tensor in source.items() if self.block_index(name) is None})
+        config = self.subset_config(kept)
+        self._check_outline(config, kept)
+        source, depth = self.model.state_dict(), len(self)
+        outside = {name: tensor for name, tensor in source.items() if self.block_index(name) is None}
+        state = copied({name: cut_slices(name, tensor, kept, depth) for name, tensor in outside.items()})
         for new, old in enumerate(kept):  # a block that is kept twice is copied twice: its places may be tuned apart
             names = self.weight_names(old)
             block = copied({name: source[self.full_name(old, name)] for name in names})
             state |= {self.full_name(new, name): tensor for name, tensor in block.items()}
-        return self.rebuilt(self.subset_config(kept), state)
+        return self.rebuilt(config, state)
+
+    def _check_outline(self, config: Any, kept: Sequence[int]) -> None:
+        """Check, without weights, that blocks built from a configuration are those that the proxy is to have.
+
+        Raises:
+            ModelError: If they are not, or the family refuses the configuration.
+        """
+        kind = type(self.model)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"), without_reports():
+                own = Decoder.of(kind._from_config(config, dtype=self.model.dtype)).blocks
+        except Exception as error:  # a family's own checks raise whatever they like
+            raise ModelError(
+                f"{kind.__name__} cannot be built from blocks {list(kept)}: {one_line(error, _CAUSE)}; {OTHER_PARTS}"
+            ) from error
+        check_structure(kind.__name__, list(own), list(self.blocks), kept)
 
     def rebuilt(self, config: Any, state: dict[str, Tensor]) -> PreTrainedModel:
         """Build a model of the same class from a configuration and all of its weights, which become the model's own.
@@ -104,9 +125,11 @@ class Decoder:
                     output_loading_info=True,
                     ignore_mismatched_sizes=True,  # listed, as all that does not fit
                 )
-        except (RuntimeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a family's own checks raise whatever they like
             raise ModelError(
-                f"{kind.__name__} cannot be rebuilt from parts of its weights: {first_line(error)}; {OTHER_PARTS}"
+                f"{kind.__name__} cannot be rebuilt from parts of its weights: {one_line(error, _CAUSE)}; {OTHER_PARTS}"
             ) from error
         other = [name for name, *_ in info["mismatched_keys"]]
         lost = sorted({*info["missing_keys"], *other}) + sorted(info["unexpected_keys"])
@@ -119,20 +142,68 @@ class Decoder:
         return model
 
     def subset_config(self, kept: Sequence[int]) -> Any:
-        """Return the configuration of a model of the blocks ``kept``: their number and per-layer lists, no origin."""
+        """Return the configuration of a model of the blocks ``kept``, without its origin.
+
+        Raises:
+            ModelError: If there is none that says which of them are of which kind, also after saving and loading.
+        """
         config = copy.deepcopy(self.model.config)
         config._name_or_path = ""
-        text = config.get_text_config()
-        depth = text.num_hidden_layers
-        per_layer = {
-            name: [value[i] for i in kept]
-            for name, value in text.to_dict().items()
-            if isinstance(value, list) and len(value) == depth
-        }
-        text.num_hidden_layers = len(kept)
-        for name, value in per_layer.items():
-            setattr(text, name, value)
+        try:
+            with without_reports():
+                cut_fields(config.get_text_config(), kept, len(self))
+                read_back = type(config).from_dict(config.to_diff_dict())
+        except ModelError:
+            raise
+        except Exception as error:  # a family's own checks raise whatever they like
+            raise ModelError(
+                f"{type(self.model).__name__} has no configuration for blocks {list(kept)}: {one_line(error, _CAUSE)}; "
+                f"{OTHER_PARTS}"
+            ) from error
+        before, after = (_numbers_plain(part.get_text_config().to_dict()) for part in (config, read_back))
+        changed = [name for name in after if after[name] != before.get(name)]
+        if changed and tuple(kept) != tuple(range(len(self))):
+            raise ModelError(
+                f"{type(self.model).__name__} reads {changed[0]} of blocks {list(kept)} back as {after[changed[0]]}; "
+                f"{OTHER_PARTS}"
+            )
         return config
+
+
+def _numbers_plain(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields as JSON gives them back."""
+    plain: dict[str, Any] = json.loads(json.dumps(fields, default=str))
+    return plain
+
+
+def _holds(part: nn.Module, blocks: nn.Module) -> bool:
+    return any(module is blocks for module in part.modules())
+
+
+def _stacks(model: PreTrainedModel, depth: int | None) -> list[tuple[str, nn.ModuleList]]:
+    """Return the lists of ``depth`` modules, with their names, that belong to the language model itself.
+
+    What lies in a part with a configuration of another class (a vision or audio tower) is none of them, and neither is
+    what lies inside of a block.
+    """
+    text = type(model.config.get_text_config())
+    towers = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if name
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+        and isinstance(module, PreTrainedModel)
+        and type(module.config) is not text
+        and not any(isinstance(getattr(part, "config", None), text) for part in module.modules())
+    ]
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and not any(part.isdigit() for part in name.split("."))
+        and not name.startswith(tuple(towers))
+    ]
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +237,7 @@ def disclosed_count(proxy: PreTrainedModel, layer_map: LayerMap) -> int:
 
 def positions_limit(model: PreTrainedModel, wanted: int) -> int:
     """Return the longest text that both the recipe and the model's positions allow."""
-    return min(wanted, getattr(model.config.get_text_config(), "max_position_embeddings", wanted) or wanted)
+    return min(wanted, positions(model.config) or wanted)
 
 
 @torch.no_grad()

@@ -4,8 +4,8 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedproxy.errors import CheckpointError
-from fedproxy.files import write_text
+from fedproxy.errors import CheckpointError, one_line
+from fedproxy.files import read_json, write_text
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,11 @@ class LayerMap:
         Raises:
             CheckpointError: If it cannot be written.
         """
-        write_text(path, json.dumps(asdict(self)) + "\n")
+        write_text(path, self.to_json())
+
+    def to_json(self) -> str:
+        """Return what :meth:`save` writes."""
+        return json.dumps(asdict(self)) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> "LayerMap":
@@ -56,13 +60,14 @@ class LayerMap:
         Raises:
             CheckpointError: If the file is missing or broken.
         """
+        remedy = "compress again with overwrite=true"
+        fields = read_json(path, dict, remedy=remedy)
         try:
-            fields = json.loads(Path(path).read_text())
             neurons = fields["neurons"]
             return cls(
-                tuple(fields["proxy_to_target"]),
-                fields["target_sha256"],
-                None if neurons is None else tuple(tuple(block) for block in neurons),
+                tuple(map(int, fields["proxy_to_target"])),
+                str(fields["target_sha256"]),
+                None if neurons is None else tuple(tuple(map(int, block)) for block in neurons),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no layer map ({error}); compress again with overwrite=true") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a layer map ({one_line(error)}); {remedy}") from error

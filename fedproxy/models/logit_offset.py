@@ -1,7 +1,7 @@
 """Proxy-Tuning's model (Liu et al. 2024, arXiv 2401.08565): three causal language models whose logits are combined."""
 
 import copy
-import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +18,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from fedproxy.errors import ModelError
+from fedproxy.errors import ModelError, one_line
+from fedproxy.files import read_json, write_json
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
+_REMEDY = "run fusion again"
 
 
 class LogitOffsetConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -162,7 +164,7 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         folder.mkdir(parents=True, exist_ok=True)
         places = {role: _place(model, role, folder) for role, model in zip(ROLES, self.models, strict=True)}
         content = {"model_type": LogitOffsetConfig.model_type, "alpha": self.alpha, **places}
-        (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "config.json", content)
         self.generation_config.save_pretrained(folder)
 
 
@@ -192,11 +194,11 @@ def offset_logits(target: Tensor, tuned: Tensor, untuned: Tensor, *, alpha: floa
 
 def is_logit_offset(folder: str | Path) -> bool:
     """Return whether a folder holds a wrapper's configuration."""
-    path = Path(folder).expanduser() / "config.json"
     try:
-        return bool(json.loads(path.read_text()).get("model_type") == LogitOffsetConfig.model_type)
-    except (OSError, ValueError, AttributeError):
+        content = _read(Path(folder).expanduser() / "config.json")
+    except ModelError:
         return False
+    return content.get("model_type") == LogitOffsetConfig.model_type
 
 
 def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> LogitOffsetModel:
@@ -204,24 +206,29 @@ def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> Log
 
     Args:
         folder: Where :meth:`LogitOffsetModel.save_pretrained` wrote.
-        load: Loads one model from a folder or a hub id.
+        load: Loads one model from a folder or a hub id; never a wrapper again.
 
     Raises:
         ModelError: If the configuration is broken, or a folder that it names is gone.
     """
     path = Path(folder).expanduser() / "config.json"
-    try:
-        content = json.loads(path.read_text())
-        alpha, places = float(content["alpha"]), {role: str(content[role]) for role in ROLES}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{path} is no logit_offset configuration ({error!r}); run fusion again") from error
+    content = _read(path)
+    alpha, places = content.get("alpha"), {role: content.get(role) for role in ROLES}
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise ModelError(f"{path}: alpha must be a finite number, got {one_line(alpha)}; {_REMEDY}")
     models = {}
     for role, place in places.items():
+        if not isinstance(place, str) or not place:
+            raise ModelError(f"{path}: {role} must name a folder or a hub id; {_REMEDY}")
         local = path.parent / place
         if place.startswith((".", "/")) and not local.is_dir():
             raise ModelError(f"{path}: the {role} model is not in {place}; put it back, or correct the key {role!r}")
         models[role] = load(str(local.resolve()) if local.is_dir() else place)
     return LogitOffsetModel(**models, alpha=alpha)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, dict, error=ModelError, remedy=_REMEDY)
 
 
 def require_same_vocabulary(target: Mapping[str, int], proxy: Mapping[str, int]) -> None:

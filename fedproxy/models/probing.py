@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from fedproxy.errors import FedProxyError, ModelError, first_line
@@ -14,6 +14,8 @@ from fedproxy.models.skipping import skipping
 
 _ROWS, _TOKENS = 5, 8
 _GENERATED = 2  # the first comes from the prompt's own pass, the second from one step with the cache
+_WINDOWS, _SHORT = ("sliding_window", "sliding_window_size", "attention_window_size", "attention_chunk_size"), 3
+"""Configuration fields from which masks are made in every pass, and the window of a check, in tokens."""
 _SAME_WORK, _OTHER_WORK = (2e-5, 5e-2), (1e-3, 1e-1)
 """Largest difference of logits as a share of the largest logit, in float32 and in half precision: where the same
 operations run in the same shapes, and where they run in other shapes."""
@@ -97,7 +99,9 @@ def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) 
     place |= {block: new for new, block in enumerate(kept) if new != block}
     kind, remedy = type(decoder.model).__name__, "choose compression.name=none"
     ids, shallow = _probe(decoder.model), Decoder.of(proxy)
-    with _running(kind, remedy):
+    for new, old in enumerate(kept):
+        _check_buffers(kind, shallow.blocks[new], decoder.blocks[old], old, remedy)
+    with _running(kind, remedy), _short_windows(decoder.model), _short_windows(proxy):
         with skipping(decoder, sorted(set(range(len(decoder))) - set(kept))):
             expected = _logits(decoder.model, ids)
         with skipping(shallow, sorted(set(range(len(shallow))) - set(place.values()))):
@@ -107,6 +111,38 @@ def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) 
             f"{kind}: its blocks work differently in another place (logits differ by {gap:.2g}), so that blocks "
             f"cannot be removed; {remedy}"
         )
+
+
+def _check_buffers(kind: str, own: nn.Module, block: nn.Module, index: int, remedy: str) -> None:
+    """Check that what a block computed when it was built (masks, slopes), and did not read, is what the target's has.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    wanted = dict(block.named_buffers())
+    for name, buffer in own.named_buffers():
+        if not torch.equal(buffer, wanted[name].to(buffer.device)):
+            raise ModelError(f"{kind}: {name} of block {index} depends on its place; {remedy}")
+
+
+@contextmanager
+def _short_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Let attention look back over fewer tokens than the probe has, so that a wrong kind of block shows."""
+    configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+    configs |= {id(text): text for text in [config.get_text_config() for config in configs.values()]}
+    own = [
+        (vars(config), name, vars(config)[name])
+        for config in configs.values()
+        for name in _WINDOWS
+        if isinstance(vars(config).get(name), int) and vars(config)[name] > _SHORT
+    ]
+    for fields, name, _ in own:
+        fields[name] = _SHORT
+    try:
+        yield
+    finally:
+        for fields, name, value in own:
+            fields[name] = value
 
 
 def _special(model: PreTrainedModel) -> set[int]:

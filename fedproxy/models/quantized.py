@@ -5,10 +5,10 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from fedproxy.errors import ConfigError, ModelError
-from fedproxy.models.checkpoints import without_bars
+from fedproxy.errors import ConfigError
+from fedproxy.models.loading import load_weights
 
 _DEVICES = ("cuda", "cpu", "xpu")
 """Kinds of device that bitsandbytes has kernels for."""
@@ -63,18 +63,16 @@ def load_quantized(path: str | Path, bits: str, *, dtype: torch.dtype, device: t
             bnb_4bit_compute_dtype=dtype,
         )
     )
-    try:
-        with without_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, quantization_config=options, device_map={"": device}
-            )
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
-        raise ModelError(f"{path} cannot be loaded in {bits}: {first}; set client.quantization=none") from error
+    model = load_weights(
+        path,
+        remedy=f"set client.quantization=none, {bits} does not work with this model",
+        dtype=dtype,
+        quantization_config=options,
+        device_map={"": device},
+    )
     for module in model.modules():
         # On CPUs with AVX512-BF16 a forward pass in evaluation mode packs 4-bit weights for a kernel without a backward
         # pass, which is then used in training too: gradients are wrong without a word (bitsandbytes 0.50).
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    frozen: PreTrainedModel = model.eval().requires_grad_(False)
-    return frozen
+    return model

@@ -32,12 +32,11 @@ class ClientDevices:
         """
         indices = _indices(trainer.get("devices", "auto"))
         count = indices if isinstance(indices, int) else len(indices)
-        strategy = trainer.get("strategy", "auto")
+        strategy, nodes = trainer.get("strategy", "auto"), trainer.get("num_nodes", 1)
+        if nodes != 1 or isinstance(nodes, bool):  # Lightning would wait for the others
+            raise ConfigError(f"trainer.num_nodes must be 1, got {nodes!r}; a client stays on one node")
         if count == 1:
-            if strategy in STRATEGIES:
-                raise ConfigError(
-                    f"trainer.strategy={strategy} spreads a client over several devices; set trainer.devices=2 or more"
-                )
+            _check_one(strategy)
             return cls(1, () if isinstance(indices, int) else indices)
         strategy = "ddp" if strategy == "auto" else strategy
         _check_several(count, strategy, trainer)
@@ -92,14 +91,22 @@ def _indices(devices: Any) -> int | tuple[int, ...]:
     )
 
 
+def _check_one(strategy: Any) -> None:
+    """Refuse strategies with one device: Lightning's others start processes of their own, or wait for some."""
+    if strategy in STRATEGIES:
+        raise ConfigError(
+            f"trainer.strategy={strategy} spreads a client over several devices; set trainer.devices=2 or more"
+        )
+    if strategy != "auto":
+        raise ConfigError(f"trainer.strategy must be auto with one device per client, got {strategy!r}; leave it out")
+
+
 def _check_several(count: int, strategy: Any, trainer: Mapping[str, Any]) -> None:
     if strategy not in STRATEGIES:
         raise ConfigError(
             f"trainer.strategy must be {' or '.join(STRATEGIES)} with trainer.devices={trainer['devices']}, "
             f"got {strategy!r}"
         )
-    if trainer.get("num_nodes", 1) != 1:
-        raise ConfigError(f"trainer.num_nodes must be 1, got {trainer['num_nodes']}; a client stays on one node")
     there = accelerators({**trainer, "devices": "auto"})
     wanted = trainer["devices"] if isinstance(trainer["devices"], list) else list(range(count))
     missing = sorted(set(wanted) - set(there))

@@ -8,7 +8,6 @@ import lightning
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from fedproxy.data.batching import ShuffledBatches
 from fedproxy.errors import ConfigError, ModelError
@@ -23,6 +22,7 @@ from fedproxy.modules.teacher_cache import TeacherCache
 from fedproxy.modules.trainer import adamw, attention, fit, make_trainer
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
+from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
 _MAX_GRAD_NORM = 1.0
 _LAST_STEPS = 10
@@ -119,6 +119,7 @@ def distil(
     trainer: Mapping[str, Any],
     generator: torch.Generator,
     cache: Path | None = None,
+    logs: Path | None = None,
 ) -> float:
     """Distil the target into the proxy, in place.
 
@@ -135,6 +136,7 @@ def distil(
         trainer: Options of lightning.Trainer.
         generator: CPU generator of LoRA's start, the order and dropout.
         cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
+        logs: Folder of what Lightning's loggers and profilers write.
 
     Returns:
         Mean loss of the last ten steps.
@@ -161,7 +163,7 @@ def distil(
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM)
+    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM, root=logs)
     with placed(target, runner.strategy.root_device):
         teacher = Teacher(
             target,
@@ -217,14 +219,7 @@ def _block_weights(model: PreTrainedModel) -> list[nn.Parameter]:
 
 def _lora(proxy: PreTrainedModel, settings: DistillationConfig, generator: torch.Generator) -> TrainableModel:
     """Attach LoRA to every linear layer of the blocks."""
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, module in Decoder.of(proxy).blocks.named_modules()
-            if isinstance(module, nn.Linear | Conv1D)
-        }
-    )
-    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=tuple(linear))
+    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=(ALL_LINEAR,))
     return lora.attach(proxy, generator)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,9 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
+from fedproxy.sealed_tensors import check_tensors, sealed
 
-_FORMAT = "teacher-2"
+_FORMAT = "teacher-3"
 _STALE_S = 3600.0
+_ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+_PART = ".fedproxy-"
 """Age in seconds after which a temporary file is taken for one of a killed run."""
 
 
@@ -87,7 +91,7 @@ class TeacherCache:
     A batch, not a text, is the unit: the same text in another batch gives other last bits, and a run must not depend on
     who filled the cache. Batches are the same in every epoch and for every proxy of one recipe and seed.
 
-    Files are written whole or not at all and memory-mapped when read; a damaged one counts as missing. Where the bound
+    Files are written whole or not at all, and verified when read; a damaged one counts as missing. Where the bound
     is reached, entries that this run did not use go, the oldest first; where none is left, nothing more is kept.
     It holds what the target says: it is the server's and never sent.
 
@@ -106,7 +110,7 @@ class TeacherCache:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unwritable(error) from error
-        for part in folder.glob("*.part"):
+        for part in folder.glob(f"{_PART}*.part"):
             with suppress(OSError):
                 if time.time() - part.stat().st_mtime > _STALE_S:
                     part.unlink()
@@ -135,9 +139,10 @@ class TeacherCache:
         """Return an entry, or None where there is no whole one."""
         path = self._path(key)
         try:
+            check_tensors(path, {"key": key})
             entry = Entry.from_tensors(load_file(path))
             os.utime(path)
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, ValueError):
             self.misses += 1
             return None
         self.hits += 1
@@ -155,9 +160,9 @@ class TeacherCache:
             return
         part: str | None = None
         try:
-            handle, part = tempfile.mkstemp(suffix=".part", dir=self.folder)
+            handle, part = tempfile.mkstemp(prefix=_PART, suffix=".part", dir=self.folder)
             os.close(handle)
-            save_file(tensors, part)
+            save_file(tensors, part, sealed(tensors, {"key": key}))
             self._bytes += os.path.getsize(part)
             os.replace(part, self._path(key))
         except (OSError, SafetensorError) as error:  # a full disk comes as either
@@ -184,6 +189,8 @@ class TeacherCache:
     def _entries(self) -> list[tuple[float, int, Path]]:
         found = []
         for path in self.folder.glob("*.safetensors"):
+            if not _ENTRY.fullmatch(path.name):  # somebody else's
+                continue
             with suppress(FileNotFoundError):
                 facts = path.stat()
                 found.append((facts.st_mtime, facts.st_size, path))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.interrupts import interruption
 
 # Trainer options that a recipe sets elsewhere, and where.
 _ELSEWHERE = {
@@ -87,7 +88,7 @@ def make_trainer(
         accumulate: Batches whose gradients are added up before a step.
         max_grad_norm: Largest gradient norm; longer gradients are scaled down. None for no limit.
         callbacks: Lightning callbacks.
-        root: Folder for what a logger or a profiler writes.
+        root: Folder for what a logger, a profiler or a checkpoint callback writes; made when something is written.
 
     Raises:
         ConfigError: If an option is unknown or Lightning refuses its value.
@@ -98,7 +99,7 @@ def make_trainer(
     if isinstance(name, str):
         if name not in _LOGGERS:
             raise ConfigError(f"trainer.logger: unknown logger {name!r}{nearest(name, _LOGGERS)}")
-        arguments["logger"] = _build(_LOGGERS[name], save_dir=root or ".", name="logs")
+        arguments["logger"] = _build(_LOGGERS[name], save_dir=root or "logs", name="", version="")
     with quiet():
         trainer: lightning.Trainer = _build(
             lightning.Trainer,
@@ -133,11 +134,11 @@ def fit(
             torch.manual_seed(seed)
         try:
             trainer.fit(module, batches)
-        except SystemExit:
+        except SystemExit as end:
             if not trainer.interrupted:
                 raise
             signal.signal(signal.SIGINT, on_interrupt)
-            raise KeyboardInterrupt from None
+            raise (interruption(end) or KeyboardInterrupt()) from None
         finally:
             _release(trainer, module)
 

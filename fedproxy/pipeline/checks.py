@@ -1,22 +1,27 @@
 """What can be known to be wrong with a compression before a model is loaded and before anything is written."""
 
+from collections.abc import Container
+
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedproxy.config import RunConfig
 from fedproxy.data.sources import read_texts
-from fedproxy.errors import ConfigError, ModelError, first_line
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder
-from fedproxy.models.checkpoints import without_reports
+from fedproxy.models.loading import build
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
-from fedproxy.pipeline.data import check_held_out, texts_read
+from fedproxy.pipeline.data import check_held_out, public_texts, texts_read
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
 
 
-def check_compression(config: RunConfig) -> None:
+def check_compression(config: RunConfig, *, trains: bool = False) -> None:
     """Refuse a target that cannot be compressed, and options of compression, healing and distillation that do not fit.
+
+    Args:
+        config: The recipe.
+        trains: Whether clients will train: then what they train must fit, too.
 
     Raises:
         ConfigError: If an option does not fit the target, or healing the compressor.
@@ -27,19 +32,32 @@ def check_compression(config: RunConfig) -> None:
     shape = target_config(config)
     with torch.device("meta"):
         try:
-            with without_reports():
-                target = AutoModelForCausalLM.from_config(shape, dtype=getattr(torch, config.target.dtype))
-        except Exception as error:  # a family's own checks raise whatever they like
-            raise ModelError(
-                f"target.path={config.target.path} ({shape.model_type}) cannot be built: {first_line(error)}; "
-                "give a decoder-only causal LM"
-            ) from error
+            target = build(shape, getattr(torch, config.target.dtype))
+        except ModelError as error:
+            raise ModelError(f"target.path={config.target.path}: {error}") from error
         config.compression.outline(Decoder.of(target))
+        if trains:
+            config.trainable.check(Decoder.of(target))
     settings = config.distillation
     if settings.steps and settings.train == "full":
         require_float32(target, "distillation.train=full", "distillation.train=lora")
     if settings.steps and settings.cache_teacher:
         check_top_k(settings.top_k, vocabulary_size(target))
+
+
+def check_public(config: RunConfig, owned: Container[str]) -> None:
+    """Refuse calibration text of which nothing is left without the clients' rows.
+
+    Args:
+        config: The recipe.
+        owned: Clients' texts.
+
+    Raises:
+        DataError: If nothing is left for compression, healing or distillation.
+    """
+    calibration, distilled = config.compression.calibration, config.distillation.steps and config.distillation.rows
+    for rows in {calibration.rows, config.healing.rows, distilled} - {0}:
+        public_texts(calibration, owned, rows=rows, seed=config.seed)
 
 
 def check_calibration(config: RunConfig, *, held_out: bool = False) -> None:

@@ -60,7 +60,10 @@ def _check_trainable(config: RunConfig) -> None:
         )
     if trained.lora_scaling is None and trained.trains and (space == "product" or rule.space != "any"):
         key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
-        raise ConfigError(f"{key} needs pairs of LoRA factors, and trainable.name={trained.name} has none; use lora")
+        raise ConfigError(
+            f"{key} needs one pair of LoRA factors for each matrix, and {trained.key} has none; use "
+            "trainable.name=lora without trainable.parameters"
+        )
     if not rule.aggregates and space == "product":
         raise ConfigError(
             f"federation.space=product says how clients are merged, and aggregator.name={rule.name} merges none; "

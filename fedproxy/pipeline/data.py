@@ -1,7 +1,9 @@
 """The run's texts: clients' rows, tokenised, and public calibration text that no client owns."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,13 +12,19 @@ from transformers import PreTrainedTokenizerBase
 from fedproxy.config import DataConfig, RunConfig
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
+from fedproxy.data.tokenisation import cut_counts, tokenise
 from fedproxy.errors import DataError
 from fedproxy.evaluation.harness import render_rows
+from fedproxy.models.checkpoints import special_ids
+from fedproxy.models.positions import positions
+from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
 CALIBRATION_BATCH = 16
 """Texts per pass over calibration text."""
+_ROWS_AT_ONCE = 4096
+"""Rows whose tokens lie in memory at once while they are counted."""
 
 
 def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
@@ -27,7 +35,8 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
     """
     rows: list[Row] = []
     for task in config.tasks:
-        rows += render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
+        found = render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
+        rows += _ending(found, config.end_token == "always")
     for name in config.files:
         rows += _sample(file_rows(config, name), config.rows_per_task, seed=seed, source=name)
     return config.partition.split(rows, seed)
@@ -36,7 +45,69 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
 def file_rows(config: DataConfig, name: str) -> list[Row]:
     """Return all rows of one of ``data.files``."""
     columns = Columns(config.prompt_column, config.target_column, config.label_column)
-    return read_rows(name, config.files[name], columns=columns)
+    return _ending(read_rows(name, config.files[name], columns=columns), config.end_token != "never")
+
+
+def _ending(rows: list[Row], ends: bool) -> list[Row]:
+    return [replace(row, ends=True) for row in rows] if ends else rows
+
+
+def tokenised_lengths(
+    clients: Mapping[str, Sequence[Row]], config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int | None]:
+    """Tokenise all clients' rows as clients will, and return what becomes of them: how many there are, and are cut.
+
+    Raises:
+        DataError: If nothing of a row's answer is left, or its end token is asked for and the tokenizer has none.
+    """
+    if config.data.end_token == "always" and tokenizer.eos_token_id is None:
+        raise DataError(
+            f"data.end_token=always: the tokenizer of target.path={config.target.path} has no end-of-sequence token; "
+            "use data.end_token=auto, or give the tokenizer one"
+        )
+    model, data, end = target_config(config), config.data, tokenizer.eos_token_id
+    most = positions(model)
+    cut = Counter[str]()
+    for own in clients.values():
+        for start in range(0, len(own), _ROWS_AT_ONCE):
+            examples = tokenise(
+                own[start : start + _ROWS_AT_ONCE],
+                tokenizer,
+                max_input_tokens=data.max_input_tokens,
+                max_target_tokens=data.max_target_tokens,
+                max_tokens=most,
+            )
+            cut.update(cut_counts(examples))
+    ending = any(row.ends for own in clients.values() for row in own)
+    stops = [token for name, token in special_ids(model.get_text_config()) if name == "eos_token_id"]
+    return {
+        "rows": sum(map(len, clients.values())),
+        **cut,
+        "positions": most,
+        "endless": int(ending and end is None),
+        "unstopped": int(ending and end is not None and bool(stops) and end not in stops),
+    }
+
+
+def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[str]:
+    """Return in sentences which rows were cut, and whether targets lack an end token that the recipe asks for."""
+    notes = []
+    if found.get("cut"):
+        most = found["positions"]
+        room = "" if most is None else f", {most} positions of the model"
+        notes.append(
+            f"{found['cut']} of {found['rows']} rows are cut to fit: prompts of {found['prompts']}, targets of "
+            f"{found['targets']} (data.max_input_tokens={config.max_input_tokens}, "
+            f"data.max_target_tokens={config.max_target_tokens}{room})."
+        )
+    if found.get("endless"):
+        notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
+    if found.get("unstopped"):
+        notes.append(
+            "Targets end with the tokenizer's end-of-sequence token, and the model's eos_token_id is another one: "
+            "generation does not stop there by itself."
+        )
+    return notes
 
 
 def _sample(rows: Sequence[Row], count: int | None, *, seed: int, source: str) -> list[Row]:

@@ -4,6 +4,7 @@ from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError
 from fedproxy.models.quantized import check_quantization
 from fedproxy.modules.devices import ClientDevices, one_device, training_device
+from fedproxy.strategies.trainable.lora import Lora
 
 
 def check_devices(config: RunConfig) -> ClientDevices:
@@ -28,8 +29,10 @@ def check_devices(config: RunConfig) -> ClientDevices:
 
 def _check_sharded(config: RunConfig) -> None:
     """Refuse what needs a whole model on one device."""
-    rule, term = config.aggregator, config.regularizer
-    if "base_change" in rule.parts:
+    rule, term, trained = config.aggregator, config.regularizer, config.trainable
+    if isinstance(trained, Lora) and trained.parameters:
+        key, why = trained.key, "puts its change into weights as they are used"
+    elif "base_change" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "moves the frozen weights"
     elif "statistics" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "needs statistics of each row's gradient"
@@ -44,7 +47,7 @@ def _check_quantized(config: RunConfig, devices: ClientDevices) -> None:
     """Refuse what reads or moves weights that are quantised."""
     rule, trained, bits = config.aggregator, config.trainable, config.client.quantization
     if trained.lora_scaling is None and trained.trains:
-        key = f"trainable.name={trained.name}"
+        key = trained.key
     elif {"base_change", "statistics"} & set(rule.parts):
         key = f"aggregator.name={rule.name}"
     elif any(config.realignment.reads):

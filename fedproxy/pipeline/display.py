@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from fedproxy.errors import one_line
 from fedproxy.reporting.formatting import size
 
 
@@ -39,7 +40,12 @@ class Display:
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator["Bar"]:
         """Show a progress bar while a stage with ``total`` parts runs; nothing where the output is no terminal."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
             yield Bar(progress, progress.add_task(label, total=total))
 
@@ -71,7 +77,7 @@ class _Lines(logging.Handler):
         self._display = display
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._display.say(record.getMessage())
+        self._display.say(one_line(record.getMessage(), 1000))
 
 
 class Bar:
@@ -82,7 +88,7 @@ class Bar:
 
     def step(self, label: str | None = None) -> None:
         """One part is done; the bar now shows ``label``, if there is one."""
-        self._progress.update(self._task, advance=1, description=label)
+        self._progress.update(self._task, advance=1, description=None if label is None else one_line(label, 120))
 
     def set(self, done: int, total: int) -> None:
         """So many parts are done, out of so many."""

@@ -4,7 +4,8 @@ import dataclasses
 import time
 from collections.abc import Container, Sequence
 
-from fedproxy.models import Decoder, LayerMap, load_model, placed
+from fedproxy.config import RunConfig
+from fedproxy.models import Decoder, load_model, placed
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import held_out_texts, public_texts, text_batches, texts_read
@@ -18,21 +19,16 @@ HELD_OUT_ROWS = 64
 _TEXTS_PER_PASS = 4  # logits of all positions are held, for both models
 
 
-def fidelity_texts(run: Run, owned: Container[str]) -> list[str]:
+def fidelity_texts(config: RunConfig, owned: Container[str]) -> list[str]:
     """Return the public texts to measure fidelity on, which neither compression nor distillation reads.
 
-    None are wanted where a continued run has measured it.
-
     Args:
-        run: The run.
+        config: The recipe.
         owned: Clients' texts, which it must not read.
 
     Raises:
         DataError: If none is left.
     """
-    config = run.config
-    if run.facts.get("fidelity") is not None:
-        return []
     calibration = config.compression.calibration
     return held_out_texts(calibration, owned, used=texts_read(config), rows=HELD_OUT_ROWS, seed=config.seed)
 
@@ -52,7 +48,7 @@ def measure_fidelity(run: Run, owned: Container[str], texts: Sequence[str]) -> N
     if run.facts.get("fidelity") is None:
         _measure(run, owned, texts)
     scores = run.facts["block_scores"]
-    kept = LayerMap.load(run.folder.layer_map).proxy_to_target
+    kept = run.layer_map().proxy_to_target
     write_influence_plot(CompressionReport(scores, kept), run.folder.influence_plot)
 
 

@@ -1,10 +1,9 @@
 """The run folder: who may write into it, where things lie, and what is already done."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,16 @@ from omegaconf import OmegaConf
 
 from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.federation.owners import read_owners
+from fedproxy.files import open_regular, parse_json, private_folder, write_text
+from fedproxy.locks import locked
+from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
+from fedproxy.sealed import read_sealed
 
 # Keys that may change between a run and its continuation; federation.rounds may also grow.
 _FREE = {
-    *("resume", "output_dir", "overwrite", "plugins", "engine", "trainer.devices", "evaluation", "loggers"),
-    *("federation.min_clients", "federation.round_timeout_s", "trainer.strategy"),
+    *("resume", "accept_changed", "output_dir", "overwrite", "plugins", "engine", "evaluation", "loggers"),
+    *("trainer.devices", "trainer.strategy", "federation.min_clients", "federation.round_timeout_s"),
 }
 
 
@@ -44,41 +48,70 @@ class RunFolder:
         self.evaluation = self.root / "evaluation"
         self.report = self.root / "report.json"
         self.influence_plot = self.root / "block_influence.png"
-        self._was_empty = False
+        self.trainer_logs = self.root / "logs" / "trainer"
+        self.is_claimed = False
+        """Whether this process has begun to write here."""
+        self.begins = False
+        """Whether a run begins here, as :meth:`check` found."""
 
-    def open(self, config: RunConfig) -> bool:
-        """Claim the folder for a run and write ``config.yaml`` before any work.
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other processes out for the length of a context; see :func:`fedproxy.locks.locked`."""
+        return locked(self.root)
 
-        Returns:
-            Whether the folder held nothing, or nothing that stays: what is written from now on can be taken back with
-            :meth:`clear`.
+    @property
+    def replaces(self) -> bool:
+        """Whether :meth:`claim` will delete what an older run left here."""
+        return self.begins and not only_remains(self.root)
+
+    def check(self, config: RunConfig) -> bool:
+        """Say whether a run begins or goes on here, without changing anything.
 
         Raises:
-            ConfigError: If the folder holds another run, or files that are none, and the recipe does not say
-                what to do about it.
-            CheckpointError: If it cannot be written.
+            ConfigError: If the folder holds another run, or files that are none, and the command line does not say
+                what to do about it, or something that must not be deleted.
+            CheckpointError: If it cannot be read.
         """
-        self._was_empty = self.root.is_dir() and not any(self.root.iterdir())
-        begins = self._was_empty or not self.root.exists()
+        self.begins = True
         if self._holds_run():
-            self._check_claim(config)
-            begins = config.overwrite
-        elif not begins:
-            raise ConfigError(f"output_dir {self.root} holds files that are no run; choose another output_dir")
+            self.begins = config.overwrite
+            self._check_run(config)
+        elif config.overwrite and is_marked(self.root):
+            check_removable(self.root)
+        elif self.root.exists() and not only_remains(self.root):
+            raise ConfigError(
+                f"output_dir {self.root} holds what is left of a run whose config.yaml is gone; use overwrite=true to "
+                "delete it, or another output_dir"
+                if is_marked(self.root)
+                else f"output_dir {self.root} already contains files that are not a run; choose another output_dir"
+            )
+        return self.begins
+
+    def claim(self, config: RunConfig) -> None:
+        """Delete what :meth:`check` allowed to delete, mark the folder and write ``config.yaml``, before any work.
+
+        Raises:
+            ConfigError: If something foreign came into the folder since it was checked.
+            CheckpointError: If it cannot be written; a run that was to go on stays as it was.
+        """
+        if self.replaces:
+            check_removable(self.root)
         try:
-            if begins and self.root.exists() and not self._was_empty:
-                shutil.rmtree(self.root)
-            self.server.mkdir(parents=True, exist_ok=True)
-            self.config.write_text(to_yaml(config))
+            if self.begins:
+                self.root.mkdir(parents=True, exist_ok=True)
+                remove_own(self.root)
+                mark(self.root)
+            for folder in (self.server, self.rows, self.checkpoints):
+                private_folder(folder)
+            write_text(self.config, to_yaml(config))
+            self.is_claimed = True
         except BaseException as error:
-            if begins:
-                self.clear()
+            self.clear()
             if not isinstance(error, OSError):
                 raise
+            reason = error.strerror or error
             raise CheckpointError(
-                f"output_dir {self.root} cannot be written ({error}); choose another output_dir"
+                f"output_dir {self.root} cannot be written ({reason}); choose another output_dir"
             ) from error
-        return begins
 
     def check_continues(self, config: RunConfig, way_out: str) -> None:
         """Refuse to go on with a run that was begun here under another configuration.
@@ -94,21 +127,37 @@ class RunFolder:
         if self._holds_run():
             check_same_run(_read_config(self.config), to_dict(config), self.root, way_out)
 
+    def remove(self) -> None:
+        """Delete the run.
+
+        Raises:
+            ConfigError: If the folder is not marked as a run's, or holds something foreign; nothing is deleted then.
+            CheckpointError: If something cannot be deleted.
+        """
+        check_removable(self.root)
+        remove_own(self.root)
+
     def clear(self) -> None:
-        """Delete the folder; one that was there before, empty, is left empty."""
-        if not self._was_empty:
-            shutil.rmtree(self.root, ignore_errors=True)
-            return
-        for path in self.root.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    path.unlink()
+        """Take back what a run that began here wrote; one that went on keeps everything."""
+        if self.begins:
+            with suppress(CheckpointError):
+                remove_own(self.root)
+
+    def check_fused(self) -> None:
+        """Refuse to replace adapters and fused models of fewer rounds where something lies among them.
+
+        Raises:
+            ConfigError: Naming the first thing that no run made.
+        """
+        check_parts(self.root, ("adapter", "fused"))
+
+    def clear_exchange(self) -> None:
+        """Delete what processes of this run exchanged."""
+        shutil.rmtree(self.exchange, ignore_errors=True)
 
     def is_past_compression(self) -> bool:
         """Return whether a run here went on after its proxy was made."""
-        facts = read_json(self.server / "facts.json") or {}
+        facts = read_sealed(self.server / "facts.json") or {}
         return bool(facts.get("finished") or self.rounds() or self.fused.is_dir())
 
     def fused_folders(self) -> list[Path]:
@@ -117,18 +166,46 @@ class RunFolder:
             return [self.fused]
         return sorted(path.parent for path in self.fused.glob("*/config.json"))
 
+    def owners(self) -> dict[str, list[str]] | None:
+        """Return which rows each client owns, by key, or None where nobody was dealt any.
+
+        Raises:
+            DataError: If partition.json cannot be used.
+        """
+        if not self.partition.exists():
+            return None
+        return read_owners(self.partition, str(self.partition), "delete it, and resume=auto writes it again")
+
     def rounds(self) -> list[dict[str, Any]]:
-        """Return the lines of rounds.jsonl."""
-        return [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.is_file() else []
+        """Return the lines of rounds.jsonl; half a line at its end, which a full disk leaves, is none.
+
+        Raises:
+            CheckpointError: If it cannot be read; a run that goes on writes it again from its last checkpoint.
+        """
+        if not os.path.lexists(self.journal):
+            return []
+        try:
+            with open_regular(self.journal, follow=True) as file:
+                *lines, _ = file.read().split(b"\n")
+            return [parse_json(line, dict) for line in lines]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.journal} cannot be read: {getattr(error, 'strerror', None) or error}; python -m fedproxy.fit "
+                "with resume=auto writes it again from the last checkpoint"
+            ) from error
 
     def _holds_run(self) -> bool:
         return self.config.is_file() and self.server.is_dir()
 
-    def _check_claim(self, config: RunConfig) -> None:
+    def _check_run(self, config: RunConfig) -> None:
         if config.overwrite:
             check_inputs_outside(to_dict(config), self.root)
+            check_removable(self.root)
         elif config.resume == "auto":
             self.check_continues(config, "use overwrite=true or another output_dir")
+            facts = read_sealed(self.server / "facts.json") or {}
+            again = facts.get("fused_after_round") != config.federation.rounds
+            check_parts(self.root, ("exchange", "logs/csv", *(("adapter", "fused") if again else ())))
         else:
             raise ConfigError(
                 f"output_dir {self.root} already holds a run; use resume=auto to go on with it, overwrite=true to "
@@ -192,11 +269,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no run's configuration; use overwrite=true or another output_dir")
     return {str(key): value for key, value in content.items()}
-
-
-def read_json(path: Path) -> Any:
-    """Return a JSON file's content, or None where there is no whole one."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

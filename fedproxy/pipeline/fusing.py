@@ -1,24 +1,26 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
-import shutil
 import time
 from collections.abc import Container
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
-from fedproxy.models import LayerMap, load_model, load_tokenizer, placed, save_model
+from fedproxy.files import whole_folder
+from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.stages import Run
-from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states
+from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states, folder_of
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.fusion.base import Judge
@@ -33,14 +35,14 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     started = time.perf_counter()
     config = run.config
     states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
-    done = run.facts.get("fused_after_round") == progress.round and run.folder.fused.is_dir()
+    done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
-        shutil.rmtree(run.folder.fused, ignore_errors=True)
+        run.folder.check_fused()
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
-            model.save_adapter(run.folder.adapter / client)
-    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+            _save_adapter(model, folder_of(run.folder.adapter, client))
+    trainable = config.trainable.placed(run.layer_map())
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
     known = None if merged is None else TunedProxy(proxy, merged, progress.remembered("emulator"))
@@ -48,10 +50,37 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     if done:
         return tuned
     for client in states:
-        plug_in(run, tuned[client], run.folder.fused / client, clients.owned)
+        plug_in(run, tuned[client], client, clients.owned)
+    run.keep("adapter", "fused")
     run.note(fused_after_round=progress.round)
     run.note_seconds("fusion", time.perf_counter() - started)
     return tuned
+
+
+def _save_adapter(model: TrainableModel, folder: Path) -> None:
+    """Write what was trained, whole or not at all.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    if not model.num_parameters:
+        return
+    try:
+        with whole_folder(folder) as part:
+            model.save_adapter(part)
+    except (OSError, SafetensorError) as error:  # a full disk comes as either
+        raise CheckpointError(f"{folder} cannot be written: {error}; free disk space, then resume=auto") from error
+
+
+def _is_whole(run: Run) -> bool:
+    if not run.folder.fused.is_dir():
+        return False
+    try:
+        run.verify("adapter", "fused")
+    except CheckpointError as error:
+        run.display.say(f"fused again: {error}")
+        return False
+    return True
 
 
 def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
@@ -60,21 +89,21 @@ def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
 
 
-def plug_in(run: Run, tuned: TunedProxy, folder: Path, owned: Container[str]) -> None:
-    """Fuse one tuned proxy with the target and write the result into ``folder``."""
+def plug_in(run: Run, tuned: TunedProxy, client: str, owned: Container[str]) -> None:
+    """Fuse one tuned proxy, that of ``client`` or :data:`MERGED`, with the target and write the result."""
     target, tokenizer = run.target()
-    layer_map = LayerMap.load(run.folder.layer_map)
+    layer_map = run.layer_map()
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
     fusion = run.config.fusion
     if fusion.judged_texts:
         fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, owned))
         chosen = to_dict(fusion)
         run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
-        run.note(fusion={**run.facts.get("fusion", {}), folder.name: chosen})
+        run.note(fusion={**run.facts.get("fusion", {}), client or "fused": chosen})
     fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
     parameters = run.facts["target_parameters"]
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
-    save_model(fused, tokenizer, folder, card=card)
+    save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 
 def judge(run: Run, rows: int, owned: Container[str]) -> Judge:

@@ -7,6 +7,7 @@ goes on neither repeats a round nor loses one.
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,10 +18,12 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, ConfigError, first_line
 from fedproxy.files import write_json
-from fedproxy.pipeline.folder import read_json
+from fedproxy.names import file_stem
+from fedproxy.sealed import read_kept
 
 PROJECT = "fedproxy"
 """Name of the MLflow experiment and of the Weights & Biases project."""
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_ -]*")
 
 
 @dataclass
@@ -141,7 +144,7 @@ class RunLoggers:
     def _get(self, name: str) -> tuple[Any, Seen]:
         if name not in self._started:
             self._folder.mkdir(parents=True, exist_ok=True)
-            seen = Seen(**(read_json(self._note(name)) or {}))
+            seen = Seen(**(read_kept(self._note(name), dict, remedy="delete it") or {}))
             known = name == "mlflow" and seen.id is not None  # it refuses to change a parameter
             logger = _MAKERS[name](self._folder, self._run, seen)
             if not known:
@@ -161,10 +164,15 @@ def round_metrics(record: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and name != "round":
             metrics[f"round/{name}"] = float(value)
         elif isinstance(value, list) and len(value) == len(clients) and all(isinstance(v, float) for v in value):
-            metrics |= {f"{name}/{client}": v for client, v in zip(clients, value, strict=True)}
+            metrics |= {f"{name}/{_part(client)}": v for client, v in zip(clients, value, strict=True)}
     for source, found in (record.get("validation") or {}).items():
-        metrics |= {f"validation/{source}/{name}": float(v) for name, v in found.items() if v is not None}
+        metrics |= {f"validation/{_part(source)}/{name}": float(v) for name, v in found.items() if v is not None}
     return metrics
+
+
+def _part(name: str) -> str:
+    """Return a client's or source's name as a part of a metric's: loggers take few characters."""
+    return name if _PLAIN.fullmatch(name) else file_stem(name)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError
-from fedproxy.models import LayerMap
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.devices import one_device
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -56,8 +55,9 @@ def aligner(run: "Run", model: TrainableModel, owned: Container[str]) -> Aligner
     limit = positions_limit(target, calibration.max_tokens)
     material = Material(
         target=target,
-        layer_map=LayerMap.load(run.folder.layer_map),
+        layer_map=run.layer_map(),
         batches=text_batches(texts, tokenizer, max_tokens=limit, batch_size=batch_size),
         trainer=one_device(config.trainer),
+        logs=run.folder.trainer_logs / "realignment",
     )
     return Aligner(config.realignment, model, material, seed=config.seed)

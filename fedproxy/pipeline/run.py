@@ -1,6 +1,7 @@
 """The whole of one run, and what stays of it when it fails."""
 
 import dataclasses
+import os
 import resource
 import sys
 from collections.abc import Sequence
@@ -12,28 +13,38 @@ import torch
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import catalog, fetch, resolve
+from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
-from fedproxy.evaluation.harness import check_tasks, missing_assets
+from fedproxy.evaluation.harness import missing_assets
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.files import write_text
-from fedproxy.models import LayerMap, check_model, load_model
+from fedproxy.interrupts import check_interrupt, describe, interruption
+from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
-from fedproxy.pipeline.checks import check_calibration, check_compression
+from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components
-from fedproxy.pipeline.data import client_rows, rows_sha256
+from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import client_scores, evaluate, scores_file
+from fedproxy.pipeline.evaluation import (
+    check_questions,
+    client_scores,
+    evaluate,
+    evaluation_notes,
+    expanded,
+    scores_file,
+)
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
-from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
+from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256, same_rows
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
-from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.pipeline.tuned import TunedProxies, folder_of
 from fedproxy.pipeline.validation import held_out, validation_report
 from fedproxy.reporting import (
     CompressionReport,
@@ -47,6 +58,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.sealed import read_sealed
 from fedproxy.strategies.trainable.base import TrainableModel
 
 RESUME_HINT = "go on with the same command and resume=auto"
@@ -65,30 +77,46 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
         FedProxyError: If something that a user, a client or a file causes ends the run. The report then says
             ``failed`` and why, and all finished rounds stay.
     """
+    check_interrupt()
     display = display or Display()
+    named, config = config, expanded(config)
     check_components(config)
     check_loggers(config.loggers)
     make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
-    fetch_assets(config)
-    check_compression(config)
-    check_tasks(config.evaluation_tasks, config.evaluation.limit, config.evaluation.num_fewshot)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
+    check_compression(config, trains=True)
+    check_questions(config, display)
     if config.resume != "auto":
         check_calibration(config)
     folder = RunFolder(config.output_dir)
-    folder.open(config)
-    current = Run(config, folder, display, shared)
-    if current.facts.get("finished") == _goal(config) and folder.report.is_file():
-        display.say("this run is finished; nothing left to do")
-        return RunReport.load(folder.report)
-    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
+    with folder.held():
+        begins = folder.check(config)
+        current = Run(config, folder, display, shared)
+        finished = None if begins else _finished(current)
+        return _run(current) if finished is None else finished
+
+
+def _finished(current: Run) -> RunReport | None:
+    """Return the report of a run that is finished, or None where something is left to do."""
+    folder = current.folder
+    if current.facts.get("finished") != _goal(current.config) or not os.path.lexists(folder.report):
+        return None
+    try:
+        report = RunReport.load(folder.report)
+    except CheckpointError as error:
+        current.display.say(f"the report is made again: {error}")
+        return None
+    current.display.say("this run is finished; nothing left to do")
+    return report
+
+
+def _run(current: Run) -> RunReport:
+    """Do a run's work in its folder, which is held and checked."""
+    config, folder = current.config, current.folder
     scores: dict[str, Any] = {}
-    if is_slow(config.trainer, current.device):
-        display.say(
-            f"trainer.precision={config.trainer['precision']} is many times slower than 32-true here: this CPU cannot "
-            "multiply bfloat16; stop and set trainer.precision=32-true"
-        )
     try:
         clients, questions = _clients_and_questions(current)
+        _note_start(current)
         _compress(current, clients)
         check_vocabulary(current)
         model, progress = _federate(current, clients, questions)
@@ -97,19 +125,40 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             scores[name] = score  # noqa: PERF403 (what was scored before an error is kept)
         current.loggers.scores(with_means(scores), config.federation.rounds)
         current.loggers.close("success")
-    except BaseException as error:
-        with suppress(CheckpointError):  # where nothing can be written any more, the error itself matters more
-            _report(current, scores, status="failed", error=_reason(error)).save(folder.root)
-        with suppress(FedProxyError):
-            current.loggers.close("failed")
-        if isinstance(error, KeyboardInterrupt):
-            raise KeyboardInterrupt(RESUME_HINT) from None
+    except ChangedInputError:  # nothing was done: what is there stays
         raise
+    except BaseException as error:
+        stopped = interruption(error, RESUME_HINT)
+        if folder.is_claimed:  # what is not claimed is as it was
+            _report_failure(current, scores, _reason(stopped or error))
+        if stopped is not None:
+            raise stopped from None
+        raise
+    finally:
+        if folder.is_claimed:
+            folder.clear_exchange()
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
     _write_cards(current, report)
     current.note(finished=_goal(config))
     return report
+
+
+def _note_start(current: Run) -> None:
+    current.note(started=current.facts.get("started") or _now())
+    if is_slow(current.config.trainer, current.device):
+        current.display.say(
+            f"trainer.precision={current.config.trainer['precision']} is many times slower than 32-true here: this CPU "
+            "cannot multiply bfloat16; stop and set trainer.precision=32-true"
+        )
+
+
+def _report_failure(current: Run, scores: dict[str, Any], reason: str) -> None:
+    """Say why a run ended, as far as that can be written: what ended it matters more."""
+    with suppress(Exception):
+        _report(current, scores, status="failed", error=reason).save(current.folder.root)
+    with suppress(Exception):
+        current.loggers.close("failed")
 
 
 def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:
@@ -120,42 +169,44 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
     Raises:
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
-    folder = RunFolder(config.output_dir)
-    if config.resume == "auto" and folder.is_past_compression():
-        raise ConfigError(
-            f"output_dir {folder.root} holds a run that is past compression, and its report would be lost; go on with "
-            "it by python -m fedproxy.fit, or compress into another output_dir"
-        )
+    check_interrupt()
+    display = display or Display()
+    named, config = config, expanded(config)
     evaluation = config.evaluation
     early = [name for name in evaluation.models if name in ("target", "proxy")]
     config = dataclasses.replace(config, evaluation=dataclasses.replace(evaluation, models=early))
     make_trainer(one_device(config.trainer))
-    fetch_assets(config)
+    fetch_assets(named)  # what a tag stands for is not fetched unasked
     check_compression(config)
-    if early:
-        check_tasks(config.evaluation_tasks, evaluation.limit, evaluation.num_fewshot)
+    check_questions(config, display)
     if config.resume != "auto":  # a run to go on with may have all it needs of the texts
         check_calibration(config, held_out=True)
-    begins = folder.open(config)
-    try:
-        return _compress_only(Run(config, folder, display or Display()))
-    except BaseException:
-        if begins:
-            folder.clear()
-        raise
+    folder = RunFolder(config.output_dir)
+    with folder.held():
+        if config.resume == "auto" and folder.is_past_compression():
+            raise ConfigError(
+                f"output_dir {folder.root} holds a run that is past compression, and its report would be lost; go on "
+                "with it by python -m fedproxy.fit, or compress into another output_dir"
+            )
+        folder.check(config)
+        try:
+            return _compress_only(Run(config, folder, display))
+        except BaseException:
+            if folder.is_claimed:
+                folder.clear()
+            raise
 
 
 def _compress_only(current: Run) -> RunReport:
-    folder = current.folder
-    current.note(started=current.facts.get("started") or datetime.now(UTC).isoformat(timespec="seconds"))
-    clients = _hand_out(current, _deal(current))
-    texts = fidelity_texts(current, clients.owned)  # before the work: too little text would throw it away
+    config, folder = current.config, current.folder
+    clients, texts = _clients_and_texts(current)
+    current.note(started=current.facts.get("started") or _now())
     compress(current, clients)
     measure_fidelity(current, clients.owned, texts)
     scores: dict[str, Any] = {}
-    if current.config.evaluation.models:
-        proxy = load_model(folder.proxy, dtype=current.config.target.dtype)
-        untuned = TunedProxies(proxy, current.config.trainable, {}, seed=current.config.seed)
+    if config.evaluation.models:
+        proxy = load_model(folder.proxy, dtype=config.target.dtype)
+        untuned = TunedProxies(proxy, config.trainable, {}, seed=config.seed)
         scores = dict(evaluate(current, untuned, rounds=0))
     report = _report(current, scores, status="completed", error=None)
     report.save(folder.root)
@@ -171,7 +222,7 @@ def fetch_assets(config: RunConfig) -> None:
         AssetError: If an asset is unknown or cannot be fetched.
         ModelError: If the target is no decoder-only causal LM.
     """
-    for name in missing_assets([*config.data.tasks, *config.evaluation_tasks]):
+    for name in missing_assets([*config.data.tasks, *config.scored_tasks]):
         fetch(name)
     check_model(resolve(config.target.path) or config.target.path)
     resolve(config.compression.calibration.path)
@@ -179,25 +230,62 @@ def fetch_assets(config: RunConfig) -> None:
 
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
-    dealt = _deal(current)
-    return _hand_out(current, dealt), held_out(current.config, dealt)
+    dealt, inputs = _deal(current)
+    questions = held_out(current.config, dealt)
+    return _claim(current, dealt, inputs), questions
 
 
-def _deal(current: Run) -> Clients:
-    """Read the sources and say who owns which row, as when the run began."""
+def _clients_and_texts(current: Run) -> tuple[ClientRows, list[str]]:
+    """Deal out the rows, and read the public texts for fidelity, where a continued run has not measured it."""
+    (dealt, inputs), texts = _deal(current), list[str]()
+    if current.folder.begins or current.facts.get("fidelity") is None:
+        texts = fidelity_texts(current.config, _owned(dealt))  # before the work: too little would throw it away
+    return _claim(current, dealt, inputs), texts
+
+
+def _deal(current: Run) -> tuple[Clients, dict[str, Any] | None]:
+    """Read the sources and say who owns which row, as when the run began; nothing is written yet.
+
+    Returns:
+        Every client's rows, and where a run goes on what is to be noted of its inputs.
+    """
     clients = client_rows(current.config.data, seed=current.config.seed)
-    check_same_owners(clients, current.folder.partition)
+    if current.folder.begins:
+        return clients, None
+    inputs = check_inputs(current, clients)
+    if same_rows(current, inputs):
+        check_same_owners(clients, current.folder.partition)
+    return clients, inputs
+
+
+def _claim(current: Run, clients: Clients, inputs: dict[str, Any] | None) -> ClientRows:
+    """Begin to write: give every client the file with its rows; counts and hashes stay.
+
+    An older run is deleted here, after all that could speak against the new one was looked at.
+    """
+    if current.folder.replaces:
+        current.target()
+        check_public(current.config, _owned(clients))
+    current.folder.claim(current.config)
     save_partition(clients, current.folder.partition)
-    current.note(data_sha256=rows_sha256(clients))
-    return clients
-
-
-def _hand_out(current: Run, clients: Clients) -> ClientRows:
-    """Give every client the file with its rows; counts and hashes stay."""
+    current.note(**(check_inputs(current, clients) if inputs is None else inputs))
+    _count_cuts(current, clients)
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
     kept = ClientRows(clients, current.folder.rows)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
     return kept
+
+
+def _count_cuts(current: Run, clients: Clients) -> None:
+    """Say how many rows are longer than what the recipe or the model has room for."""
+    path = resolve(current.config.target.path) or current.config.target.path
+    current.note(lengths=tokenised_lengths(clients, current.config, load_tokenizer(path)))
+    for note in length_notes(current.facts["lengths"], current.config.data):
+        current.display.say(note)
+
+
+def _owned(clients: Clients) -> OwnedTexts:
+    return OwnedTexts(row for rows in clients.values() for row in rows)
 
 
 def _sizes(clients: ClientRows) -> str:
@@ -222,7 +310,7 @@ def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) 
 def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
     config, facts = current.config, current.facts
     rounds = current.folder.rounds()
-    evaluations = [read_json(scores_file(current.folder, name)) for name in scores]
+    evaluations = [read_sealed(scores_file(current.folder, name)) for name in scores]
     seconds = facts["seconds"]
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
@@ -236,7 +324,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
             method=config.method,
             status=status,
             seed=config.seed,
-            started=facts["started"],
+            started=facts.get("started") or _now(),
             seconds=sum(seconds.values()) + sum(line["seconds"] for line in rounds) + evaluated,
             error=error,
         ),
@@ -254,7 +342,7 @@ def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | N
         ),
         exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
-        provenance=provenance(facts.get("target_sha256"), facts.get("data_sha256")),
+        provenance=provenance(facts.get("target_sha256"), data_sha256(facts)),
         compression=_compression(current),
         fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
         notes=_notes(current),
@@ -269,9 +357,9 @@ def _write_cards(current: Run, report: RunReport) -> None:
     write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
     method = current.config.method
     wrapper = current.config.fusion.adds_logits
+    own = {folder_of(folder.fused, client): scores for client, scores in report.client_scores.items()}
     for path in folder.fused_folders():
-        client = path.relative_to(folder.fused).name
-        scores = with_means(report.client_scores[client]) if client in report.client_scores else report.scores
+        scores = with_means(own[path]) if path in own else report.scores
         card = model_card(
             "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
         )
@@ -282,17 +370,22 @@ def _compression(current: Run) -> CompressionReport | None:
     scores = current.facts.get("block_scores")
     if scores is None or not current.folder.layer_map.is_file():
         return None
-    return CompressionReport(scores, LayerMap.load(current.folder.layer_map).proxy_to_target)
+    return CompressionReport(scores, current.layer_map().proxy_to_target)
 
 
 def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
+    notes += length_notes(current.facts.get("lengths", {}), current.config.data)
+    if not current.config.scored_tasks:
+        key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
+        notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
+    notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
     for folder, fusion in current.facts.get("fusion", {}).items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
-    return notes
+    return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
 
 
 def _goal(config: RunConfig) -> dict[str, Any]:
@@ -300,9 +393,13 @@ def _goal(config: RunConfig) -> dict[str, Any]:
     return {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {RESUME_HINT}"
+        return describe(error)
     text = " ".join(str(error).split())
     return text if isinstance(error, FedProxyError) else f"{type(error).__name__}: {text}"
 

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,17 +24,18 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fedproxy
+from fedproxy import files
 from fedproxy.config import to_dict
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
 from fedproxy.evaluation.validation import Question
-from fedproxy.files import plain, write_json
+from fedproxy.files import plain, private_folder
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import public_texts
-from fedproxy.pipeline.folder import read_json
 from fedproxy.reporting.provenance import hardware, versions
+from fedproxy.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
     from fedproxy.pipeline.stages import Run
@@ -45,6 +48,8 @@ _NOT_OF_ROUNDS = (
     *("compression", "healing", "distillation", "fusion", "evaluation"),
 )
 """Settings on which the rounds do not depend, or through the proxy alone; plugins count by their files."""
+_KEPT = re.compile(r"[0-9a-f]{32}(?:\.part)?")
+"""What a folder of kept work is called: its key."""
 _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a model's configuration that say where it came from, and nothing about what it computes."""
 
@@ -73,10 +78,10 @@ class SharedWork:
         if kept is not None and self._take(kept, run, last=last.relative_to(run.folder.root).as_posix()):
             run.display.say("compressed: taken from an equal run")
             return
-        files, facts = _files(run.folder.root), dict(run.facts)
+        before, facts = _files(run.folder.root), dict(run.facts)
         stage()
         if kept is not None:
-            made = {name for name, stamp in _files(run.folder.root).items() if files.get(name) != stamp}
+            made = {name for name, stamp in _files(run.folder.root).items() if before.get(name) != stamp}
             learned = {name: value for name, value in run.facts.items() if facts.get(name) != value}
             self._keep(kept, run.folder.root, made - _UNSHARED_FILES, learned)
 
@@ -95,7 +100,8 @@ class SharedWork:
         Returns:
             What the stage returns.
         """
-        key = federation_key(run, owned, questions) if run.config.federation.rounds else None
+        mixed = not run.config.federation.rounds or run.facts.get("changes")  # rounds on inputs that changed in between
+        key = None if mixed else federation_key(run, owned, questions)
         if key is None:
             return stage()
         kept = self.folder / "federations" / key
@@ -109,20 +115,24 @@ class SharedWork:
         return result
 
     def clear(self) -> None:
-        """Delete what is large, the proxies and federations; evaluations stay."""
+        """Delete what is large, the proxies and federations; evaluations stay, and whatever else lies there."""
         for name in ("proxies", "federations"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            for kept in (self.folder / name).glob("*"):
+                if _KEPT.fullmatch(kept.name) and not kept.is_symlink():
+                    shutil.rmtree(kept, ignore_errors=True)
+            with suppress(OSError):
+                (self.folder / name).rmdir()
 
     def evaluate(self, key: str | None, score: Callable[[], EvaluationResult]) -> EvaluationResult:
         """Return the evaluation of that key, scored now if nobody did; ``seconds`` is what scoring took then."""
         if key is None:
             return score()
         path = self.folder / "evaluations" / f"{key}.json"
-        kept = read_json(path)
+        kept = _whole(path)
         if kept is not None:
             return EvaluationResult(**kept)
         result = score()
-        write_json(path, dataclasses.asdict(result))
+        write_sealed(path, dataclasses.asdict(result))
         return result
 
     def _take(self, kept: Path, run: "Run", *, last: str) -> bool:
@@ -131,14 +141,17 @@ class SharedWork:
         Returns:
             False where nothing is kept, or a file was changed.
         """
-        manifest = read_json(kept / "manifest.json")
+        manifest = _whole(kept / "manifest.json")
         if manifest is None or any(file_sha256(kept / name) != sha for name, sha in manifest["files"].items()):
             return False
         run.note(**manifest["facts"])
         root, part = run.folder.root, run.folder.root / ".taken"
         shutil.rmtree(part, ignore_errors=True)
+        private_folder(part)
         for name in manifest["files"]:
             _link(kept / name, (part if name.startswith(last) else root) / name)
+        if (part / last).is_dir():
+            private_folder(part / last)
         (part / last).rename(root / last)
         shutil.rmtree(part)
         return True
@@ -146,11 +159,12 @@ class SharedWork:
     def _keep(self, kept: Path, root: Path, names: Iterable[str], facts: Mapping[str, Any]) -> None:
         part = kept.with_name(f"{kept.name}.part")
         try:
+            private_folder(self.folder)  # it holds layer maps and what clients keep between rounds
             shutil.rmtree(part, ignore_errors=True)
             for name in names:
                 _link(root / name, part / name)
-            files = {name: file_sha256(part / name) for name in sorted(names)}
-            write_json(part / "manifest.json", {"files": files, "facts": facts})
+            hashes = {name: file_sha256(part / name) for name in sorted(names)}
+            write_sealed(part / "manifest.json", {"files": hashes, "facts": facts})
             shutil.rmtree(kept, ignore_errors=True)
             part.rename(kept)
         except OSError as error:
@@ -279,10 +293,17 @@ def questions_sha256(tasks: Sequence[str], num_fewshot: int) -> str | None:
 def file_sha256(path: Path) -> str:
     """Return a file's SHA-256, or an empty text where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return files.file_sha256(path)
     except OSError:
         return ""
+
+
+def _whole(path: Path) -> dict[str, Any] | None:
+    """Return what is kept in a file, or None where there is none or it is damaged: then it is made again."""
+    try:
+        return read_sealed(path)
+    except CheckpointError:
+        return None
 
 
 @cache
@@ -327,10 +348,13 @@ def _files(root: Path) -> dict[str, tuple[int, int]]:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name, or copy it where the file system has no links."""
+    """Give a file a second name; it is copied where lines are added to it, or the file system has no links."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    if source.suffix != ".jsonl":
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    part = target.with_name(f".{target.name}.part")
+    shutil.copyfile(source, part)
+    part.replace(target)

@@ -1,9 +1,12 @@
 """The stages of a run. Each skips what its folder already holds whole, so that a killed run goes on where it was."""
 
-import shutil
+import hashlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,23 +22,25 @@ from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.collecting import assemble
 from fedproxy.federation.engines import Answer, Dropped
-from fedproxy.federation.expected import Expected, expected_groups
+from fedproxy.federation.expected import Expected
 from fedproxy.federation.local_client import LocalSetup
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
-from fedproxy.files import write_json
+from fedproxy.files import write_text
+from fedproxy.interrupts import check_interrupt
 from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
-from fedproxy.pipeline.folder import RunFolder, read_json
+from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import aligner
-from fedproxy.pipeline.tuned import first_progress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
+from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.round_parts import Rules, parts_of
@@ -44,6 +49,10 @@ from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 if TYPE_CHECKING:
     from fedproxy.pipeline.sharing import SharedWork
+
+LAYER_MAP = "server/layer_map.json"
+UNDISTILLED = "server/proxy_undistilled"
+"""Paths in a run's folder, by which hashes are noted."""
 
 
 @dataclass
@@ -57,15 +66,58 @@ class Run:
     """Work of other runs that this one may take over; None does everything itself."""
 
     def __post_init__(self) -> None:
-        self._facts = self.folder.server / "facts.json"
-        self.facts: dict[str, Any] = read_json(self._facts) or {"seconds": {}}
         self._target: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
 
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What is known for the report; read when first asked for, which is after an older run was deleted."""
+        return read_sealed(self._facts_file) or self._first_facts()
+
+    @property
+    def _facts_file(self) -> Path:
+        return self.folder.server / "facts.json"
+
     def note(self, **facts: Any) -> None:
         """Keep facts for the report, on disk, so that a continued run knows them too."""
-        self.facts |= facts
-        write_json(self._facts, self.facts)
+        self.facts.update(facts)
+        write_sealed(self._facts_file, self.facts)
+
+    def warn(self, line: str) -> None:
+        """Show a line and keep it for the report's notes."""
+        self.display.say(line)
+        self.note(warnings=[*self.facts.get("warnings", []), line])
+
+    def keep(self, *names: str) -> None:
+        """Note the hashes of all files below these files and folders of the run, as they are now."""
+        others = without_tree(self.facts.get("files", {}), *names)
+        self.note(files={**others, **tree_sha256(self.folder.root, *names)})
+
+    def verify(self, *names: str) -> None:
+        """Compare these files and folders of the run with what :meth:`keep` noted.
+
+        Raises:
+            CheckpointError: Naming the first file that differs.
+        """
+        check_tree(self.folder.root, self.facts.get("files", {}), *names)
+
+    def layer_map(self) -> LayerMap:
+        """Return the layer map, as it was written.
+
+        Raises:
+            CheckpointError: If the file is missing or damaged.
+        """
+        self.verify(LAYER_MAP)
+        return LayerMap.load(self.folder.layer_map)
+
+    def checkpoints(self) -> CheckpointFolder:
+        """Return the run's checkpoints; it has a proxy."""
+        return CheckpointFolder(self.folder.checkpoints, run=run_key(self))
+
+    def _first_facts(self) -> dict[str, Any]:
+        if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
+            raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
+        return {"seconds": {}}
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""
@@ -94,6 +146,7 @@ def compress(run: Run, clients: ClientRows) -> None:
         DataError: If there is too little public text; nothing is compressed then.
     """
     if run.folder.layer_map.is_file():
+        run.verify("proxy", UNDISTILLED, LAYER_MAP)
         return
     config, started = run.config, time.perf_counter()
     calibration, healing, distillation = config.compression.calibration, config.healing, config.distillation
@@ -127,7 +180,11 @@ def compress(run: Run, clients: ClientRows) -> None:
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
     save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
-    layer_map.save(run.folder.layer_map)
+    run.facts.pop("key", None)  # of rounds on an earlier proxy
+    run.keep("proxy", UNDISTILLED)
+    text = layer_map.to_json()
+    run.note(files={**run.facts["files"], LAYER_MAP: hashlib.sha256(text.encode()).hexdigest()})
+    write_text(run.folder.layer_map, text)  # last: its presence says that all is there
 
 
 def describe(layer_map: LayerMap, depth: int) -> str:
@@ -177,6 +234,7 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequenc
         trainer=one_device(run.config.trainer),
         generator=generator(run.config.seed, "distillation"),
         cache=cache_root() / "teacher",
+        logs=run.folder.trainer_logs / "distillation",
     )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
@@ -194,24 +252,23 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     """
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    trainable = config.trainable.placed(LayerMap.load(run.folder.layer_map))
+    trainable = config.trainable.placed(run.layer_map())
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
-    checkpoints = CheckpointFolder(run.folder.checkpoints)
-    progress = checkpoints.load_latest() or first_progress(config, model, clients)
-    _check_state(progress.state, model, checkpoints)
+    checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)
+
+    def check(progress: Progress) -> None:
+        _check_state(progress.state, model, checkpoints)
+        store.check(progress.client_files)
+
+    progress = checkpoints.load_latest(check, run.warn) or Progress(0, model.state())
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
-    store = ClientStore(run.folder.checkpoints)
     store.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
-    engine = config.engine.start(
-        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
-    )
     aligns = aligner(run, model, clients.owned)
     rules = Rules(config.aggregator, config.regularizer, config.realignment, model)
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
-    groups = expected_groups(parts, model)
     federation = Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
@@ -228,40 +285,39 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected(
-                rows=clients,
-                target_tokens=config.data.max_target_tokens,
-                delta=groups.pop("delta").tensors,
-                extras=groups,
-            ),
+            Expected.from_parts(parts, model, rows=clients, target_tokens=config.data.max_target_tokens),
+            folder=run.folder.server,
         ),
+        client_processes=ClientDevices.of(config.trainer).count,
         rows=clients if config.federation.sampling == "weighted" else None,
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
-    with run.display.warnings(), run.display.bar("clients", left * federation.clients_in_round) as bar:
+    engine = config.engine.start(
+        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+    )
+    clients_left = left * federation.clients_in_round
+    with closing(engine), run.display.warnings(), run.display.bar("clients", clients_left) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)
             run.loggers.rounds([record])
 
         def on_client(number: int, answer: Answer) -> None:
+            check_interrupt()
             bar.step(f"round {number}: {answer.client_id}")
             if isinstance(answer, Dropped):
                 run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
 
-        try:
-            progress = federation.run(
-                progress,
-                config.federation.rounds,
-                engine,
-                checkpoints=checkpoints,
-                journal=run.folder.journal,
-                on_round=on_round,
-                on_client=on_client,
-            )
-        finally:
-            engine.close()
+        progress = federation.run(
+            progress,
+            config.federation.rounds,
+            engine,
+            checkpoints=checkpoints,
+            journal=run.folder.journal,
+            on_round=on_round,
+            on_client=on_client,
+        )
     if federation.validation is not None:
         progress = federation.validation.chosen(progress, checkpoints)
     if progress.round < config.federation.rounds:
@@ -276,7 +332,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {"seed": config.seed, **settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer)}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
@@ -285,7 +341,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
     devices = ClientDevices.of(config.trainer)
     if devices.count > 1:
         run.display.say(devices.describe(config.client.batch_size))
-    shutil.rmtree(run.folder.exchange, ignore_errors=True)  # what a killed run left
+    run.folder.clear_exchange()  # what a killed run left
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
         dtype=config.target.dtype,
@@ -298,6 +354,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
+        logs=str(run.folder.trainer_logs.absolute()),
     )
 
 
@@ -306,8 +363,7 @@ def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints
     for name, parameter in wanted.items():
         if name not in state or state[name].shape != parameter.shape:
             raise CheckpointError(
-                f"the checkpoint in {checkpoints.folder} has no tensor {name} of shape {tuple(parameter.shape)}; "
-                f"start again with overwrite=true"
+                f"the checkpoint in {checkpoints.folder} has no tensor {name} of shape {tuple(parameter.shape)}"
             )
 
 

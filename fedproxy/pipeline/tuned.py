@@ -8,32 +8,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.config import RunConfig
-from fedproxy.errors import DataError
 from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.names import file_stem
 from fedproxy.protocol import Tensors
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable import Trainable
-from fedproxy.strategies.trainable.base import TrainableModel
 
 MERGED = ""
 """The one state of a run whose clients are merged, where others have a client's name."""
 
 
-def first_progress(config: RunConfig, model: TrainableModel, clients: Mapping[str, object]) -> Progress:
-    """Return the progress before the first round.
-
-    Raises:
-        DataError: If clients get folders of their own, and one's name makes no folder.
-    """
-    for client in () if config.aggregator.aggregates else clients:
-        if client in (".", "..") or Path(client).name != client:
-            raise DataError(
-                f"data: with aggregator.name={config.aggregator.name} client {client!r} gets a folder of its own; "
-                "give it a name without slashes"
-            )
-    return Progress(0, model.state())
+def folder_of(folder: Path, client: str) -> Path:
+    """Return a client's own folder in ``folder``, and ``folder`` itself for :data:`MERGED`."""
+    return folder if client == MERGED else folder / file_stem(client)
 
 
 def final_states(

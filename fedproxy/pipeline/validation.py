@@ -11,7 +11,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
 from fedproxy.federation.validation import RoundValidation, Scores
-from fedproxy.models import LayerMap, load_model, placed
+from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.data import file_rows
 from fedproxy.reporting import ValidationReport
@@ -90,6 +90,6 @@ def _fused(run: "Run", model: TrainableModel) -> Callable[[], PreTrainedModel]:
             plain.update(load_model(run.folder.proxy, dtype=run.config.target.dtype).state_dict())
         target, _ = run.target()
         after = {**plain, **model.merged_weights()}
-        return run.config.fusion.fuse(target, plain, after, LayerMap.load(run.folder.layer_map))
+        return run.config.fusion.fuse(target, plain, after, run.layer_map())
 
     return fuse

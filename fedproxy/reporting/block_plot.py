@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import CheckpointError
+from fedproxy.files import write_bytes
 from fedproxy.reporting.run_report import CompressionReport
 
 _KEPT, _REMOVED = "#2a6f97", "#c0392b"
@@ -16,16 +16,7 @@ def write_influence_plot(found: CompressionReport, path: Path) -> Path:
     Raises:
         CheckpointError: If the file cannot be written.
     """
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(influence_png(found))
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path} ({error.strerror or error}); free disk space or choose another output_dir"
-        ) from error
-    return path
+    return write_bytes(path, influence_png(found))
 
 
 def influence_png(found: CompressionReport) -> bytes:

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 
 from fedproxy.reporting.formatting import MINUS
 from fedproxy.reporting.plots import draw_plots
-from fedproxy.reporting.view import build_view
+from fedproxy.reporting.view import build_view, presentable
 
 if TYPE_CHECKING:
     from fedproxy.reporting.pairing import PairedDifference
@@ -26,7 +26,7 @@ def to_html(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDif
         folder: Where the page will lie; its commands name it.
         paired: Differences to the target on the same questions, where samples were kept.
     """
-    plain = type(report).from_dict(report.to_dict())
+    plain = presentable(report)
     plots = draw_plots(plain)
     return render("report.html.j2", view=build_view(plain, folder, paired), plots=plots)
 

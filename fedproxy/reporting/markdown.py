@@ -1,7 +1,7 @@
 """report.md: the run as plain text that also reads well unrendered."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fedproxy.reporting.formatting import MINUS, NONE
-from fedproxy.reporting.tables import Table
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, shown
 from fedproxy.reporting.view import build_view
 
 if TYPE_CHECKING:
@@ -41,8 +41,25 @@ def markdown_table(table: Table) -> str:
 
 
 def escape(text: str) -> str:
-    """Return ``text`` for one line of Markdown: no line breaks, no table bars, no HTML."""
-    return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(text.split()).replace("|", "\\|").replace("*", "\\*"))
+    """Return ``text`` for one line of Markdown, shown as it is.
+
+    It holds no line break and no table bar, and nothing in it becomes a heading, HTML, an image, a link, a mention or
+    a formula, written out or found by a renderer that looks for addresses.
+    """
+    line = shown(text)
+    line = re.sub(r"[\\`*|\[\]@$]", r"\\\g<0>", line)
+    line = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", line)
+    line = re.sub(r":(?=//)", r"\\:", line)
+    line = re.sub(r"\b(www)\.", r"\1\\.", line, flags=re.IGNORECASE)
+    return re.sub(r"^(?=[#>~])", r"\\", line)
+
+
+def code_block(lines: Iterable[str]) -> str:
+    """Return lines of a shell as a block of code; none of them can end it."""
+    lines = [shown(line, LONGEST_COMMAND) for line in lines]
+    longest = max((len(run) for line in lines for run in re.findall(r"`+", line)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return "\n".join([f"{fence}sh", *lines, fence])
 
 
 def _padded(row: Sequence[str], widths: Sequence[int], right: Sequence[bool]) -> list[str]:
@@ -63,5 +80,5 @@ def _environment() -> Environment:
         loader=PackageLoader("fedproxy.reporting"), autoescape=False, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, finalize=lambda value: value,
     )  # fmt: skip
-    environment.filters.update(line=escape, table=markdown_table)
+    environment.filters.update(line=escape, table=markdown_table, code=code_block)
     return environment

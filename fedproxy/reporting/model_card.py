@@ -1,8 +1,10 @@
 """README.md of the folders `proxy/` and `fused/`."""
 
+import json
 from collections.abc import Mapping, Sequence
 
-from fedproxy.reporting.markdown import markdown_table
+from fedproxy.errors import one_line
+from fedproxy.reporting.markdown import escape, markdown_table
 from fedproxy.reporting.view import score_table
 from fedproxy.task_means import Metrics
 
@@ -59,12 +61,12 @@ def model_card(
         "tags: [fedproxy, federated-learning]",
     ]
     if base_model and not private:
-        lines.append(f"base_model: {base_model}")
+        lines.append(f"base_model: {json.dumps(one_line(base_model))}")  # YAML reads JSON
     lines += ["---", "", f"# {title}", "", words, ""]
     if parameters is not None:
         lines += [f"Parameters: {parameters:,}", ""]
     if not private:
-        lines += [f"Method: `{method}`", "", *(f"> **Note.** {note}\n" for note in notes)]
+        lines += [f"Method: {escape(method)}", "", *(f"> **Note.** {escape(note)}\n" for note in notes)]
     table = score_table({model: scores[model] for model in _SHOWN[kind] if model in scores})
     if table:
         lines += ["## Scores", "", markdown_table(table), "", "lm-eval, per cent, ± one standard error.", ""]

@@ -8,7 +8,7 @@ from fedproxy.files import write_text
 from fedproxy.reporting.html import to_html
 from fedproxy.reporting.markdown import to_markdown
 from fedproxy.reporting.pairing import PairedDifference, against_target
-from fedproxy.reporting.run_report import RunReport
+from fedproxy.reporting.run_report import PAGES, RunReport
 
 
 def write_pages(report: RunReport, folder: str | Path) -> list[Path]:
@@ -25,7 +25,5 @@ def write_pages(report: RunReport, folder: str | Path) -> list[Path]:
         paired = against_target(folder)
     except EvaluationError as error:
         report = replace(report, notes=(*report.notes, f"Paired differences are left out: {error}"))
-    return [
-        write_text(Path(folder) / "report.md", to_markdown(report, folder, paired)),
-        write_text(Path(folder) / "report.html", to_html(report, folder, paired)),
-    ]
+    made = (to_markdown(report, folder, paired), to_html(report, folder, paired))
+    return [write_text(Path(folder) / name, text) for name, text in zip(PAGES, made, strict=True)]

@@ -1,9 +1,11 @@
 """The page and the JSON that ``python -m fedproxy.report RUN_A RUN_B`` leaves."""
 
 import dataclasses
+import os
 from pathlib import Path
 
-from fedproxy.files import write_json, write_text
+from fedproxy.errors import CheckpointError
+from fedproxy.files import read_json, write_json, write_text
 from fedproxy.reporting.markdown import escape, markdown_table
 from fedproxy.reporting.pairing import RunDifferences, between_runs, paired_table
 
@@ -17,8 +19,12 @@ def save_comparison(first: str | Path, second: str | Path) -> Path:
     """
     found = between_runs(first, second)
     stem = f"paired_with_{Path(first).resolve().name}"
-    write_json(Path(second) / f"{stem}.json", {"first": str(first), "second": str(second), **dataclasses.asdict(found)})
-    return write_text(Path(second) / f"{stem}.md", comparison_page(str(first), str(second), found))
+    page, figures = (Path(second) / f"{stem}.{ending}" for ending in ("md", "json"))
+    for there in filter(os.path.lexists, (figures, page)):
+        if not {"first", "second"} <= read_json(figures, dict, remedy=f"move {there} away").keys():
+            raise CheckpointError(f"{there} was written by something else; move it away")
+    write_json(figures, {"first": str(first), "second": str(second), **dataclasses.asdict(found)})
+    return write_text(page, comparison_page(str(first), str(second), found))
 
 
 def comparison_page(first: str, second: str, found: RunDifferences) -> str:
@@ -33,11 +39,12 @@ def comparison_page(first: str, second: str, found: RunDifferences) -> str:
             "",
             markdown_table(paired_table(found.models)),
             "",
-            f"{found.models[-1].name} by task:",
+            f"{escape(found.models[-1].name)} by task:",
             "",
             markdown_table(paired_table(found.tasks, "task")),
             "",
         ]
     if found.alike:
-        lines += [f"The same answers and log-likelihoods in both runs, to the last bit: {', '.join(found.alike)}.", ""]
+        alike = escape(", ".join(found.alike))
+        lines += [f"The same answers and log-likelihoods in both runs, to the last bit: {alike}.", ""]
     return "\n".join(lines)

@@ -1,18 +1,20 @@
 """The record of one run: report.json of schema version 1, and the pages made from it."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
-from fedproxy.files import plain, write_json
+from fedproxy.files import plain, read_json, write_json
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
+PAGES = ("report.md", "report.html")
+"""What people read beside report.json."""
 Numbers = float | Mapping[str, float | None] | Sequence[float | None] | None
 """One number for the round, or one per client: by name, or in the order of ``clients``."""
 
@@ -226,12 +228,9 @@ class RunReport:
             CheckpointError: If there is none, or it is broken or of a newer schema.
         """
         file = report_file(path)
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"cannot read {file} ({error.strerror}); give the folder of a finished run") from None
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON ({error}); run the recipe again to get a whole one") from None
+        if not os.path.lexists(file):
+            raise CheckpointError(f"cannot read {file}: there is no such file; give the folder of a finished run")
+        data = read_json(file, dict, remedy="run the recipe again with resume=auto to get a whole one")
         return cls.from_dict(data, str(file))
 
     def save(self, folder: str | Path) -> Path:
@@ -255,6 +254,22 @@ def report_file(path: str | Path) -> Path:
     """Return the report.json that a run folder or a file path means."""
     path = Path(path)
     return path if path.suffix == ".json" else path / "report.json"
+
+
+def check_pages(folder: Path) -> None:
+    """Refuse to write a report's pages over others in a folder that is not a run's.
+
+    Raises:
+        CheckpointError: Naming the page.
+    """
+    if (folder / "config.yaml").is_file() and (folder / "server").is_dir():
+        return
+    for page in (folder / name for name in PAGES):
+        if os.path.lexists(page):
+            raise CheckpointError(
+                f"{page} is there, and {folder} is not the folder of a run, so something else may have written it; "
+                "move it away"
+            )
 
 
 def _check_version(data: Any) -> None:

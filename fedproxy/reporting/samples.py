@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import EvaluationError
-from fedproxy.files import plain, write_json, write_text
+from fedproxy.errors import EvaluationError, one_line
+from fedproxy.files import open_regular, parse_json, plain, write_json, write_text
 from fedproxy.reporting.scores import MODELS
 
 Sample = Mapping[str, Any]
+_METRICS = ("acc", "acc_norm", "answer_nll")
 
 
 @dataclass(frozen=True)
@@ -115,29 +116,35 @@ def load_samples(run: str | Path, model: str) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path, follow=True) as file:
+            return file.read().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"cannot read {path} ({error}); evaluate the run again to get its samples") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise EvaluationError(f"cannot read {path} ({reason}); evaluate the run again to get its samples") from None
 
 
 def _sample(line: str, where: str) -> dict[str, Any]:
     try:
-        sample = json.loads(line)
+        sample: dict[str, Any] = parse_json(line, dict)
     except ValueError as error:
-        raise EvaluationError(f"{where} is not JSON ({error}); evaluate the run again") from None
-    missing = [key for key in ("task", "doc_hash") if not isinstance(sample, dict) or key not in sample]
+        raise EvaluationError(f"{where} cannot be used: {error}; evaluate the run again") from None
+    missing = [key for key in ("task", "doc_hash") if not isinstance(sample.get(key), str)]
     if missing:
         raise EvaluationError(f"{where} lacks {' and '.join(missing)}; evaluate the run again")
-    assert isinstance(sample, dict)  # else `missing` would name both keys
+    for metric, value in sample.items():
+        if metric in _METRICS and not isinstance(value, int | float | None):
+            got = one_line(value, 40)
+            raise EvaluationError(f"{where}: {metric} must be a number, got {got}; evaluate the run again")
     return sample
 
 
 def _settings(path: Path, tasks: Iterable[str]) -> dict[str, dict[str, Any]]:
     try:
-        found = json.loads(_read(path)).get("tasks", {})
+        found = parse_json(_read(path), dict).get("tasks", {})
         return {task: dict(found.get(task, {})) for task in tasks}
     except (ValueError, AttributeError, TypeError) as error:
-        raise EvaluationError(f"{path} is not an evaluation's result file ({error}); evaluate the run again") from None
+        reason = one_line(error)
+        raise EvaluationError(f"{path} is not an evaluation's result file ({reason}); evaluate the run again") from None
 
 
 def require_comparable(first: Evaluation, second: Evaluation) -> None:

@@ -10,7 +10,7 @@ from fedproxy.reporting.pairing import PairedDifference, paired_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
-from fedproxy.reporting.tables import Table
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, all_shown, shown
 from fedproxy.task_means import mean_scores
 
 MODEL_WORDS = {
@@ -19,6 +19,11 @@ MODEL_WORDS = {
     "proxy_tuned": "the proxy after federated tuning",
     "fused": "the target after plug-in",
 }
+
+_PUBLIC_BASE = (
+    "If the target descends from a public base model, clients can tell which blocks were kept: the cosine between the "
+    "weights of the proxy and of that base gives the layer map away."
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         folder: Where the pages lie; their commands name it.
         paired: Differences to the target on the same questions, where samples were kept.
     """
-    report = RunReport.from_dict(report.to_dict())  # tensors, arrays and NaN in one known form
+    report = presentable(report)
     scores = {model: report.scores[model] for model in MODELS if model in report.scores}
     run = report.run
     return View(
@@ -99,6 +104,11 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         paired=paired_table(paired) if paired else None,
         fidelity=_fidelity(report),
     )
+
+
+def presentable(report: RunReport) -> RunReport:
+    """Return a report as pages take it: tensors, arrays and NaN in one known form, texts on one printable line."""
+    return RunReport.from_dict(all_shown(report.to_dict()))
 
 
 def own_scores(clients: Mapping[str, "Scores"]) -> Table | None:
@@ -238,9 +248,8 @@ def _fidelity(report: RunReport) -> Table | None:
 def _exposure(report: RunReport) -> list[str]:
     exposure, lines = report.exposure, []
     if exposure.disclosed_parameter_share is not None:
-        lines.append(
-            f"Clients hold {show.percent(exposure.disclosed_parameter_share)} of the target's parameters (the proxy)."
-        )
+        share = show.percent(exposure.disclosed_parameter_share)
+        lines += [f"Clients hold {share} of the target's parameters (the proxy).", _PUBLIC_BASE]
     for gap, owner, held in (
         (exposure.proxy_gap, "the target", "the proxy they receive"),
         (exposure.proxy_tuned_gap, "the fused model", "the tuned proxy they end with"),
@@ -273,10 +282,11 @@ def _repeat(folder: Path) -> list[str]:
         folder = folder.relative_to(Path.cwd())
     again = folder.with_name(f"{folder.name or 'run'}-again")
     recipe, first, second = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder, again))
-    return [
+    commands = [
         f"python -m fedproxy.fit recipe={recipe} output_dir={second}",
         f"python -m fedproxy.report {first} {second}",
     ]
+    return [shown(command, LONGEST_COMMAND) for command in commands]
 
 
 def _provenance(report: RunReport) -> Table:

@@ -123,7 +123,7 @@ def test_the_commands_exit_code_says_that_a_run_failed(finished, recipes, tmp_pa
 
 def test_two_comparisons_do_not_share_a_folder(compare_tiny, recipes, tmp_path):
     study = read_study([recipes, f"output_dir={tmp_path}"])
-    with only_one(study), pytest.raises(ConfigError, match="another comparison is running there; wait for it"):
+    with only_one(study), pytest.raises(ConfigError, match=r"is in use by process \d+ on .*; wait for it"):
         compare_tiny(tmp_path)
 
 
@@ -222,7 +222,8 @@ def test_a_task_without_accuracy_is_refused_before_the_first_run(compare_tiny, t
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
-    task = LoadedTask(ConfigurableTask(config=config), None, None)
+    task = LoadedTask(ConfigurableTask(config=config), None)
+    monkeypatch.setattr("fedproxy.pipeline.evaluation.expand", list)  # lm-eval has no such name
     monkeypatch.setattr(task_checks, "load_task", lambda *_: [task])
     monkeypatch.setattr(execution, "run", lambda *_: pytest.fail("nothing was to be run"))
     message = r"^evaluation.tasks: generated_sums has neither acc nor acc_norm, and only .*; leave it out$"
@@ -268,7 +269,9 @@ def test_kept_runs_are_scored_again_on_more_questions_for_another_study(recipes,
 
 def test_an_unfinished_run_of_another_setting_is_refused_with_the_way_out(compare_tiny, tmp_path, monkeypatch):
     def begin(config, *_):
-        execution.RunFolder(config.output_dir).open(config)
+        folder = execution.RunFolder(config.output_dir)
+        folder.check(config)
+        folder.claim(config)
         raise ClientError("client 'x' failed")
 
     monkeypatch.setattr(execution, "run", begin)

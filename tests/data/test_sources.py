@@ -91,17 +91,17 @@ GOOD = '{"prompt": "Q", "target": "A"}\n'
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("d.jsonl", GOOD + "{'prompt': 1}\n", r"d\.jsonl line 2 is not valid JSON \(Expecting property name"),
+        ("d.jsonl", GOOD + "{'prompt': 1}\n", r"d\.jsonl line 2: it is not valid JSON \(column 2: Expecting property"),
         ("d.jsonl", GOOD + "\n" + '{"prompt": "Q"}\n', r"d\.jsonl line 3 has no column 'target'; known: prompt"),
         ("d.jsonl", '{"promt": "Q", "target": "A"}\n', r"line 1 has no column 'prompt'; did you mean 'promt'\?"),
         ("d.jsonl", GOOD + '{"prompt": 5, "target": "A"}\n', r"line 2: 'prompt' must be text, got int 5"),
         ("d.jsonl", GOOD + '{"prompt": "Q", "target": null}\n', r"line 2: 'target' must be text, got NoneType None"),
         ("d.jsonl", GOOD + '{"prompt": " ", "target": "A"}\n', r"line 2: 'prompt' is empty; fill it in or remove"),
-        ("d.jsonl", GOOD + '["Q", "A"]\n', r"line 2 must be a JSON object, got list"),
+        ("d.jsonl", GOOD + '["Q", "A"]\n', r"line 2: it must hold an object, got list; write one JSON object in each"),
         ("d.jsonl", "", r"d\.jsonl holds no rows \(data set 'mine', split 'train'\)"),
         ("d.jsonl", "\n\n", r"d\.jsonl holds no rows"),
-        ("d.json", '{"prompt": "Q"}', r"d\.json must hold a JSON list of objects, got dict"),
-        ("d.json", '[{"prompt": "Q",\n]', r"d\.json line 2 is not valid JSON"),
+        ("d.json", '{"prompt": "Q"}', r"d\.json: it must hold a list, got dict; write one JSON list of objects"),
+        ("d.json", '[{"prompt": "Q",\n]', r"d\.json: it is not valid JSON \(line 2"),
         ("d.json", '[{"prompt": "Q", "target": "A"}, 3]', r"d\.json row 2 must be a JSON object, got int"),
         ("d.csv", "prompt,answer\nQ,A\n", r"d\.csv row 1 \(line 2\) has no column 'target'; known: answer, prompt"),
         ("d.csv", "prompt,target\nQ,A\nQ\n", r"d\.csv row 2 \(line 3\) has 1 fields, the header has 2"),
@@ -109,8 +109,8 @@ GOOD = '{"prompt": "Q", "target": "A"}\n'
         ("d.csv", 'prompt,target\nQ,A\n"Q"x,A\n', r"d\.csv row 2 is not valid CSV"),
         ("d.csv", "prompt,target\nQ,\n", r"d\.csv row 1 \(line 2\): 'target' is empty"),
         ("d.csv", "prompt,target\n", r"d\.csv holds no rows"),
-        ("d.parquet", "no parquet", r"d\.parquet is no readable parquet file"),
-        ("d.xlsx", "x", r"d\.xlsx is of no known kind; .*; convert it to one of them"),
+        ("d.parquet", "no parquet", r"d\.parquet is not a readable parquet file"),
+        ("d.xlsx", "x", r"d\.xlsx is not of a known kind; .*; convert it to one of them"),
     ],
 )
 def test_a_broken_file_is_named_with_its_row(tmp_path, file, content, message):
@@ -134,7 +134,7 @@ def test_a_damaged_save_to_disk_folder(tmp_path):
     datasets.Dataset.from_list(RECORDS).save_to_disk(str(tmp_path / "saved"))
     for file in (tmp_path / "saved").glob("*.arrow"):
         file.unlink()
-    with pytest.raises(DataError, match=r"saved is no whole save_to_disk folder .*; save it again"):
+    with pytest.raises(DataError, match=r"saved is not a whole save_to_disk folder .*; save the data set again"):
         read_rows("mine", str(tmp_path / "saved"))
 
 
@@ -164,7 +164,7 @@ def test_a_hub_that_does_not_answer(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(
-        DataError, match=r"someone/data is no local file .* the hub gave no split .*\(no route to host\)"
+        DataError, match=r"someone/data is not a local file .* the hub gave no split .*\(no route to host\)"
     ):
         read_rows("mine", "someone/data")
 

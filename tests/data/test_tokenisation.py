@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedproxy.data.rows import Row
-from fedproxy.data.tokenisation import tokenise
+from fedproxy.data.tokenisation import cut_counts, tokenise
 from fedproxy.errors import DataError
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "d", "Ġa", "Ġb", "Ġc", "Ġd", "Ġ", "ab", ":", "Ċ"]
@@ -54,7 +54,7 @@ def test_space_at_the_end_of_the_prompt_moves_to_the_target():
 
 def test_pair_is_encoded_as_one_text():
     # "a" + "b" is the one token "ab"; the split at one prompt token leaves "ab" out: lm-eval does the same.
-    with pytest.raises(DataError, match=r"row t/train/0: the target 'b' has no tokens"):
+    with pytest.raises(DataError, match=r"row t/train/0: its target has no tokens of its own"):
         one("a", "b")
 
 
@@ -82,7 +82,7 @@ def test_empty_prompt_is_conditioned_on_the_first_token():
 
 
 def test_empty_target_names_the_row():
-    with pytest.raises(DataError, match=r"row arc/train/7: the target '' has no tokens"):
+    with pytest.raises(DataError, match=r"row arc/train/7: its target has no tokens of its own"):
         tokenise([row("a", "", "arc/train/7")], make_tokenizer(False), max_input_tokens=4, max_target_tokens=4)
 
 
@@ -101,3 +101,92 @@ def test_same_split_as_lm_eval(bos):
         context, continuation = harness._encode_pair(prompt, target)
         assert list(example.input_ids) == context + continuation
         assert example.prompt_length == len(context)
+
+
+def with_template(template, **special):
+    """The tokenizer above with other special tokens around a text."""
+    backend = make_tokenizer(False)._tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<s>", 1), ("</s>", 2), ("<unk>", 3)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+ALL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "before"),
+    [("$A </s>", ()), ("<s> $A </s>", ("<s>",)), ("<s> <unk> $A", ("<s>", "<unk>")), ("$A", ())],
+)
+def test_special_tokens_stay_in_front_and_none_stands_before_the_target(template, before):
+    example = one("a b:", " c", with_template(template, **ALL))
+    assert example.input_ids == ids(*before, "a", "Ġb", ":", "Ġc")
+    assert example.target_length == 1
+
+
+def test_a_beginning_that_the_text_has_already_is_not_put_twice():
+    assert one("<s>a", " b", with_template("<s> $A </s>", **ALL)).input_ids == ids("<s>", "a", "Ġb")
+
+
+def test_a_tokenizer_saved_with_cutting_and_padding_cuts_and_pads_nothing():
+    tokenizer = make_tokenizer(True)
+    tokenizer._tokenizer.enable_truncation(2)
+    tokenizer._tokenizer.enable_padding(length=9, pad_id=0, pad_token="<pad>")
+    assert one("a b c:", " d", tokenizer).input_ids == ids("<s>", "a", "Ġb", "Ġc", ":", "Ġd")
+
+
+def ending(prompt, target, tokenizer=None, **limits):
+    rows = [Row(prompt, target, "t", "t/train/0", ends=True)]
+    limits = {"max_input_tokens": 64, "max_target_tokens": 64} | limits
+    return tokenise(rows, tokenizer or make_tokenizer(False), **limits)[0]
+
+
+def test_a_row_that_ends_gets_the_end_token_once():
+    assert ending("a:", " b").input_ids == ids("a", ":", "Ġb", "</s>")
+    assert ending("a:", " b").target_length == 2
+    assert ending("a:", " b</s>").input_ids == ids("a", ":", "Ġb", "</s>")
+    assert ending("a:", " b</s>\n").input_ids == ids("a", ":", "Ġb", "</s>", "Ċ")
+    assert ending("", " b", make_tokenizer(True)).input_ids == ids("<s>", "Ġb", "</s>")
+    assert ending("a:", " b", with_template("<s> $A </s>", **ALL)).input_ids == ids("<s>", "a", ":", "Ġb", "</s>")
+    assert one("a:", " b").input_ids == ids("a", ":", "Ġb")  # a row that does not say so gets none
+
+
+def test_a_target_that_is_cut_does_not_end_where_it_is_cut():
+    example = ending("a:", " b c d", max_target_tokens=2)
+    assert example.input_ids == ids("a", ":", "Ġb", "Ġc")
+    assert (example.prompt_cut, example.target_cut) == (False, True)
+
+
+def test_a_tokenizer_without_an_end_token_puts_none():
+    assert ending("a:", " b", with_template("$A")).input_ids == ids("a", ":", "Ġb")
+
+
+@pytest.mark.parametrize(
+    ("positions", "expected", "cut"),
+    [
+        (6, ("<s>", "a", "Ġb", ":", "Ġc", "Ġd"), (False, False)),
+        (5, ("<s>", "Ġb", ":", "Ġc", "Ġd"), (True, False)),
+        (4, ("<s>", ":", "Ġc", "Ġd"), (True, False)),
+        (3, (":", "Ġc", "Ġd"), (True, False)),  # of the prompt its cue is left
+        (2, (":", "Ġc"), (True, True)),
+    ],
+)
+def test_a_row_longer_than_the_models_positions_is_cut_and_says_so(positions, expected, cut):
+    [example] = tokenise(
+        [row("a b:", " c d")], make_tokenizer(True), max_input_tokens=9, max_target_tokens=9, max_tokens=positions
+    )
+    assert example.input_ids == ids(*expected)
+    assert (example.prompt_cut, example.target_cut) == cut
+    assert example.target_length >= 1
+
+
+def test_a_model_with_room_for_no_answer_is_refused():
+    with pytest.raises(DataError, match=r"the model has 1 positions, and a prompt and its answer need 2"):
+        tokenise([row("a", " b")], make_tokenizer(False), max_input_tokens=9, max_target_tokens=9, max_tokens=1)
+
+
+def test_cut_rows_are_counted_by_what_they_lost():
+    rows = [row("a", " b"), row("a b c", " b"), row("a", " b c d"), row("a b c", " b c d")]
+    examples = tokenise(rows, make_tokenizer(False), max_input_tokens=2, max_target_tokens=2)
+    assert cut_counts(examples) == {"cut": 3, "prompts": 2, "targets": 2}

@@ -6,6 +6,7 @@ import pytest
 
 from fedproxy import evaluate
 from fedproxy.errors import ConfigError, EvaluationError
+from fedproxy.locks import locked
 
 
 @pytest.fixture
@@ -32,6 +33,24 @@ def test_result_files(cache, checkpoint, tmp_path, capsys):
     with pytest.raises(ConfigError, match="already holds scores; add overwrite=true or choose another output_dir"):
         evaluate.main(arguments)
     evaluate.main([*arguments, "overwrite=true"])
+
+
+def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
+    words = ["model=x", "tasks=[arc_easy]", f"output_dir={tmp_path}", "overwrite=true"]
+    for name, content in (
+        ("results.json", "{}"),
+        ("samples.jsonl", ""),
+        ("scores.json", '{"mine": 1}'),
+        ("scores.json", "["),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ConfigError, match=rf"{name} was written by something else; move it away or choose another"):
+            evaluate.main(words)
+        assert (tmp_path / name).read_text() == content
+        (tmp_path / name).unlink()
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"is in use by process \d+ on"):
+        evaluate.main(words)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """Every answer of PrefixSharingLM is compared with stock HFLM's on the same model and requests."""
 
+import re
+
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
+from fedproxy.evaluation.prefix_sharing import PrefixSharingLM, most_telling
+from fedproxy.evaluation.token_trees import Query, batches, plant, score
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.3}
 BLOCKS = {**SMALL, "intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -24,6 +27,32 @@ UNSHARED = {  # a bias by distance that ignores position ids; a recurrent state
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.3},
     "mamba": {"hidden_size": 32, "num_hidden_layers": 3, "state_size": 8, "initializer_range": 0.3},
 }
+MAMBA2 = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16}
+GIVEN_AWAY = {  # what a tree's mask and position ids cannot say, under names that no list of ours has
+    "gpt_neo": {  # a local window
+        "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16, "initializer_range": 0.3,
+        "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 256,
+    },
+    "doge": {**BLOCKS, "keep_window_size": 16},  # the number of tokens that a head keeps
+    "deepseek_v32": {  # a choice among all tokens of a row
+        **BLOCKS, **MLA, **ROUTED, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "index_topk": 16, "index_n_heads": 2, "index_head_dim": 16,
+    },
+    "bamba": {**BLOCKS, **MAMBA2, "attn_layer_indices": [1]},  # recurrent layers beside attention
+    "falcon_h1": {**BLOCKS, **MAMBA2, "mamba_d_ssm": 64},  # and inside one block
+    "lfm2": {**BLOCKS, "full_attn_idxs": [1], "block_multiple_of": 8},  # short convolutions
+}  # fmt: skip
+EXACT = {  # windows, chunks and sinks that are known, and experts
+    "gpt_oss": {**BLOCKS, "head_dim": 8, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma3_text": {**BLOCKS, "head_dim": 8, "sliding_window": 16},
+    "llama4_text": {
+        **BLOCKS, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 4, "num_experts_per_tok": 1,
+        "interleave_moe_layer_step": 2, "attention_chunk_size": 16,
+    },
+    "mixtral": {**BLOCKS, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}  # fmt: skip
 CONTEXT = "Question: Where would you put a cup?\nAnswer:"
 REQUESTS = [
     *[(CONTEXT, f" {choice}") for choice in ("in the oven", "under the bed", "on the table", "on the table.")],
@@ -76,6 +105,40 @@ def test_a_model_that_cannot_share_falls_back(family, tokenizer):
     ours, found, expected = both(build(family, UNSHARED[family], tokenizer), tokenizer)
     assert not ours.sharing
     assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", GIVEN_AWAY)
+def test_a_model_that_gives_itself_away_falls_back_and_says_by_how_much(family, tokenizer):
+    ours, found, expected = both(build(family, GIVEN_AWAY[family], tokenizer), tokenizer)
+    assert_equal(found, expected)
+    assert re.fullmatch(r"over shared prefixes log-likelihoods are \S+ nats from a plain forward's", ours.obstacle)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_windows_chunks_and_experts_that_are_known_share(family, tokenizer):
+    ours, found, expected = both(build(family, EXACT[family], tokenizer), tokenizer)
+    assert ours.sharing, ours.obstacle
+    assert_equal(found, expected)
+
+
+def test_what_is_compared_is_the_longest_the_most_crowded_and_the_shortest():
+    queries = [Query([1, 2, 3, 4, 5, 6], [7]), Query([1, 2, 8], [9]), Query([1, 2, 9, 9], [9]), Query([4], [5])]
+    forwards = batches(plant(queries, hidden_size=32, max_nodes=100), batch_tokens=100, max_scored=10, overhead=1000)
+    # Rows are sorted by tokens, so that 1 2 9 9 comes after the five other nodes of 1 2 3 4 5 6 and 1 2 8.
+    assert len(forwards) == 1
+    assert most_telling(forwards, queries) == {0, 2, 3}
+
+
+def test_checked_batches_come_first_and_change_no_answer(tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    ours = PrefixSharingLM(model, tokenizer, batch_tokens=60)
+    asked = [pair for pair in REQUESTS if pair[0]]
+    found = ours.loglikelihood(instances(asked), disable_tqdm=True)
+    queries = list(ours._queries([(pair, *ours._encode_pair(*pair)) for pair in asked]).values())
+    unchecked = {}
+    for batch in batches(plant(queries, 32, 60), 60, 2**26 // len(tokenizer), 40):
+        unchecked |= score(model, batch, queries)
+    assert found == [unchecked[index] for index in range(len(asked))]
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -158,7 +221,9 @@ def test_every_prefix_is_run_once(tokenizer):
     prefixes = {tuple(tokens[:end]) for tokens in sequences for end in range(1, len(tokens) + 1)}
     counts = count_tokens(model)
     ours.loglikelihood(instances(requests), disable_tqdm=True)
-    assert counts == [len(prefixes)]
+    assert counts[0] == len(prefixes)
+    assert len(counts) <= 4  # and at most three sequences alone, to see that sharing is right
+    assert set(counts[1:]) <= set(map(len, sequences))
     assert 3 * len(prefixes) < sum(map(len, sequences))
 
 

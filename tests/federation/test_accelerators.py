@@ -17,9 +17,12 @@ from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import Decoder
 from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.seeding import ClientSeeds
+
+from .engines.doubles import loaded
 
 JOB = {
-    "seed": 7, "lr": 0.01, "batch_size": 5, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 0.01, "batch_size": 5, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "none"}, "frozen": [],
 }  # fmt: skip
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
@@ -61,7 +64,8 @@ def broadcast(client: LocalClient, **job) -> Broadcast:
     """A state in which B is not zero."""
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in sorted(client.initial.items())}
-    return Broadcast(1, state, job={**JOB, **job})
+    seeds = {client: ClientSeeds.of(7, 1, client) for client in ("ann", "bob")}
+    return Broadcast(1, state, job={**JOB, **job}, all_seeds=seeds)
 
 
 def flat(update: ClientUpdate) -> torch.Tensor:
@@ -82,7 +86,10 @@ def test_a_step_in_mixed_precision_is_near_that_in_float32(setup):
     whole, _ = make(setup)
     mixed, seen = make(setup, precision="bf16-mixed")
     given = broadcast(whole)
-    exact, found = whole.train(given, "bob"), mixed.train(given, "bob")  # five rows: one step
+    exact, found = (
+        whole.train(given.addressed_to("bob"), "bob"),
+        mixed.train(given.addressed_to("bob"), "bob"),
+    )  # five rows: one step
     assert set(seen) == {where(setup), torch.bfloat16}
     assert torch.isfinite(flat(found)).all()
     # bfloat16 keeps eight bits: a loss to a few parts in a thousand. AdamW's first step has the gradient's signs, which
@@ -94,9 +101,9 @@ def test_a_step_in_mixed_precision_is_near_that_in_float32(setup):
 
 def test_gradients_with_checkpointing_are_those_without(setup):
     client, seen = make(setup)
-    kept = client.train(broadcast(client), "ann")
+    kept = client.train(broadcast(client).addressed_to("ann"), "ann")
     calls = seen.pop(where(setup))
-    again = client.train(broadcast(client, gradient_checkpointing=True), "ann")
+    again = client.train(broadcast(client, gradient_checkpointing=True).addressed_to("ann"), "ann")
     assert seen[where(setup)] == 2 * calls  # every block ran a second time, backward
     assert apart(again, kept) < 1e-3  # AdamW would turn a wrong gradient into steps of the learning rate, about 1
     assert again.train_loss == pytest.approx(kept.train_loss, rel=1e-6)
@@ -132,9 +139,9 @@ def test_a_worker_trains_on_the_first_device(setup, tmp_path):
     given = broadcast(here)
     pool = Engine.by_name("workers")(workers=1).start(lambda: here, remote, tmp_path / "exchange")
     try:
-        updates = {update.client_id: update for update in pool.run(given, ["ann", "bob"])}
+        updates = {update.client_id: loaded(update) for update in pool.run(given, ["ann", "bob"])}
     finally:
         pool.close()
     for client in ("ann", "bob"):
         assert updates[client].extras["trained_on"]["index"].tolist() == [0 if where(setup) == "cuda" else -1]
-        assert apart(updates[client], here.train(given, client)) < 1e-3
+        assert apart(updates[client], here.train(given.addressed_to(client), client)) < 1e-3

@@ -5,6 +5,7 @@ import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.client_memory import ClientMemory, Memory
+from fedproxy.names import file_stem
 
 
 def kept(value):
@@ -43,9 +44,9 @@ def test_rewind_and_drop_forget_later_rounds_and_half_written_files(tmp_path):
     store = ClientMemory(tmp_path)
     for round_ in (1, 2, 3):
         store.save("c", round_, kept(round_))
-    (tmp_path / "c" / "round_0004.part99").write_bytes(b"half")
+    (tmp_path / file_stem("c") / "round_0004.part99").write_bytes(b"half")
     store.rewind(2)
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / file_stem("c")).iterdir()) == [
         "round_0001.safetensors",
         "round_0002.safetensors",
     ]
@@ -57,7 +58,7 @@ def test_only_three_rounds_stay_on_disk(tmp_path):
     store = ClientMemory(tmp_path)
     for round_ in range(1, 20):
         store.save("c", round_, kept(round_))
-    assert len(list((tmp_path / "c").iterdir())) == 3
+    assert len(list((tmp_path / file_stem("c")).iterdir())) == 3
     # the two latest checkpoints are those of rounds 18 and 19
     assert [value(store.load("c", before=before)) for before in (19, 20)] == [18.0, 19.0]
 
@@ -82,9 +83,11 @@ def test_names_of_dots_stay_inside_too(tmp_path, name):
 def test_a_truncated_file_is_one_line(tmp_path):
     store = ClientMemory(tmp_path)
     store.save("c", 1, kept(1))
-    path = tmp_path / "c" / "round_0001.safetensors"
+    path = tmp_path / file_stem("c") / "round_0001.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"the memory of client 'c' in .* is damaged .*overwrite=true") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"what is kept of client 'c' in .* cannot be used: .*overwrite=true"
+    ) as caught:
         store.load("c", before=2)
     assert "\n" not in str(caught.value)
 
@@ -98,7 +101,7 @@ def test_a_full_disk_is_one_line_and_the_last_memory_stays(tmp_path, monkeypatch
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fedproxy.federation.round_files.save_file", full)
+    monkeypatch.setattr("fedproxy.sealed_tensors.save_file", full)
     with pytest.raises(CheckpointError, match=r"round_0002.safetensors cannot be written: I/O error: No space left"):
         store.save("c", 2, kept(2))
     assert value(store.load("c", before=9)) == 1.0

@@ -1,33 +1,37 @@
 """Rows on disk: one file per client, the latest few in memory, owners edited by hand."""
 
 import json
+import os
 
 import pytest
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError
+from fedproxy.errors import ConfigError, DataError
 from fedproxy.federation.client_rows import ClientExamples, ClientRows, read_client_rows, rows_file
 from fedproxy.federation.partition import Partition, check_same_owners, save_partition
 from fedproxy.federation.partition_file import PartitionFile
 from fedproxy.models import load_tokenizer
+from fedproxy.names import file_stem
 
 from .test_partition import rows
 
 
 def test_rows_come_back_equal_from_files_of_their_own(tmp_path):
-    clients = {"../a": [Row("p\n", " é", "s", "s/train/0", 1)], "b b": rows("b", 2)}
+    clients = {"../a": [Row("p\n", " é", "s", "s/train/0", 1, ends=True)], "b b": rows("b", 2), "北" * 99: rows("c", 1)}
     kept = ClientRows(clients, tmp_path / "rows")
     assert {name: read_client_rows(tmp_path / "rows", name) for name in clients} == clients
-    assert dict(kept) == {"../a": 1, "b b": 2}
-    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"..%2Fa.jsonl", "b b.jsonl"}
+    assert dict(kept) == {"../a": 1, "b b": 2, "北" * 99: 1}
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {f"{file_stem(name)}.jsonl" for name in clients}
     assert "unknown" not in kept
 
 
 def test_a_damaged_file_names_the_client(tmp_path):
     ClientRows({"a": rows("a", 2)}, tmp_path)
     rows_file(tmp_path, "a").write_text('{"prompt": 1')
-    with pytest.raises(DataError, match=r"a.jsonl with the rows of client 'a' cannot be read .*; resume=auto writes"):
+    with pytest.raises(
+        DataError, match=r"a-.*.jsonl with the rows of client 'a' cannot be read .*; resume=auto writes"
+    ):
         read_client_rows(tmp_path, "a")
 
 
@@ -76,9 +80,9 @@ def test_rows_and_whole_sources_are_given_by_hand_and_the_rest_is_left_out(tmp_p
         ('{"clients": {"x": ["a"], "x": ["b"]}}', r"'x' stands twice in one object"),
         ({"owners": {}}, r'must hold \{"clients": \{name: \[row keys\]\}\} with at least one client'),
         ({"clients": {}}, r"with at least one client"),
-        ({"clients": {"x": "a"}}, r"client 'x' must have a name and a list of row keys or source names"),
+        ({"clients": {"x": "a"}}, r"client 'x' must have a list of row keys or source names"),
         ({"clients": {"x": []}}, r"client 'x' has no rows out of 5"),
-        ({"clients": {"x": ["a/train/3"]}}, r"client 'x' is given 'a/train/3', which is no row and no source of"),
+        ({"clients": {"x": ["a/train/3"]}}, r"client 'x' is given 'a/train/3', which is not a row or a source of"),
         ({"clients": {"x": ["a"], "y": ["a/train/1"]}}, r"row 'a/train/1' is given to 'x' and 'y'; leave it to one"),
         ({"clients": {"x": ["b", "b"]}}, r"row 'b/train/0' is given to 'x' and 'x'"),
     ],
@@ -86,6 +90,38 @@ def test_rows_and_whole_sources_are_given_by_hand_and_the_rest_is_left_out(tmp_p
 def test_a_wrong_partition_file_is_one_line(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         by_file(tmp_path / "p.json", content).split(DATA, 0)
+
+
+@pytest.mark.parametrize("names", [("Ward", "ward"), ("w" * 101, "x"), ("a\nb", "x"), (" a", "x"), ("", "x")])
+def test_names_of_clients_are_checked_whatever_gives_them(tmp_path, names):
+    sources = [Row("p", " t", name, f"{name}/train/0") for name in names]
+    with pytest.raises(ConfigError, match=r"data.partition.name=by_task: (a name must be|the names 'Ward' and 'ward')"):
+        Partition.by_name("by_task")().split(sources, 0)
+    with pytest.raises(ConfigError, match=r"p.json: (a name must be a text of|the names 'Ward' and 'ward' differ)"):
+        by_file(tmp_path / "p.json", {"clients": {name: ["a"] for name in names}}).split(DATA, 0)
+
+
+def test_the_partition_says_what_each_clients_files_are_called(tmp_path):
+    save_partition({"Ward A": DATA, "北": DATA[:1]}, tmp_path / "partition.json")
+    files = json.loads((tmp_path / "partition.json").read_text())["files"]
+    assert files == {name: file_stem(name) for name in ("Ward A", "北")}
+
+
+def test_a_partition_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "p.json")
+    with pytest.raises(
+        DataError, match=r"p.json cannot be read as JSON \(it is not a regular file\); give a file like"
+    ):
+        PartitionFile(path=str(tmp_path / "p.json")).split(DATA, 0)
+
+
+def test_clients_cut_rows_to_the_models_positions(tmp_path):
+    ClientRows({"a": [Row("word " * 90, " yes", "s", "s/train/0", ends=True)]}, tmp_path)
+    tokenizer = load_tokenizer(resolve("asset:tiny-llama"))
+    limits = {"max_input_tokens": 400, "max_target_tokens": 8}
+    (whole,), (fitting,) = (ClientExamples(tmp_path, tokenizer, **limits, max_tokens=most)["a"] for most in (None, 16))
+    assert len(whole.input_ids) > 16 == len(fitting.input_ids)
+    assert fitting.input_ids[-1] == tokenizer.eos_token_id
 
 
 def test_owners_may_not_change_within_a_run(tmp_path):
@@ -101,8 +137,8 @@ def test_owners_may_not_change_within_a_run(tmp_path):
     ("content", "message"),
     [
         ('{"clients": []}', r'must hold {"clients": {name: \[row keys\]}} with at least one client'),
-        ('{"clients": {"x": 3}}', r"client 'x' must have a name and a list"),
-        ("[1]", r'must hold {"clients"'),
+        ('{"clients": {"x": 3}}', r"client 'x' must have a list"),
+        ("[1]", r"cannot be read as JSON \(it must hold an object, got list\)"),
         ('{"clients": {"x": ["a', r"cannot be read as JSON"),
         ("[" * 10**6, r"cannot be read as JSON"),
     ],

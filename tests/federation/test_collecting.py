@@ -78,3 +78,13 @@ def test_other_rules_put_nothing_together(make_model, tmp_path):
     assert assemble(trainable, Progress(3, state), FedAvg, ClientStore(tmp_path), ["a"]) == 0
     assert all(torch.equal(tensor, state[name]) for name, tensor in trainable.state().items())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spoil", [{"odd": torch.zeros(1)}, None])
+def test_a_client_that_hands_in_other_tensors_of_its_own_is_named(make_model, tmp_path, spoil):
+    trainable = Trainable.by_name("lora")(r=2, modules=["q_proj"]).attach(make_model("llama"))
+    state, store = trainable.state(), ClientStore(tmp_path)
+    spoilt = spoil or {name: state[name][:1] for name in personal(state)}
+    store.memory.save("a", 2, Memory({"personal": spoilt}, num_examples=3))
+    with pytest.raises(ClientError, match=r"client 'a' hands in other tensors of its own than the state has"):
+        assemble(trainable, Progress(2, state), FedSA, store, ["a"])

@@ -18,9 +18,12 @@ from fedproxy.federation.engines import RemoteClient
 from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.federation.rank_group import RankGroup
 from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
+
+from .engines.doubles import loaded
 
 JOB = {
-    "seed": 7, "lr": 0.01, "batch_size": 3, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 0.01, "batch_size": 3, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "none"}, "frozen": [],
 }  # fmt: skip
 RESTING = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -87,7 +90,7 @@ def broadcast(alone, job, round_=2):
     kept = {name for part in job.get("parts", ()) for name in part.get("tensors", ())}
     sent, known = ({n: t for n, t in tensors.items() if n not in kept} for tensors in (state, conflict))
     extras = {"conflict": known} if {"name": "conflict"} in job.get("parts", ()) else {}
-    return Broadcast(round_, sent, {**JOB, **job}, extras)
+    return Broadcast(round_, sent, {**JOB, **job}, extras, seeds=ClientSeeds.of(7, round_, "ann", 2))
 
 
 def distance(left, right):
@@ -100,7 +103,7 @@ def distance(left, right):
 @pytest.mark.parametrize("job", list(JOBS))
 def test_two_processes_do_what_one_does(job, setup, alone, group):
     given = broadcast(alone, JOBS[job])
-    one, two = alone.train(given, "ann"), group.train(given, "ann")
+    one, two = alone.train(given, "ann"), loaded(group.train(given, "ann"))
     # Float32 sums in another order, over a dozen AdamW steps; a wrong weight of one part would show at 1e-2.
     assert distance(two.delta, one.delta) < 1e-4
     assert (two.train_loss, two.regularizer_loss) == pytest.approx((one.train_loss, one.regularizer_loss), rel=1e-5)
@@ -112,14 +115,14 @@ def test_two_processes_do_what_one_does(job, setup, alone, group):
 
 def test_the_same_processes_give_the_same_bits_again(alone, group):
     given = broadcast(alone, JOBS["conflict, clipped and accumulated"])
-    first, second = group.train(given, "ann"), group.train(given, "ann")
+    first, second = loaded(group.train(given, "ann")), loaded(group.train(given, "ann"))
     assert all(torch.equal(first.delta[name], second.delta[name]) for name in first.delta)
 
 
 def test_what_a_client_remembers_is_written_once_and_read_by_all(setup, alone, group):
     job = JOBS["scaffold, tensors that rest or stay"]
     for round_ in (2, 3):
-        one, two = (client.train(broadcast(alone, job, round_), "ann") for client in (alone, group))
+        one, two = (loaded(client.train(broadcast(alone, job, round_), "ann")) for client in (alone, group))
     assert distance(two.delta, one.delta) < 1e-4
     store = f"{setup.store}_{group.remote.options['strategy']}"
     kept, known = (ClientStore(Path(path)).memory.load("ann", before=4) for path in (store, setup.store + "_alone"))
@@ -131,7 +134,7 @@ def test_statistics_of_the_rows_come_from_the_first_process(alone, group):
     if group.remote.options["strategy"] == "fsdp":
         return  # refused before anything starts, see tests/pipeline/test_devices.py
     given = broadcast(alone, {"parts": [{"name": "statistics", "groups": ["fisher"]}]})
-    one, two = alone.train(given, "ann"), group.train(given, "ann")
+    one, two = alone.train(given, "ann"), loaded(group.train(given, "ann"))
     assert distance(two.extras["fisher"], one.extras["fisher"]) < 1e-3
 
 
@@ -143,7 +146,7 @@ def test_two_gpus_do_what_one_process_does(strategy, setup, alone):
     pair = load(device=None, **asdict(replace(setup, trainer=trainer)))
     given = broadcast(alone, JOBS["conflict, clipped and accumulated"])
     try:
-        first, second = pair.train(given, "ann"), pair.train(given, "ann")
+        first, second = loaded(pair.train(given, "ann")), loaded(pair.train(given, "ann"))
     finally:
         pair.close()
     # Kernels of another device, over eight AdamW steps.
@@ -162,7 +165,7 @@ def test_a_process_that_stops_is_given_up_by_the_others(setup, alone):
         stopped = group.pids[1]
         os.kill(stopped, signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(ClientError, match=r"^process 1 of 2: .*[Tt]imed out"):
+        with pytest.raises(ClientError, match=r"^process 1 of 2: RuntimeError; no log is kept"):
             group.train(given, "ann")
         assert 50 < time.monotonic() - started < 150
         assert not os.path.exists(f"/proc/{stopped}")

@@ -11,6 +11,7 @@ from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Dropped
 from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
+from fedproxy.names import file_stem
 from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.server_optimizers import ServerOptimizer
@@ -176,18 +177,20 @@ def test_there_are_states_of_clients_alone(tmp_path):
 
 def test_a_lost_or_damaged_state_is_one_line_and_no_fresh_start(tmp_path):
     progress = go(tmp_path, 2)
-    path = tmp_path / "states" / "b" / "round_0002.safetensors"
+    path = tmp_path / "states" / file_stem("b") / "round_0002.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(CheckpointError, match=r"the state of client 'b' in .* is damaged .*overwrite=true") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"what is kept of client 'b' in .* cannot be used: .*overwrite=true"
+    ) as caught:
         go(tmp_path, 3, start=progress)
     assert "\n" not in str(caught.value)
     shutil.rmtree(path.parent)
-    with pytest.raises(CheckpointError, match=r"the state of client 'b' in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"what is kept of client 'b' in .* cannot be used"):
         go(tmp_path, 3, start=progress)
 
 
 def test_only_three_rounds_of_a_client_stay_on_disk(tmp_path):
     go(tmp_path, 6)
-    assert sorted(path.name[:10] for path in (tmp_path / "states" / "a").iterdir()) == [
+    assert sorted(path.name[:10] for path in (tmp_path / "states" / file_stem("a")).iterdir()) == [
         "round_0004", "round_0005", "round_0006",
     ]  # fmt: skip

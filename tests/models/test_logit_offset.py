@@ -150,9 +150,16 @@ def test_tokens_that_only_the_target_has_reach_the_proxies_as_entry_0(three):
 
 
 def test_a_broken_configuration_is_one_line(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "logit_offset", "alpha": 1}')
-    with pytest.raises(ModelError, match=r"config.json is no logit_offset configuration \(KeyError\('target'\)\)"):
-        load_model(tmp_path)
+    for content, match in (
+        ('{"model_type": "logit_offset", "alpha": 1}', r"config.json: target must name a folder or a hub id"),
+        ('{"model_type": "logit_offset", "alpha": NaN}', r"alpha must be a finite number, got nan; run fusion again"),
+        ('{"model_type": "logit_offset", "alpha": "1", "target": "."}', r"alpha must be a finite number"),
+        # A wrapper of itself would be loaded for ever.
+        ('{"model_type": "logit_offset", "alpha": 1, "target": ".", "tuned": ".", "untuned": "."}', "is no causal LM"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=match):
+            load_model(tmp_path)
 
 
 def test_vocabularies_may_differ_in_padding_alone(three, make_model):

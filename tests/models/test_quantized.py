@@ -14,10 +14,11 @@ from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_model
 from fedproxy.models.quantized import check_quantization, load_quantized
 from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.trainable import Trainable
 
 JOB = {
-    "seed": 7, "lr": 0.01, "batch_size": 4, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 0.01, "batch_size": 4, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "none"},
 }  # fmt: skip
 installed = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -92,11 +93,13 @@ def client(tmp_path, device, **trainer):
 
 def check_two_rounds(made):
     """Train twice from one state: the frozen weights must be as usable the second time, and the loss falls."""
-    first = made.train(Broadcast(1, made.initial, job=JOB), "ann")
-    again = made.train(Broadcast(1, made.initial, job=JOB), "ann")
+    first = made.train(Broadcast(1, made.initial, job=JOB, seeds=ClientSeeds.of(7, 1, "ann")), "ann")
+    again = made.train(Broadcast(1, made.initial, job=JOB, seeds=ClientSeeds.of(7, 1, "ann")), "ann")
     assert all(torch.equal(first.delta[name], again.delta[name]) for name in first.delta)
     moved = {name: tensor + first.delta[name] for name, tensor in made.initial.items()}
-    assert made.train(Broadcast(2, moved, job=JOB), "ann").train_loss < first.train_loss
+    assert (
+        made.train(Broadcast(2, moved, job=JOB, seeds=ClientSeeds.of(7, 2, "ann")), "ann").train_loss < first.train_loss
+    )
     assert all(tensor.dtype == torch.float32 for tensor in first.delta.values())
 
 

@@ -150,18 +150,30 @@ def entry(tokens):
     return Entry(torch.zeros(tokens, 2, dtype=torch.int32), torch.zeros(tokens, 3))  # 20 bytes a token
 
 
+A, B, C = ("a" * 64, "b" * 64, "c" * 64)
+
+
+def test_files_of_others_are_never_deleted_for_room(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 9000)
+    os.utime(tmp_path / "model.safetensors", (1, 1))
+    cache = make_cache(tmp_path, max_bytes=5_000)
+    cache.write(A, entry(200))
+    make_cache(tmp_path, max_bytes=5_000).write(B, entry(200))
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [B, "model"]
+
+
 def test_the_bound_holds_and_old_entries_go_first(tmp_path):
     old = make_cache(tmp_path, max_bytes=10_000)
-    for age, key in enumerate(["a", "b"]):
+    for age, key in enumerate([A, B]):
         old.write(key, entry(200))  # 4000 bytes and a header
         os.utime(tmp_path / f"{key}.safetensors", (1000 + age, 1000 + age))
     new = make_cache(tmp_path, max_bytes=10_000)
-    assert new.read("a") is not None  # used now, so "b" is the one to go
-    new.write("c", entry(200))
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
-    new.write("d", entry(200))  # everything left is this run's: nothing goes, nothing comes
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
-    new.write("e", entry(2000))  # larger than the bound alone
+    assert new.read(A) is not None  # used now, so B is the one to go
+    new.write(C, entry(200))
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [A, C]
+    new.write("d" * 64, entry(200))  # everything left is this run's: nothing goes, nothing comes
+    assert sorted(path.stem for path in tmp_path.iterdir()) == [A, C]
+    new.write("e" * 64, entry(2000))  # larger than the bound alone
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= 10_000
 
 
@@ -176,18 +188,18 @@ def test_a_full_cache_changes_nothing_but_the_time(make_model, tmp_path):
 
 
 def test_leftovers_of_a_killed_run_are_swept_and_those_of_a_live_one_stay(tmp_path):
-    for name, when in (("dead.part", 1000), ("live.part", None)):
+    for name, when in ((".fedproxy-dead.part", 1000), (".fedproxy-live.part", None), ("foreign.part", 1000)):
         (tmp_path / name).write_bytes(b"x")
         if when:
             os.utime(tmp_path / name, (when, when))
     make_cache(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["live.part"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".fedproxy-live.part", "foreign.part"]
 
 
 def test_nothing_half_written_stays_when_the_disk_is_full(tmp_path, monkeypatch):
     cache = make_cache(tmp_path)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         with open(path, "wb") as file:
             file.write(b"half")
         raise OSError(28, "No space left on device")

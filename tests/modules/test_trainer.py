@@ -81,7 +81,7 @@ def test_bad_options_are_one_line(options, message):
 def test_csv_logger_writes_below_the_root(tmp_path):
     trainer = make_trainer({"accelerator": "cpu", "logger": "csv", "log_every_n_steps": 1}, root=tmp_path)
     fit(trainer, Line(), Ones(2))
-    assert "10.0" in (tmp_path / "logs" / "version_0" / "metrics.csv").read_text()
+    assert "10.0" in (tmp_path / "metrics.csv").read_text()
 
 
 def test_a_fit_says_nothing_and_restores_log_levels(capfd, recwarn):

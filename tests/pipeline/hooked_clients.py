@@ -15,7 +15,7 @@ from fedproxy.modules.causal_lm import CausalLMModule
 NAME = __name__
 VARIABLE = "FEDPROXY_TEST_HOOKS"
 
-_train, _training_step, _append = LocalClient.train, CausalLMModule.training_step, loop._append
+_train, _training_step, _write_journal = LocalClient.train, CausalLMModule.training_step, loop._write_journal
 _current = {"task": ""}
 
 
@@ -55,11 +55,12 @@ def _hooked_step(self, batch, batch_idx):
     return _training_step(self, batch, batch_idx)
 
 
-def _hooked_append(journal, record):
+def _hooked_journal(journal, records):
     """Die as by ``kill -9`` where ``<round>.kill`` asks for it, before the round's line is written."""
-    if VARIABLE in os.environ and (Path(os.environ[VARIABLE]) / f"{record['round']}.kill").exists():
+    last = records[-1]["round"] if records else 0
+    if VARIABLE in os.environ and (Path(os.environ[VARIABLE]) / f"{last}.kill").exists():
         os.kill(os.getpid(), signal.SIGKILL)
-    _append(journal, record)
+    _write_journal(journal, records)
 
 
-LocalClient.train, CausalLMModule.training_step, loop._append = _hooked_train, _hooked_step, _hooked_append
+LocalClient.train, CausalLMModule.training_step, loop._write_journal = _hooked_train, _hooked_step, _hooked_journal

@@ -10,6 +10,7 @@ import pytest
 from transformers import T5Config, T5ForConditionalGeneration
 
 from fedproxy.errors import ClientError, ConfigError, DataError, EvaluationError, FedProxyError, ModelError
+from fedproxy.names import file_stem
 from fedproxy.reporting import RunReport
 
 QUICK = ("federation.rounds=1", "evaluation.models=[]")
@@ -38,7 +39,6 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
     [
         ("trainer.acelerator=cpu", ConfigError, r"trainer.acelerator: .* did you mean 'accelerator'"),
         ("data.tasks=[tiny_sum]", EvaluationError, r"tiny_sum'?.*tiny_sums"),
-        ("evaluation.limit=100000", EvaluationError, r"evaluation.limit 100000 is above the 200 questions of tiny_"),
         ("target.path=asset:tiny-lama", FedProxyError, r"tiny-lama.*tiny-llama"),
         ("target.path=./nowhere", ModelError, r"^./nowhere is no folder; give an asset"),
         ("trainer.devices=0", ConfigError, r"trainer.devices must be auto \(one per client\), a number .*, got 0"),
@@ -64,6 +64,12 @@ def test_a_recipe_that_cannot_be_done(run_tiny, override, error, message):
     with pytest.raises(error, match=message) as caught:
         run_tiny(*QUICK, *(["regularizer.name=none"] if "aggregator" in override else []), override)
     assert "\n" not in str(caught.value)
+
+
+def test_more_questions_than_there_are_cannot_be_scored(run_tiny):
+    message = r"evaluation.limit 100000 is above the 200 questions of tiny_"
+    with pytest.raises(EvaluationError, match=message):
+        run_tiny(*QUICK[:1], "evaluation.models=[target]", "evaluation.limit=100000")
 
 
 def test_too_many_clients_per_round_are_refused_before_anything_is_made(run_tiny, tmp_path):
@@ -123,12 +129,15 @@ def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny
     _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
     with monkeypatch.context() as patch:
         patch.setattr(LocalClient, "train", fail)
-        message = "client 'tiny_places' failed in round 2: RuntimeError: out of memory; that leaves 3 of 4 clients, and"
+        log = f"checkpoints/logs/{file_stem('tiny_places')}.log"
+        said = f"RuntimeError; details in the client's log {log}"
+        message = f"client 'tiny_places' failed in round 2: {said}; that leaves 3 of 4 clients, and"
         with pytest.raises(ClientError, match=message):
             run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     report = RunReport.load(folder)
     assert (report.run.status, len(report.rounds)) == ("failed", 1)
     assert message in str(report.run.error)
+    assert "out of\nmemory" in (folder / log).read_text()
     report, _ = run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     assert (report.run.status, len(report.rounds)) == ("completed", 2)
 

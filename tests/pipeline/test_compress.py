@@ -1,6 +1,7 @@
 """`python -m fedproxy.compress`: what it leaves, that fit goes on from it, and what it refuses."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,10 @@ SMALL = (
 
 def compress(folder, *overrides):
     return compress_only(load_config([*SMALL, f"output_dir={folder}", *overrides]))
+
+
+def fit(folder, *overrides):
+    return run(load_config([*SMALL, f"output_dir={folder}", *overrides]))
 
 
 @pytest.fixture(scope="module")
@@ -307,8 +312,6 @@ def test_text_that_fidelity_lacks_is_missed_before_compressing_and_only_by_who_m
 
 @pytest.mark.parametrize("name", ["proxy", "layer_map.json", "block_influence.png"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name):
-    import os
-
     def full(self, target):
         if Path(target).name == name:
             raise OSError(28, "No space left on device")
@@ -324,20 +327,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch, name)
 
 
 def full_config(monkeypatch):
-    write = Path.write_text
-
-    def full(self, *arguments, **options):
-        if self.name == "config.yaml":
+    def full(source, target):
+        if Path(target).name == "config.yaml":
             raise OSError(28, "No space left on device")
-        return write(self, *arguments, **options)
+        os.rename(source, target)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(os, "replace", full)
 
 
 def test_a_disk_full_at_the_first_file_leaves_nothing(tmp_path, monkeypatch):
     full_config(monkeypatch)
-    refuse(CheckpointError, r"output_dir .*out cannot be written \(.*No space left on device", tmp_path / "out")
-    with pytest.raises(CheckpointError, match="cannot be written"):  # fit claims its folder in the same way
+    refuse(CheckpointError, r"cannot write .*out/config.yaml \(No space left on device", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="cannot write"):  # fit claims its folder in the same way
         run(load_config([*SMALL, f"output_dir={tmp_path / 'out'}"]))
     assert not (tmp_path / "out").exists()
 
@@ -347,10 +348,10 @@ def test_an_empty_folder_is_left_empty_and_can_be_used_again(tmp_path, monkeypat
     folder.mkdir()
     with monkeypatch.context() as patch:
         full_config(patch)
-        with pytest.raises(CheckpointError, match="cannot be written"):
+        with pytest.raises(CheckpointError, match="cannot write"):
             compress(folder)
     assert not list(folder.iterdir())
-    with pytest.raises(DataError, match="every text is a client's row"):  # found only after rows/ were written
+    with pytest.raises(DataError, match="every text is a client's row"):
         compress(folder, f"compression.calibration.path={clients_rows(tmp_path)}", "compression.calibration.rows=1")
     assert not list(folder.iterdir())
     assert compress(folder).fidelity.kl > 0
@@ -366,9 +367,7 @@ def clients_rows(tmp_path):
 
 def test_overwrite_deletes_the_old_run_only_when_the_texts_are_good(tmp_path):
     folder, texts = tmp_path / "out", tmp_path / "texts.jsonl"
-    folder.mkdir()
-    (folder / "config.yaml").write_text("recipe: older\n")
-    (folder / "server").mkdir()
+    compress(folder)
     before = sorted(folder.rglob("*"))
     bad = ["", '{"text": "  "}\n', '{"txt": "a"}\n', '{"text": "the only one"}\n']
     for content in bad:
@@ -380,16 +379,19 @@ def test_overwrite_deletes_the_old_run_only_when_the_texts_are_good(tmp_path):
     for content in bad[:3]:
         texts.write_text(content)
         with pytest.raises(DataError, match=r"texts\.jsonl"):
-            run(load_config([*SMALL, f"output_dir={folder}", *words]))
+            fit(folder, *words)
         assert sorted(folder.rglob("*")) == before, content
-    with pytest.raises(DataError, match="every text is a client's row"):  # too late to spare the old run
-        compress(folder, "overwrite=true", f"compression.calibration.path={clients_rows(tmp_path)}", words[-1])
-    assert not folder.exists()
+    for command in (compress, fit):
+        with pytest.raises(DataError, match="every text is a client's row"):
+            command(folder, "overwrite=true", f"compression.calibration.path={clients_rows(tmp_path)}", words[-1])
+        assert sorted(folder.rglob("*")) == before
+    compress(folder, "overwrite=true")
+    assert sorted(folder.rglob("*")) == before
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("do not lose")
-    with pytest.raises(ConfigError, match="holds files that are no run"):
+    with pytest.raises(ConfigError, match="already contains files that are not a run"):
         compress(tmp_path / "out", "overwrite=true")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "do not lose"

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.errors import DataError
 from fedproxy.federation.client import LocalClient
 from fedproxy.models import load_model, state_sha256
+from fedproxy.names import file_stem
 from fedproxy.pipeline.plan import plan
 from fedproxy.reporting import RunReport
 from fedproxy.reporting.samples import load_evaluation
 
 LOCAL = ("aggregator.name=none", "regularizer.name=none", "data.tasks=[tiny_sums,tiny_places]")
 CLIENTS = ["tiny_places", "tiny_sums"]
+FOLDERS = [file_stem(client) for client in CLIENTS]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,11 @@ def weights(path):
 
 def test_every_client_has_its_own_adapter_and_fused_model(local_run):
     _, folder = local_run
-    assert sorted(path.name for path in (folder / "fused").iterdir()) == CLIENTS
-    assert sorted(path.name for path in (folder / "adapter").iterdir()) == CLIENTS
-    hashes = {state_sha256(load_model(folder / "fused" / client)) for client in CLIENTS}
+    assert sorted(path.name for path in (folder / "fused").iterdir()) == FOLDERS
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == FOLDERS
+    hashes = {state_sha256(load_model(folder / "fused" / client)) for client in FOLDERS}
     assert len(hashes) == 2
-    assert all("Method: `fedproxy`" in (folder / "fused" / client / "README.md").read_text() for client in CLIENTS)
+    assert all("Method: `fedproxy`" in (folder / "fused" / client / "README.md").read_text() for client in FOLDERS)
 
 
 def test_scores_are_means_over_clients_and_each_clients_own_are_kept(local_run):
@@ -63,7 +64,7 @@ def test_a_client_alone_gets_the_same_bits(local_run, run_tiny):
         *LOCAL[:2], "data.tasks=[tiny_sums]", "evaluation.tasks=[tiny_sums]", "evaluation.models=[]",
         "compression.keep=[" + ",".join(map(str, kept(folder))) + "]",
     )  # fmt: skip
-    left, right = weights(folder / "fused/tiny_sums"), weights(alone / "fused/tiny_sums")
+    left, right = (weights(run / "fused" / file_stem("tiny_sums")) for run in (folder, alone))
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
@@ -77,13 +78,13 @@ def test_resume_ends_with_the_same_bits(local_run, run_tiny):
     report, _ = run_tiny(*LOCAL, "federation.rounds=2", "resume=auto", "evaluation.models=[]", folder=folder)
     assert [line.round for line in report.rounds] == [1, 2]
     assert_same_states(whole, folder)
-    for client in CLIENTS:
+    for client in FOLDERS:
         one, other = weights(whole / "fused" / client), weights(folder / "fused" / client)
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def assert_same_states(left, right):
-    for client in CLIENTS:
+    for client in FOLDERS:
         one, other = (load_file(run / f"checkpoints/states/{client}/round_0002.safetensors") for run in (left, right))
         assert sorted(one) == sorted(other)
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -124,18 +125,28 @@ def test_a_failing_client_is_named_and_fused_from_its_last_state(run_tiny, monke
 
     monkeypatch.setattr(LocalClient, "train", fail)
     report, folder = run_tiny(*LOCAL, "federation.min_clients=1", "evaluation.models=[]")
-    assert [line.dropped for line in report.rounds] == [{}, {"tiny_sums": "RuntimeError: out of memory"}]
-    kept = load_file(folder / "checkpoints/states/tiny_sums/round_0001.safetensors")
-    adapter = load_file(folder / "adapter/tiny_sums/adapter_model.safetensors")
+    first, second = (line.dropped for line in report.rounds)
+    assert first == {}
+    assert second["tiny_sums"].startswith("RuntimeError; details in the client's log checkpoints/logs/tiny-sums-")
+    kept = load_file(folder / "checkpoints/states" / FOLDERS[1] / "round_0001.safetensors")
+    adapter = load_file(folder / "adapter" / FOLDERS[1] / "adapter_model.safetensors")
     assert adapter
     assert all(torch.equal(tensor, kept[f"state/{name}"]) for name, tensor in adapter.items())
 
 
-def test_a_name_that_makes_no_folder_is_refused(run_tiny, tmp_path):
+def test_clients_whose_names_make_no_folder_have_folders_all_the_same(run_tiny, tmp_path):
     rows = [{"prompt": f"Question: {i}?\nAnswer:", "target": " one"} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(DataError, match=r"with aggregator.name=none client '\.\./ward' gets a folder of its own"):
-        run_tiny(
-            *LOCAL[:2], "data.tasks=[]", f"data.files={{../ward: {tmp_path / 'rows.jsonl'}}}",
-            "evaluation.tasks=[tiny_sums]", "evaluation.models=[]",
-        )  # fmt: skip
+    names = ["../ward", "北京/民", "w" * 100]
+    files = ", ".join(f"{name}: {tmp_path / 'rows.jsonl'}" for name in names)
+    report, folder = run_tiny(
+        *LOCAL[:2], "data.tasks=[]", f"data.files={{{files}}}", "evaluation.tasks=[tiny_sums]",
+        "evaluation.models=[fused]",
+    )  # fmt: skip
+    assert set(report.client_scores) == set(names)
+    places = json.loads((folder / "partition.json").read_text())["files"]
+    assert sorted(path.name for path in (folder / "fused").iterdir()) == sorted(places.values())
+    for name in names:
+        accuracy = report.client_scores[name]["fused"]["tiny_sums"]["acc_norm"]
+        assert f"{100 * accuracy:.1f}" in (folder / "fused" / places[name] / "README.md").read_text()
+        assert (folder / f"evaluation/fused.{places[name]}.samples.jsonl").is_file()

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.names import file_stem
 from fedproxy.pipeline import loggers
 from fedproxy.pipeline.loggers import RunLoggers, check_loggers, round_metrics
 
@@ -33,6 +34,15 @@ def test_numbers_of_a_round_by_name_by_client_and_by_source():
         "heterogeneity/b": 0.2,
         "validation/a/acc": 0.5,
         "validation/mean/answer_nll": 2.0,
+    }
+
+
+def test_names_become_parts_that_every_logger_takes():
+    odd = {"round": 1, "clients": ["../up", "b 2"], "loss": [0.1, 0.2], "validation": {"北京": {"acc": 0.5}}}
+    assert round_metrics(odd) == {
+        f"loss/{file_stem('../up')}": 0.1,
+        "loss/b 2": 0.2,
+        f"validation/{file_stem('北京')}/acc": 0.5,
     }
 
 

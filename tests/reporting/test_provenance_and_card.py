@@ -75,7 +75,7 @@ def test_proxy_card_names_neither_target_nor_method_nor_its_scores():
 
 def test_fused_card_has_both_scores_base_model_and_notes():
     card = model_card("fused", SCORES, base_model="Owner/LM", parameters=1_234_567, notes=("4-bit source",))
-    assert "base_model: Owner/LM" in card
+    assert 'base_model: "Owner/LM"' in card
     assert "38.5 ± 2.0" in card
     assert "47.7 ± 2.0 (+9.2)" in card
     assert "1,234,567" in card

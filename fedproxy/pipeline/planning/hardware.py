@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
+from fedproxy.config.loading import parse_arguments
+from fedproxy.config.values import typed
 from fedproxy.errors import ConfigError, nearest
 
 _PREFIX = "plan."
@@ -58,19 +57,12 @@ class Hardware:
         Raises:
             ConfigError: If a key is unknown or a value does not fit.
         """
-        words = [word.removeprefix(_PREFIX) for word in arguments if word.startswith(_PREFIX)]
+        words = [word for word in arguments if word.startswith(_PREFIX)]
         rest = [word for word in arguments if not word.startswith(_PREFIX)]
-        known = [item.name for item in fields(cls)]
-        for word in words:
-            key, equals, _ = word.partition("=")
-            if not equals:
-                raise ConfigError(f"{_PREFIX}{word} is no key=value argument; write, for example, plan.devices=8")
-            if key not in known:
-                raise ConfigError(f"{_PREFIX}{key}: unknown key{nearest(key, known)}")
-        try:
-            node = OmegaConf.merge(OmegaConf.structured(cls()), OmegaConf.from_dotlist(words))
-            values: Any = OmegaConf.to_container(node)
-        except OmegaConfBaseException as error:
-            key = getattr(error, "full_key", None) or ""
-            raise ConfigError(f"{_PREFIX}{key}: {str(error).strip().splitlines()[0]}") from None
+        hints = get_type_hints(cls)
+        values: dict[str, Any] = {}
+        for key, value in parse_arguments(words).get(_PREFIX.rstrip("."), {}).items():
+            if key not in hints:
+                raise ConfigError(f"{_PREFIX}{key}: unknown key{nearest(key, hints)}")
+            values[key] = typed(hints[key], value, f"{_PREFIX}{key}")
         return cls(**values), rest

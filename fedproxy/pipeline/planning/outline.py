@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from fedproxy.config import RunConfig
 from fedproxy.data.assets import resolve
@@ -15,6 +15,7 @@ from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.decoder import parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS
+from fedproxy.models.loading import build, load_config
 from fedproxy.modules.devices import ClientDevices
 from fedproxy.seeding import generator
 from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
@@ -46,8 +47,8 @@ class Outline:
         """
         dtype = getattr(torch, config.target.dtype)
         with torch.device("meta"):
-            target = Decoder.of(AutoModelForCausalLM.from_config(target_config(config), dtype=dtype))
-            proxy = AutoModelForCausalLM.from_config(config.compression.outline(target), dtype=dtype)
+            target = Decoder.of(build(target_config(config), dtype))
+            proxy = build(config.compression.outline(target), dtype)
             places = tuple(config.compression.places(target))
         counts = parameter_count(target.model), parameter_count(proxy)
         options = config.trainable.placed(LayerMap(places, ""))
@@ -124,8 +125,6 @@ def target_config(config: RunConfig) -> Any:
         shape = dict(known[path])
         return AutoConfig.for_model(shape.pop("model_type"), **shape)
     try:
-        return AutoConfig.from_pretrained(str(local or path))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"target.path={path}: no shape to plan with; give a local folder or one of {', '.join(known)}"
-        ) from error
+        return load_config(local or path)
+    except ModelError as error:
+        raise ModelError(f"target.path: {error}; shapes known without a folder: {', '.join(known)}") from error

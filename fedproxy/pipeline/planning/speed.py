@@ -5,17 +5,19 @@ import time
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import parameter_count
+from fedproxy.models.loading import build
 from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.seeding import generator
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
+from fedproxy.strategies.trainable.lora import Lora
+from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
 _MBIT = 1e6 / 8
 _PROBE_TOKENS, _PROBES = 256, 3
@@ -150,11 +152,11 @@ def measured_tflops(outline: Outline, tokens: int = _PROBE_TOKENS) -> float:
     on_cpu = found is None or outline.config.trainer.get("accelerator") == "cpu"
     device = torch.device("cpu") if on_cpu or found is None else found
     with torch.random.fork_rng():
-        two = AutoModelForCausalLM.from_config(
-            outline.target.subset_config([0, 0]), dtype=getattr(torch, outline.config.target.dtype)
-        )
+        two = build(outline.target.subset_config([0, 0]), getattr(torch, outline.config.target.dtype))
     options = outline.config.trainable
     everywhere = replace(options, blocks="all") if isinstance(options, BlockwiseTrainable) else options
+    if isinstance(everywhere, Lora):  # whatever kind of block these two are
+        everywhere = replace(everywhere, modules=(ALL_LINEAR,), parameters=())
     model = everywhere.attach(two, generator(0))
     two.to(device).train()
     decoder = Decoder.of(two)

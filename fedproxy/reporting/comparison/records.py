@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedproxy.errors import CheckpointError, EvaluationError
-from fedproxy.files import plain, write_text
+from fedproxy.errors import CheckpointError, EvaluationError, one_line
+from fedproxy.files import plain, read_json, write_text
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.samples import Evaluation, kept_models, load_evaluation
 from fedproxy.reporting.schema import SchemaError, decode
@@ -88,14 +88,15 @@ class Record:
         Raises:
             CheckpointError: If it cannot be read or is none.
         """
+        remedy = "delete it to run that again"
+        data = read_json(path, dict, remedy=remedy)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             if data["schema_version"] != SCHEMA_VERSION:
                 raise SchemaError(f"schema_version must be {SCHEMA_VERSION}, got {data['schema_version']!r}")
             RunReport.from_dict(data["report"], str(path))  # its own rules, and its own words where one is broken
             return decode(cls, data)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no record of a run ({error}); delete it to run that again") from None
+        except (ValueError, KeyError, TypeError, CheckpointError) as error:
+            raise CheckpointError(f"{path} is not the record of a run ({one_line(error)}); {remedy}") from None
 
 
 def _answers(evaluation: Evaluation) -> dict[str, Answers]:

@@ -15,7 +15,7 @@ from fedproxy.reporting.comparison.tables import (
     score_table,
     settings_table,
 )
-from fedproxy.reporting.tables import Table
+from fedproxy.reporting.tables import LONGEST_COMMAND, Table, shown
 
 _SCORES = """Sent: upload and download of all clients and rounds. Client time: local training, summed over clients.
 Answer NLL: nats per answer token, lower is better."""
@@ -25,7 +25,8 @@ are taken as they are: the interval says what other questions would do, “± se
 _REFERENCE = """The same statistics; above 0 the reference is better. Answer NLL: nats per token of each right answer,
 mean over questions and tasks (a report weighs a task's questions by their tokens); below 0 the reference is better."""
 _COSTS = """Means over seeds. Proxy alone and tuned proxy alone: what clients hold at the beginning and at the end.
-Reduced exposure is no guarantee: nothing here proves that a target cannot be rebuilt from its proxy."""
+Reduced exposure is no guarantee: nothing here proves that a target cannot be rebuilt from its proxy, and if the target
+descends from a public base model, the cosine of weights gives the layer map away."""
 _EQUAL_BYTES = """Examples seen differ. A run of fewer rounds is the beginning of the longer one: the learning rate is
 constant. A method of which one round alone costs more has no score."""
 
@@ -100,16 +101,16 @@ def build_view(found: Comparison) -> ComparisonView:
     if waiting:
         notes.append(f"Not run yet: {'; '.join(waiting)}. The tables hold what is there.")
     return ComparisonView(
-        title=found.title,
-        command=found.command,
+        title=shown(found.title),
+        command=shown(found.command, LONGEST_COMMAND),
         facts=[
             ("Methods", str(len(analysis.methods))),
             ("Seeds", ", ".join(map(str, found.seeds))),
             ("Questions", str(found.questions)),
             ("Metric", analysis.metric),
         ],
-        notes=notes,
-        findings=_findings(analysis),
+        notes=[shown(note) for note in notes],
+        findings=[shown(line) for line in _findings(analysis)],
         sections=[*_sections(found), *_second_table(found), *_about_runs(found)],
     )
 

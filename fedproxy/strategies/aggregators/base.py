@@ -1,5 +1,6 @@
 """The aggregator family: how a round's client updates become one change of the shared state."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,10 +10,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
-from fedproxy.strategies.aggregators.cohort import Block, Cohort
+from fedproxy.strategies.aggregators.cohort import Block, Cohort, Source
 from fedproxy.strategies.aggregators.passes import merge_tensor
 from fedproxy.strategies.aggregators.sink import FileSink, Sink
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
@@ -203,7 +204,7 @@ class Aggregator(Component, family="aggregator"):
             figures: False leaves out diagnostics and conflict map, and the work that only they need.
 
         Raises:
-            ClientError: If the updates do not fit each other, or one is not finite.
+            ClientError: If the updates do not fit each other, or one of them or the result is not finite.
             ConfigError: If the rule cannot be used this way.
         """
         cohort = Cohort(updates)
@@ -239,6 +240,7 @@ class Aggregator(Component, family="aggregator"):
                 merge(name)
         if plan.finish is not None:
             plan.finish(sink)
+        require_finite(sink.tensors(), self.name, context, plan.memory)
         if surveyor is None or not figures:
             return Aggregation(sink.tensors(), memory=plan.memory)
         survey = surveyor.survey()
@@ -262,6 +264,30 @@ def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | N
         return Sink()
     firsts = ((tensor, cohort.read(tensor)[0]) for tensor in cohort.names)
     return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
+
+
+def require_finite(merged: Tensors, rule: str, context: RoundContext | None, memory: Memory | None = None) -> None:
+    """Refuse a result that no state may take in.
+
+    Args:
+        merged: The merged update; what lies in a file is read one part at a time.
+        rule: Name of the rule.
+        context: Tells the round.
+        memory: What the rule keeps for the next round.
+
+    Raises:
+        ClientError: If a value is NaN or infinite; names rule, round and tensor.
+    """
+    for tensors in (merged, memory or {}):
+        for name in tensors:
+            for part in Source.of(tensors, name).parts():
+                # A sum is quick, and no number only where a value is none, or all of them together are too large.
+                if not math.isfinite(float(part.sum())) and not bool(part.isfinite().all()):
+                    raise ClientError(
+                        f"aggregator.name={rule} gives NaN or infinity for tensor {name!r} in round "
+                        f"{(context or RoundContext()).round}; lower client.lr or choose another aggregator, then "
+                        "resume=auto"
+                    )
 
 
 def diagnose(gram: Tensor, merged: Sink) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fedproxy.strategies.aggregators.base import (
     Memory,
     RoundContext,
     diagnose,
+    require_finite,
 )
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, Pair, factor_names
@@ -67,7 +68,7 @@ class ExactLoraAggregator(Aggregator):
         kept in memory and always comes with its figures; ``output`` and ``figures`` change nothing.
 
         Raises:
-            ClientError: If the updates do not fit the state, or one is not finite.
+            ClientError: If the updates do not fit the state, or one of them or the result is not finite.
             ConfigError: If ``context`` carries no state, which products of factors need.
         """
         state = (context or RoundContext()).state
@@ -91,6 +92,7 @@ class ExactLoraAggregator(Aggregator):
         sink = loras.sink(delta)
         for name in loras.others:
             merge_tensor(cohort, name, mean, sink)
+        require_finite(sink.tensors(), self.name, context, base)
         rows = diagnose(loras.gram((context or RoundContext()).scaling), sink)
         rows["weights"] = weights.tolist()
         if signs is None:

@@ -18,6 +18,7 @@ from fedproxy.strategies.aggregators.base import (
     Memory,
     RoundContext,
     diagnose,
+    require_finite,
 )
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs
@@ -46,7 +47,7 @@ def aggregate_products(
 
     Raises:
         ConfigError: If the rule is defined on factors alone, or ``context`` carries no state.
-        ClientError: If the updates do not fit the state, or one is not finite.
+        ClientError: If the updates do not fit the state, or one of them or the result is not finite.
     """
     context = context or RoundContext()
     if rule.space == "product":
@@ -63,6 +64,7 @@ def aggregate_products(
     loras = CohortPairs(cohort, context.state)
     merge = _merge_by_coefficients if rule.combines_by_gram else _merge_dense
     result = merge(rule, cohort, loras, memory or {}, context)
+    require_finite(result.delta, rule.name, context, result.memory)
     if factors is None:
         return replace(result, conflict=None)
     return replace(result, diagnostics={**result.diagnostics, **factors.sign_figures}, conflict=factors.conflict)

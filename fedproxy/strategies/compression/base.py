@@ -1,19 +1,23 @@
 """The family of compressors."""
 
+import logging
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import OTHER_PARTS
+from fedproxy.models.needs import check_needs
 from fedproxy.models.probing import check_decoder, check_subset, check_target
 from fedproxy.registry import Component
+
+_log = logging.getLogger(__name__)
 
 Batch = Tensor | Mapping[str, Tensor]
 """Token ids (batch, tokens), or a mapping of ``input_ids`` and ``attention_mask`` of that shape."""
@@ -103,12 +107,33 @@ class Compressor(Component, family="compression"):
             ConfigError: If the options do not fit the target.
             ModelError: If the target cannot be compressed in this way.
         """
-        decoder = Decoder.of(target)
-        kept = tuple(self.select(decoder, scores))
+        decoder, tried, first = Decoder.of(target), set[tuple[int, ...]](), None
+        for kept in self.choices(decoder, scores):
+            if kept in tried:
+                continue
+            tried.add(kept)
+            try:
+                proxy = self._proxy(decoder, kept)
+            except ModelError as error:
+                first = first or error
+                continue
+            if first is not None:
+                _log.warning("compression: blocks %s are kept instead, since %s", list(kept), first)
+            return proxy, LayerMap(kept, state_sha256(target))
+        assert first is not None
+        raise first
+
+    def choices(self, decoder: Decoder, scores: Tensor | None) -> Iterator[tuple[int, ...]]:
+        """Yield what to make the proxy of: the selection, and then what to try where no proxy can be made of it."""
+        yield tuple(self.select(decoder, scores))
+
+    def _proxy(self, decoder: Decoder, kept: tuple[int, ...]) -> PreTrainedModel:
+        """Return the checked model of the blocks ``kept``."""
+        check_needs(decoder, kept)
         proxy = decoder.subset(kept)
         check_subset(decoder, proxy, kept)
         check_decoder(proxy, remedy=OTHER_PARTS)
-        return proxy, LayerMap(kept, state_sha256(target))
+        return proxy
 
     def compress(self, target: PreTrainedModel, calibration: Iterable[Batch] = ()) -> tuple[PreTrainedModel, LayerMap]:
         """Check, score and build in one call.

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedproxy.errors import ModelError
 from fedproxy.models import Decoder
+from fedproxy.models.needs import known_needs
 from fedproxy.models.skipping import skipping
 from fedproxy.strategies.compression.base import Batch
 from fedproxy.strategies.compression.removal import BlockRemoval, kept_blocks
@@ -29,7 +30,7 @@ class BlockInfluence(BlockRemoval, name="block_influence"):
         """Return every block's influence, (blocks,); with ``iterative`` also, in a second row, the order of removal."""
         if not self.iterative:
             return block_influence(decoder, calibration)
-        batches, depth = list(calibration), len(decoder)
+        batches, depth, needs = list(calibration), len(decoder), known_needs(decoder)
         first = block_influence(decoder, batches)
         rank, scores = torch.full_like(first, float(depth)), first
         gone: list[int] = []
@@ -37,7 +38,8 @@ class BlockInfluence(BlockRemoval, name="block_influence"):
             if gone:
                 with skipping(decoder, gone):
                     scores = block_influence(decoder, batches, skipped=gone)
-            lowest = int(scores.argmin())  # the lower index of equals, as everywhere
+            needed = [i for i in range(depth) if not all(need.met(set(range(depth)) - {*gone, i}) for need in needs)]
+            lowest = int(scores.index_fill(0, torch.tensor(needed, dtype=torch.long), torch.inf).argmin())
             rank[lowest] = step
             gone.append(lowest)
         return torch.stack([first, rank])

@@ -38,10 +38,9 @@ class Cluster(BlockRemoval, name="cluster"):
                 f"{self.calibration.rows}: one text tells no block from another"
             )
 
-    def places(self, decoder: Decoder) -> Sequence[int]:
-        """Return as many blocks as there will be centres, each repeated where it is shared."""
-        chosen = super().places(decoder)
-        return shared_by_nearest(chosen, len(decoder)) if self.share else chosen
+    def arranged(self, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """Return the blocks that stay, with ``share`` in all places."""
+        return shared_by_nearest(kept, depth) if self.share else kept
 
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return the linear CKA between the outputs of all pairs of blocks, float64 (blocks, blocks).

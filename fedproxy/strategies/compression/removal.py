@@ -1,15 +1,17 @@
 """What all compressors that remove whole blocks share: how many go, and blocks kept by hand."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
 
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder
+from fedproxy.models.block_fields import rhythm
 from fedproxy.models.decoder import parameter_count
+from fedproxy.models.needs import complete, in_step, known_needs, possible_needs
 from fedproxy.strategies.compression.base import Batch, Compressor, require_removal
 
 
@@ -34,9 +36,27 @@ class BlockRemoval(Compressor):
             self.require("keep", ok, "ascending block indices from 0 without repeats")
 
     def places(self, decoder: Decoder) -> Sequence[int]:
-        """Return as many blocks as will stay; those themselves where ``keep`` names them."""
+        """Return as many blocks as will stay; those themselves where they are known without scores.
+
+        Raises:
+            ConfigError: If the options do not fit the target.
+            ModelError: If no proxy can be made of so many of the target's blocks.
+        """
+        first: ModelError | None = None
+        for kept in self.ways(decoder, tuple(self.likely(decoder)), None):
+            try:
+                decoder.subset_config(kept)
+            except ModelError as error:
+                first = first or error
+            else:
+                return kept
+        assert first is not None
+        raise first
+
+    def likely(self, decoder: Decoder) -> Sequence[int]:
+        """Return a selection of the right size, made without scores; what ``keep`` names where it names any."""
         count = self.kept_count(decoder)
-        return self.keep or range(count)
+        return self.arranged(self.keep or tuple(range(count)), len(decoder))
 
     def kept_count(self, decoder: Decoder) -> int:
         """Return how many blocks stay.
@@ -77,6 +97,32 @@ class BlockRemoval(Compressor):
         if self.keep is not None:
             return self.keep
         return range(depth) if count == depth else self.choose(depth, count, scores)
+
+    def choices(self, decoder: Decoder, scores: Tensor | None) -> Iterator[tuple[int, ...]]:
+        """Yield the selection, with the blocks that its own need, and then with what the family may need besides."""
+        worth = self.block_scores(len(decoder), scores)
+        return self.ways(decoder, tuple(self.select(decoder, scores)), worth)
+
+    def ways(self, decoder: Decoder, chosen: tuple[int, ...], worth: Tensor | None) -> Iterator[tuple[int, ...]]:
+        """Yield selections of equally many blocks, closest to ``chosen``, that a family may accept where it does not.
+
+        Blocks that ``keep`` names are taken as they are.
+        """
+        depth, kept = len(decoder), sorted(set(chosen))
+        if self.keep is not None or len(kept) == depth:
+            yield chosen
+            return
+        known = known_needs(decoder)
+        for needs in ((), *possible_needs(decoder)):
+            completed = complete(kept, (*known, *needs), depth, worth)
+            yield chosen if completed == tuple(kept) else self.arranged(completed, depth)
+        period = rhythm(decoder.model.config.get_text_config())
+        if period > 1:
+            yield self.arranged(in_step(kept, period, depth, worth), depth)
+
+    def arranged(self, kept: tuple[int, ...], depth: int) -> tuple[int, ...]:
+        """Return the target's block behind each of the proxy's, of blocks that stay; for a member that repeats some."""
+        return kept
 
     def measure(self, decoder: Decoder, calibration: Iterable[Batch]) -> Tensor | None:
         """Return scores, float64 on the CPU; None for a member that needs none."""

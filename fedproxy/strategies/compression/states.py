@@ -30,11 +30,13 @@ def watch_blocks(decoder: Decoder, calibration: Iterable[Batch], watch: Watcher)
     """
     tokens, device = 0, decoder.model.device
     current: list[Tensor] = []
+    leading = hasattr(decoder.model.config.get_text_config(), "altup_num_inputs")
 
     def hook(index: int) -> Any:
         def show(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             before: Tensor = args[0] if args else kwargs["hidden_states"]
-            watch(index, before, hidden_state(output), current[0])
+            mask = current[0]
+            watch(index, _by_token(before, mask, leading), _by_token(hidden_state(output), mask, leading), mask)
 
         return show
 
@@ -51,6 +53,19 @@ def watch_blocks(decoder: Decoder, calibration: Iterable[Batch], watch: Watcher)
     if tokens == 0:
         raise DataError("compression.calibration: the text holds no token; give rows with text")
     return tokens
+
+
+def _by_token(states: Tensor, mask: Tensor, leading: bool) -> Tensor:
+    """Return hidden states as (batch, tokens, features), where a family has several streams of them one after another.
+
+    Args:
+        states: (batch, tokens, hidden), (streams, batch, tokens, hidden) or (batch, tokens, streams, hidden).
+        mask: (batch, tokens).
+        leading: Whether it is the second of these (Gemma 3n) and not the third (hyper-connections).
+    """
+    if states.ndim <= mask.ndim + 1:
+        return states
+    return (states.movedim(0, -2) if leading else states).flatten(mask.ndim)
 
 
 def _unpack(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:

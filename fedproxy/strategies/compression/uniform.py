@@ -29,7 +29,7 @@ class Uniform(BlockRemoval, name="uniform"):
         self.require("first", self.first >= 0, "at least 0")
         self.require("last", self.last >= 0, "at least 0")
 
-    def places(self, decoder: Decoder) -> Sequence[int]:
+    def likely(self, decoder: Decoder) -> Sequence[int]:
         """Return the blocks that stay."""
         return self.select(decoder, None)
 

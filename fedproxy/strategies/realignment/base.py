@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +27,8 @@ class Material:
     """Public text: ``input_ids`` and ``attention_mask``, int64 (batch, length), padded on the right."""
     trainer: Mapping[str, Any]
     """Options of lightning.Trainer."""
+    logs: Path | None = None
+    """Folder for what Lightning's loggers and profilers write."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ class EmulatorRealignment(Realignment, name="emulator"):
             parameter.requires_grad_(True)
         seed = int(torch.randint(2**62, (), generator=generator))
         try:
-            runner = make_trainer(material.trainer, max_epochs=-1, max_steps=self.steps, max_grad_norm=1.0)
+            runner = make_trainer(
+                material.trainer, max_epochs=-1, max_steps=self.steps, max_grad_norm=1.0, root=material.logs
+            )
             with placed(whole, runner.strategy.root_device):  # it shares tensors with the target
                 module = DistillationModule(
                     proxy,

@@ -5,7 +5,7 @@ The parts of a run form a chain. The server's :meth:`RoundPart.send` runs in the
 :meth:`RoundPart.take` in reverse. So the last part is nearest to the wire, and each part sees what it would see alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol, Self
 
@@ -94,15 +94,15 @@ class ClientRound:
     lr: float = 1.0
     """Learning rate."""
     seed: int = 0
-    """Seed of the run's draws."""
+    """Seed of this client's own draws in this round (:class:`fedproxy.seeding.ClientSeeds`)."""
     steps: int = 0
     """Optimiser steps done; known after training."""
     writes: bool = True
     """False in further processes that train the same client: they compute what the first one sends."""
 
     def generator(self, purpose: str) -> Generator:
-        """Return a generator that depends on the run's seed, the round, this client and the purpose alone."""
-        return generator(self.seed, self.broadcast.round, self.client_id, purpose)
+        """Return a generator for one purpose of this client in this round."""
+        return generator(self.seed, purpose)
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,11 @@ class RoundPart(Component, family="round_part"):
     """Copies of the trainable state that a client holds for this part in its memory, for ``plan``."""
     device_copies: ClassVar[int] = 0
     """Those that it holds on its accelerator while it trains."""
+
+    @property
+    def differs(self) -> Collection[str]:
+        """The clients whose updates have another form than all others', by name."""
+        return ()
 
     @classmethod
     def of(cls, rules: Rules) -> Self:

@@ -100,7 +100,7 @@ class Precision(RoundPart, name="precision"):
         return {**groups, self.name: Group(scales, non_negative=True)} if scales else groups
 
     def _mapped(self, broadcast: Broadcast, change: Callable[[Broadcast], Broadcast]) -> Broadcast:
-        return broadcast if self.down == "float32" else broadcast.mapped(lambda _, sent: change(sent))
+        return broadcast if self.down == "float32" else broadcast.mapped(change)
 
     def _encoded(self, sent: Broadcast, clients: Tensor | None) -> Broadcast:
         state, own = encoded(sent.state, self.down)

@@ -1,6 +1,6 @@
 """LoRA of a client's own rank: less to train, to hold and to send for those who have less."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -36,6 +36,11 @@ class Ranks(RoundPart, name="ranks"):
         """Check the options."""
         for client, rank in self.clients.items():
             self.require("clients", isinstance(rank, int) and rank >= 1, f"ranks of at least 1 ({client!r})")
+
+    @property
+    def differs(self) -> Collection[str]:
+        """The clients of a rank of their own."""
+        return self.clients
 
     @property
     def mixes(self) -> bool:

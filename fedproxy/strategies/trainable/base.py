@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
-from fedproxy.models import LayerMap
+from fedproxy.models import Decoder, LayerMap
 from fedproxy.models.sharding import assign, whole
 from fedproxy.registry import Component
 
@@ -123,9 +123,21 @@ class Trainable(Component, ABC, family="trainable"):
         """Scale alpha / r where the state holds LoRA pairs, else None."""
         return None
 
+    @property
+    def key(self) -> str:
+        """What asks for this in a recipe, for messages."""
+        return f"trainable.name={self.name}"
+
     def placed(self, layer_map: LayerMap) -> "Trainable":
         """Return these options with every choice that depends on the server's layer map spelt out as block indices."""
         return self
+
+    def check(self, target: Decoder) -> None:
+        """Check that the options fit a target, of which shapes alone are there, as far as that can be known early.
+
+        Raises:
+            ConfigError: If they do not fit any proxy that is made from it.
+        """
 
     @abstractmethod
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> TrainableModel:

@@ -14,30 +14,26 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 _BASES = (nn.Linear, Conv1D)
 
 
-def fuse(model: PreTrainedModel, layers: Sequence[LoraLayer], adapter: str) -> None:
+def fuse(groups: Sequence[Sequence[LoraLayer]], adapter: str) -> None:
     """Let LoRA layers run fused wherever that is exact, and as PEFT's own otherwise.
 
-    Layers are grouped by what they read, seen in a forward pass over two tokens. Under autocast all products are in its
-    dtype, as PEFT's are. A layer falls back to PEFT's forward, call by call, under dropout, mixed dtypes without
-    autocast, quantised or sharded weights and a merged or disabled adapter.
+    Under autocast all products are in its dtype, as PEFT's are. A layer falls back to PEFT's forward, call by call,
+    under dropout, mixed dtypes without autocast, quantised or sharded weights and a merged or disabled adapter.
 
     Args:
-        model: The model that the layers are in; its mode and weights are left as they are.
-        layers: Its LoRA layers, in any order, of one rank and scale. Others than plain linear ones are skipped.
+        groups: LoRA layers of one rank and scale that read one tensor, in call order. Others than plain linear ones
+            are skipped.
         adapter: PEFT's name of the adapter.
     """
-    if model.device.type == "meta":
-        return  # shapes alone: nothing will be computed
-    plain = [layer for layer in layers if type(layer) is LoraLinear and type(layer.get_base_layer()) in _BASES]
-    for members in _same_input(model, plain):
-        group = _Group(members, adapter)
-        for layer in members:
+    for layers in groups:
+        plain = [layer for layer in layers if type(layer) is LoraLinear and type(layer.get_base_layer()) in _BASES]
+        group = _Group(plain, adapter)
+        for layer in plain:
             layer.__class__ = FusedLoraLinear
             layer.group = group
 
@@ -162,25 +158,3 @@ class _LowRankLinears(torch.autograd.Function):
         for da_i, db_i in zip(da, db, strict=True):
             result += [None, None, da_i, db_i]
         return tuple(result)
-
-
-@torch.no_grad()
-def _same_input(model: PreTrainedModel, layers: Sequence[LoraLinear]) -> list[list[LoraLinear]]:
-    """Group layers by the tensor that they are called with, in call order; a layer seen not once stands alone."""
-    calls: list[tuple[LoraLinear, Tensor]] = []
-    handles = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for layer in layers]
-    training = model.training
-    model.eval()
-    try:
-        model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
-    seen = [id(layer) for layer, _ in calls]
-    groups: dict[int, list[LoraLinear]] = {}
-    for layer, tensor in calls:  # `calls` keeps the tensors alive, so that no two of them share an id
-        if seen.count(id(layer)) == 1:
-            groups.setdefault(id(tensor), []).append(layer)
-    alone = [[layer] for layer in layers if seen.count(id(layer)) != 1]
-    return [*groups.values(), *alone]

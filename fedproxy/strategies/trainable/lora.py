@@ -2,25 +2,27 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
+from peft import LoraModel as PeftLora
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from fedproxy.errors import ConfigError, nearest
+from fedproxy.models import Decoder
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
 from fedproxy.strategies.trainable.fused_lora import fuse
+from fedproxy.strategies.trainable.lora_places import choose, inject, saved_config
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
@@ -41,73 +43,75 @@ class Lora(BlockwiseTrainable, name="lora"):
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers inside a block that get an adapter."""
+    """Names of the linear layers inside a block that get an adapter, or ``all-linear``: all but routers."""
+    parameters: tuple[str, ...] = ()
+    """Names of routed experts' weights that get an adapter of rank r per expert (``gate_up_proj``); none by default."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require("r", self.r >= 1, ">= 1")
         self.require("alpha", self.alpha > 0, "> 0")
         self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
-        object.__setattr__(self, "modules", (self.modules,) if isinstance(self.modules, str) else tuple(self.modules))
-        self.require("modules", bool(self.modules), "at least one module name")
+        for field in ("modules", "parameters"):
+            given = getattr(self, field)
+            names = (given,) if isinstance(given, str) else tuple(given)
+            self.require(field, all(isinstance(name, str) and name for name in names), "a list of names")
+            object.__setattr__(self, field, names)
+        self.require("modules", bool(self.modules or self.parameters), "at least one module name")
+        self.require("dropout", not self.dropout or not self.parameters, "0 where trainable.parameters is set")
 
     @property
-    def lora_scaling(self) -> float:
-        """Scale alpha / r."""
-        return self.alpha / self.r
+    def lora_scaling(self) -> float | None:
+        """Scale alpha / r; None with ``parameters``, where a pair stands for one product per expert."""
+        return None if self.parameters else self.alpha / self.r
+
+    @property
+    def key(self) -> str:
+        """What asks for this in a recipe."""
+        return f"trainable.parameters=[{','.join(self.parameters)}]" if self.parameters else super().key
+
+    def check(self, target: Decoder) -> None:
+        """Check that the names fit something in the target's blocks that a low-rank change can reach."""
+        choose(target, self.modules, self.parameters, range(len(target)))
 
     def attach(self, proxy: PreTrainedModel, generator: torch.Generator | None = None) -> "LoraModel":
-        """Freeze the proxy and put initialised adapters into it, in place."""
-        chosen = self.block_indices(proxy.config.get_text_config().num_hidden_layers)
-        adapted = self._check_modules(proxy)
-        config = LoraConfig(
-            task_type="CAUSAL_LM",
-            r=self.r,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=sorted(self.modules),
-            layers_to_transform=None if self.blocks == "all" else chosen,
-            fan_in_fan_out=isinstance(adapted, Conv1D),
-            bias="none",
-        )
-        # PEFT initialises from the global generator first; keep that from showing.
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            wrapped = get_peft_model(proxy, config, adapter_name=_ADAPTER)
-        model = LoraModel(proxy, wrapped)
-        model.initialise(generator or torch.Generator().manual_seed(0))
-        fuse(proxy, list(model.layers().values()), _ADAPTER)
-        return model
-
-    def _check_modules(self, proxy: PreTrainedModel) -> nn.Module:
-        """Return one of the layers to adapt.
+        """Freeze the proxy and put initialised adapters into its blocks, in place.
 
         Raises:
-            ConfigError: If a module name fits no linear layer of the proxy.
+            ConfigError: If a name fits nothing in the blocks, or something that a low-rank change cannot reach exactly.
         """
-        head = proxy.get_output_embeddings()
-        linear = {
-            name.rsplit(".", 1)[-1]: module
-            for name, module in proxy.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head
+        proxy.requires_grad_(False)
+        decoder = Decoder.of(proxy)
+        chosen = choose(decoder, self.modules, self.parameters, self.block_indices(len(decoder)))
+        layers = {name: decoder.blocks.get_submodule(name) for name in chosen.layers}
+        options = {
+            "task_type": "CAUSAL_LM",
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
+            "bias": "none",
         }
-        for name in self.modules:
-            if name not in linear:
-                raise ConfigError(f"trainable.modules: the proxy has no linear layer {name!r}{nearest(name, linear)}")
-        return linear[self.modules[0]]
+        files = saved_config(decoder, chosen, options)
+        tuner = inject(decoder, chosen, options, _ADAPTER)
+        proxy.train(proxy.training)  # new dropout is as the rest
+        model = LoraModel(proxy, tuner, f"{_PREFIX}{decoder.prefix}.", files)
+        model.initialise(generator or torch.Generator().manual_seed(0))
+        fuse([[decoder.blocks.get_submodule(name) for name in group] for group in chosen.groups], _ADAPTER)
+        return model
 
 
 class LoraModel(TrainableModel):
     """A proxy with LoRA adapters inside; state names are those of PEFT's adapter files."""
 
-    def __init__(self, model: PreTrainedModel, wrapped: PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel, tuner: PeftLora, prefix: str, files: LoraConfig) -> None:
         named = {
-            name.replace(f".{_ADAPTER}.", "."): parameter
-            for name, parameter in wrapped.named_parameters()
+            prefix + name.replace(f".{_ADAPTER}.", "."): parameter
+            for name, parameter in tuner.model.named_parameters()
             if parameter.requires_grad
         }
         super().__init__(model, named)
-        self._wrapped = wrapped
+        self._tuner, self._files = tuner, files
         self._exact: dict[str, Tensor] = {}
         self._moved: dict[str, list[Tensor]] = {}
 
@@ -124,8 +128,20 @@ class LoraModel(TrainableModel):
                 parameter.zero_()
 
     def layers(self) -> dict[str, LoraLayer]:
-        """Return the adapted layers by their name in the plain proxy."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, LoraLayer)}
+        """Return the adapted linear layers by their name in the plain proxy."""
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, LoraLayer) and not isinstance(module, ParamWrapper)
+        }
+
+    def experts(self) -> dict[str, ParamWrapper]:
+        """Return the adapted weights of experts by their name in the plain proxy."""
+        return {
+            f"{name.replace('.base_layer', '')}.{module.parameter_name}": module
+            for name, module in self.model.named_modules()
+            if isinstance(module, ParamWrapper)
+        }
 
     @torch.no_grad()
     def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
@@ -148,7 +164,8 @@ class LoraModel(TrainableModel):
 
     def merged_weights(self) -> Mapping[str, Tensor]:
         """Return W + (alpha / r) B A of every adapted layer by its weight's name in the plain proxy, in float32."""
-        return _MergedWeights({f"{name}.weight": layer for name, layer in sorted(self.layers().items())}, self._exact)
+        layers = {f"{name}.weight": layer for name, layer in self.layers().items()} | self.experts()
+        return _MergedWeights({name: layers[name] for name in sorted(layers)}, self._exact)
 
     def save_adapter(self, folder: str | Path, *, base: str | None = None) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``; loads with ``PeftModel.from_pretrained``.
@@ -159,9 +176,8 @@ class LoraModel(TrainableModel):
         PEFT's own writer would put the path that the proxy was loaded from into both the configuration and a model
         card, and the proxy's origin is the server's secret.
         """
-        config = copy.copy(self._wrapped.peft_config[_ADAPTER])
+        config = copy.copy(self._files)
         config.base_model_name_or_path, config.inference_mode = base, True
-        config.target_modules = sorted(config.target_modules)
         state = self.state()
         for name, factors in self._moved.items():
             stacked = [state[name], *(factor.to(state[name].dtype) for factor in factors)]
@@ -175,13 +191,16 @@ class LoraModel(TrainableModel):
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let the model run as the plain proxy for the length of the context."""
-        with self._wrapped.disable_adapter():
+        self._tuner.disable_adapter_layers()
+        try:
             yield
+        finally:
+            self._tuner.enable_adapter_layers()
 
     def detach(self) -> PreTrainedModel:
         """Take the adapters off and return the plain, unchanged proxy."""
-        model: PreTrainedModel = self._wrapped.unload()
-        return model
+        self._tuner.unload()
+        return self.model
 
 
 class _MergedWeights(Mapping[str, Tensor]):
@@ -199,6 +218,8 @@ class _MergedWeights(Mapping[str, Tensor]):
     @torch.no_grad()
     def __getitem__(self, name: str) -> Tensor:
         layer = self._layers[name]
+        if isinstance(layer, ParamWrapper):
+            return _with_experts(layer)
         weight: Tensor = layer.get_base_layer().weight
         weight = self._exact.get(name.removesuffix(".weight"), weight).to(weight.device)
         a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
@@ -206,3 +227,14 @@ class _MergedWeights(Mapping[str, Tensor]):
         change, weight = change.T if layer.fan_in_fan_out else change, weight.float()
         # An untrained adapter leaves every bit: -0.0 + 0.0 would be 0.0.
         return torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))
+
+
+def _with_experts(layer: ParamWrapper) -> Tensor:
+    """Return W_e + (alpha / r) B_e A_e of all experts e, float32; PEFT's A is (e r, in), its B (out, r e)."""
+    weight: Tensor = layer.get_param().float()
+    a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
+    experts, (out, inner) = len(weight), (b.shape[0], a.shape[1])
+    change = torch.einsum("ore,eri->eoi", b.reshape(out, -1, experts), a.reshape(experts, -1, inner))
+    # Families keep an expert's weight as (out, in) or, which PEFT knows by the same note, as (in, out).
+    change = change.mT if getattr(layer.get_base_layer(), "is_transposed", False) else change
+    return torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))

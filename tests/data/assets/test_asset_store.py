@@ -50,7 +50,7 @@ def test_calibration_text_depends_on_the_seed_alone(at_hand):
     assert fetch("small", progress=False).read_bytes() != first
 
 
-@pytest.mark.parametrize("damage", ["missing", "cut short", "no stamp", "broken stamp", "older revision"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "broken stamp", "older revision"])
 def test_a_damaged_or_outdated_copy_is_made_anew(at_hand, damage):
     path = fetch("small", progress=False)
     whole, stamp = path.read_bytes(), path.parent / ".fedproxy-asset.json"
@@ -58,8 +58,6 @@ def test_a_damaged_or_outdated_copy_is_made_anew(at_hand, damage):
         path.unlink()
     elif damage == "cut short":
         path.write_bytes(whole[:-1])
-    elif damage == "no stamp":
-        stamp.unlink()
     elif damage == "broken stamp":
         stamp.write_text("[]")
     else:
@@ -67,6 +65,18 @@ def test_a_damaged_or_outdated_copy_is_made_anew(at_hand, damage):
     assert not is_cached("small")
     assert fetch("small", progress=False).read_bytes() == whole
     assert is_cached("small")
+
+
+def test_what_is_no_asset_is_not_deleted_for_one(at_hand):
+    path = fetch("small", progress=False)
+    path.write_bytes(b"")
+    (path.parent / "notes.txt").write_text("mine")
+    with pytest.raises(AssetError, match=r"asset 'small': .*notes.txt is no part of it and would be deleted; move it"):
+        fetch("small", progress=False)
+    (path.parent / ".fedproxy-asset.json").unlink()
+    with pytest.raises(AssetError, match=r"asset 'small': .*/small is no part of it and would be deleted; move it"):
+        fetch("small", progress=False)
+    assert (path.parent / "notes.txt").read_text() == "mine"
 
 
 def test_a_failed_conversion_leaves_nothing_behind(at_hand, monkeypatch):

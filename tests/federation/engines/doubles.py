@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import RemoteClient
+from fedproxy.federation.engines import RemoteClient, UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
@@ -27,6 +27,11 @@ def honest(client_id: str, round_: int = 1) -> ClientUpdate:
     step = float(round_ * (1 + CLIENTS.index(client_id)))
     delta = {name: torch.full_like(tensor, step) for name, tensor in STATE.items()}
     return ClientUpdate(client_id, delta, num_examples=2, train_loss=1.0, regularizer_loss=0.0, round=round_)
+
+
+def loaded(answer):
+    """The update that an answer is, of which those in files are read as they came."""
+    return ClientUpdate.load(answer.path) if isinstance(answer, UpdateFile) else answer
 
 
 @dataclass
@@ -139,7 +144,8 @@ FAULTS = {
     "key": _delta(lambda delta: {"a": delta["a"], "c": delta["b"]}),
     "shape": _delta(lambda delta: {**delta, "b": delta["b"][:3]}),
     "dtype": _delta(lambda delta: {**delta, "b": delta["b"].double()}),
-    "huge": _delta(lambda delta: {name: 1e6 * tensor for name, tensor in delta.items()}),
+    "huge": _delta(lambda delta: {name: 2e3 * tensor for name, tensor in delta.items()}),
+    "3e38": _delta(lambda delta: {name: torch.full_like(tensor, 3e38) for name, tensor in delta.items()}),
     "replay": lambda update: replace(update, round=update.round - 1),
     "counts": _changed(num_examples=-5),
     "weighs 1e12": _changed(num_examples=10**12),

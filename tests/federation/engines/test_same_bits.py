@@ -17,13 +17,18 @@ from fedproxy.federation.engines import Dropped, Engine
 from fedproxy.federation.engines.base import attempt
 from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_tokenizer
+from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.seeding import ClientSeeds
+
+from .doubles import loaded
 
 CLIENTS = ("a/b", "c", "d", "e")
 JOB = {
-    "seed": 7, "lr": 0.01, "batch_size": 2, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 0.01, "batch_size": 2, "accumulate": 1, "epochs": 2, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "conflict", "strength": 0.1}, "frozen": [], "parts": [{"name": "conflict"}],
 }  # fmt: skip
+SEEDS = {client: ClientSeeds.of(7, 2, client) for client in CLIENTS}
 
 
 def rows(client, count):
@@ -58,11 +63,11 @@ def broadcast(client):
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in client.model.state().items()}
     conflict = {name: torch.rand(t.shape, generator=draw) for name, t in state.items()}
-    return Broadcast(2, state, JOB, {"conflict": conflict})
+    return Broadcast(2, state, JOB, {"conflict": conflict}, all_seeds=SEEDS)
 
 
 def run(pool, broadcast):
-    return {answer.client_id: answer for answer in pool.run(broadcast, CLIENTS)}
+    return {answer.client_id: loaded(answer) for answer in pool.run(broadcast, CLIENTS)}
 
 
 def assert_same(left, right):
@@ -92,10 +97,12 @@ def test_one_two_and_three_workers_give_the_bits_of_this_process(setup, client, 
 def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     shutil.copy(rows_file(Path(setup.rows), "a/b"), tmp_path)  # no other client's file is there
     alone = replace(setup, rows=str(tmp_path)).client(client.model, load_tokenizer(setup.proxy))
-    assert alone.train(broadcast, "a/b").num_examples == 3
-    dropped = attempt(alone, broadcast, "c")
+    assert alone.train(broadcast.addressed_to("a/b"), "a/b").num_examples == 3
+    dropped = attempt(alone, broadcast.addressed_to("c"), "c", logs=str(tmp_path / "kept/logs"))
     assert isinstance(dropped, Dropped)
-    assert "c.jsonl with the rows of client 'c' cannot be read" in dropped.reason
+    log = tmp_path / "kept/logs" / f"{file_stem('c')}.log"
+    assert dropped.reason == f"DataError; details in the client's log kept/logs/{log.name}"
+    assert "with the rows of client 'c' cannot be read" in log.read_text()
 
 
 def test_what_a_worker_is_told_names_neither_target_nor_other_secrets(setup):
@@ -107,5 +114,5 @@ def test_what_a_worker_is_told_names_neither_target_nor_other_secrets(setup):
 
 def test_a_deadline_ends_training_after_a_batch(client, broadcast):
     with pytest.raises(ClientError, match=r"the round's time is over; raise federation.round_timeout_s"):
-        client.train(broadcast, "c", deadline=0.0)
-    assert client.train(broadcast, "c", deadline=None).num_examples == 4
+        client.train(broadcast.addressed_to("c"), "c", deadline=0.0)
+    assert client.train(broadcast.addressed_to("c"), "c", deadline=None).num_examples == 4

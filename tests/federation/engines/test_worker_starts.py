@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine
-from fedproxy.protocol import ClientUpdate
+from fedproxy.federation.engines import Dropped, Engine, UpdateFile
 
 from .doubles import CLIENTS, broadcast, remote
 
@@ -37,7 +36,7 @@ def answers(pool, clients=CLIENTS, **options):
 
 def assert_all_answered(got, clients=CLIENTS):
     assert sorted(got) == sorted(clients)
-    assert all(isinstance(answer, ClientUpdate) for answer in got.values()), got
+    assert all(isinstance(answer, UpdateFile) for answer in got.values()), got
 
 
 def starts(folder):
@@ -99,8 +98,9 @@ def test_a_place_that_cannot_be_filled_again_is_given_up_while_another_worker_is
     assert len(starts(tmp_path)) == 3  # one that works, and two tries
     said = [line.partition(" ")[2].split(" ", 3) for line in caplog.messages if line.startswith("worker")]
     assert [line[0] for line in said] == ["replaced:", "lost:"]
-    assert said[0][3] == how
-    assert said[1][3] == f"{how} (2 tries); workers left: 1"
+    assert said[0][3].startswith(how)
+    assert said[1][3].startswith(how)
+    assert said[1][3].endswith(" (2 tries); workers left: 1")
     (tmp_path / "ann").write_text("die")
     with pytest.raises(ClientError, match=f"workers cannot start, the last one: it {how}"):
         answers(pool)  # the last one dies, and there is nobody to take its place

@@ -14,9 +14,9 @@ def test_words_of_the_plan_are_taken_out_of_the_recipe_s():
     ("word", "message"),
     [
         ("plan.device=8", r"plan.device: unknown key; did you mean 'devices'\?"),
-        ("plan.devices", r"plan.devices is no key=value argument; write, for example, plan.devices=8"),
+        ("plan.devices", r"'plan.devices' is not a key=value argument"),
         ("plan.devices=0", r"plan.devices must be positive, got 0"),
-        ("plan.devices=many", r"plan.devices: .*many"),
+        ("plan.devices=many", r"plan.devices must be a whole number, or null, got 'many'"),
         ("plan.tflops=fast", r"plan.tflops must be a positive number or measure, got 'fast'"),
         ("plan.client_mbps=-1", r"plan.client_mbps must be positive, got -1"),
     ],

@@ -1,5 +1,7 @@
 """The emulator on its way from the server to the clients."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from fedproxy.federation.client import LocalClient
 from fedproxy.federation.client_store import ClientStore
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.realignment.emulator import EmulatorRealignment
 from fedproxy.strategies.round_parts.emulator import Aligner, Emulator, emulator_blocks, emulator_weights, receive
@@ -18,7 +21,7 @@ from tests.strategies.test_realignment import text
 
 PI = (0, 2, 4)
 JOB = {
-    "seed": 0, "lr": 1e-2, "batch_size": 2, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    "lr": 1e-2, "batch_size": 2, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": 1.0,
     "regularizer": {"name": "none"}, "parts": [{"name": "emulator"}],
 }  # fmt: skip
 
@@ -71,7 +74,7 @@ def test_a_checkpoint_keeps_it_to_the_bit(make_model, tmp_path):
 def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, tmp_path):
     aligner = make_aligner(make_model)
     state = aligner.model.state()
-    plain = Broadcast(1, state, JOB)
+    plain = Broadcast(1, state, JOB, seeds=ClientSeeds.of(0, 1, "a"))
     aligned = Emulator(aligner).send(plain, {})
     weights = aligned.extras["emulator"]
     assert aligned.bytes - plain.bytes == sum(tensor.numel() * 4 for tensor in weights.values())
@@ -82,7 +85,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
         client = LocalClient(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, store=ClientStore(tmp_path))
         return client.train(broadcast, "a").delta
 
-    sent = Broadcast.load(tmp_path / "broadcast.safetensors")
+    sent = replace(Broadcast.load(tmp_path / "broadcast.safetensors"), seeds=aligned.seeds)
     elsewhere = train(sent, make(make_model)[0])
     assert equal(elsewhere, train(aligned, aligner.model))
     assert not equal(elsewhere, train(plain, make(make_model)[0]))

@@ -1,0 +1,90 @@
+"""One plain value as its declared type, or one line that says the rule."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedproxy.errors import ConfigError, one_line
+
+_RULES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}
+
+
+def typed(hint: Any, value: Any, key: str) -> Any:
+    """Convert one plain value to its declared type.
+
+    Raises:
+        ConfigError: If it does not fit, or a number is infinite or none.
+    """
+    misfit = ConfigError(f"{key} must be {_rule(hint)}, got {one_line(repr(value), 80)}")
+    _check_texts(hint, value, key)
+    parts = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
+    if _is_flat(hint) and any(isinstance(part, list | dict) for part in parts):
+        raise misfit
+    schema = dataclasses.make_dataclass("Schema", [("value", hint)])
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        result = OmegaConf.to_object(merged).value  # type: ignore[union-attr]
+    except (OmegaConfBaseException, TypeError, ValueError):
+        raise misfit from None
+    for number in result if isinstance(result, list | tuple) else (result,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{key} must be finite, got {number}; {_unlimited(hint)}")
+    return result
+
+
+def _check_texts(hint: Any, value: Any, key: str) -> None:
+    """Refuse what YAML made a number, a truth value or a mapping of where text is meant: 1e3, on, a name's dot.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if str in hints and not {int, float, bool} & set(hints):
+        texts = {key: value}
+    elif dict[str, str] in hints and isinstance(value, dict):
+        texts = {f"{key}.{name}": text for name, text in value.items()}
+        texts |= {f"{key}: the name {name}": name for name in value if not isinstance(name, str)}
+    elif list[str] in hints and isinstance(value, list):
+        texts = {f"{key}[{index}]": text for index, text in enumerate(value)}
+    else:
+        return
+    for where, text in texts.items():
+        if isinstance(text, dict):
+            raise ConfigError(
+                f"{where} must be a text, got a mapping: a dot in a key begins another level; use a name without dots, "
+                "or write it into a recipe file"
+            )
+        if isinstance(text, bool | int | float):
+            raise ConfigError(f"{where} must be a text, and YAML reads {text!r} in its place; put it into quotes")
+
+
+def _unlimited(hint: Any) -> str:
+    optional = types.NoneType in typing.get_args(hint)
+    return "write null where there is no limit" if optional else "give a number"
+
+
+def _is_flat(hint: Any) -> bool:
+    """Whether a list's or mapping's parts are plain values."""
+    hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return any(typing.get_args(part)[-1:] and typing.get_args(part)[-1] is not Any for part in hints)
+
+
+def _rule(hint: Any) -> str:
+    """Return in words what a type takes."""
+    if isinstance(hint, types.UnionType):
+        some = [part for part in typing.get_args(hint) if part is not types.NoneType]
+        return " or ".join(map(_rule, some)) + (", or null" if len(some) < len(typing.get_args(hint)) else "")
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}"
+    if origin is dict:
+        return "a mapping like {a: b}" if parts[1] is Any else "a mapping of names to texts like {a: b}"
+    if origin in (list, tuple):
+        return f"a list of {_ELEMENTS.get(parts[0], 'values like [a,b]')}"
+    return _RULES.get(hint, "a plain value")

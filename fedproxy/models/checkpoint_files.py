@@ -1,0 +1,93 @@
+"""What can be known to be wrong with a model's folder from its files alone, before any library reads them."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fedproxy.errors import ModelError, one_line
+from fedproxy.files import open_regular, read_json
+
+_SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
+_LFS = b"version https://git-lfs.github.com/"
+_POINTER_BYTES = 1024
+_COPY = "copy or download the model again"
+
+
+def check_config_files(folder: Path) -> None:
+    """Check that a folder is that of a model, not of an adapter or of a clone without its files.
+
+    Raises:
+        ModelError: If it is not.
+    """
+    _refuse_pointers(folder)
+    config, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.exists():
+        what = "holds an adapter without its model" if not config.exists() else "holds an adapter beside the model"
+        raise ModelError(
+            f"{folder} {what} (adapter_config.json); merge the adapter into its base model (PEFT: merge_and_unload, "
+            "save_pretrained) and give that folder, or give the base model alone"
+        )
+    if not config.exists():
+        raise ModelError(f"{folder} has no config.json; give a from_pretrained folder")
+    read_json(config, dict, error=ModelError, remedy=_COPY)
+
+
+def check_weight_files(folder: Path) -> None:
+    """Check that all files with weights are there and whole.
+
+    Raises:
+        ModelError: If one is missing, cut off, damaged or not a regular file.
+    """
+    for path in _weight_files(folder):
+        try:
+            with open_regular(path, follow=True):
+                pass
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} is cut off or damaged ({one_line(error)}); {_COPY}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers would read: the first form that is there, safetensors before pickles."""
+    for name in (_SAFE, _PICKLED):
+        whole, index = folder / name, folder / f"{name}.index.json"
+        if whole.exists():
+            return [whole]
+        if index.exists():
+            return _shards(index)
+    raise ModelError(f"{folder} holds no weights (no {_SAFE}, no {_SAFE}.index.json); {_COPY}")
+
+
+def _shards(index: Path) -> list[Path]:
+    content = read_json(index, dict, error=ModelError, remedy=_COPY)
+    places = content.get("weight_map")
+    names = set(places.values()) if isinstance(places, dict) and all(map(_is_text, places.values())) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise ModelError(f"{index} must map every weight to a file beside it; {_COPY}")
+    missing = sorted(name for name in names if not (index.parent / name).exists())
+    if missing:
+        raise ModelError(
+            f"{index.parent} lacks {one_line(missing[0])}, {len(missing)} of {len(names)} files with weights; "
+            "download the rest"
+        )
+    return [index.parent / name for name in sorted(names)]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _refuse_pointers(folder: Path) -> None:
+    """Refuse a clone in which Git LFS left pointers in the files' place."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.stat().st_size > _POINTER_BYTES:
+            continue
+        try:
+            with open_regular(path, follow=True) as file:
+                pointer = file.read(len(_LFS)) == _LFS
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or error}); {_COPY}") from error
+        if pointer:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")

@@ -1,0 +1,90 @@
+"""Runs one command after another in forked children of one warm process: ``python -m tests.fuzz.runner``.
+
+Each line of standard input is a case, ``{"module", "arguments", "cwd", "log"}``; each line of the answer says how it
+ended: exit code (None where it had to be killed), seconds, and the most memory beyond the warm process, in bytes.
+"""
+
+import json
+import os
+import resource
+import runpy
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+LONGEST_S = 30.0
+"""Wall time after which a case counts as hanging, on a machine that does other work too."""
+
+
+def main() -> None:
+    """Serve cases until standard input closes."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    import lightning
+    import lm_eval.evaluator
+    import peft
+    import torch
+
+    import fedproxy.compare
+    import fedproxy.evaluation.harness
+    import fedproxy.pipeline.run  # noqa: F401
+
+    del lightning, lm_eval, peft
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        answers.write(json.dumps(run(**json.loads(line))) + "\n")
+
+
+def run(module: str, arguments: list[str], cwd: str, log: str) -> dict[str, object]:
+    """Run one command in a child and return how it ended."""
+    started = time.monotonic()
+    child = os.fork()
+    if not child:
+        _child(module, arguments, cwd, log)
+    while time.monotonic() - started < LONGEST_S:
+        done, status, usage = os.wait4(child, os.WNOHANG)
+        if done:
+            return _ended(os.waitstatus_to_exitcode(status), started, usage)
+        time.sleep(0.01)
+    os.killpg(child, signal.SIGKILL)
+    _, _, usage = os.wait4(child, 0)
+    return _ended(None, started, usage)
+
+
+def _ended(code: int | None, started: float, usage: resource.struct_rusage) -> dict[str, object]:
+    warm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "code": code,
+        "seconds": time.monotonic() - started,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "memory_bytes": max(0, usage.ru_maxrss - warm) * 1024,
+    }
+
+
+def _child(module: str, arguments: list[str], cwd: str, log: str) -> None:
+    os.setpgid(0, 0)
+    code = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        os.chdir(cwd)
+        sys.argv = [module, *arguments]
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(bool(end.code))
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+    main()

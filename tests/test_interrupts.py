@@ -1,0 +1,113 @@
+"""SIGTERM and SIGHUP end a command in one line with the exit code that schedulers know."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+
+import pytest
+
+from fedproxy.command import exit_code_of
+from fedproxy.errors import DataError
+from fedproxy.interrupts import SIGNALS, Terminated, check_interrupt, handled
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1)  # the handler runs before this ends
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_one_line_and_128_more(number, capsys):
+    assert exit_code_of(lambda: send(number)) == 128 + number
+    assert capsys.readouterr().err == f"ended by {signal.Signals(number).name}\n"
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_it_counts_as_ctrl_c_for_those_who_clean_up():
+    with pytest.raises(KeyboardInterrupt), handled():
+        send(signal.SIGTERM)
+
+
+def test_an_error_that_a_signal_caused_is_not_blamed(capsys):
+    def swallowed():
+        try:
+            send(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise OSError(5, "Input/output error") from None  # of a terminal that is gone
+
+    assert exit_code_of(swallowed) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "ended by SIGTERM\n"
+
+
+def test_a_signal_that_a_library_swallowed_is_found_at_the_next_look():
+    def swallowed():
+        with suppress(BaseException):
+            send(signal.SIGTERM)
+        check_interrupt()
+
+    assert exit_code_of(swallowed) == 128 + signal.SIGTERM
+
+
+def test_a_second_signal_does_not_disturb_the_report_of_the_first():
+    done = []
+
+    def clean_up():
+        try:
+            send(signal.SIGHUP)
+        finally:
+            send(signal.SIGTERM)
+            done.append("report")
+
+    assert exit_code_of(clean_up) == 128 + signal.SIGHUP
+    assert done == ["report"]
+
+
+def test_nohup_stays_what_it_is():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exit_code_of(lambda: send(signal.SIGHUP)) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_errors_and_ctrl_c_are_as_before(capsys):
+    def fail():
+        raise DataError("rows are\nmissing")
+
+    def interrupt():
+        raise KeyboardInterrupt("go on")
+
+    assert (exit_code_of(fail), exit_code_of(interrupt)) == (2, 130)
+    assert capsys.readouterr().err == "error: rows are missing\ninterrupted; go on\n"
+    with pytest.raises(ZeroDivisionError):
+        exit_code_of(lambda: 1 // 0)
+    assert str(Terminated(15, "go on")) == "go on"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("fit", ["recipe=fedproxy_tiny"]),
+        ("compress", ["recipe=fedproxy_tiny"]),
+        ("compare", ["recipes=[fedproxy_tiny]"]),
+        ("evaluate", ["model=asset:tiny-llama", "tasks=[tiny_sums]"]),
+    ],
+)
+def test_a_signal_at_start_up_leaves_nothing(tmp_path, command, words):
+    arguments = [sys.executable, "-v", "-m", f"fedproxy.{command}", *words, f"output_dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    lines = []
+    for line in process.stderr:  # what -v says of imports
+        lines.append(line)
+        if "import 'torch" in line or "import 'omegaconf'" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    said = [line for line in rest.splitlines() if line.startswith(("ended", "error", "Traceback", "interrupted"))]
+    assert said == ["ended by SIGTERM"]
+    assert not (tmp_path / "out").exists()
