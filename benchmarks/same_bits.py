@@ -100,6 +100,8 @@ def _needs(rule: str) -> list[str]:
     """Return what a rule needs of the rest of the recipe."""
     if not Aggregator.by_name(rule).aggregates:
         return ["regularizer={name: none}"]
+    if rule in ("krum", "multi_krum", "bulyan"):
+        return ["data.partition={name: iid, clients: 7}", "data.rows_per_task=28"]
     return ["federation.space=product"] if Aggregator.by_name(rule).space == "product" else []
 
 

@@ -101,8 +101,9 @@ def check_saved(progress: Progress) -> None:
         for name in sorted(tensors):
             if not math.isfinite(largest(tensors[name])):
                 raise ClientError(
-                    f"round {progress.round} is not saved: what is remembered for {group} would hold NaN or infinity in "
-                    f"tensor {name!r}; lower the learning rates, then resume=auto goes on after round {progress.round - 1}"
+                    f"round {progress.round} is not saved: what is remembered for {group} would hold NaN or infinity "
+                    f"in tensor {name!r}; lower the learning rates, then resume=auto goes on after round "
+                    f"{progress.round - 1}"
                 )
 
 
