@@ -60,6 +60,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         fields[item.name] = to_dict(value) if dataclasses.is_dataclass(value) else _plain(value)
+        if isinstance(value, dict):  # members of a family, named by their keys
+            nested = {key: to_dict(part) for key, part in value.items() if isinstance(part, Component)}
+            for part in nested.values():
+                del part["name"]
+            fields[item.name] = {**value, **nested}
     return fields
 
 
@@ -219,13 +224,38 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
     for name, item in fields.items():
         key, hint = _join(path, name), hints[name]
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if dataclasses.is_dataclass(hint) and (name in node or required):
+        if typing.get_origin(hint) is dict and _is_family(typing.get_args(hint)[1]) and name in node:
+            values[name] = _build_members(typing.get_args(hint)[1], node[name], key)
+        elif dataclasses.is_dataclass(hint) and (name in node or required):
             values[name] = _build(typing.cast(type, hint), node.get(name, {}), key)
         elif name in node:
             values[name] = typed(hint, node[name], key)
         elif required:
             raise ConfigError(f"{key} is missing; give it in the recipe or as {key}=VALUE")
     return cls(**values)
+
+
+def _build_members(family: type[Component], node: Any, path: str) -> dict[str, Any]:
+    """Build members of a family from a mapping of their names to their options."""
+    if not isinstance(node, Mapping):
+        names = ", ".join(family.names())
+        shown = one_line(repr(node), 80)
+        raise ConfigError(f"{path} must be a mapping of names to options, got {shown}; known: {names}")
+    made = {}
+    for name, options in node.items():
+        if not isinstance(options, Mapping):
+            raise ConfigError(
+                f"{_join(path, name)} must be a mapping of options, got {one_line(repr(options), 80)}; write "
+                f"{_join(path, name)}={{}} for the defaults"
+            )
+        if name not in family.names():
+            raise ConfigError(f"{_join(path, name)}: unknown {family.family}{nearest(str(name), family.names())}")
+        made[str(name)] = _build(family, {**options, "name": name}, _join(path, name))
+    return made
+
+
+def _is_family(hint: Any) -> bool:
+    return isinstance(hint, type) and issubclass(hint, Component)
 
 
 def _component_name(cls: type[Component], node: dict[str, Any], path: str) -> str:

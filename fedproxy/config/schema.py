@@ -15,6 +15,7 @@ from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
 from fedproxy.strategies.realignment import Realignment
 from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.round_parts import RoundPart
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 from fedproxy.strategies.trainable import Trainable
 
@@ -237,6 +238,8 @@ class RunConfig:
     aggregator: Aggregator = field(default_factory=lambda: Aggregator.by_name("fedavg")())
     server_optimizer: ServerOptimizer = field(default_factory=lambda: ServerOptimizer.by_name("none")())
     realignment: Realignment = field(default_factory=lambda: Realignment.by_name("none")())
+    parts: dict[str, RoundPart] = field(default_factory=dict)
+    """What else rides with a round, by the round part's name: ``parts.precision.up=int8``."""
     fusion: Fusion = field(default_factory=lambda: Fusion.by_name("plug_in")())
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: dict[str, Any] = field(
@@ -255,6 +258,9 @@ class RunConfig:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require_different("loggers", self.loggers)
+        for name, part in self.parts.items():
+            if not part.optional:
+                raise ConfigError(f"parts.{name} comes with the rule that needs it; remove it")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
 
     @property

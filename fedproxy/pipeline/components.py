@@ -5,7 +5,9 @@ from fedproxy.errors import ConfigError
 from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.strategies.capabilities import check_capabilities
+from fedproxy.strategies.round_parts.ranks import Ranks
 from fedproxy.strategies.round_parts.statistics import STATISTICS
+from fedproxy.strategies.trainable.lora import Lora
 
 _WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
 """Lightning's precisions that bring a whole model to another dtype, adapters included."""
@@ -29,14 +31,32 @@ def check_components(config: RunConfig) -> None:
         config.server_optimizer,
         clients_per_round=least or (clients if drawn == "all" else int(drawn)),
         space=config.federation.space,
+        parts=config.parts.values(),
         client_statistics=STATISTICS,
         clients=clients,
     )
+    _check_ranks(config)
     _check_trainable(config)
     _check_validation(config)
     check_realignment(config)
     check_devices(config)
     _check_own(config)
+
+
+def _check_ranks(config: RunConfig) -> None:
+    """Refuse ranks of clients that the trainable part does not have."""
+    part, trained = config.parts.get("ranks"), config.trainable
+    if not isinstance(part, Ranks):
+        return
+    if not isinstance(trained, Lora):
+        raise ConfigError(f"parts.ranks needs trainable.name=lora, got {trained.name}; remove it or use lora")
+    above = {client: rank for client, rank in part.clients.items() if rank > trained.r}
+    if above:
+        client = min(above)
+        raise ConfigError(
+            f"parts.ranks.clients.{client} must be at most trainable.r={trained.r}, got {above[client]}; raise "
+            "trainable.r"
+        )
 
 
 def _check_trainable(config: RunConfig) -> None:

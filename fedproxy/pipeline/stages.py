@@ -267,7 +267,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
     aligns = aligner(run, model, clients.owned)
-    rules = Rules(config.aggregator, config.regularizer, config.realignment, model)
+    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
     federation = Federation(
         clients=sorted(clients),

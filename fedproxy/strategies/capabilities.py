@@ -1,10 +1,13 @@
 """Which components go together: class facts checked before anything is loaded."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from fedproxy.errors import ConfigError
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.round_parts import RoundPart
+from fedproxy.strategies.round_parts.clip_noise import ClipNoise
+from fedproxy.strategies.round_parts.ranks import Ranks
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 
@@ -15,7 +18,7 @@ def check_capabilities(
     *,
     clients_per_round: int,
     space: str = "factors",
-    ranks: Sequence[int] = (),
+    parts: Collection[RoundPart] = (),
     secure_aggregation: bool = False,
     client_statistics: Collection[str] = (),
     clients: int | None = None,
@@ -28,7 +31,7 @@ def check_capabilities(
         server_optimizer: With its options.
         clients_per_round: Updates that a round will bring.
         space: ``federation.space``, ``factors`` or ``product``.
-        ranks: LoRA ranks of the clients, where they differ; empty if all are the server's.
+        parts: Round parts that the recipe adds.
         secure_aggregation: The server sees only the sum of the updates.
         client_statistics: Groups of ``extras`` that the client code sends.
         clients: All clients of the federation; None if every round takes all.
@@ -37,11 +40,8 @@ def check_capabilities(
         ConfigError: One line that names key, rule and way out.
     """
     _check_space(aggregator, space)
-    if len(set(ranks)) > 1 and not aggregator.mixed_ranks:
-        raise ConfigError(
-            f"trainable.r: aggregator {aggregator.name!r} needs the same LoRA rank at every client, got "
-            f"{sorted(set(ranks))}; use one rank or {_with('mixed_ranks')}"
-        )
+    for part in parts:
+        _check_part(part, aggregator, regularizer, space)
     if secure_aggregation:
         _check_secure(aggregator, regularizer)
     _check_clients(aggregator, clients_per_round)
@@ -69,6 +69,36 @@ def check_capabilities(
             f"got {server_optimizer.name!r}; use server_optimizer.name=none or aggregator.name=flexlora"
         )
     _check_halves(regularizer, server_optimizer, clients_per_round / (clients or clients_per_round))
+
+
+def _check_part(part: RoundPart, aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:
+    """Refuse an added part that the rules cannot work with."""
+    if not aggregator.aggregates:
+        raise ConfigError(
+            f"parts.{part.name}: aggregator {aggregator.name!r} merges no clients, each of which keeps its own state; "
+            "remove the part or use another aggregator"
+        )
+    if isinstance(part, Ranks) and part.mixes:
+        _check_ranks(aggregator, regularizer, space)
+    sent = {"control_variates", "statistics"} & {*aggregator.parts, *regularizer.parts}
+    if isinstance(part, ClipNoise) and sent:
+        raise ConfigError(
+            f"parts.clip_noise bounds the update alone, and {min(sent)} of aggregator {aggregator.name!r} and "
+            f"regularizer {regularizer.name!r} would leave the client as they are; use other rules or remove the part"
+        )
+
+
+def _check_ranks(aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:
+    if not (aggregator.mixed_ranks or (space == "product" and aggregator.space == "any")):
+        raise ConfigError(
+            f"parts.ranks: aggregator {aggregator.name!r} needs updates of one rank; use parts.ranks.pad=true, "
+            f"federation.space=product or {_with('mixed_ranks')}"
+        )
+    if needs := {"conflict", "control_variates", "personal", "statistics"} & {*aggregator.parts, *regularizer.parts}:
+        raise ConfigError(
+            f"parts.ranks: {min(needs)} compares coordinates of all clients, which different ranks do not have; use "
+            "parts.ranks.pad=true or regularizer.name=none"
+        )
 
 
 def _check_memory(aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:

@@ -6,6 +6,9 @@ from fedproxy.errors import ConfigError
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.regularizers import Regularizer
+from fedproxy.strategies.round_parts.clip_noise import ClipNoise
+from fedproxy.strategies.round_parts.precision import Precision
+from fedproxy.strategies.round_parts.ranks import Ranks
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 
@@ -24,7 +27,10 @@ def check(aggregator="fedavg", regularizer="none", server_optimizer="none", opti
         {},
         {"aggregator": "h_ties", "regularizer": "conflict"},
         {"aggregator": "fedavg", "secure_aggregation": True},
-        {"aggregator": "flexlora", "space": "product", "ranks": [4, 8]},
+        {"aggregator": "flexlora", "space": "product", "parts": [Ranks({"a": 4})]},
+        {"aggregator": "h_ties", "space": "product", "parts": [Ranks({"a": 4})]},
+        {"aggregator": "h_ties", "regularizer": "conflict", "parts": [Ranks({"a": 4}, pad=True)]},
+        {"aggregator": "h_ties", "parts": [ClipNoise(), Precision(up="int8")]},
         {"aggregator": "config", "space": "product"},
         {"aggregator": "none"},
         {"aggregator": "none", "space": "product"},
@@ -56,7 +62,23 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
             {"regularizer": "conflict", "secure_aggregation": True},
             "regularizer.name: 'conflict' needs the signs of each client's update, which secure aggregation hides",
         ),
-        ({"ranks": [4, 8]}, r"'fedavg' needs the same LoRA rank at every client, got \[4, 8\]; .* flexlora, flora"),
+        (
+            {"parts": [Ranks({"a": 4})]},
+            r"'fedavg' needs updates of one rank; use parts.ranks.pad=true, .* flexlora, flora",
+        ),
+        (
+            {"aggregator": "fedex_lora", "space": "product", "parts": [Ranks({"a": 4})]},
+            r"'fedex_lora' needs updates of one rank",
+        ),
+        (
+            {"aggregator": "flora", "space": "product", "regularizer": "conflict", "parts": [Ranks({"a": 4})]},
+            r"parts.ranks: conflict compares coordinates of all clients",
+        ),
+        ({"aggregator": "none", "parts": [Precision()]}, r"parts.precision: aggregator 'none' merges no clients"),
+        (
+            {"regularizer": "scaffold", "parts": [ClipNoise()]},
+            r"parts.clip_noise bounds the update alone, and control_variates of",
+        ),
         ({"aggregator": "ffa_lora", "space": "product"}, "'ffa_lora' is defined in factors space, got 'product'"),
         ({"aggregator": "flexlora"}, "'flexlora' is defined in product space, got 'factors'"),
         ({"space": "tangent"}, "federation.space must be one of factors, product, got 'tangent'"),

@@ -91,7 +91,8 @@ class Outline:
     @cached_property
     def rules(self) -> Rules:
         """What decides which parts ride with a round."""
-        return Rules(self.config.aggregator, self.config.regularizer, self.config.realignment, self.trainable)
+        config = self.config
+        return Rules(config.aggregator, config.regularizer, config.realignment, self.trainable, config.parts.values())
 
     @cached_property
     def parts(self) -> tuple[RoundPart, ...]:

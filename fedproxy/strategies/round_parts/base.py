@@ -43,6 +43,8 @@ class Rules:
     realignment: Realignment
     model: TrainableModel
     """The proxy with what is trained attached; it may be on the meta device."""
+    added: Collection["RoundPart"] = ()
+    """Parts that the recipe adds."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,11 @@ class RoundPart(Component, family="round_part"):
     device_copies: ClassVar[int] = 0
     """Those that it holds on its accelerator while it trains."""
 
+    def require(self, option: str, ok: bool, rule: str) -> None:
+        """Raise a one-line ConfigError about ``option`` unless ``ok``."""
+        if not ok:
+            raise ConfigError(f"parts.{self.name}.{option} must be {rule}, got {getattr(self, option)!r}")
+
     @property
     def differs(self) -> Collection[str]:
         """The clients whose updates have another form than all others', by name."""
@@ -223,4 +230,4 @@ def parts_of(rules: Rules) -> tuple[RoundPart, ...]:
             f"aggregator.name: {rules.aggregator.name!r} leaves clients tensors of their own and does not name the "
             "round part 'personal'; add it to the rule's parts"
         )
-    return chain([RoundPart.by_name(name).of(rules) for name in named])
+    return chain([*(RoundPart.by_name(name).of(rules) for name in named), *rules.added])

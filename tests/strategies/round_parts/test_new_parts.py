@@ -92,7 +92,7 @@ def test_factors_beyond_a_clients_rank_get_no_gradient():
 
 @pytest.mark.parametrize(("ranks", "rule"), [({"c": 0}, "at least 1"), ({"c": -1}, "at least 1")])
 def test_ranks_below_one_are_refused(ranks, rule):
-    with pytest.raises(ConfigError, match=rf"round_part\.clients must be ranks of {rule}"):
+    with pytest.raises(ConfigError, match=rf"parts\.ranks\.clients must be ranks of {rule}"):
         Ranks(ranks)
 
 
@@ -166,7 +166,7 @@ def test_what_rounding_loses_goes_into_the_next_update():
 
 
 def test_a_precision_that_does_not_exist_is_refused():
-    with pytest.raises(ConfigError, match=r"round_part\.up must be one of float32, bf16, int8, got 'int4'"):
+    with pytest.raises(ConfigError, match=r"parts\.precision\.up must be one of float32, bf16, int8, got 'int4'"):
         Precision(up="int4")
 
 
