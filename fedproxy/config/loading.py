@@ -224,15 +224,22 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
     for name, item in fields.items():
         key, hint = _join(path, name), hints[name]
         required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
-        if typing.get_origin(hint) is dict and _is_family(typing.get_args(hint)[1]) and name in node:
-            values[name] = _build_members(typing.get_args(hint)[1], node[name], key)
-        elif dataclasses.is_dataclass(hint) and (name in node or required):
-            values[name] = _build(typing.cast(type, hint), node.get(name, {}), key)
-        elif name in node:
-            values[name] = typed(hint, node[name], key)
+        if name in node:
+            values[name] = _value(hint, node[name], key)
+        elif required and dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), {}, key)
         elif required:
             raise ConfigError(f"{key} is missing; give it in the recipe or as {key}=VALUE")
     return cls(**values)
+
+
+def _value(hint: Any, value: Any, key: str) -> Any:
+    """Return one plain value as what a field of this type holds."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key)
+    if typing.get_origin(hint) is dict and _is_family(typing.get_args(hint)[1]):
+        return _build_members(typing.get_args(hint)[1], value, key)
+    return typed(hint, value, key)
 
 
 def _build_members(family: type[Component], node: Any, path: str) -> dict[str, Any]:

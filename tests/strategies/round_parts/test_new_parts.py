@@ -7,6 +7,7 @@ import torch
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import Broadcast, ClientUpdate, nbytes
+from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation
 from fedproxy.strategies.round_parts import ClientRound, Group, RoundResult
 from fedproxy.strategies.round_parts.clip_noise import ClipNoise, clip
@@ -185,7 +186,8 @@ def test_noise_has_the_stated_deviation_and_depends_on_client_and_round():
     part, zero = ClipNoise(clip=2.0, noise=1.5), {"x": torch.zeros(40_000)}
 
     def noise(client, round_):
-        return part.reply(task(Broadcast(round_, {}), client), ClientUpdate(client, zero)).delta["x"]
+        one = task(Broadcast(round_, {}), client, seed=ClientSeeds.of(7, round_, client).parts)
+        return part.reply(one, ClientUpdate(client, zero)).delta["x"]
 
     drawn = noise("a", 1)
     # Standard deviation 3; of 40,000 draws it is known to 3 / sqrt(80,000) = 0.0106, four of which are allowed.
