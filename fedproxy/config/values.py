@@ -84,7 +84,9 @@ def _rule(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin is dict:
-        return "a mapping like {a: b}" if parts[1] is Any else "a mapping of names to texts like {a: b}"
+        return {Any: "a mapping like {a: b}", int: "a mapping of names to whole numbers like {a: 4}"}.get(
+            parts[1], "a mapping of names to texts like {a: b}"
+        )
     if origin in (list, tuple):
         return f"a list of {_ELEMENTS.get(parts[0], 'values like [a,b]')}"
     return _RULES.get(hint, "a plain value")

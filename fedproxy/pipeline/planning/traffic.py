@@ -1,7 +1,7 @@
 """Bytes that cross the wire in a round, exact, from shapes alone: the round's parts run on the meta device."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -9,6 +9,18 @@ from fedproxy.federation.expected import expected_groups
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.protocol import Broadcast, nbytes
 from fedproxy.strategies.round_parts import Forms, RoundPart
+
+
+@dataclass(frozen=True)
+class Messages:
+    """Bytes of one client's messages."""
+
+    first: int
+    """What it receives in the first round."""
+    later: int
+    """What it receives in all others."""
+    up: int
+    """What it sends in a round."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +45,8 @@ class Traffic:
     """Tensors that a client kept to itself and hands in once, after the last round, if it took part in one."""
     parts: tuple[RoundPart, ...] = ()
     """What rides with the rounds."""
+    own: Mapping[str, "Messages"] = field(default_factory=dict)
+    """Messages of clients whose tensors have other shapes than all others', by name."""
 
     @classmethod
     def of(cls, outline: Outline) -> "Traffic":
@@ -54,6 +68,15 @@ class Traffic:
             sent={name: nbytes(group.tensors) for name, group in groups.items()},
             collected=nbytes({name: whole[name] for name in whole if not outline.rules.aggregator.shares(name)}),
             parts=parts,
+            own={
+                client: Messages(
+                    first.addressed_to(client).bytes,
+                    later.addressed_to(client).bytes,
+                    sum(nbytes(g.tensors) for g in expected_groups(parts, outline.trainable, client).values()),
+                )
+                for part in parts
+                for client in part.differs
+            },
         )
 
     @property
@@ -67,12 +90,18 @@ class Traffic:
 
     def all_up(self) -> int:
         """What the server receives in a round."""
-        return self.up * self.drawn
+        return self._all(self.up, [own.up for own in self.own.values()])
 
     def all_down(self, round_: int) -> int:
         """What the server sends in a round; some parts also go to clients that rest."""
         resting = self.to_all * (self.clients - self.drawn) if round_ > 1 else 0
-        return self.down(round_) * self.drawn + resting
+        own = [own.first if round_ == 1 else own.later for own in self.own.values()]
+        return self._all(self.down(round_), own) + resting
+
+    def _all(self, each: int, own: Sequence[int]) -> int:
+        """Return the bytes of a round's clients; where not all are drawn, their mean over all clients counts."""
+        total = each * (self.clients - len(own)) + sum(own)
+        return total if self.drawn == self.clients else round(total * self.drawn / self.clients)
 
 
 def _by_part(broadcast: Broadcast) -> dict[str, int]:

@@ -27,7 +27,7 @@ class Ranks(RoundPart, name="ranks"):
     order: ClassVar[int] = 70
     optional: ClassVar[bool] = True
 
-    clients: Mapping[str, int] = field(default_factory=dict)
+    clients: dict[str, int] = field(default_factory=dict)
     """Rank of single clients, by name; all others train ``trainable.r``."""
     pad: bool = False
     """Fill updates up with zeros to ``trainable.r``, so that any rule can merge them."""
@@ -35,7 +35,7 @@ class Ranks(RoundPart, name="ranks"):
     def __post_init__(self) -> None:
         """Check the options."""
         for client, rank in self.clients.items():
-            self.require("clients", isinstance(rank, int) and rank >= 1, f"ranks of at least 1 ({client!r})")
+            self.require("clients", rank >= 1, f"ranks of at least 1 ({client!r})")
 
     @property
     def differs(self) -> Collection[str]:
@@ -53,10 +53,12 @@ class Ranks(RoundPart, name="ranks"):
 
     def receive(self, task: ClientRound) -> None:
         """Fill the state, and the conflict map, up with zeros to the model's rank."""
-        wanted = task.model.parameters()
-        task.state = {name: _filled(tensor, wanted[name].shape) for name, tensor in task.state.items()}
-        if task.conflict:
-            task.conflict = {name: _filled(tensor, wanted[name].shape) for name, tensor in task.conflict.items()}
+        shapes = {name: parameter.shape for name, parameter in task.model.parameters().items()}
+        task.state = {name: _filled(tensor, shapes[name]) for name, tensor in task.state.items()}
+        extras = task.broadcast.extras
+        if "conflict" in extras:
+            conflict = {name: _filled(tensor, shapes[name]) for name, tensor in extras["conflict"].items()}
+            task.broadcast = replace(task.broadcast, extras={**extras, "conflict": conflict})
 
     def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
         """Send what belongs to the client's rank."""

@@ -12,6 +12,7 @@ ALIGNED = ("realignment.name=emulator", "realignment.steps=1", "realignment.rows
 PLAIN, PRODUCT = "regularizer.name=none", "federation.space=product"
 QUICK = ("conflict in product space", "rolora", "flora with conflict", "fedsa_lora with conflict", "never merged")
 """Tried in every test run; the others are slow, or test_rules_with_memory compares them on its own runs."""
+RANKS = ("trainable.r=8", "parts.ranks.clients={tiny_colors: 2, tiny_sums: 4}")
 CASES = {
     "conflict": (),
     "conflict in product space": (PRODUCT,),
@@ -39,6 +40,11 @@ CASES = {
     "regmean": ("aggregator.name=regmean", PLAIN),
     "whole blocks": ("trainable.name=full",),
     "re-aligned": ALIGNED,
+    "int8 with a packed conflict map": ("parts.precision.up=int8", "parts.precision.down=int8"),
+    "bf16 up": ("parts.precision.up=bf16", "aggregator.name=fedavg", "regularizer.name=scaffold"),
+    "ranks of their own": (*RANKS, "aggregator.name=flexlora", PRODUCT, PLAIN),
+    "padded ranks in int8": (*RANKS, "parts.ranks.pad=true", "parts.precision={up: int8, down: int8}"),
+    "clipped and noised": ("parts.clip_noise={clip: 0.5, noise: 0.1}",),
     "never merged": ("aggregator.name=none", PLAIN),
     "half precision": ("target.dtype=bfloat16",),
     "narrow blocks": ("compression.name=ffn_width", "compression.ratio=0.3"),

@@ -9,8 +9,9 @@ from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import Broadcast, ClientUpdate, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation
-from fedproxy.strategies.round_parts import ClientRound, Group, RoundResult
+from fedproxy.strategies.round_parts import ClientRound, Group, RoundResult, chain
 from fedproxy.strategies.round_parts.clip_noise import ClipNoise, clip
+from fedproxy.strategies.round_parts.conflict_map import ConflictMap
 from fedproxy.strategies.round_parts.precision import Precision
 from fedproxy.strategies.round_parts.ranks import Ranks
 
@@ -55,8 +56,9 @@ def test_a_client_of_rank_two_gets_and_sends_two_rows_of_a_and_two_columns_of_b(
     assert sent.addressed_to("other").state is whole
     # 2 of 4 ranks: half of the bytes of state and conflict map
     assert got.bytes * 2 == sent.addressed_to("other").bytes
-    one = task(got, conflict=got.extras["conflict"])
-    part.receive(one)
+    one = task(got)
+    for step in reversed(chain([ConflictMap(), part])):
+        step.receive(one)
     assert torch.equal(one.state[B], torch.cat([whole[B][:, :2], torch.zeros(6, 2)], dim=1))
     assert {tuple(t.shape) for t in one.conflict.values()} == {(4, 70), (6, 4)}
     update = part.reply(one, ClientUpdate("c", {A: torch.ones(4, 70), B: torch.ones(6, 4)}))
