@@ -1,6 +1,7 @@
 """What can be known to be wrong with a model's folder from its files alone, before any library reads them."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -11,13 +12,16 @@ _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _LFS = b"version https://git-lfs.github.com/"
 _POINTER_BYTES = 1024
 _COPY = "copy or download the model again"
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+_DEEPEST = 1000
+"""Most blocks of a model that is read: a configuration that says more would build them for minutes."""
 
 
 def check_config_files(folder: Path) -> None:
     """Check that a folder is that of a model, not of an adapter or of a clone without its files.
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If it is not, or its configuration says that it has more blocks than any model.
     """
     _refuse_pointers(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
@@ -29,7 +33,7 @@ def check_config_files(folder: Path) -> None:
         )
     if not config.exists():
         raise ModelError(f"{folder} has no config.json; give a from_pretrained folder")
-    read_json(config, dict, error=ModelError, remedy=_COPY)
+    _check_depth(config, read_json(config, dict, error=ModelError, remedy=_COPY))
 
 
 def check_weight_files(folder: Path) -> None:
@@ -73,6 +77,19 @@ def _shards(index: Path) -> list[Path]:
             "download the rest"
         )
     return [index.parent / name for name in sorted(names)]
+
+
+def _check_depth(path: Path, content: dict[str, Any]) -> None:
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in _DEPTHS & part.keys():
+            if isinstance(part[key], int) and part[key] > _DEEPEST:
+                raise ModelError(
+                    f"{path}: {key} is {one_line(part[key], 40)}, and models of more than {_DEEPEST} blocks are not "
+                    f"read; correct it, or {_COPY}"
+                )
 
 
 def _is_text(value: object) -> bool:

@@ -21,6 +21,8 @@ from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
 _DECODER = "give a decoder-only causal LM"
+_ATTENTION = {"eager", "sdpa", "flex_attention"}
+"""Attention that a configuration may choose. Of other names transformers may fetch compiled code from the hub."""
 _HUB = {
     "GatedRepoError": "access to it is restricted; accept its terms on the hub and run hf auth login",
     "RepositoryNotFoundError": f"the hub has no such repository, or it is private; {_GIVE}",
@@ -42,7 +44,10 @@ def load_config(path: str | Path) -> Any:
     if folder is not None:
         check_config_files(folder)
     with _foreign(f"{path} is no model", _GIVE):
-        return AutoConfig.from_pretrained(**_source(path, folder))
+        config = AutoConfig.from_pretrained(**_source(path, folder))
+        if not {part for part in _attentions(config) if part} <= _ATTENTION:
+            config._attn_implementation = None  # in all its parts: transformers chooses
+        return config
 
 
 def check_model(path: str | Path) -> Any:
@@ -74,10 +79,10 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     Raises:
         ModelError: If it cannot be loaded whole.
     """
-    check_model(path)
+    config = check_model(path)
     with _foreign(f"{path} cannot be loaded as a causal LM", remedy):
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, _folder(path)), weights_only=True, output_loading_info=True, **options
+            **_source(path, _folder(path)), config=config, weights_only=True, output_loading_info=True, **options
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -169,6 +174,14 @@ def _refuse_quantised(path: str | Path, config: Any) -> None:
                 f"{path} is quantised ({first_line(kind)}), and only plain weights can be cut, fused and scored; give "
                 "the checkpoint that it was made from, in float32, bfloat16 or float16"
             )
+
+
+def _attentions(config: Any) -> Iterator[str | None]:
+    """Yield what attention a configuration and its parts ask for."""
+    yield config._attn_implementation
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _attentions(part)
 
 
 def _needs_sentencepiece(folder: Path) -> bool:

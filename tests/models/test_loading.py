@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fedproxy.data.assets import resolve
 from fedproxy.errors import FedProxyError, ModelError
 from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.models.loading import load_config
@@ -84,6 +86,8 @@ FAULTS = {
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read: it must hold an object"),
     "no head": (lambda f: lose(f, "lm_head.weight"), "lacks 1 tensors, the first is lm_head.weight"),
     "other width": (lambda f: change(f, hidden_size=64), "cannot be loaded as a causal LM"),
+    "too deep": (lambda f: change(f, num_hidden_layers=10**9), r"num_hidden_layers is 1000000000, .* more than 1000"),
+    "too deep inside": (lambda f: change(f, text_config={"n_layer": 20_000}), r"n_layer is 20000, .* correct it"),
     "impossible size": (lambda f: change(f, hidden_size="wide"), "is no model: "),
     "negative heads": (lambda f: change(f, num_attention_heads=0), "model"),
     "unknown type": (lambda f: change(f, model_type="my_own"), "is no model: .*my_own"),
@@ -179,6 +183,53 @@ def test_a_known_type_is_loaded_by_transformers_own_class_whatever_code_lies_bes
     change(folder, auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"})
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     assert type(load_model(folder)).__name__ == "LlamaForCausalLM"
+    assert not (tmp_path / "ran").exists()
+
+
+CHOICES = [
+    {"attn_implementation": "someone/kernel"},
+    {"_attn_implementation": "kernels-community/flash-attn2@main"},
+    {"attn_implementation": {"": "someone/kernel:own"}},
+    {"attn_implementation": "flash_attention_2"},  # where it is not installed, from the hub
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_folder_does_not_choose_attention_code_of_the_hub(folder, choice, monkeypatch):
+    def fetch(*_, **__):
+        pytest.fail("asked for code of the hub")
+
+    wanted = load_model(folder)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetch)
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    change(folder, **choice)
+    found = load_model(folder)
+    ids = torch.arange(8)[None]
+    assert torch.equal(found(ids).logits, wanted(ids).logits)
+    assert found.config._attn_implementation == wanted.config._attn_implementation
+    change(folder, attn_implementation="eager", _attn_implementation="eager")
+    assert load_model(folder).config._attn_implementation == "eager"
+
+
+def test_parts_of_a_configuration_do_not_either(tmp_path):
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"attn_implementation": "someone/own"}}))
+    assert load_config(tmp_path).text_config._attn_implementation is None
+
+
+GENERATION = {"custom_generate": "someone/code", "trust_remote_code": True, "chat_template": "{{ 1 / 0 }}"}
+
+
+def test_generation_settings_and_chat_templates_run_nothing(folder, tmp_path):
+    shutil.copytree(resolve("asset:tiny-llama"), folder, dirs_exist_ok=True)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ 1 / 0 }}")
+    change(folder, "generation_config.json", **GENERATION)
+    change(folder, "tokenizer_config.json", **GENERATION)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = tokenizer("a", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[0] == 1
     assert not (tmp_path / "ran").exists()
 
 
