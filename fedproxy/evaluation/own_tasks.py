@@ -132,6 +132,8 @@ def _read(path: Path) -> dict[str, Any]:
             text = file.read(_LARGEST + 1)
         if len(text) > _LARGEST:
             raise EvaluationError(f"{path.name} has more than {_LARGEST} bytes; data belong into files of their own")
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise EvaluationError(f"{path.name} repeats values by *name, which can grow without end; write them out")
         config = yaml.load(text, Loader=_Loader)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror or error}); correct the path") from None

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedproxy.data import readers
+from fedproxy.data.loading import load_from_hub
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.errors import DataError
 
@@ -250,3 +251,16 @@ def test_what_breaks_while_a_hub_set_is_read_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "iter", Broken.iter)
     with pytest.raises(DataError, match=r"someone/data train is not a whole data set \(one line and another\); delete"):
         read_rows("mine", "someone/data")
+
+
+def test_no_script_beside_data_is_run(tmp_path, monkeypatch):
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "someone.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for path in (tmp_path / "someone", tmp_path / "someone" / "someone.py"):
+        with pytest.raises(DataError, match="someone"):
+            read_rows("mine", str(path))
+        with pytest.raises(DataError, match="the hub gave no split"):
+            load_from_hub(str(path), "train")
+    assert not (tmp_path / "ran").exists()

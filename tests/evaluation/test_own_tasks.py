@@ -111,6 +111,11 @@ REFUSED = {
     "include": ({"include": "../../../etc/nothing.yaml"}, "neither a file beside it nor one of lm-eval's"),
     "itself": ({"include": "my_sums.yaml"}, "it includes itself"),
     "list": ("- a\n- b\n", "must hold a mapping"),
+    "repeats": ("task: x\ndata: &a [1]\nmore: *a\n", r"repeats values by \*name, which can grow without end; write"),
+    "endless": (
+        "task: x\ndataset_path: json\ndataset_kwargs: {data_files: &a {train: *a}}\n",
+        r"repeats values by \*name",
+    ),
     "deep": ("[" * 5000, "is not valid YAML"),
     "type": ({"output_type": "essay"}, "lm-eval cannot load it"),
     "template": ({"doc_to_text": TOUCH}, "lm-eval cannot load it .SecurityError"),
@@ -149,3 +154,11 @@ def test_a_template_sees_its_row_and_nothing_of_python_in_any_row(own, model, to
     hidden = own(doc_to_text="{{ ''.__class__.__mro__ if '3' in q else q }}")
     with pytest.raises(EvaluationError, match=r"a prompt cannot be written \(SecurityError"):
         evaluate_model(model, tokenizer, [hidden])
+
+
+def test_a_task_that_runs_what_a_model_writes_is_refused_whoever_includes_it(own):
+    # Its file says unsafe_code, which no other file may take back.
+    path = own(include="cruxeval/cruxeval_common_yaml", process_docs=None, doc_to_choice=None, dataset_name=None,
+               output_type="generate_until", doc_to_target="{{a}}")  # fmt: skip
+    with pytest.raises(EvaluationError, match="task 'my_sums' runs code that a model writes, which FedProxy does not"):
+        check_tasks([path])

@@ -258,3 +258,18 @@ def test_what_clients_own_is_closed_to_others_whatever_the_umask(run_tiny, tmp_p
     pool = WorkerPool(Workers(workers=1), RemoteClient("x:y"), tmp_path / "new" / "exchange")
     assert (tmp_path / "new" / "exchange").stat().st_mode & 0o777 == 0o700
     pool.close()
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "[" * 5000, "a: !!python/name:os.system\n", "- a\n", "a: [\nb: c", "\x00"])
+def test_the_configuration_of_a_foreign_run_is_read_like_a_recipe(old, text):
+    (old / "config.yaml").write_text(text)
+    before = content(old)
+    with pytest.raises(FedProxyError, match=r"^configuration .*config.yaml .*overwrite=true") as caught:
+        claim(old, "resume=auto")
+    assert str(caught.value).isprintable()
+    assert content(old) == before
