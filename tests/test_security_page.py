@@ -17,14 +17,14 @@ def rows(page):
     return [line for line in lines if not line.endswith("| held by |") and not re.fullmatch(r"[|\-: ]+", line)]
 
 
-def tests_of(path):
+def names_in(path):
     return {node.name for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.FunctionDef)}
 
 
 @pytest.mark.parametrize("path", sorted({path for path, _ in NAMED}))
 def test_every_test_that_is_named_exists(path):
     assert {name for found, name in NAMED if found == path} <= {
-        name for name in tests_of(path) if name.startswith("test_")
+        name for name in names_in(path) if name.startswith("test_")
     }
 
 
