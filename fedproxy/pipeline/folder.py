@@ -264,4 +264,4 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return read_mapping(path, "configuration")
     except ConfigError as error:
-        raise CheckpointError(f"{error}, use overwrite=true or another output_dir") from error
+        raise CheckpointError(f"{error} (use overwrite=true or another output_dir)") from None
