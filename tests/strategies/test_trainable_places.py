@@ -271,10 +271,43 @@ def test_a_whole_weight_that_is_read_counts_and_a_fact_or_a_slice_of_it_does_not
 
 def test_a_layer_that_nothing_could_train_is_refused():
     # A fresh Doge multiplies what dt_proj gives by zero.
-    with pytest.raises(ConfigError, match=r"what 'dt_proj' gives has no part in what the model says.*leave it out"):
+    with pytest.raises(ConfigError, match=r"nothing would train 'dt_proj': what it gives has no part.*leave it out"):
         Lora(r=2, modules=["q_proj", "dt_proj"]).attach(make("doge"))
     model = make("doge")
     assert not any("dt_proj" in name for name in Lora(r=2, modules="all-linear").attach(model).layers())
+
+
+def test_a_layer_that_reads_zeros_alone_is_refused():
+    # A fresh Gemma 3n scales the gate's input by zero, so that nothing can move the pairs of the gate and what follows.
+    options = {"head_dim": 8, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 0, "laurel_rank": 8}
+    options |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "altup_num_inputs": 2}
+    for name in ("per_layer_input_gate", "per_layer_projection"):
+        with pytest.raises(ConfigError, match=rf"nothing would train '{name}': .* or it reads zeros alone; leave it"):
+            Lora(r=2, modules=["q_proj", name]).attach(make("gemma3n_text", **options))
+    model = make("gemma3n_text", **options)
+    lora = Lora(r=2, modules="all-linear").attach(model)
+    assert not any("per_layer" in name for name in lora.layers())
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_a_layer_whose_input_is_zero_until_another_is_trained_is_kept(make_model):
+    class Pair(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.down, self.up = nn.Linear(width, 4, bias=False), nn.Linear(4, width, bias=False)
+            self.down.weight.data.zero_()
+
+        def forward(self, x):
+            return nn.functional.silu(x + self.up(self.down(x)))
+
+    model = make_model("llama")
+    for block in Decoder.of(model).blocks:
+        block.mlp.act_fn = Pair(block.mlp.gate_proj.out_features)
+    lora = Lora(r=2, modules=["down", "up"]).attach(model)
+    assert {name.rpartition(".")[2] for name in lora.layers()} == {"down", "up"}
+    with pytest.raises(ConfigError, match="nothing would train 'up'"):
+        Lora(r=2, modules=["up"]).attach(lora.detach())
 
 
 def test_a_layer_in_several_places_is_refused(make_model):
