@@ -291,6 +291,35 @@ def test_a_layer_that_reads_zeros_alone_is_refused():
     assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
 
 
+def test_parts_of_a_list_that_a_block_never_uses_get_no_adapter():
+    # Each hybrid block of Zamba 2 holds the adapters of all of them, and calls its own.
+    options = {"num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_d_state": 8, "chunk_size": 16}
+    options |= {"layers_block_type": ["mamba", "hybrid", "hybrid"], "use_mamba_kernels": False}
+    model = make("zamba2", **options)
+    lora = Lora(r=2, modules="all-linear").attach(model)
+    named = [name.removeprefix("model.layers.") for name in lora.layers() if "adapter_list" in name]
+    assert {(name[0], name[-3:]) for name in named} == {("1", "0.0"), ("1", "0.1"), ("2", "1.0"), ("2", "1.1")}
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_experts_that_a_few_tokens_do_not_go_to_get_adapters(make_model):
+    class Mixture(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.choice = nn.Linear(width, 3, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x):
+            return self.experts[1](x) * self.choice(x).softmax(-1)[..., :1]
+
+    model = make_model("llama")
+    for block in Decoder.of(model).blocks:
+        block.mlp = Mixture(block.mlp.gate_proj.in_features)
+    layers = Lora(r=2, modules="all-linear").attach(model).layers()
+    assert {name.partition("experts.")[2] for name in layers} == {"", "0", "1", "2"}
+
+
 def test_a_layer_whose_input_is_zero_until_another_is_trained_is_kept(make_model):
     class Pair(nn.Module):
         def __init__(self, width):
@@ -336,6 +365,7 @@ def test_a_layer_in_several_places_is_refused(make_model):
         ),
         (opt, {"modules": ["self_attn.q_proj"]}, r"must be a layer's name inside its block"),
         (opt, {"modules": ["self_attn"]}, r"no linear layer 'self_attn'"),
+        (opt, {}, r"no linear layer 'o_proj'; did you mean '\w+'\? known: fc1, fc2, k_proj, out_proj, q_proj, v_proj$"),
         (opt, {"modules": ["q_proj", "all-linear"]}, r"'all-linear' stands for all layers; give it alone"),
         (
             opt,

@@ -170,7 +170,8 @@ def _misnamed(name: str, decoder: Decoder, leaves: Collection[str], experts: Col
     outside = {_leaf(n) for n, m in decoder.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if name in outside:
         return f"{name!r} lies outside of the blocks, and fusion moves blocks alone; known: {known}"
-    hint = nearest(name, leaves)
+    close = nearest(name, leaves)
+    hint = f"{close} known: {known}" if close.endswith("?") else close
     if experts:
         weights = ", ".join(sorted({_leaf(weight) for weight in experts}))
         hint = f"; known: {known}; experts' weights ({weights}) are named in trainable.parameters"
