@@ -205,8 +205,8 @@ def _reached(decoder: Decoder, layers: Mapping[str, nn.Module], *, every: bool) 
     live = {_leaf(name) for name in layers if name not in seen.idle and name not in seen.mute}
     if names - live and not every:
         raise ConfigError(
-            f"trainable.modules: nothing would train {min(names - live)!r}: what it gives has no part in what the model "
-            "says, or it reads zeros alone; leave it out"
+            f"trainable.modules: nothing would train {min(names - live)!r}: what it gives has no part in what the "
+            "model says, or it reads zeros alone; leave it out"
         )
     kept = [name for name in layers if name not in useless]
     groups = [[name for name in group if name in kept] for group in seen.groups]

@@ -3,7 +3,7 @@
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -129,40 +129,38 @@ def observe(decoder: Decoder, layers: Mapping[str, nn.Module]) -> Seen:
         if order.count(name) == 1:
             groups.setdefault(id(tensor), []).append(name)
     idle = {name for name in layers if name not in order and not _is_routed(name, decoder)}
-    mute = {name for name in order if whole and name not in heard} | _starved(decoder, layers, calls)
+    zeros = {name for name, read in calls if read.numel()} - {name for name, read in calls if read.any()}
+    mute = {name for name in order if whole and name not in heard} | _starved(decoder, layers, zeros)
     return Seen(list(groups.values()), idle, mute)
 
 
-def _starved(decoder: Decoder, layers: Mapping[str, nn.Module], calls: Sequence[tuple[str, Tensor]]) -> set[str]:
-    """Return the layers that read zeros alone, also when all others give something else, as with trained adapters.
+def _starved(decoder: Decoder, layers: Mapping[str, nn.Module], zeros: set[str]) -> set[str]:
+    """Return which of the layers that read zeros alone do so whatever the others give, as adapters in them may learn.
 
     Args:
         decoder: The model.
         layers: Layers by name in the blocks.
-        calls: What each of them read in a pass, per call.
+        zeros: Those that read zeros alone.
     """
-    zeros = {name for name, read in calls if read.numel()} - {name for name, read in calls if bool(read.any())}
+    if not zeros:
+        return zeros
+    fed: set[str] = set()
     generator = torch.Generator().manual_seed(2)
 
     def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output + torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
 
-    while zeros:
-        fed: set[str] = set()
-        handles = [layers[name].register_forward_hook(disturb) for name in layers if name not in zeros]
-        handles += [
-            layers[name].register_forward_pre_hook(lambda _, args, name=name: fed.add(name) if args[0].any() else None)
-            for name in zeros
-        ]
-        try:
-            _gradients(decoder.model, {})
-        finally:
-            for handle in handles:
-                handle.remove()
-        if not fed:
-            break
-        zeros -= fed
-    return zeros
+    def note(name: str) -> Any:
+        return lambda _, args: fed.update([name] if args[0].any() else ())
+
+    handles = [layers[name].register_forward_hook(disturb) for name in layers if name not in zeros]
+    handles += [layers[name].register_forward_pre_hook(note(name)) for name in zeros]
+    try:
+        _gradients(decoder.model, {})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _starved(decoder, layers, zeros - fed) if fed else zeros
 
 
 def _gradients(model: PreTrainedModel, pushes: Mapping[str, list[Tensor]]) -> list[tuple[str, Tensor | None]]:
