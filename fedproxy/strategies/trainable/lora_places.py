@@ -162,7 +162,7 @@ def _named(decoder: Decoder, modules: Sequence[str], linear: Collection[str], ex
 
 def _misnamed(name: str, decoder: Decoder, leaves: Collection[str], experts: Collection[str]) -> str:
     """Return why a name fits no linear layer in the blocks, and the way out."""
-    known = ", ".join(sorted(leaves))
+    known = ", ".join(sorted(leaf for leaf in leaves if not leaf.isdigit()))
     if name == ALL_LINEAR:
         return f"{name!r} stands for all layers; give it alone"
     if "." in name:
