@@ -198,6 +198,28 @@ def test_a_damaged_tokenizer_is_one_line(text, folder):
     assert "\n" not in str(found.value)
 
 
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(folder):
+    with pytest.raises(ModelError, match=r"there is neither a tokenizer\.json nor what could be turned into one; put"):
+        load_tokenizer(folder)
+
+
+def test_damage_that_a_library_trips_over_is_called_damage(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    change(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(ModelError, match=r"what its files say makes no sense \(KeyError: 'added_tokens'\); put the"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_settings_that_are_no_object_name_their_file(name, folder):
+    (folder / name).write_text("[1, 2]")
+    read = load_model if name.startswith("generation") else load_tokenizer
+    with pytest.raises(
+        ModelError, match=rf"{name} cannot be read: it must hold an object, got list; copy or download the model"
+    ):
+        read(folder)
+
+
 @pytest.mark.parametrize(
     ("path", "match"),
     [
