@@ -48,6 +48,8 @@ class Decoder:
         if model.get_output_embeddings() is None:
             raise ModelError(f"target.path: {kind} has no language model head; FedProxy needs a decoder-only causal LM")
         depth = depth_of(model.config.get_text_config())
+        if depth is not None and depth < 1:
+            raise ModelError(f"target.path: {kind} has {depth} blocks; FedProxy needs one at least")
         stacks = _stacks(model, depth)
         if not stacks:
             raise ModelError(

@@ -28,6 +28,13 @@ _HUB = {
     "LocalEntryNotFoundError": f"it is not in the hub's cache, and the hub cannot be reached; {_GIVE}",
 }
 
+_MEANT = {
+    "backend tokenizer from one of": "there is neither a tokenizer.json nor what could be turned into one",
+    "ignore_mismatched_sizes": "weights have other shapes than its config.json asks for",
+    "Weights only load failed": "its weights are a pickle that holds more than tensors, and such is never read",
+}
+"""Part of what transformers says -> what it means, where the first line does not say it or gives bad advice."""
+
 
 def load_config(path: str | Path) -> Any:
     """Return a model's configuration.
@@ -202,8 +209,9 @@ def _reason(error: BaseException, remedy: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
-    if "backend tokenizer from one of" in str(error):
-        return f"there is neither a tokenizer.json nor what could be turned into one; {remedy}"
+    for said, meant in _MEANT.items():
+        if said in str(error):
+            return f"{meant}; {remedy}"
     if isinstance(error, (LookupError, AttributeError, TypeError)):
         return f"what its files say makes no sense ({type(error).__name__}: {first_line(error)}); {remedy}"
     return f"{first_line(error)}; {remedy}"

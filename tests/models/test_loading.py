@@ -10,8 +10,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from fedproxy.errors import FedProxyError, ModelError
-from fedproxy.models import check_model, load_model, load_tokenizer
-from fedproxy.models.loading import load_config
+from fedproxy.models import Decoder, check_model, load_model, load_tokenizer
+from fedproxy.models.loading import build, load_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
@@ -142,9 +142,24 @@ class Runs:
 def test_a_pickle_is_read_without_running_what_it_asks_for(folder, tmp_path):
     torch.save({"a": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(
+        ModelError, match=r"its weights are a pickle that holds more than tensors.*copy the model again"
+    ):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_other_shapes_are_called_that(folder):
+    change(folder, intermediate_size=16)
+    with pytest.raises(ModelError, match=r"weights have other shapes than its config\.json asks for; copy the model"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_model_without_blocks_is_refused(folder, depth):
+    change(folder, num_hidden_layers=depth)
+    with torch.device("meta"), pytest.raises(ModelError, match=rf"has {depth} blocks; FedProxy needs one at least"):
+        Decoder.of(build(load_config(folder), torch.float32))
 
 
 @pytest.fixture
