@@ -91,7 +91,7 @@ def _check_value(name: str, value: Any) -> None:
     if len(plain) < len(kinds) - sum(get_origin(kind) is Literal for kind in kinds):
         return  # it also takes objects, which Lightning checks
     if value not in words and type(value) not in plain and not (float in plain and type(value) is int):
-        wanted = [*(_KINDS[kind] for kind in plain), *map(str, words)]
+        wanted = dict.fromkeys([*(_KINDS[kind] for kind in plain), *map(str, words)])
         raise ConfigError(f"trainer.{name} must be {' or '.join(wanted)}, got {value!r}")
 
 

@@ -75,7 +75,7 @@ def test_every_trainer_option_is_reachable():
         ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
         ({"limit_train_batches": 2}, r"trainer\.limit_train_batches is set by data\.rows_per_task; use that instead"),
         ({"max_steps": 2}, r"trainer\.max_steps is set by client\.epochs"),
-        ({"precision": "7-bit"}, r"^trainer: .*7-bit"),
+        ({"precision": "7-bit"}, r"^trainer\.precision must be .*bf16-mixed or .*, got '7-bit'"),
         ({"deterministic": "abc"}, r"trainer\.deterministic must be true or false or null or warn, got 'abc'"),
         ({"detect_anomaly": 2}, r"trainer\.detect_anomaly must be true or false, got 2"),
         ({"log_every_n_steps": "often"}, r"trainer\.log_every_n_steps must be a whole number or null, got 'often'"),
