@@ -64,18 +64,17 @@ def trainer_options() -> tuple[str, ...]:
 
 
 def check_trainer_options(options: Mapping[str, Any]) -> None:
-    """Check names and values against lightning.Trainer's signature, without building one.
+    """Check names against lightning.Trainer's signature, without building one.
 
     Raises:
-        ConfigError: If an option is unknown, is set by another key of the recipe, or has a value of another kind.
+        ConfigError: If an option is unknown, or is set by another key of the recipe.
     """
     known = trainer_options()
-    for name, value in options.items():
+    for name in options:
         if name in _ELSEWHERE:
             raise ConfigError(f"trainer.{name} is set by {_ELSEWHERE[name]}; use that instead")
         if name not in known:
             raise ConfigError(f"trainer.{name}: lightning.Trainer has no such option{nearest(name, known)}")
-        _check_value(name, value)
 
 
 def _check_value(name: str, value: Any) -> None:
@@ -120,6 +119,8 @@ def make_trainer(
         ConfigError: If an option is unknown or Lightning refuses its value.
     """
     check_trainer_options(options)
+    for option, value in options.items():
+        _check_value(option, value)
     arguments: dict[str, Any] = {**_QUIET, **options}
     name = arguments["logger"]
     if isinstance(name, str):
