@@ -87,13 +87,13 @@ def _json(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    del columns
     csv.field_size_limit(_LONGEST_FIELD)
     with _open(path, newline="") as file:
         reader = csv.DictReader(file, strict=True)
         number = 0
         try:
             check_columns(f"{path} line 1", reader.fieldnames or ())
+            _check_commas(path, reader.fieldnames or (), columns)
             for number, values in enumerate(reader, 1):
                 place = f"{path} row {number} (line {reader.line_num})"
                 if None in values or None in values.values():
@@ -103,6 +103,17 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                 yield Record(place, values)
         except csv.Error as error:
             raise DataError(f"{path} row {number + 1} is not valid CSV ({error}); fix the row") from error
+
+
+def _check_commas(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """Refuse a header that holds the wanted columns between other marks: spreadsheets of many countries write those.
+
+    Raises:
+        DataError: Naming the mark.
+    """
+    for mark in (";", "\t", "|"):
+        if len(header) == 1 and set(columns) <= set(header[0].split(mark)) - {header[0]}:
+            raise DataError(f"{path} line 1 separates its columns by {mark!r}; save it with commas")
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:

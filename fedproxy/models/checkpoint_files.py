@@ -34,6 +34,23 @@ def check_config_files(folder: Path) -> None:
     if not config.exists():
         raise ModelError(f"{folder} has no config.json; give a from_pretrained folder")
     _check_depth(config, read_json(config, dict, error=ModelError, remedy=_COPY))
+    _check_objects(folder, "generation_config.json")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check that a tokenizer's settings are what they should be.
+
+    Raises:
+        ModelError: If they are not.
+    """
+    _check_objects(folder, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _check_objects(folder: Path, *names: str) -> None:
+    """Check that those of the files that are there hold a JSON object each, which is all that libraries foresee."""
+    for name in names:
+        if (folder / name).exists():
+            read_json(folder / name, dict, error=ModelError, remedy=_COPY)
 
 
 def check_weight_files(folder: Path) -> None:

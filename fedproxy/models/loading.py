@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedproxy.errors import FedProxyError, ModelError, first_line
-from fedproxy.models.checkpoint_files import check_config_files, check_weight_files
+from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
 from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
@@ -29,6 +29,13 @@ _HUB = {
     "OfflineModeIsEnabled": f"it is not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE); {_GIVE}",
     "LocalEntryNotFoundError": f"it is not in the hub's cache, and the hub cannot be reached; {_GIVE}",
 }
+
+_MEANT = {
+    "backend tokenizer from one of": "there is neither a tokenizer.json nor what could be turned into one",
+    "ignore_mismatched_sizes": "weights have other shapes than its config.json asks for",
+    "Weights only load failed": "its weights are a pickle that holds more than tensors, and such is never read",
+}
+"""Part of what transformers says -> what it means, where the first line does not say it or gives bad advice."""
 
 
 def load_config(path: str | Path) -> Any:
@@ -118,11 +125,13 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
     """
     folder = _folder(path)
     remedy = "put the model's own tokenizer into its folder"
-    if folder is not None and _needs_sentencepiece(folder):
-        raise ModelError(
-            f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
-            "pip install sentencepiece protobuf, or put tokenizer.json into the folder"
-        )
+    if folder is not None:
+        check_tokenizer_files(folder)
+        if _needs_sentencepiece(folder):
+            raise ModelError(
+                f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
+                "pip install sentencepiece protobuf, or put tokenizer.json into the folder"
+            )
     with _foreign(f"{path} has no tokenizer that can be read", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, folder), **options)
     tokenizer.init_kwargs["local_files_only"] = False  # how it was read is no part of what it is
@@ -213,4 +222,9 @@ def _reason(error: BaseException, remedy: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
+    for said, meant in _MEANT.items():
+        if said in str(error):
+            return f"{meant}; {remedy}"
+    if isinstance(error, (LookupError, AttributeError, TypeError)):
+        return f"what its files say makes no sense ({type(error).__name__}: {first_line(error)}); {remedy}"
     return f"{first_line(error)}; {remedy}"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fedproxy.data.assets import resolve
 from fedproxy.errors import FedProxyError, ModelError
-from fedproxy.models import check_model, load_model, load_tokenizer
-from fedproxy.models.loading import load_config
+from fedproxy.models import Decoder, check_model, load_model, load_tokenizer
+from fedproxy.models.loading import build, load_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
@@ -146,9 +146,24 @@ class Runs:
 def test_a_pickle_is_read_without_running_what_it_asks_for(folder, tmp_path):
     torch.save({"a": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(
+        ModelError, match=r"its weights are a pickle that holds more than tensors.*copy the model again"
+    ):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+def test_weights_of_other_shapes_are_called_that(folder):
+    change(folder, intermediate_size=16)
+    with pytest.raises(ModelError, match=r"weights have other shapes than its config\.json asks for; copy the model"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_model_without_blocks_is_refused(folder, depth):
+    change(folder, num_hidden_layers=depth)
+    with torch.device("meta"), pytest.raises(ModelError, match=rf"has {depth} blocks; FedProxy needs one at least"):
+        Decoder.of(build(load_config(folder), torch.float32))
 
 
 @pytest.fixture
@@ -247,6 +262,28 @@ def test_a_damaged_tokenizer_is_one_line(text, folder):
     with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model") as found:
         load_tokenizer(folder)
     assert "\n" not in str(found.value)
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(folder):
+    with pytest.raises(ModelError, match=r"there is neither a tokenizer\.json nor what could be turned into one; put"):
+        load_tokenizer(folder)
+
+
+def test_damage_that_a_library_trips_over_is_called_damage(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    change(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(ModelError, match=r"what its files say makes no sense \(KeyError: 'added_tokens'\); put the"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_settings_that_are_no_object_name_their_file(name, folder):
+    (folder / name).write_text("[1, 2]")
+    read = load_model if name.startswith("generation") else load_tokenizer
+    with pytest.raises(
+        ModelError, match=rf"{name} cannot be read: it must hold an object, got list; copy or download the model"
+    ):
+        read(folder)
 
 
 @pytest.mark.parametrize(
