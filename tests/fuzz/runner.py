@@ -1,7 +1,8 @@
 """Runs one command after another in forked children of one warm process: ``python -m tests.fuzz.runner``.
 
-Each line of standard input is a case, ``{"module", "arguments", "cwd", "log"}``; each line of the answer says how it
-ended: exit code (None where it had to be killed), seconds, and the most memory beyond the warm process, in bytes.
+Each line of standard input is a case, ``{"module", "arguments", "cwd", "log", "longest_s"}``; each line of the answer
+says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond the warm process, in
+bytes.
 """
 
 import json
@@ -14,8 +15,8 @@ import time
 import traceback
 from pathlib import Path
 
-LONGEST_S = 30.0
-"""Wall time after which a case counts as hanging, on a machine that does other work too."""
+MOST_ADDRESSES = 8 << 30
+"""Bytes of address space that a case may take beyond the warm process: far too many, but the machine survives it."""
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
 
     import fedproxy.compare
     import fedproxy.evaluation.harness
+    import fedproxy.federation.admission
     import fedproxy.pipeline.run  # noqa: F401
 
     del lightning, lm_eval, peft
@@ -36,13 +38,13 @@ def main() -> None:
         answers.write(json.dumps(run(**json.loads(line))) + "\n")
 
 
-def run(module: str, arguments: list[str], cwd: str, log: str) -> dict[str, object]:
+def run(module: str, arguments: list[str], cwd: str, log: str, longest_s: float) -> dict[str, object]:
     """Run one command in a child and return how it ended."""
     started = time.monotonic()
     child = os.fork()
     if not child:
         _child(module, arguments, cwd, log)
-    while time.monotonic() - started < LONGEST_S:
+    while time.monotonic() - started < longest_s:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             return _ended(os.waitstatus_to_exitcode(status), started, usage)
@@ -65,6 +67,8 @@ def _ended(code: int | None, started: float, usage: resource.struct_rusage) -> d
 def _child(module: str, arguments: list[str], cwd: str, log: str) -> None:
     os.setpgid(0, 0)
     code = 1
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_ADDRESSES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
