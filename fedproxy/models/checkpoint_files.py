@@ -9,7 +9,6 @@ from fedproxy.files import open_regular, read_json
 
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _LFS = b"version https://git-lfs.github.com/"
-_POINTER_BYTES = 1024
 _COPY = "copy or download the model again"
 
 
@@ -19,7 +18,7 @@ def check_config_files(folder: Path) -> None:
     Raises:
         ModelError: If it is not.
     """
-    _refuse_pointers(folder)
+    check_readable(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.exists():
         what = "holds an adapter without its model" if not config.exists() else "holds an adapter beside the model"
@@ -30,6 +29,24 @@ def check_config_files(folder: Path) -> None:
     if not config.exists():
         raise ModelError(f"{folder} has no config.json; give a from_pretrained folder")
     read_json(config, dict, error=ModelError, remedy=_COPY)
+
+
+def check_readable(folder: Path) -> None:
+    """Check that a library can read what lies in a folder: no pipe, which it would wait for, and no Git LFS pointer.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not path.exists():
+            continue
+        try:
+            with open_regular(path, follow=True) as file:
+                pointer = file.read(len(_LFS)) == _LFS
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or one_line(error)}); {_COPY}") from error
+        if pointer:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -77,17 +94,3 @@ def _shards(index: Path) -> list[Path]:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """Refuse a clone in which Git LFS left pointers in the files' place."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.stat().st_size > _POINTER_BYTES:
-            continue
-        try:
-            with open_regular(path, follow=True) as file:
-                pointer = file.read(len(_LFS)) == _LFS
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read ({error.strerror or error}); {_COPY}") from error
-        if pointer:
-            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedproxy.errors import FedProxyError, ModelError, first_line
-from fedproxy.models.checkpoint_files import check_config_files, check_weight_files
+from fedproxy.models.checkpoint_files import check_config_files, check_readable, check_weight_files
 from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
@@ -113,6 +113,8 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
     """
     folder = _folder(path)
     remedy = "put the model's own tokenizer into its folder"
+    if folder is not None:
+        check_readable(folder)
     if folder is not None and _needs_sentencepiece(folder):
         raise ModelError(
             f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
@@ -120,6 +122,7 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
         )
     with _foreign(f"{path} has no tokenizer that can be read", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, folder), **options)
+        _try(tokenizer)
     tokenizer.init_kwargs["local_files_only"] = False  # how it was read is no part of what it is
     return tokenizer
 
@@ -169,6 +172,12 @@ def _refuse_quantised(path: str | Path, config: Any) -> None:
                 f"{path} is quantised ({first_line(kind)}), and only plain weights can be cut, fused and scored; give "
                 "the checkpoint that it was made from, in float32, bfloat16 or float16"
             )
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once: settings of a wrong type are taken as they are, and fail where text is encoded."""
+    ids = tokenizer("a", padding=False, truncation=False)["input_ids"]
+    tokenizer.decode([*ids, *tokenizer.all_special_ids])
 
 
 def _needs_sentencepiece(folder: Path) -> bool:

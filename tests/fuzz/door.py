@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> None:
         update = admit(UpdateFile(CLIENT, path), FORM, Vault(path.parent))
         norms = check_update(update, SENT, EXPECTED)
     finally:
-        assert path.is_dir() or not path.is_symlink() and not path.exists(), "the file was left behind"
+        assert path.is_dir() or (not path.is_symlink() and not path.exists()), "the file was left behind"
     FORM.check({part: _kinds(tensors) for part, tensors in {"": update.delta, **update.extras}.items()})
     for tensors in (update.delta, *update.extras.values()):
         for name, tensor in tensors.items():

@@ -15,6 +15,10 @@ import time
 import traceback
 from pathlib import Path
 
+BUSY_MACHINE = 10
+"""Wall seconds that a case is given for each second of processor time: other work may hold the processor."""
+MOST_CPU_S = 15
+"""Processor time after which a case is ended by the system."""
 MOST_ADDRESSES = 8 << 30
 """Bytes of address space that a case may take beyond the warm process: far too many, but the machine survives it."""
 
@@ -44,7 +48,7 @@ def run(module: str, arguments: list[str], cwd: str, log: str, longest_s: float)
     child = os.fork()
     if not child:
         _child(module, arguments, cwd, log)
-    while time.monotonic() - started < longest_s:
+    while time.monotonic() - started < longest_s + BUSY_MACHINE * _cpu_seconds(child):
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             return _ended(os.waitstatus_to_exitcode(status), started, usage)
@@ -52,6 +56,12 @@ def run(module: str, arguments: list[str], cwd: str, log: str, longest_s: float)
     os.killpg(child, signal.SIGKILL)
     _, _, usage = os.wait4(child, 0)
     return _ended(None, started, usage)
+
+
+def _cpu_seconds(process: int) -> float:
+    """Return the processor time that a child has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _ended(code: int | None, started: float, usage: resource.struct_rusage) -> dict[str, object]:
@@ -69,6 +79,7 @@ def _child(module: str, arguments: list[str], cwd: str, log: str) -> None:
     code = 1
     most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_ADDRESSES
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

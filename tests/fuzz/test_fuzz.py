@@ -104,7 +104,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_this_test_sees_what_it_looks_for(runner, place, fault):
     with pytest.raises(AssertionError, match=FAULTS[fault]):
-        check(runner, "tests.fuzz.faults", [fault], place, "run", longest_s=2 if fault == "hang" else 30)
+        check(runner, "tests.fuzz.faults", [fault], place, "run", longest_s=2 if fault == "hang" else 10)
 
 
 @pytest.mark.parametrize("promise", ["good", "refusal"])

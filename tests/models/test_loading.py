@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fedproxy.data.assets import resolve
 from fedproxy.errors import FedProxyError, ModelError
 from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.models.loading import load_config
@@ -196,6 +198,23 @@ def test_a_damaged_tokenizer_is_one_line(text, folder):
     with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model") as found:
         load_tokenizer(folder)
     assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("fields", [{"model_max_length": "many"}, {"model_max_length": [5]}])
+def test_a_tokenizer_with_settings_of_a_wrong_type_is_one_line(fields, tmp_path):
+    shutil.copytree(resolve("asset:tiny-llama"), tmp_path / "model")
+    load_tokenizer(tmp_path / "model")
+    change(tmp_path / "model", "tokenizer_config.json", **fields)
+    with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model's own") as found:
+        load_tokenizer(tmp_path / "model")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_s_file_that_is_a_pipe_is_not_waited_for(name, folder):
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=rf"{name} cannot be read \(it is not a regular file\)"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
