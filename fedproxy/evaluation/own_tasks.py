@@ -16,7 +16,7 @@ from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, lm_eval_folder, task_names
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_data import resolved_data
-from fedproxy.files import file_sha256, open_regular
+from fedproxy.files import file_sha256, read_whole
 from fedproxy.names import check_name
 
 _KEYS = {
@@ -128,11 +128,7 @@ _Loader.add_constructor("!function", _no_function)
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path, follow=True) as file:
-            text = file.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise EvaluationError(f"{path.name} has more than {_LARGEST} bytes; data belong into files of their own")
-        config = yaml.load(text, Loader=_Loader)
+        config = yaml.load(read_whole(path, most=_LARGEST), Loader=_Loader)
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror or error}); correct the path") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -15,12 +15,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedproxy.errors import FedProxyError, ModelError, first_line
+from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
 from fedproxy.models.checkpoint_files import check_config_files, check_readable, check_weight_files
 from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
 _DECODER = "give a decoder-only causal LM"
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""The keys of a configuration that name special tokens."""
 _HUB = {
     "GatedRepoError": "access to it is restricted; accept its terms on the hub and run hf auth login",
     "RepositoryNotFoundError": f"the hub has no such repository, or it is private; {_GIVE}",
@@ -79,6 +81,7 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
         model, info = AutoModelForCausalLM.from_pretrained(
             **_source(path, _folder(path)), weights_only=True, output_loading_info=True, **options
         )
+    _check_generation(path, model.generation_config)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -161,6 +164,18 @@ def _source(path: str | Path, folder: Path | None) -> dict[str, Any]:
         "local_files_only": folder is not None,
         "trust_remote_code": False,
     }
+
+
+def _check_generation(path: str | Path, config: Any) -> None:
+    """Refuse ids of special tokens that are not numbers; transformers checks those of the model's configuration."""
+    for name in SPECIAL:
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and type(token) is not int:
+                raise ModelError(
+                    f"{path}: generation_config.json: {name} must be a whole number, a list of them or null, got "
+                    f"{one_line(repr(value), 60)}; copy the model again"
+                )
 
 
 def _refuse_quantised(path: str | Path, config: Any) -> None:

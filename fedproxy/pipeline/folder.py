@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.federation.owners import read_owners
-from fedproxy.files import open_regular, parse_json, private_folder, write_text
+from fedproxy.files import parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
 from fedproxy.sealed import read_sealed
@@ -185,8 +185,7 @@ class RunFolder:
         if not os.path.lexists(self.journal):
             return []
         try:
-            with open_regular(self.journal, follow=True) as file:
-                *lines, _ = file.read().split(b"\n")
+            *lines, _ = read_whole(self.journal).split(b"\n")
             return [parse_json(line, dict) for line in lines]
         except (OSError, ValueError) as error:
             raise CheckpointError(

@@ -11,6 +11,8 @@ LONGEST_CPU_S = 10.0
 LONGEST_S = 10.0
 """Wall seconds after which a case that computes nothing counts as hanging."""
 MOST_MEMORY_BYTES = 1 << 30
+NOWHERE = "http://127.0.0.1:9"
+"""A proxy that nothing answers: no case may need a network."""
 LONGEST_LINE = 1500
 """Most characters of an error: a few foreign texts of 300 each, and our own words."""
 
@@ -26,6 +28,7 @@ class Runner:
         self.home = home
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
         environment |= {"HF_HOME": str(home / "hf"), "FEDPROXY_CACHE": str(home / "assets"), "COLUMNS": "200"}
+        environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), NOWHERE)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.fuzz.runner"],
             stdin=subprocess.PIPE,
@@ -58,7 +61,7 @@ def check(
         runner: Where it runs.
         module: The command.
         arguments: Its arguments.
-        cwd: Where it works. Nothing here, beside this folder and in the caches may change but ``writes``.
+        cwd: Where it works. Here and beside this folder nothing may change but ``writes``; caches may grow.
         writes: The run folder.
         longest_s: Wall seconds that it may wait.
     """
@@ -78,7 +81,11 @@ def check(
     assert ended["cpu_seconds"] < LONGEST_CPU_S, f"{ended['cpu_seconds']:.1f} s of CPU:\n{said[-1000:]}"
     assert ended["memory_bytes"] < MOST_MEMORY_BYTES, f"{ended['memory_bytes'] >> 20} MiB:\n{said[-1000:]}"
     after = _seen(runner, cwd, cwd / writes)
-    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    changed = sorted(
+        path
+        for path in before.keys() | after.keys()
+        if before.get(path) != after.get(path) and (path in before or not Path(path).is_relative_to(runner.home))
+    )
     assert not changed, f"changed outside of the run folder: {changed}"
 
 

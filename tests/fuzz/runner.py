@@ -1,7 +1,7 @@
 """Runs one command after another in forked children of one warm process: ``python -m tests.fuzz.runner``.
 
 Each line of standard input is a case, ``{"module", "arguments", "cwd", "log", "longest_s"}``; each line of the answer
-says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond the warm process, in
+says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond what it began with, in
 bytes.
 """
 
@@ -48,14 +48,15 @@ def run(module: str, arguments: list[str], cwd: str, log: str, longest_s: float)
     child = os.fork()
     if not child:
         _child(module, arguments, cwd, log)
+    at_first = int(Path(f"/proc/{child}/statm").read_text().split()[1]) * resource.getpagesize()
     while time.monotonic() - started < longest_s + BUSY_MACHINE * _cpu_seconds(child):
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
-            return _ended(os.waitstatus_to_exitcode(status), started, usage)
+            return _ended(os.waitstatus_to_exitcode(status), started, usage, at_first)
         time.sleep(0.01)
     os.killpg(child, signal.SIGKILL)
     _, _, usage = os.wait4(child, 0)
-    return _ended(None, started, usage)
+    return _ended(None, started, usage, at_first)
 
 
 def _cpu_seconds(process: int) -> float:
@@ -64,13 +65,12 @@ def _cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _ended(code: int | None, started: float, usage: resource.struct_rusage) -> dict[str, object]:
-    warm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _ended(code: int | None, started: float, usage: resource.struct_rusage, at_first: int) -> dict[str, object]:
     return {
         "code": code,
         "seconds": time.monotonic() - started,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "memory_bytes": max(0, usage.ru_maxrss - warm) * 1024,
+        "memory_bytes": usage.ru_maxrss * 1024 - at_first,
     }
 
 

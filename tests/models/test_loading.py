@@ -88,6 +88,10 @@ FAULTS = {
     "other width": (lambda f: change(f, hidden_size=64), "cannot be loaded as a causal LM"),
     "impossible size": (lambda f: change(f, hidden_size="wide"), "is no model: "),
     "negative heads": (lambda f: change(f, num_attention_heads=0), "model"),
+    "a word where generation ends": (
+        lambda f: change(f, "generation_config.json", eos_token_id=["end"]),
+        r"generation_config\.json: eos_token_id must be a whole number, .*got \['end'\]",
+    ),
     "unknown type": (lambda f: change(f, model_type="my_own"), "is no model: .*my_own"),
     "no type": (lambda f: change(f, model_type=None), "is no model"),
     "adapter beside": (adapter, r"holds an adapter beside the model .*merge_and_unload"),
