@@ -224,4 +224,7 @@ def _reason(error: BaseException, remedy: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
-    return f"{first_line(error)}; {remedy}"
+    if "Couldn't instantiate the backend tokenizer" in str(error):
+        return f"tokenizer.json is missing, or holds no tokenizer; {remedy}"
+    key = "no entry for " if isinstance(error, KeyError) else ""  # whose message is the key alone
+    return f"{key}{first_line(error)}; {remedy}"

@@ -241,7 +241,7 @@ def state(content):
         (state("{"), "state.json cannot be read: it is not valid JSON"),
         (state("[" * 200_000), "state.json cannot be read: it is nested too deeply"),
         (state("[]"), "state.json cannot be read: it must hold an object"),
-        (state("{}"), r"is not a whole save_to_disk folder \('_data_files'\)"),
+        (state("{}"), r"its state.json does not list its files"),
         (state('{"_data_files": [{"filename": "../elsewhere.arrow"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": [{"filename": "/etc/passwd"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": 5}'), "is not a whole save_to_disk folder"),

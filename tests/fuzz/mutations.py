@@ -75,6 +75,19 @@ def odd_value(random: Random) -> Any:
     return copy.deepcopy(random.choice(ODD_VALUES))
 
 
+def _alike(value: Any, random: Random) -> Any:
+    """Return another value of the same type, small enough to cost little where it is good."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return random.choice((0, 1, 2, 3, 5, -1))
+    if isinstance(value, float):
+        return random.choice((0.0, 1e-30, 0.3, 1.0, 2.5, 1e6, 1e300, -1.0))
+    if isinstance(value, str):
+        return random.choice((value.upper(), f"{value} ", value[1:], f"{value}/{value}", f"./{value}"))
+    return odd_value(random)
+
+
 def tree_mutated(tree: Any, random: Random, changes: int = 1) -> Any:
     """Return nested mappings and lists with values replaced or swapped, keys dropped, added or misspelt."""
     tree = copy.deepcopy(tree)
@@ -83,9 +96,11 @@ def tree_mutated(tree: Any, random: Random, changes: int = 1) -> Any:
         if not found:
             return odd_value(random)
         node, key = random.choice(found)
-        match random.randrange(6):
+        match random.randrange(8):
             case 0 | 1 | 2:
                 node[key] = odd_value(random)
+            case 6 | 7:
+                node[key] = _alike(node[key], random)
             case 3:
                 del node[key]
             case 4:

@@ -1,8 +1,8 @@
 """Runs one command after another in forked children of one warm process: ``python -m tests.fuzz.runner``.
 
 Each line of standard input is a case, ``{"module", "arguments", "cwd", "log", "longest_s"}``; each line of the answer
-says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond what it began with, in
-bytes.
+says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond what it began with,
+in bytes.
 """
 
 import json

@@ -28,13 +28,20 @@ from tests.fuzz.mutations import (
 )
 
 pytestmark = pytest.mark.slow
-CASES = {"recipe": 120, "rows": 90, "model": 80, "update": 100, "run": 70, "report": 50}
+CASES = {"recipe": 140, "rows": 90, "task": 40, "model": 100, "update": 100, "run": 70, "report": 80}
 SMALL = (
     *("data.rows_per_task=4", "client.batch_size=4", "federation.rounds=1", "evaluation.limit=2"),
     *("evaluation.tasks=[tiny_colors]", "evaluation.models=[fused]", "trainer.accelerator=cpu"),
     "compression={name: uniform, keep: [0, 3], calibration: {path: asset:tiny-calibration, rows: 4, max_tokens: 16}}",
 )
 ONE_TASK = ("data.tasks=[tiny_colors]", "data.partition.name=iid", "data.partition.clients=2")
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+FAMILIES = {
+    "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512},
+    "gemma2": {**SIZE, "num_key_value_heads": 2, "sliding_window": 4},
+    "mixtral": {**SIZE, "num_key_value_heads": 2, "num_local_experts": 4},
+}
+"""Models of other families beside the tiny Llama: other names, kinds of blocks, experts."""
 JSON = (".json", ".jsonl")
 
 
@@ -61,7 +68,18 @@ def good(tmp_path_factory, runner):
     )
     assert ended["code"] == 0, said
     shutil.copytree(runner.home / "assets" / "tiny-llama", folder / "model")
+    _models(folder)
     return folder
+
+
+def _models(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    for family, options in FAMILIES.items():
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), pad_token_id=0, **options)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
+        tokenizer.save_pretrained(folder / family)
 
 
 def _tables(rows: list[dict], folder: Path) -> None:
@@ -158,9 +176,41 @@ def test_rows(random, runner, place, good):
     check(runner, "fedproxy.fit", ["recipe=fedproxy_tiny", *SMALL, *what, "output_dir=run"], place, "run")
 
 
+TASK = """\
+task: ward
+dataset_path: csv
+dataset_kwargs: {data_files: {test: ward.csv}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{prompt}}"
+doc_to_target: 0
+doc_to_choice: ["{{target}}", "none"]
+target_delimiter: " "
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+metadata: {version: 1.0}
+"""
+
+
+@pytest.mark.parametrize("random", cases("task"))
+def test_task_files(random, runner, place, good):
+    shutil.copy(good / "ward.csv", place)
+    kind = random.random()
+    task = yaml.safe_load(TASK)
+    if kind < 0.7:
+        task = tree_mutated(task, random, random.choice((1, 1, 2)))
+    if kind < 0.2:
+        key = random.choice(("include", "tag", "filter_list", "generation_kwargs", "fewshot_config", "description"))
+        task = {**(task if isinstance(task, dict) else {}), key: odd_value(random)}
+    text = yaml.safe_dump(task, allow_unicode=True) if kind < 0.7 else yaml_mutated(TASK, random)
+    data = text.encode("utf-8", "replace")
+    (place / "ward.yaml").write_bytes(bytes_mutated(data, random) if kind > 0.85 else data)
+    arguments = ["model=asset:tiny-llama", "tasks=[ward.yaml]", "limit=2", "output_dir=run"]
+    check(runner, "fedproxy.evaluate", arguments, place, "run")
+
+
 @pytest.mark.parametrize("random", cases("model"))
 def test_models(random, runner, place, good):
-    shutil.copytree(good / "model", place / "model")
+    shutil.copytree(good / random.choice(["model", "model", *FAMILIES]), place / "model")
     path = random.choice(sorted(path for path in (place / "model").iterdir() if path.is_file()))
     if random.random() < 0.15:
         path_mutated(path, random, place / "notes.txt")

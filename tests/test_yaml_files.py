@@ -6,8 +6,8 @@ import pytest
 
 from fedproxy.comparison.arguments import read_study
 from fedproxy.config import check_arguments
-from fedproxy.config.yaml_files import DEEPEST, dump_yaml, parse_yaml, read_mapping
 from fedproxy.errors import ConfigError
+from fedproxy.yaml_files import DEEPEST, dump_yaml, parse_yaml, read_mapping
 
 LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
