@@ -79,9 +79,18 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     check_model(path)
     with _foreign(f"{path} cannot be loaded as a causal LM", remedy):
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, _folder(path)), weights_only=True, output_loading_info=True, **options
+            **_source(path, _folder(path)),
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
         )
     _check_generation(path, model.generation_config)
+    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{path}: {name} has the shape {tuple(found)}, and by config.json it must have {tuple(wanted)}; copy the "
+            "model again"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(

@@ -72,6 +72,7 @@ def check(
     assert ended["code"] is not None, f"killed after {ended['seconds']:.1f} s:\n{said[-3000:]}"
     assert ended["code"] in (0, 2), f"ended with {ended['code']} after {ended['seconds']:.1f} s:\n{said[-3000:]}"
     assert "Traceback" not in said, said[-3000:]
+    assert "\x1b" not in said, f"a terminal command is printed: {said[-3000:]!r}"
     if ended["code"] == 2:
         errors = [line for line in said.split("\n") if line.startswith("error: ")]
         assert len(errors) == 1, said[-3000:]

@@ -77,7 +77,8 @@ def _models(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     for family, options in FAMILIES.items():
-        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), pad_token_id=0, **options)
+        tokens = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **tokens, **options)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / family)
         tokenizer.save_pretrained(folder / family)
 
@@ -155,6 +156,8 @@ def test_recipes(random, runner, place):
     if random.random() < 0.15:
         key = random.choice(("seed", "client.lr", "data", "target.path", "aggregator", "data.files.a b", "", "a.b.c"))
         arguments.append(f"{key}={odd_value(random)}".replace("\x00", "").encode("utf-8", "replace").decode())
+    if random.random() < 0.15:
+        module, arguments = "fedproxy.recipes", random.choice((["plan", "mine.yaml"], ["show", "mine.yaml"]))
     check(runner, module, arguments, place, "run")
 
 
@@ -173,6 +176,10 @@ def test_rows(random, runner, place, good):
     if name == "ward.txt" or random.random() < 0.2:
         calibration = f"{{path: {name}, rows: 4, max_tokens: 16}}"
         what = [f"compression={{name: block_influence, ratio: 0.5, calibration: {calibration}}}", *ONE_TASK]
+    if random.random() < 0.15:
+        owners = {"clients": {"a": ["ward/train/0", "ward/train/1"], "b": ["ward/train/2", "ward/train/3"]}}
+        (place / "owners.json").write_bytes(json_mutated(json.dumps(owners).encode(), random))
+        what.append("data.partition={name: file, path: owners.json}")
     check(runner, "fedproxy.fit", ["recipe=fedproxy_tiny", *SMALL, *what, "output_dir=run"], place, "run")
 
 
@@ -220,7 +227,8 @@ def test_models(random, runner, place, good):
         mutate = json_mutated if path.suffix in JSON else bytes_mutated
         path.write_bytes(mutate(path.read_bytes(), random))
     if random.random() < 0.7:
-        arguments = ["recipe=fedproxy_tiny", *SMALL, *ONE_TASK, "target.path=model", "output_dir=run"]
+        trained = "trainable={name: full, blocks: ends, first: 1, last: 1}"
+        arguments = ["recipe=fedproxy_tiny", *SMALL, *ONE_TASK, trained, "target.path=model", "output_dir=run"]
         check(runner, "fedproxy.fit", arguments, place, "run")
     else:
         arguments = ["model=model", "tasks=[tiny_colors]", "limit=2", "output_dir=run"]
@@ -278,7 +286,9 @@ def test_an_honest_update_is_let_in(runner, place):
 def test_run_folders(random, runner, place, good):
     shutil.copytree(good / "run", place / "run", symlinks=True)
     files = sorted(path for path in (place / "run").rglob("*") if path.is_file() and path.suffix != ".html")
-    for path in random.sample(files, random.choice((1, 1, 2))):
+    for _ in range(random.choice((1, 1, 2))):
+        suffix = random.choice(sorted({path.suffix for path in files}))
+        path = random.choice([path for path in files if path.suffix == suffix])
         if random.random() < 0.35:
             path_mutated(random.choice((path, path, path.parent)), random, place / "notes.txt")
             break

@@ -85,7 +85,10 @@ FAULTS = {
     "brackets": (lambda f: (f / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* deeply"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read: it must hold an object"),
     "no head": (lambda f: lose(f, "lm_head.weight"), "lacks 1 tensors, the first is lm_head.weight"),
-    "other width": (lambda f: change(f, hidden_size=64), "cannot be loaded as a causal LM"),
+    "other width": (
+        lambda f: change(f, hidden_size=64),
+        r"\.weight has the shape \(.*32.*\), and by config.json .* \(.*64.*\)",
+    ),
     "impossible size": (lambda f: change(f, hidden_size="wide"), "is no model: "),
     "negative heads": (lambda f: change(f, num_attention_heads=0), "model"),
     "a word where generation ends": (
