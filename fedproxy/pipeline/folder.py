@@ -7,9 +7,8 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedproxy.config import RunConfig, to_dict, to_yaml
+from fedproxy.config.yaml_files import read_mapping
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.federation.owners import read_owners
 from fedproxy.files import parse_json, private_folder, read_whole, write_text
@@ -262,9 +261,6 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use overwrite=true or another output_dir") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no run's configuration; use overwrite=true or another output_dir")
-    return {str(key): value for key, value in content.items()}
+        return read_mapping(path, "configuration")
+    except ConfigError as error:
+        raise CheckpointError(f"{error} (use overwrite=true or another output_dir)") from None
