@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
-    *("overrides", "sealed", "sealed_tensors", "tensor_files"),
+    *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
@@ -25,7 +25,7 @@ ALLOWED = {
     "reporting": (*FOUNDATION, "reporting"),
     "config": (*STRATEGIES, "federation", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
-    "comparison": ("errors", "files", "names", "locks", "overrides", "reporting", "config", "pipeline", "comparison"),
+    "comparison": (*FOUNDATION, "reporting", "config", "pipeline", "comparison"),
 }
 
 

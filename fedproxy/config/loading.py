@@ -11,11 +11,11 @@ from fedproxy.config.plugins import import_plugins, trusted_plugins
 from fedproxy.config.references import check_references, resolve
 from fedproxy.config.source import check_trainer_options, configuration_class
 from fedproxy.config.values import typed
-from fedproxy.config.yaml_files import dump_yaml, parse_yaml, read_mapping
 from fedproxy.errors import ConfigError, FedProxyError, nearest, one_line
 from fedproxy.overrides import as_typed
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
+from fedproxy.yaml_files import dump_yaml, parse_yaml, read_mapping
 
 if TYPE_CHECKING:
     from fedproxy.config.schema import RunConfig

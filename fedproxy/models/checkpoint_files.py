@@ -10,7 +10,6 @@ from fedproxy.files import open_regular, read_json
 
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _LFS = b"version https://git-lfs.github.com/"
-_POINTER_BYTES = 1024
 _COPY = "copy or download the model again"
 _DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 _DEEPEST = 1000
@@ -23,7 +22,7 @@ def check_config_files(folder: Path) -> None:
     Raises:
         ModelError: If it is not, or its configuration says that it has more blocks than any model.
     """
-    _refuse_pointers(folder)
+    check_readable(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.exists():
         what = "holds an adapter without its model" if not config.exists() else "holds an adapter beside the model"
@@ -43,6 +42,7 @@ def check_tokenizer_files(folder: Path) -> None:
     Raises:
         ModelError: If they are not.
     """
+    check_readable(folder)
     _check_objects(folder, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -51,6 +51,24 @@ def _check_objects(folder: Path, *names: str) -> None:
     for name in names:
         if (folder / name).exists():
             read_json(folder / name, dict, error=ModelError, remedy=_COPY)
+
+
+def check_readable(folder: Path) -> None:
+    """Check that a library can read what lies in a folder: no pipe, which it would wait for, and no Git LFS pointer.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not path.exists():
+            continue
+        try:
+            with open_regular(path, follow=True) as file:
+                pointer = file.read(len(_LFS)) == _LFS
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or one_line(error)}); {_COPY}") from error
+        if pointer:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -111,17 +129,3 @@ def _check_depth(path: Path, content: dict[str, Any]) -> None:
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """Refuse a clone in which Git LFS left pointers in the files' place."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.stat().st_size > _POINTER_BYTES:
-            continue
-        try:
-            with open_regular(path, follow=True) as file:
-                pointer = file.read(len(_LFS)) == _LFS
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read ({error.strerror or error}); {_COPY}") from error
-        if pointer:
-            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedproxy.errors import FedProxyError, ModelError, first_line
+from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
 from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
 from fedproxy.models.quiet import without_reports
 
@@ -23,6 +23,8 @@ _GIVE = "give an asset, a from_pretrained folder or a hub id"
 _DECODER = "give a decoder-only causal LM"
 _ATTENTION = {"eager", "sdpa", "flex_attention"}
 """Attention that a configuration may choose. Of other names transformers may fetch compiled code from the hub."""
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""The keys of a configuration that name special tokens."""
 _HUB = {
     "GatedRepoError": "access to it is restricted; accept its terms on the hub and run hf auth login",
     "RepositoryNotFoundError": f"the hub has no such repository, or it is private; {_GIVE}",
@@ -32,7 +34,6 @@ _HUB = {
 
 _MEANT = {
     "backend tokenizer from one of": "there is neither a tokenizer.json nor what could be turned into one",
-    "ignore_mismatched_sizes": "weights have other shapes than its config.json asks for",
     "Weights only load failed": "its weights are a pickle that holds more than tensors, and such is never read",
 }
 """Part of what transformers says -> what it means, where the first line does not say it or gives bad advice."""
@@ -89,7 +90,18 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     config = check_model(path)
     with _foreign(f"{path} cannot be loaded as a causal LM", remedy):
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, _folder(path)), config=config, weights_only=True, output_loading_info=True, **options
+            **_source(path, _folder(path)),
+            config=config,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    _check_generation(path, model.generation_config)
+    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{path}: {name} has the shape {tuple(found)}, and by config.json it must have {tuple(wanted)}; copy the "
+            "model again"
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -134,6 +146,7 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
             )
     with _foreign(f"{path} has no tokenizer that can be read", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, folder), **options)
+        _try(tokenizer)
     tokenizer.init_kwargs["local_files_only"] = False  # how it was read is no part of what it is
     return tokenizer
 
@@ -174,6 +187,18 @@ def _source(path: str | Path, folder: Path | None) -> dict[str, Any]:
     }
 
 
+def _check_generation(path: str | Path, config: Any) -> None:
+    """Refuse ids of special tokens that are not numbers; transformers checks those of the model's configuration."""
+    for name in SPECIAL:
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and type(token) is not int:
+                raise ModelError(
+                    f"{path}: generation_config.json: {name} must be a whole number, a list of them or null, got "
+                    f"{one_line(repr(value), 60)}; copy the model again"
+                )
+
+
 def _refuse_quantised(path: str | Path, config: Any) -> None:
     for part in (config, config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
@@ -191,6 +216,12 @@ def _attentions(config: Any) -> Iterator[str | None]:
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
             yield from _attentions(part)
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once: settings of a wrong type are taken as they are, and fail where text is encoded."""
+    ids = tokenizer("a", padding=False, truncation=False)["input_ids"]
+    tokenizer.decode([*ids, *tokenizer.all_special_ids])
 
 
 def _needs_sentencepiece(folder: Path) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -51,6 +52,26 @@ def test_a_csv_field_may_be_longer_than_pythons_reader_allows_by_itself(tmp_path
     text = "long text " * 20_000  # 200,000 characters; the default limit is 131,072
     rows = read_rows("mine", write(tmp_path / "d.csv", f'prompt,target\n"{text}",yes\nshort,no\n'))
     assert [row.prompt for row in rows] == [text, "short"]
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("d.jsonl", r"d\.jsonl line 2 has more than 67108864 characters; break it into several rows"),
+        ("d.csv", r"d\.csv line 2 has more than 67108864 characters"),
+        ("d.json", r"d\.json cannot be read \(it has 1610612736 bytes, 268435456 are the most that is read\)"),
+    ],
+)
+def test_a_file_is_not_read_into_memory_whatever_its_size(tmp_path, file, message):
+    path = write(tmp_path / file, "prompt,target\n" if file == "d.csv" else GOOD)
+    os.truncate(path, 3 << 29)  # zeros to the end, which take no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=message):
+            read_rows("mine", path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 29
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -223,7 +244,7 @@ def state(content):
         (state("{"), "state.json cannot be read: it is not valid JSON"),
         (state("[" * 200_000), "state.json cannot be read: it is nested too deeply"),
         (state("[]"), "state.json cannot be read: it must hold an object"),
-        (state("{}"), r"is not a whole save_to_disk folder \('_data_files'\)"),
+        (state("{}"), r"its state.json does not list its files"),
         (state('{"_data_files": [{"filename": "../elsewhere.arrow"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": [{"filename": "/etc/passwd"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": 5}'), "is not a whole save_to_disk folder"),

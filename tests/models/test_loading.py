@@ -85,11 +85,18 @@ FAULTS = {
     "brackets": (lambda f: (f / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* deeply"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read: it must hold an object"),
     "no head": (lambda f: lose(f, "lm_head.weight"), "lacks 1 tensors, the first is lm_head.weight"),
-    "other width": (lambda f: change(f, hidden_size=64), "cannot be loaded as a causal LM"),
+    "other width": (
+        lambda f: change(f, hidden_size=64),
+        r"\.weight has the shape \(.*32.*\), and by config.json .* \(.*64.*\)",
+    ),
     "too deep": (lambda f: change(f, num_hidden_layers=10**9), r"num_hidden_layers is 1000000000, .* more than 1000"),
     "too deep inside": (lambda f: change(f, text_config={"n_layer": 20_000}), r"n_layer is 20000, .* correct it"),
     "impossible size": (lambda f: change(f, hidden_size="wide"), "is no model: "),
     "negative heads": (lambda f: change(f, num_attention_heads=0), "model"),
+    "a word where generation ends": (
+        lambda f: change(f, "generation_config.json", eos_token_id=["end"]),
+        r"generation_config\.json: eos_token_id must be a whole number, .*got \['end'\]",
+    ),
     "unknown type": (lambda f: change(f, model_type="my_own"), "is no model: .*my_own"),
     "no type": (lambda f: change(f, model_type=None), "is no model"),
     "adapter beside": (adapter, r"holds an adapter beside the model .*merge_and_unload"),
@@ -284,6 +291,23 @@ def test_settings_that_are_no_object_name_their_file(name, folder):
         ModelError, match=rf"{name} cannot be read: it must hold an object, got list; copy or download the model"
     ):
         read(folder)
+
+
+@pytest.mark.parametrize("fields", [{"model_max_length": "many"}, {"model_max_length": [5]}])
+def test_a_tokenizer_with_settings_of_a_wrong_type_is_one_line(fields, tmp_path):
+    shutil.copytree(resolve("asset:tiny-llama"), tmp_path / "model")
+    load_tokenizer(tmp_path / "model")
+    change(tmp_path / "model", "tokenizer_config.json", **fields)
+    with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model's own") as found:
+        load_tokenizer(tmp_path / "model")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_s_file_that_is_a_pipe_is_not_waited_for(name, folder):
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=rf"{name} cannot be read \(it is not a regular file\)"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
