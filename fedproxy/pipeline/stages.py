@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,7 +116,7 @@ class Run:
     def _first_facts(self) -> dict[str, Any]:
         if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
             raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
-        return {"seconds": {}}
+        return {"seconds": {}, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""

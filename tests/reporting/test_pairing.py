@@ -149,7 +149,7 @@ def test_broken_files_are_named_with_their_line(tmp_path):
     path = tmp_path / "evaluation" / "fused.samples.jsonl"
     good = path.read_text()
     path.write_text(good + "{half\n")
-    with pytest.raises(EvaluationError, match=r"fused.samples.jsonl line 2 is not JSON"):
+    with pytest.raises(EvaluationError, match=r"fused.samples.jsonl line 2 cannot be used: it is not valid JSON"):
         load_evaluation(tmp_path, "fused")
     path.write_text(json.dumps({"task": "easy"}))
     with pytest.raises(EvaluationError, match=r"line 1 lacks doc_hash"):
