@@ -29,7 +29,7 @@ from fedproxy.federation.participation import Participation
 from fedproxy.federation.shared import assemble
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
-from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
+from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
@@ -132,9 +132,7 @@ class Run:
         """Return the target and its tokenizer, loaded when first asked for."""
         if self._target is None:
             path = resolve(self.config.target.path) or self.config.target.path
-            model, tokenizer = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
-            check_tokenizer(model, tokenizer, self.config.target.path)
-            self._target = model, tokenizer
+            self._target = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
         return self._target
 
 

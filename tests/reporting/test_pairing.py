@@ -155,7 +155,7 @@ def test_broken_files_are_named_with_their_line(tmp_path):
     with pytest.raises(EvaluationError, match=r"line 1 lacks doc_hash"):
         load_evaluation(tmp_path, "fused")
     path.write_text("[]")
-    with pytest.raises(EvaluationError, match=r"line 1 lacks task and doc_hash"):
+    with pytest.raises(EvaluationError, match=r"line 1 cannot be used: it must hold an object, got list"):
         load_evaluation(tmp_path, "fused")
     path.write_text(good)
     (tmp_path / "evaluation" / "fused.json").write_text("[]")
