@@ -22,8 +22,9 @@ the keys below; `extends: NAME` at its top takes over another recipe.
   recipe) names another class, the options that were set for the old one are dropped.
 - `trainer.*` takes every option of `lightning.Trainer`, except those that a key below sets.
 - `plugins=[my_package.my_module]` imports your own classes first; their names and options work like the built-in ones.
-- `overwrite=true` deletes a run, so it counts on the command line alone: a recipe file that sets it is refused. What is
-  deleted, and what never, is in [architecture.md](architecture.md#the-run-folder).
+- `overwrite=true` deletes a run, and `accept_changed` lets one start go on with changed inputs. Both count on the
+  command line alone: a recipe file that sets them is refused. What is deleted, and what never, is in
+  [architecture.md](architecture.md#the-run-folder); what a downloaded recipe may do is in [security.md](security.md).
 - `${key}` is replaced by that key's value, once, after everything is merged. Nothing else behind a `$` is read, no
   environment variable either: on the command line the shell puts those in.
 - A mistake ends with one line that names the key, the rule and the nearest known name, and exit code 2. It is found

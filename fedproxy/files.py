@@ -20,7 +20,7 @@ from fedproxy.errors import CheckpointError, FedProxyError, one_line
 
 T = TypeVar("T")
 MOST_JSON_BYTES = 1 << 28
-"""Largest JSON file that is read: 256 MiB, far above what a run writes."""
+"""Largest file of JSON that is read whole: 256 MiB, far above what a run writes."""
 _KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
 
 
@@ -141,11 +141,7 @@ def read_json(
             :data:`MOST_JSON_BYTES`, not JSON, or holds another type.
     """
     try:
-        with open_regular(path, follow=True) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MOST_JSON_BYTES:
-                raise ValueError(f"it has {size} bytes, {MOST_JSON_BYTES} are the most that is read")
-            return parse_json(file.read(), kind)
+        return parse_json(read_whole(path), kind)
     except (OSError, ValueError) as found:
         reason = found.strerror if isinstance(found, OSError) and found.strerror else one_line(found)
         raise error(f"{path} cannot be read: {reason}; {remedy}") from found
@@ -167,6 +163,23 @@ def open_regular(path: str | Path, *, follow: bool = False) -> BufferedReader:
         os.close(handle)
         raise OSError(None, "it is not a regular file", str(path))
     return os.fdopen(handle, "rb")
+
+
+def read_whole(path: str | Path, *, most: int = MOST_JSON_BYTES) -> bytes:
+    """Return the bytes of a regular file that is to be held in memory; a link is followed.
+
+    Args:
+        path: The file.
+        most: Most bytes that it may have.
+
+    Raises:
+        OSError: If it cannot be opened, is not a regular file, or has more bytes.
+    """
+    with open_regular(path, follow=True) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(None, f"it has {size} bytes, {most} are the most that is read", str(path))
+        return file.read(most)
 
 
 def file_sha256(path: str | Path) -> str:

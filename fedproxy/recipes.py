@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedproxy.command import run_command
 from fedproxy.errors import CheckpointError, ConfigError, one_line
-from fedproxy.files import open_regular, write_bytes
+from fedproxy.files import read_whole, write_bytes
 from fedproxy.recipe_files import find_recipe, recipe_names, recipes_folder
 
 USAGE = """
@@ -72,8 +72,7 @@ def _plan(words: Sequence[str]) -> None:
 def _text(path: Path) -> str:
     """Return a recipe's text without what a terminal would take for commands."""
     try:
-        with open_regular(path, follow=True) as file:
-            text = file.read().decode("utf-8")
+        text = read_whole(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         raise ConfigError(f"recipe file {path} cannot be read: {reason}; give another file") from None
@@ -90,7 +89,7 @@ def _copy(source: Path, target: Path) -> None:
     if os.path.lexists(target):  # a link that leads nowhere would be followed
         raise ConfigError(f"{target} exists; give another file name")
     try:
-        write_bytes(target, source.read_bytes())
+        write_bytes(target, read_whole(source))
     except (OSError, CheckpointError) as error:
         raise ConfigError(f"{target} cannot be written ({error}); give another file name") from error
     print(f"wrote {target}; run it with: python -m fedproxy.fit recipe={target}")

@@ -5,7 +5,16 @@ import stat
 import pytest
 
 from fedproxy.errors import CheckpointError, DataError, one_line
-from fedproxy.files import file_sha256, open_regular, parse_json, private_folder, read_json, write_text
+from fedproxy.files import (
+    MOST_JSON_BYTES,
+    file_sha256,
+    open_regular,
+    parse_json,
+    private_folder,
+    read_json,
+    read_whole,
+    write_text,
+)
 
 
 def test_an_equal_text_is_not_written_again(tmp_path):
@@ -103,3 +112,14 @@ def test_a_foreign_object_that_cannot_be_shown_is_named_by_its_type():
             raise RuntimeError
 
     assert one_line(OddError()) == "OddError"
+
+
+def test_a_file_that_is_too_large_to_hold_is_not_read(tmp_path):
+    path = tmp_path / "large.json"
+    path.write_bytes(b"[]")
+    assert read_whole(path, most=2) == b"[]"
+    os.truncate(path, MOST_JSON_BYTES + 1)  # takes no room on the disk
+    with pytest.raises(OSError, match="it has 268435457 bytes, 268435456 are the most that is read"):
+        read_whole(path)
+    with pytest.raises(CheckpointError, match=r"large.json cannot be read: it has 268435457 bytes.*; use overwrite"):
+        read_json(path, list)

@@ -88,7 +88,7 @@ def test_the_options_of_a_plugin_are_text_as_well(tmp_path, monkeypatch):
     ("text", "message"),
     [
         (
-            "output_dir: 2026_11_29",
+            "output_dir: 20261129",
             r"^output_dir must be a text, and YAML reads 20261129 in its place; put it into quo",
         ),
         ("output_dir: on", r"^output_dir must be a text, and YAML reads True"),
@@ -119,7 +119,7 @@ def test_names_of_sources_are_checked(tmp_path):
         load_config([TINY, f"data.files.{'w' * 101}=a"])
     with pytest.raises(ConfigError, match=r"data.files must be named otherwise: the mean over sources has this name"):
         load_config([TINY, "data.files.Mean=a"])
-    with pytest.raises(ConfigError, match=r"data.tasks must be different tasks"):
+    with pytest.raises(ConfigError, match=r"data.tasks names 'tiny_sums' twice; name each once"):
         load_config([TINY, "data.tasks=[tiny_sums,tiny_sums]"])
     with pytest.raises(ConfigError, match=r"data.files must be named differently from data.tasks, got \['tiny_sums'\]"):
         load_config([TINY, "data.files.Tiny_Sums=a"])

@@ -10,11 +10,11 @@ from fedproxy.config.loading import check_arguments, parse_arguments
 from fedproxy.config.plugins import trusted_plugins
 from fedproxy.config.references import check_references, resolve
 from fedproxy.config.values import typed
-from fedproxy.config.yaml_files import read_mapping
 from fedproxy.errors import ConfigError, nearest, one_line
 from fedproxy.names import check_names
 from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
+from fedproxy.yaml_files import read_mapping
 
 _SHIPPED = Path(__file__).parent.parent / "_studies"
 _CHECKOUT = Path(__file__).parent.parent.parent / "studies"

@@ -11,16 +11,22 @@ from fedproxy.config.plugins import import_plugins, trusted_plugins
 from fedproxy.config.references import check_references, resolve
 from fedproxy.config.source import check_trainer_options, configuration_class
 from fedproxy.config.values import typed
-from fedproxy.config.yaml_files import dump_yaml, parse_yaml, read_mapping
 from fedproxy.errors import ConfigError, FedProxyError, nearest, one_line
 from fedproxy.overrides import as_typed
 from fedproxy.recipe_files import find_recipe
 from fedproxy.registry import Component
+from fedproxy.yaml_files import dump_yaml, parse_yaml, read_mapping
 
 if TYPE_CHECKING:
     from fedproxy.config.schema import RunConfig
 
 _SCHEMA = "fedproxy.config.schema"
+
+_COMMAND_LINE_ALONE = {
+    "overwrite": "deletes a run",
+    "accept_changed": "lets one start go on with changed inputs",
+}
+"""Keys that no recipe file may set, and what they do."""
 
 
 def load_config(arguments: Sequence[str]) -> "RunConfig":
@@ -69,8 +75,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: "RunConfig") -> str:
-    """Return a configuration as YAML, itself a valid recipe file, which never asks to overwrite anything."""
-    return dump_yaml({**to_dict(config), "overwrite": False})
+    """Return a configuration as YAML, itself a valid recipe file, without what is said for one start alone."""
+    return dump_yaml({**to_dict(config), "overwrite": False, "accept_changed": []})
 
 
 def _plain(value: Any) -> Any:
@@ -135,10 +141,9 @@ def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
         seen.add(path)
         layer = read_mapping(path, "recipe file")
         check_references(layer, where)
-        if layer.get("overwrite", False) is not False:
-            raise ConfigError(
-                f"{where}: overwrite deletes a run, so it comes from the command line alone; remove the key"
-            )
+        for key, effect in _COMMAND_LINE_ALONE.items():
+            if layer.get(key):
+                raise ConfigError(f"{where}: {key} {effect}, so it comes from the command line alone; remove the key")
         layer.setdefault("recipe", path.stem if path.name in wanted else wanted)
         wanted = layer.pop("extends", None) or ""
         if not isinstance(wanted, str):

@@ -20,6 +20,6 @@ def load_from_hub(path: str, split: str) -> Any:
         return load_dataset(path, split=split)
     except Exception as error:  # the hub's client fails with many kinds, and all of them mean the same here
         raise DataError(
-            f"{path} is no local file or folder, and the hub gave no split {split!r} of it ({first_line(error)}); "
+            f"{path} is not a local file or folder, and the hub gave no split {split!r} of it ({first_line(error)}); "
             "give an existing file or folder, asset:NAME or a hub id"
         ) from error

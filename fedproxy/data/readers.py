@@ -5,14 +5,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import DataError, nearest, one_line
-from fedproxy.files import open_regular, parse_json
+from fedproxy.files import open_regular, parse_json, read_whole
 
-_LONGEST_FIELD = 2**31 - 1
-"""Characters of a CSV field, the most that Python's reader can be asked for; its default is 131,072."""
+LONGEST_TEXT = 1 << 26
+"""Most characters of a line, and of a CSV field: 64 Mi, a shelf of books. Python's own limit for a field is 131,072."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def check_columns(place: str, names: Iterable[str]) -> None:
 
 def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     del columns
-    for place, line in _lines(path):
+    for place, line in _filled_lines(path):
         try:
             values = parse_json(line, dict, unique_keys=True)
         except ValueError as error:
@@ -73,8 +74,7 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 def _json(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     del columns
-    with _open(path) as file:
-        text = file.read()
+    text = read_whole(path).decode("utf-8-sig")
     try:
         rows = parse_json(text, list, unique_keys=True)
     except ValueError as error:
@@ -87,13 +87,13 @@ def _json(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    del columns
-    csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(LONGEST_TEXT)
     with _open(path, newline="") as file:
-        reader = csv.DictReader(file, strict=True)
+        reader = csv.DictReader((line for _, line in _lines(path, file)), strict=True)
         number = 0
         try:
             check_columns(f"{path} line 1", reader.fieldnames or ())
+            _check_commas(path, reader.fieldnames or (), columns)
             for number, values in enumerate(reader, 1):
                 place = f"{path} row {number} (line {reader.line_num})"
                 if None in values or None in values.values():
@@ -105,6 +105,17 @@ def _csv(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             raise DataError(f"{path} row {number + 1} is not valid CSV ({error}); fix the row") from error
 
 
+def _check_commas(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """Refuse a header that holds the wanted columns between other marks: spreadsheets of many countries write those.
+
+    Raises:
+        DataError: Naming the mark.
+    """
+    for mark in (";", "\t", "|"):
+        if len(header) == 1 and set(columns) <= set(header[0].split(mark)) - {header[0]}:
+            raise DataError(f"{path} line 1 separates its columns by {mark!r}; save it with commas")
+
+
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     from fedproxy.data.tables import parquet_records
 
@@ -113,16 +124,25 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 def _txt(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     del columns
-    for place, line in _lines(path):
+    for place, line in _filled_lines(path):
         yield Record(place, {"text": line.strip()})
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
+def _filled_lines(path: Path) -> Iterator[tuple[str, str]]:
     """Yield the lines that are not blank, with their place."""
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"{path} line {number}", line
+        yield from ((place, line) for place, line in _lines(path, file) if line.strip())
+
+
+def _lines(path: Path, file: TextIOWrapper) -> Iterator[tuple[str, str]]:
+    """Yield all lines, with their place, of which none is longer than a text may be."""
+    for number in count(1):
+        line = file.readline(LONGEST_TEXT + 1)
+        if not line:
+            return
+        if len(line) > LONGEST_TEXT:
+            raise DataError(f"{path} line {number} has more than {LONGEST_TEXT} characters; break it into several rows")
+        yield f"{path} line {number}", line
 
 
 def _open(path: Path, newline: str | None = None) -> TextIOWrapper:

@@ -62,8 +62,11 @@ def _saved_batches(folder: Path, place: str, columns: Sequence[str]) -> Iterator
     state = read_json(folder / "state.json", dict, error=DataError, remedy=_SAVE_AGAIN)
     if state.get("_indices_data_files"):
         raise ValueError("its rows are picked by a list of numbers")
-    for name in [entry["filename"] for entry in state["_data_files"]]:
-        if Path(name).name != name:
+    files = state.get("_data_files")
+    if not isinstance(files, list) or not all(isinstance(entry, dict) for entry in files):
+        raise ValueError("its state.json does not list its files")
+    for name in [entry.get("filename") for entry in files]:
+        if not isinstance(name, str) or Path(name).name != name:
             raise ValueError("it names a file outside of the folder")
         with open_regular(folder / name, follow=True) as file, pa.ipc.open_stream(file) as stream:
             wanted = _wanted(place, stream.schema, columns)

@@ -1,12 +1,13 @@
 """Rows to token ids, split into prompt and target exactly as lm-eval's Hugging Face models split them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError
+from fedproxy.errors import DataError, first_line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     prompt does not end where its answer begins.
     """
     text = "a"
-    whole = [int(token) for token in tokenizer(text, padding=False, truncation=False)["input_ids"]]
+    with encoding():
+        whole = [int(token) for token in tokenizer(text, padding=False, truncation=False)["input_ids"]]
     bare = _bare([text], tokenizer)[0]
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
@@ -117,6 +119,22 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, before: Seq
     return encoded
 
 
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Make one line of what a tokenizer raises: one may fail at the first character that it does not know.
+
+    Raises:
+        DataError: In place of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"the tokenizer cannot encode a text ({first_line(error)}); put the model's own tokenizer into its folder, "
+            "or give texts that it knows"
+        ) from error
+
+
 def cut_counts(examples: Sequence[Example]) -> dict[str, int]:
     """Return how many examples were ``cut``, how many of them in their ``prompts``, and in their ``targets``."""
     return {
@@ -130,9 +148,10 @@ def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list
     """Encode texts without special tokens, whole, whatever cutting and padding the tokenizer was saved with."""
     if not texts:
         return []
-    batch = tokenizer(
-        list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False
-    )
+    with encoding():
+        batch = tokenizer(
+            list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False
+        )
     return [list(ids) for ids in batch["input_ids"]]
 
 

@@ -16,8 +16,9 @@ from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, lm_eval_folder, task_names
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_data import resolved_data
-from fedproxy.files import file_sha256, open_regular
+from fedproxy.files import file_sha256, read_whole
 from fedproxy.names import check_name
+from fedproxy.yaml_files import MOST_BYTES, parse_yaml
 
 _KEYS = {
     *("task", "task_alias", "tag", "include", "metadata", "output_type", "repeats", "num_fewshot"),
@@ -30,8 +31,6 @@ _GENERATION = {
     *("until", "max_gen_toks", "max_new_tokens", "do_sample", "temperature"),
     *("top_p", "top_k", "num_beams", "repetition_penalty"),
 }
-_LARGEST = 1 << 20
-"""Most bytes of a task file."""
 
 
 def is_task_file(name: str) -> bool:
@@ -100,7 +99,11 @@ def _merged(path: Path, files: list[Path], theirs: list[str]) -> dict[str, Any]:
     config = _read(path)
     merged: dict[str, Any] = {}
     included = config.pop("include", [])
-    for part in [included] if isinstance(included, str) else included:
+    if isinstance(included, str):
+        included = [included]
+    if not isinstance(included, list):
+        raise EvaluationError(f"include must be a file or a list of files, got {one_line(repr(included), 80)}")
+    for part in included:
         beside, tasks = (path.parent / str(part)).resolve(), lm_eval_folder().resolve() / "tasks"
         found = beside if beside.is_file() else (tasks / str(part)).resolve()
         if not found.is_file():
@@ -112,30 +115,17 @@ def _merged(path: Path, files: list[Path], theirs: list[str]) -> dict[str, Any]:
     return merged | config
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Plain values only; lm-eval's ``!function`` is named in the error."""
-
-
-def _no_function(loader: yaml.SafeLoader, node: yaml.Node) -> None:
-    raise EvaluationError(
-        f"line {node.start_mark.line + 1} asks for Python code (!function), which only lm-eval's own task files may; "
-        "write it as a template"
-    )
-
-
-_Loader.add_constructor("!function", _no_function)
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with open_regular(path, follow=True) as file:
-            text = file.read(_LARGEST + 1)
-        if len(text) > _LARGEST:
-            raise EvaluationError(f"{path.name} has more than {_LARGEST} bytes; data belong into files of their own")
-        config = yaml.load(text, Loader=_Loader)
+        config = parse_yaml(read_whole(path, most=MOST_BYTES).decode("utf-8-sig"))
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read ({error.strerror or error}); correct the path") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
+        if "!function" in str(error):
+            raise EvaluationError(
+                f"{path.name} asks for Python code (!function), which only lm-eval's own task files may; write it as "
+                "a template"
+            ) from None
         raise EvaluationError(f"{path.name} is not valid YAML ({one_line(error, 120)})") from None
     if not isinstance(config, dict) or not all(isinstance(key, str) for key in config):
         raise EvaluationError(f"{path.name} must hold a mapping of keys to values")

@@ -140,7 +140,10 @@ def _may_exceed(text: str, most: int) -> bool:
 
 
 def _lengths(texts: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    return [length for part in _parts(texts) for length in map(len, tokenizer(part, verbose=False)["input_ids"])]
+    from fedproxy.data.tokenisation import encoding
+
+    with encoding():
+        return [length for part in _parts(texts) for length in map(len, tokenizer(part, verbose=False)["input_ids"])]
 
 
 def _parts(texts: Sequence[str]) -> Iterator[list[str]]:

@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fedproxy.data.tokenisation import encode, leading_tokens
+from fedproxy.data.tokenisation import encode, encoding, leading_tokens
 from fedproxy.errors import EvaluationError
 
 
@@ -54,7 +54,8 @@ class PromptTokens(HFLM):  # type: ignore[misc]
     ) -> list[int]:
         """Encode a prompt, or a prompt with its answer."""
         if not self._own or add_special_tokens is not None:
-            found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
+            with encoding():
+                found: list[int] = super().tok_encode(string, add_special_tokens, left_truncate_len, **options)
             return found
         ids = encode([string], self.tokenizer, self._leading)[0]
         return ids[-left_truncate_len:] if left_truncate_len else ids
@@ -68,7 +69,8 @@ class PromptTokens(HFLM):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         """Encode prompts that the model goes on from, padded to the longest: ids and mask, int64 (batch, longest)."""
         if not self._own:
-            ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            with encoding():
+                ids, mask = super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
             return ids, mask
         rows = [torch.tensor(ids) for ids in encode(strings, self.tokenizer, self._leading)]
         rows = [row[-left_truncate_len:] if left_truncate_len else row for row in rows]

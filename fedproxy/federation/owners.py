@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fedproxy.errors import DataError, one_line
-from fedproxy.files import open_regular, parse_json
+from fedproxy.files import parse_json, read_whole
 from fedproxy.names import check_names
 
 
@@ -20,8 +20,7 @@ def read_owners(path: Path, where: str, way_out: str) -> dict[str, list[str]]:
         DataError: If it cannot be read, or holds something else.
     """
     try:
-        with open_regular(path, follow=True) as file:
-            content = parse_json(file.read().decode("utf-8-sig"), dict, unique_keys=True)
+        content = parse_json(read_whole(path).decode("utf-8-sig"), dict, unique_keys=True)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error, 120)
         raise DataError(f"{where} cannot be read as JSON ({reason}); {way_out}") from error

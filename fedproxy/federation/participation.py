@@ -130,11 +130,11 @@ class _Round:
         if alike and left:
             return
         if alike and len(self.dropped) > 1:
+            reason = self.dropped[min(self.dropped)].removesuffix("; lower client.lr")
             raise ClientError(
                 f"all {self.asked} clients of round {number} failed alike, so that the state they were sent, or how "
-                f"they train, is to blame and no client: {self.dropped[min(self.dropped)]}; lower client.lr or change "
-                f"the trainer.* keys in another output_dir, or delete the checkpoint of round {number - 1} and use "
-                "resume=auto"
+                f"they train, is to blame and no client: {reason}; lower client.lr or change the trainer.* keys in "
+                f"another output_dir, or delete the checkpoint of round {number - 1} and use resume=auto"
             )
         *before, client = self.dropped
         also = f" (dropped before it: {one_line(', '.join(sorted(before)))})" if before else ""

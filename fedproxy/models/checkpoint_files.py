@@ -1,6 +1,7 @@
 """What can be known to be wrong with a model's folder from its files alone, before any library reads them."""
 
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -9,17 +10,19 @@ from fedproxy.files import open_regular, read_json
 
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _LFS = b"version https://git-lfs.github.com/"
-_POINTER_BYTES = 1024
 _COPY = "copy or download the model again"
+_DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+_DEEPEST = 1000
+"""Most blocks of a model that is read: a configuration that says more would build them for minutes."""
 
 
 def check_config_files(folder: Path) -> None:
     """Check that a folder is that of a model, not of an adapter or of a clone without its files.
 
     Raises:
-        ModelError: If it is not.
+        ModelError: If it is not, or its configuration says that it has more blocks than any model.
     """
-    _refuse_pointers(folder)
+    check_readable(folder)
     config, adapter = folder / "config.json", folder / "adapter_config.json"
     if adapter.exists():
         what = "holds an adapter without its model" if not config.exists() else "holds an adapter beside the model"
@@ -29,7 +32,43 @@ def check_config_files(folder: Path) -> None:
         )
     if not config.exists():
         raise ModelError(f"{folder} has no config.json; give a from_pretrained folder")
-    read_json(config, dict, error=ModelError, remedy=_COPY)
+    _check_depth(config, read_json(config, dict, error=ModelError, remedy=_COPY))
+    _check_objects(folder, "generation_config.json")
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Check that a tokenizer's settings are what they should be.
+
+    Raises:
+        ModelError: If they are not.
+    """
+    check_readable(folder)
+    _check_objects(folder, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def _check_objects(folder: Path, *names: str) -> None:
+    """Check that those of the files that are there hold a JSON object each, which is all that libraries foresee."""
+    for name in names:
+        if (folder / name).exists():
+            read_json(folder / name, dict, error=ModelError, remedy=_COPY)
+
+
+def check_readable(folder: Path) -> None:
+    """Check that a library can read what lies in a folder: no pipe, which it would wait for, and no Git LFS pointer.
+
+    Raises:
+        ModelError: If it cannot.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or not path.exists():
+            continue
+        try:
+            with open_regular(path, follow=True) as file:
+                pointer = file.read(len(_LFS)) == _LFS
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read ({error.strerror or one_line(error)}); {_COPY}") from error
+        if pointer:
+            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")
 
 
 def check_weight_files(folder: Path) -> None:
@@ -75,19 +114,18 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(names)]
 
 
+def _check_depth(path: Path, content: dict[str, Any]) -> None:
+    parts = [content]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in _DEPTHS & part.keys():
+            if isinstance(part[key], int) and part[key] > _DEEPEST:
+                raise ModelError(
+                    f"{path}: {key} is {one_line(part[key], 40)}, and models of more than {_DEEPEST} blocks are not "
+                    f"read; correct it, or {_COPY}"
+                )
+
+
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """Refuse a clone in which Git LFS left pointers in the files' place."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_file() or path.stat().st_size > _POINTER_BYTES:
-            continue
-        try:
-            with open_regular(path, follow=True) as file:
-                pointer = file.read(len(_LFS)) == _LFS
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read ({error.strerror or error}); {_COPY}") from error
-        if pointer:
-            raise ModelError(f"{path} is a Git LFS pointer, not the file itself; run git lfs pull in {folder}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.files import whole_folder, write_text
 from fedproxy.models.anonymity import strip_origin, without_templates
-from fedproxy.models.loading import check_model, load_tokenizer_files, load_weights
+from fedproxy.models.loading import SPECIAL, check_model, load_tokenizer_files, load_weights
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 from fedproxy.models.quiet import without_bars, without_reports
 
@@ -147,7 +147,7 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 def special_ids(config: Any) -> list[tuple[str, int]]:
     """Return the ids of padding, begin and end of text that a configuration names; a negative one is none."""
     found = []
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+    for name in SPECIAL:
         value = getattr(config, name, None)
         found += [(name, token) for token in (value if isinstance(value, list) else [value])]
     return [(name, token) for name, token in found if token is not None and token >= 0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from fedproxy.errors import ModelError, one_line
+from fedproxy.errors import ModelError, first_line, one_line
 from fedproxy.models.block_fields import cut_fields, cut_slices, depth_of
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
@@ -48,6 +48,8 @@ class Decoder:
         if model.get_output_embeddings() is None:
             raise ModelError(f"target.path: {kind} has no language model head; FedProxy needs a decoder-only causal LM")
         depth = depth_of(model.config.get_text_config())
+        if depth is not None and depth < 1:
+            raise ModelError(f"target.path: {kind} has {depth} blocks; FedProxy needs one at least")
         stacks = _stacks(model, depth)
         if not stacks:
             raise ModelError(
@@ -104,7 +106,7 @@ class Decoder:
                 own = Decoder.of(kind._from_config(config, dtype=self.model.dtype)).blocks
         except Exception as error:  # a family's own checks raise whatever they like
             raise ModelError(
-                f"{kind.__name__} cannot be built from blocks {list(kept)}: {one_line(error, _CAUSE)}; {OTHER_PARTS}"
+                f"{kind.__name__} cannot be built from blocks {list(kept)}: {_cause(error)}; {OTHER_PARTS}"
             ) from error
         check_structure(kind.__name__, list(own), list(self.blocks), kept)
 
@@ -129,7 +131,7 @@ class Decoder:
             raise
         except Exception as error:  # a family's own checks raise whatever they like
             raise ModelError(
-                f"{kind.__name__} cannot be rebuilt from parts of its weights: {one_line(error, _CAUSE)}; {OTHER_PARTS}"
+                f"{kind.__name__} cannot be rebuilt from parts of its weights: {_cause(error)}; {OTHER_PARTS}"
             ) from error
         other = [name for name, *_ in info["mismatched_keys"]]
         lost = sorted({*info["missing_keys"], *other}) + sorted(info["unexpected_keys"])
@@ -157,7 +159,7 @@ class Decoder:
             raise
         except Exception as error:  # a family's own checks raise whatever they like
             raise ModelError(
-                f"{type(self.model).__name__} has no configuration for blocks {list(kept)}: {one_line(error, _CAUSE)}; "
+                f"{type(self.model).__name__} has no configuration for blocks {list(kept)}: {_cause(error)}; "
                 f"{OTHER_PARTS}"
             ) from error
         before, after = (_numbers_plain(part.get_text_config().to_dict()) for part in (config, read_back))
@@ -168,6 +170,10 @@ class Decoder:
                 f"{OTHER_PARTS}"
             )
         return config
+
+
+def _cause(error: Exception) -> str:
+    return one_line(first_line(error), _CAUSE)
 
 
 def _numbers_plain(fields: dict[str, Any]) -> dict[str, Any]:

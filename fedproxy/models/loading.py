@@ -15,18 +15,28 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedproxy.errors import FedProxyError, ModelError, first_line
-from fedproxy.models.checkpoint_files import check_config_files, check_weight_files
+from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
+from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
 from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
 _DECODER = "give a decoder-only causal LM"
+_ATTENTION = {"eager", "sdpa", "flex_attention"}
+"""Attention that a configuration may choose. Of other names transformers may fetch compiled code from the hub."""
+SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
+"""The keys of a configuration that name special tokens."""
 _HUB = {
     "GatedRepoError": "access to it is restricted; accept its terms on the hub and run hf auth login",
     "RepositoryNotFoundError": f"the hub has no such repository, or it is private; {_GIVE}",
     "OfflineModeIsEnabled": f"it is not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE); {_GIVE}",
     "LocalEntryNotFoundError": f"it is not in the hub's cache, and the hub cannot be reached; {_GIVE}",
 }
+
+_MEANT = {
+    "backend tokenizer from one of": "there is neither a tokenizer.json nor what could be turned into one",
+    "Weights only load failed": "its weights are a pickle that holds more than tensors, and such is never read",
+}
+"""Part of what transformers says -> what it means, where the first line does not say it or gives bad advice."""
 
 
 def load_config(path: str | Path) -> Any:
@@ -42,7 +52,10 @@ def load_config(path: str | Path) -> Any:
     if folder is not None:
         check_config_files(folder)
     with _foreign(f"{path} is no model", _GIVE):
-        return AutoConfig.from_pretrained(**_source(path, folder))
+        config = AutoConfig.from_pretrained(**_source(path, folder))
+        if not {part for part in _attentions(config) if part} <= _ATTENTION:
+            config._attn_implementation = None  # in all its parts: transformers chooses
+        return config
 
 
 def check_model(path: str | Path) -> Any:
@@ -74,10 +87,21 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     Raises:
         ModelError: If it cannot be loaded whole.
     """
-    check_model(path)
+    config = check_model(path)
     with _foreign(f"{path} cannot be loaded as a causal LM", remedy):
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, _folder(path)), weights_only=True, output_loading_info=True, **options
+            **_source(path, _folder(path)),
+            config=config,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    _check_generation(path, model.generation_config)
+    for name, found, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise ModelError(
+            f"{path}: {name} has the shape {tuple(found)}, and by config.json it must have {tuple(wanted)}; copy the "
+            "model again"
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -113,13 +137,16 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
     """
     folder = _folder(path)
     remedy = "put the model's own tokenizer into its folder"
-    if folder is not None and _needs_sentencepiece(folder):
-        raise ModelError(
-            f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
-            "pip install sentencepiece protobuf, or put tokenizer.json into the folder"
-        )
+    if folder is not None:
+        check_tokenizer_files(folder)
+        if _needs_sentencepiece(folder):
+            raise ModelError(
+                f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
+                "pip install sentencepiece protobuf, or put tokenizer.json into the folder"
+            )
     with _foreign(f"{path} has no tokenizer that can be read", remedy):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, folder), **options)
+        _try(tokenizer)
     tokenizer.init_kwargs["local_files_only"] = False  # how it was read is no part of what it is
     return tokenizer
 
@@ -160,6 +187,18 @@ def _source(path: str | Path, folder: Path | None) -> dict[str, Any]:
     }
 
 
+def _check_generation(path: str | Path, config: Any) -> None:
+    """Refuse ids of special tokens that are not numbers; transformers checks those of the model's configuration."""
+    for name in SPECIAL:
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if token is not None and type(token) is not int:
+                raise ModelError(
+                    f"{path}: generation_config.json: {name} must be a whole number, a list of them or null, got "
+                    f"{one_line(repr(value), 60)}; copy the model again"
+                )
+
+
 def _refuse_quantised(path: str | Path, config: Any) -> None:
     for part in (config, config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
@@ -169,6 +208,20 @@ def _refuse_quantised(path: str | Path, config: Any) -> None:
                 f"{path} is quantised ({first_line(kind)}), and only plain weights can be cut, fused and scored; give "
                 "the checkpoint that it was made from, in float32, bfloat16 or float16"
             )
+
+
+def _attentions(config: Any) -> Iterator[str | None]:
+    """Yield what attention a configuration and its parts ask for."""
+    yield config._attn_implementation
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from _attentions(part)
+
+
+def _try(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer once: settings of a wrong type are taken as they are, and fail where text is encoded."""
+    ids = tokenizer("a", padding=False, truncation=False)["input_ids"]
+    tokenizer.decode([*ids, *tokenizer.all_special_ids])
 
 
 def _needs_sentencepiece(folder: Path) -> bool:
@@ -200,4 +253,9 @@ def _reason(error: BaseException, remedy: str) -> str:
         cause = cause.__cause__ or cause.__context__
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
+    for said, meant in _MEANT.items():
+        if said in str(error):
+            return f"{meant}; {remedy}"
+    if isinstance(error, (LookupError, AttributeError, TypeError)):
+        return f"what its files say makes no sense ({type(error).__name__}: {first_line(error)}); {remedy}"
     return f"{first_line(error)}; {remedy}"

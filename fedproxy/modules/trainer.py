@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import lightning
 import torch
@@ -35,6 +35,14 @@ _ELSEWHERE = {
     "default_root_dir": "output_dir",
     "callbacks": "a plugin",
 }
+_KINDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
+}
+"""Kinds of values that a recipe can write, in words."""
 _QUIET: Mapping[str, Any] = {
     "logger": False,
     "enable_checkpointing": False,
@@ -69,6 +77,23 @@ def check_trainer_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"trainer.{name}: lightning.Trainer has no such option{nearest(name, known)}")
 
 
+def _check_value(name: str, value: Any) -> None:
+    """Refuse a value of a kind that an option of plain kinds does not take: Lightning takes any word for true.
+
+    Raises:
+        ConfigError: Naming the kinds.
+    """
+    hint = get_type_hints(lightning.Trainer.__init__)[name]
+    kinds = get_args(hint) if get_origin(hint) is Union else (hint,)
+    words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+    plain = [kind for kind in kinds if kind in _KINDS]
+    if len(plain) < len(kinds) - sum(get_origin(kind) is Literal for kind in kinds):
+        return  # it also takes objects, which Lightning checks
+    if value not in words and type(value) not in plain and not (float in plain and type(value) is int):
+        wanted = dict.fromkeys([*(_KINDS[kind] for kind in plain), *map(str, words)])
+        raise ConfigError(f"trainer.{name} must be {' or '.join(wanted)}, got {value!r}")
+
+
 def make_trainer(
     options: Mapping[str, Any],
     *,
@@ -94,6 +119,8 @@ def make_trainer(
         ConfigError: If an option is unknown or Lightning refuses its value.
     """
     check_trainer_options(options)
+    for option, value in options.items():
+        _check_value(option, value)
     arguments: dict[str, Any] = {**_QUIET, **options}
     name = arguments["logger"]
     if isinstance(name, str):

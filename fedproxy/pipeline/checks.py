@@ -5,9 +5,11 @@ from collections.abc import Container
 import torch
 
 from fedproxy.config import RunConfig
+from fedproxy.data.assets import resolve
 from fedproxy.data.sources import read_texts
 from fedproxy.errors import ConfigError, ModelError
-from fedproxy.models import Decoder
+from fedproxy.models import Decoder, load_tokenizer
+from fedproxy.models.checkpoints import check_tokenizer
 from fedproxy.models.loading import build
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
@@ -25,7 +27,7 @@ def check_compression(config: RunConfig, *, trains: bool = False) -> None:
 
     Raises:
         ConfigError: If an option does not fit the target, or healing the compressor.
-        ModelError: If the target is no decoder that the compressor can work on.
+        ModelError: If the target is no decoder that the compressor can work on, or its tokenizer another model's.
     """
     if config.healing.rows and not config.compression.leaves_gaps:
         raise ConfigError(NEEDS_GAPS)
@@ -38,6 +40,8 @@ def check_compression(config: RunConfig, *, trains: bool = False) -> None:
         config.compression.outline(Decoder.of(target))
         if trains:
             config.trainable.check(Decoder.of(target))
+    path = resolve(config.target.path) or config.target.path
+    check_tokenizer(target, load_tokenizer(path), config.target.path)
     settings = config.distillation
     if settings.steps and settings.train == "full":
         require_float32(target, "distillation.train=full", "distillation.train=lora")

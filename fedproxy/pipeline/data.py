@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from fedproxy.config import DataConfig, RunConfig
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
-from fedproxy.data.tokenisation import cut_counts, tokenise
+from fedproxy.data.tokenisation import cut_counts, encoding, tokenise
 from fedproxy.errors import DataError
 from fedproxy.evaluation.harness import render_rows
 from fedproxy.models.checkpoints import special_ids
@@ -185,7 +185,8 @@ def text_batches(
     Returns:
         Batches of ``input_ids`` and ``attention_mask``, int64 (batch, tokens).
     """
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
+    with encoding():
+        encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     encoded = sorted((ids for ids in encoded if ids), key=len)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches: list[dict[str, Tensor]] = []

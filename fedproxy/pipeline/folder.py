@@ -7,15 +7,14 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.federation.owners import read_owners
-from fedproxy.files import open_regular, parse_json, private_folder, write_text
+from fedproxy.files import parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
 from fedproxy.sealed import read_sealed
+from fedproxy.yaml_files import read_mapping
 
 # Keys that may change between a run and its continuation; federation.rounds may also grow.
 _FREE = {
@@ -185,8 +184,7 @@ class RunFolder:
         if not os.path.lexists(self.journal):
             return []
         try:
-            with open_regular(self.journal, follow=True) as file:
-                *lines, _ = file.read().split(b"\n")
+            *lines, _ = read_whole(self.journal).split(b"\n")
             return [parse_json(line, dict) for line in lines]
         except (OSError, ValueError) as error:
             raise CheckpointError(
@@ -263,9 +261,6 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); use overwrite=true or another output_dir") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no run's configuration; use overwrite=true or another output_dir")
-    return {str(key): value for key, value in content.items()}
+        return read_mapping(path, "configuration")
+    except ConfigError as error:
+        raise CheckpointError(f"{error} (use overwrite=true or another output_dir)") from None

@@ -2,17 +2,12 @@
 
 import dataclasses
 import os
-import resource
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from typing import Any
 
-import torch
-
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import catalog, fetch, resolve
+from fedproxy.data.assets import fetch, resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import missing_assets
@@ -31,38 +26,27 @@ from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import (
     check_questions,
-    client_scores,
     evaluate,
-    evaluation_notes,
     expanded,
-    scores_file,
 )
 from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.fusing import check_vocabulary, fuse
-from fedproxy.pipeline.inputs import ChangedInputError, change_notes, check_inputs, data_sha256, same_rows
+from fedproxy.pipeline.inputs import ChangedInputError, check_inputs, same_rows
 from fedproxy.pipeline.loggers import check_loggers
+from fedproxy.pipeline.outcome import report_of, write_cards
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
-from fedproxy.pipeline.tuned import TunedProxies, folder_of
-from fedproxy.pipeline.validation import held_out, validation_report
+from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.pipeline.validation import held_out
 from fedproxy.reporting import (
-    CompressionReport,
-    Cost,
-    Exposure,
-    FidelityReport,
-    RoundReport,
-    RunInfo,
     RunReport,
     model_card,
-    provenance,
     with_means,
 )
-from fedproxy.sealed import read_sealed
 from fedproxy.strategies.trainable.base import TrainableModel
 
 RESUME_HINT = "go on with the same command and resume=auto"
-_ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
 
 def run(config: RunConfig, display: Display | None = None, shared: SharedWork | None = None) -> RunReport:
@@ -116,7 +100,7 @@ def _run(current: Run) -> RunReport:
     scores: dict[str, Any] = {}
     try:
         clients, questions = _clients_and_questions(current)
-        _note_start(current)
+        _warn_of_slowness(current)
         _compress(current, clients)
         check_vocabulary(current)
         model, progress = _federate(current, clients, questions)
@@ -137,15 +121,14 @@ def _run(current: Run) -> RunReport:
     finally:
         if folder.is_claimed:
             folder.clear_exchange()
-    report = _report(current, scores, status="completed", error=None)
+    report = report_of(current, scores, status="completed", error=None)
     report.save(folder.root)
-    _write_cards(current, report)
+    write_cards(current, report)
     current.note(finished=_goal(config))
     return report
 
 
-def _note_start(current: Run) -> None:
-    current.note(started=current.facts.get("started") or _now())
+def _warn_of_slowness(current: Run) -> None:
     if is_slow(current.config.trainer, current.device):
         current.display.say(
             f"trainer.precision={current.config.trainer['precision']} is many times slower than 32-true here: this CPU "
@@ -156,7 +139,7 @@ def _note_start(current: Run) -> None:
 def _report_failure(current: Run, scores: dict[str, Any], reason: str) -> None:
     """Say why a run ended, as far as that can be written: what ended it matters more."""
     with suppress(Exception):
-        _report(current, scores, status="failed", error=reason).save(current.folder.root)
+        report_of(current, scores, status="failed", error=reason).save(current.folder.root)
     with suppress(Exception):
         current.loggers.close("failed")
 
@@ -200,7 +183,6 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
 def _compress_only(current: Run) -> RunReport:
     config, folder = current.config, current.folder
     clients, texts = _clients_and_texts(current)
-    current.note(started=current.facts.get("started") or _now())
     compress(current, clients)
     measure_fidelity(current, clients.owned, texts)
     scores: dict[str, Any] = {}
@@ -208,7 +190,7 @@ def _compress_only(current: Run) -> RunReport:
         proxy = load_model(folder.proxy, dtype=config.target.dtype)
         untuned = TunedProxies(proxy, config.trainable, {}, seed=config.seed)
         scores = dict(evaluate(current, untuned, rounds=0))
-    report = _report(current, scores, status="completed", error=None)
+    report = report_of(current, scores, status="completed", error=None)
     report.save(folder.root)
     card = model_card("proxy", report.scores, parameters=report.cost.proxy_parameters)
     write_text(folder.proxy / "README.md", card)
@@ -307,94 +289,9 @@ def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) 
     return current.shared.federate(current, clients.owned, questions, lambda: federate(current, clients, questions))
 
 
-def _report(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
-    config, facts = current.config, current.facts
-    rounds = current.folder.rounds()
-    evaluations = [read_sealed(scores_file(current.folder, name)) for name in scores]
-    seconds = facts["seconds"]
-    server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
-    evaluated = sum(kept["seconds"] for kept in evaluations if kept)
-    evaluated += sum(line.get("validation_seconds", 0.0) for line in rounds)
-    named = with_means(scores)
-    target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
-    disclosed = facts.get("disclosed_parameters", proxy) if config.federation.rounds else 0  # no round, no broadcast
-    return RunReport(
-        run=RunInfo(
-            recipe=config.recipe,
-            method=config.method,
-            status=status,
-            seed=config.seed,
-            started=facts.get("started") or _now(),
-            seconds=sum(seconds.values()) + sum(line["seconds"] for line in rounds) + evaluated,
-            error=error,
-        ),
-        scores=named,
-        cost=Cost(
-            target_parameters=target,
-            proxy_parameters=proxy,
-            trainable_parameters=facts.get("trainable_parameters"),
-            upload_bytes=sum(line["upload_bytes"] for line in rounds) + facts.get("collected_bytes", 0),
-            download_bytes=sum(line["download_bytes"] for line in rounds),
-            client_seconds=sum(line["client_seconds"] for line in rounds),
-            server_seconds=server,
-            evaluation_seconds=evaluated,
-            peak_memory_bytes=_peak_memory_bytes(),
-        ),
-        exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
-        rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
-        provenance=provenance(facts.get("target_sha256"), data_sha256(facts)),
-        compression=_compression(current),
-        fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
-        notes=_notes(current),
-        client_scores=client_scores(current.folder, scores),
-        validation=validation_report(current),
-    )
-
-
-def _write_cards(current: Run, report: RunReport) -> None:
-    """Give ``proxy/`` and ``fused/`` model cards with the numbers."""
-    cost, folder = report.cost, current.folder
-    write_text(folder.proxy / "README.md", model_card("proxy", report.scores, parameters=cost.proxy_parameters))
-    method = current.config.method
-    wrapper = current.config.fusion.adds_logits
-    own = {folder_of(folder.fused, client): scores for client, scores in report.client_scores.items()}
-    for path in folder.fused_folders():
-        scores = with_means(own[path]) if path in own else report.scores
-        card = model_card(
-            "fused", scores, method=method, parameters=cost.target_parameters, notes=report.notes, wrapper=wrapper
-        )
-        write_text(path / "README.md", card)
-
-
-def _compression(current: Run) -> CompressionReport | None:
-    scores = current.facts.get("block_scores")
-    if scores is None or not current.folder.layer_map.is_file():
-        return None
-    return CompressionReport(scores, current.layer_map().proxy_to_target)
-
-
-def _notes(current: Run) -> list[str]:
-    asset = catalog().get(current.config.target.path.removeprefix("asset:"))
-    notes = [] if asset is None else [f"The target is {asset.about}."]
-    notes += length_notes(current.facts.get("lengths", {}), current.config.data)
-    if not current.config.scored_tasks:
-        key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
-        notes.append(f"Nothing was scored: {key} names none.")
-    if not current.config.aggregator.aggregates:
-        notes.append("No client was merged with another: scores are means over the clients' own models.")
-    notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
-    for folder, fusion in current.facts.get("fusion", {}).items():
-        notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
-    return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
-
-
 def _goal(config: RunConfig) -> dict[str, Any]:
     """Return what may differ between a finished run and one that goes on from it."""
     return {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _reason(error: BaseException) -> str:
@@ -402,10 +299,3 @@ def _reason(error: BaseException) -> str:
         return describe(error)
     text = " ".join(str(error).split())
     return text if isinstance(error, FedProxyError) else f"{type(error).__name__}: {text}"
-
-
-def _peak_memory_bytes() -> int:
-    """Return the most memory this process had resident, plus what was allocated on a GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from fedproxy.federation.loop import Federation
 from fedproxy.federation.participation import Participation
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
-from fedproxy.models import Decoder, LayerMap, check_tokenizer, load_model, load_tokenizer, placed, save_model
+from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
 from fedproxy.modules.devices import ClientDevices, one_device
@@ -117,7 +118,7 @@ class Run:
     def _first_facts(self) -> dict[str, Any]:
         if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
             raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
-        return {"seconds": {}}
+        return {"seconds": {}, "started": datetime.now(UTC).isoformat(timespec="seconds")}
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""
@@ -133,9 +134,7 @@ class Run:
         """Return the target and its tokenizer, loaded when first asked for."""
         if self._target is None:
             path = resolve(self.config.target.path) or self.config.target.path
-            model, tokenizer = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
-            check_tokenizer(model, tokenizer, self.config.target.path)
-            self._target = model, tokenizer
+            self._target = load_model(path, dtype=self.config.target.dtype), load_tokenizer(path)
         return self._target
 
 

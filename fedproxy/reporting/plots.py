@@ -52,7 +52,7 @@ def _accuracy(report: RunReport) -> Plot | None:
         axes.set_yticks(range(len(rows)), [task for task, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.12)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))  # where all scores are 0, their texts need room
         axes.set_xlabel("per cent, line = ± 1 standard error")
         _legend(axes, len(models))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import EvaluationError, one_line
-from fedproxy.files import open_regular, parse_json, plain, write_json, write_text
+from fedproxy.files import parse_json, plain, read_whole, write_json, write_text
 from fedproxy.reporting.scores import MODELS
 
 Sample = Mapping[str, Any]
@@ -116,8 +116,7 @@ def load_samples(run: str | Path, model: str) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> str:
     try:
-        with open_regular(path, follow=True) as file:
-            return file.read().decode("utf-8")
+        return read_whole(path).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise EvaluationError(f"cannot read {path} ({reason}); evaluate the run again to get its samples") from None

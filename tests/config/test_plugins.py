@@ -122,7 +122,7 @@ def test_a_studys_keys_cannot_pose_as_words_of_the_user(folder, key):
     [
         ("my_rule", r"plugins must be a list of module names like \[my_rule\], got 'my_rule'"),
         ("{a: b}", r"plugins must be a list of module names"),
-        ("[1]", r"plugins must be a list of module names like \[my_rule\], got \[1\]"),
+        ("[1]", r"plugins: '1' is not a module's name"),
         ("[../my_rule]", r"plugins: '../my_rule' is not a module's name; write it as after `import`"),
         ("[my-rule]", r"plugins: 'my-rule' is not a module's name"),
         ("[random]", r"plugins: 'random' is a module of Python itself; give your module another name"),

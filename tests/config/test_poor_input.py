@@ -5,9 +5,7 @@ import pytest
 from fedproxy.config import check_arguments
 from fedproxy.errors import ConfigError
 
-WHOLE, NUMBER, TEXT, TRUTH = (
-    f"must be {rule}, got " for rule in ("a whole number", "a number", "a text", "true or false")
-)
+WHOLE, NUMBER, TRUTH = (f"must be {rule}, got " for rule in ("a whole number", "a number", "true or false"))
 WORDS = r"must be a list of words like \[a,b\]"
 CASES = [
     ("data..tasks=[a]", r"^data..tasks: a key is made of names with one dot between; correct it"),
@@ -51,14 +49,8 @@ CASES = [
     ("resume=true", r"^resume must be one of auto, never, got True"),
     ("resume=Auto", r"^resume must be one of auto, never, got 'Auto'"),
     ("target.dtype=[a]", r"^target.dtype must be one of float32, bfloat16, float16, got \['a'\]"),
-    ("method=[a]", rf"^method {TEXT}\['a'\]"),
-    ("method={a: 1}", rf"^method {TEXT}\{{'a': 1\}}"),
-    ("method=a: b", rf"^method {TEXT}\{{'a': 'b'\}}|^method: "),
-    ("output_dir=null", rf"^output_dir {TEXT}None"),
-    ("target.path=null", rf"^target.path {TEXT}None"),
     ("data.prompt_column=???", r"^data.prompt_column is missing: \?\?\? stands for a value to be given; give it"),
     ("data.tasks=arc_easy", rf"^data.tasks {WORDS}, got 'arc_easy'"),
-    ("data.tasks=[arc_easy,null]", rf"^data.tasks {WORDS}, got \['arc_easy', None\]"),
     ("data.tasks={a: b}", rf"^data.tasks {WORDS}"),
     ("data.tasks=[[a]]", rf"^data.tasks {WORDS}"),
     ("data.tasks=[arc_easy,arc_easy]", r"^data.tasks names 'arc_easy' twice; name each once"),
@@ -66,20 +58,18 @@ CASES = [
     ("evaluation.tasks=[a,a]", r"^evaluation.tasks names 'a' twice"),
     ("loggers=[csv,csv]", r"^loggers names 'csv' twice"),
     ("data.files=a.jsonl", r"^data.files must be a mapping of names to texts like \{a: b\}, got 'a.jsonl'"),
-    ("data.files.a=[x]", r"^data.files must be a mapping of names to texts like \{a: b\}, got \{'a': \['x'\]\}"),
-    ("data.files.a={b: c}", r"^data.files(.a)? must be a "),
     ("trainer=[a]", r"^trainer must be a mapping like \{a: b\}, got \['a'\]"),
     ("trainer.foo=1", r"^trainer.foo: lightning.Trainer has no such option"),
     ("trainable.modules=q_proj", rf"^trainable.modules {WORDS}, got 'q_proj'"),
     ("compression.keep=[1,1.5]", r"^compression.keep must be a list of whole numbers like \[0,1\], or null, got"),
     ("federation.clients_per_round=1.5", r"^federation.clients_per_round must be a whole number or a text, got 1.5"),
-    ("method=@x", r"^method: @x cannot be read as YAML \(.*\); put a text into quotes"),
-    ("method=[a", r"^method: \[a cannot be read as YAML \(line \d, column \d: "),
-    ("method=*x", r"^method: \*x cannot be read as YAML \(.*found undefined alias"),
+    ("trainer.a=@x", r"^trainer.a: @x cannot be read as YAML \(.*\); put a text into quotes"),
+    ("trainer.a=[a", r"^trainer.a: \[a cannot be read as YAML \(line \d, column \d: "),
+    ("trainer.a=*x", r"^trainer.a: \*x cannot be read as YAML \(.*found undefined alias"),
     ("seed=!!python/name:os.system", r"^seed: .*the tag tag:yaml.org,2002:python/name:os.system is not read"),
     ("trainer.a=" + "[" * 9000, r"^trainer.a: \[+\.\.\. cannot be read as YAML \(line 1: it is nested more than 30"),
     ("x\x1b[31m\n=1", r"^x: unknown key"),
-    ("recipe=[a]", r"^recipe must be a recipe's name or a .yaml file, got \['a'\]"),
+    ("recipe=[a]", r"^recipe=\[a\]: unknown recipe; known: "),
     ("recipe=fedproxy_tiny.yaml", r"^recipe=fedproxy_tiny.yaml: no such file; .* lists the shipped recipes"),
     ("recipe=/etc/passwd", r"^recipe=/etc/passwd: unknown recipe; the name of a recipe file ends in .yaml"),
     ("recipe=" + "a" * 5000 + ".yaml", r"^recipe=a+\.\.\.: no such file"),

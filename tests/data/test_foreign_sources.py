@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import tracemalloc
 
 import datasets
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedproxy.data import readers
+from fedproxy.data.loading import load_from_hub
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.errors import DataError
 
@@ -53,6 +55,26 @@ def test_a_csv_field_may_be_longer_than_pythons_reader_allows_by_itself(tmp_path
 
 
 @pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("d.jsonl", r"d\.jsonl line 2 has more than 67108864 characters; break it into several rows"),
+        ("d.csv", r"d\.csv line 2 has more than 67108864 characters"),
+        ("d.json", r"d\.json cannot be read \(it has 1610612736 bytes, 268435456 are the most that is read\)"),
+    ],
+)
+def test_a_file_is_not_read_into_memory_whatever_its_size(tmp_path, file, message):
+    path = write(tmp_path / file, "prompt,target\n" if file == "d.csv" else GOOD)
+    os.truncate(path, 3 << 29)  # zeros to the end, which take no room on the disk
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match=message):
+            read_rows("mine", path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 29
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
     ("file", "content", "message"),
     [
         ("d.jsonl", GOOD + "[" * 200_000, r"d\.jsonl line 2: it is nested too deeply; write one JSON object"),
@@ -75,7 +97,9 @@ def test_a_csv_field_may_be_longer_than_pythons_reader_allows_by_itself(tmp_path
             r"d\.json: it cannot be read \('target' stands twice in one object",
         ),
         ("d.csv", "prompt,target,prompt\nQ,A,R\n", r"d\.csv line 1 has two columns named 'prompt'; rename or remove"),
-        ("d.csv", "prompt;target\nQ;A\n", r"d\.csv row 1 \(line 2\) has no column 'prompt'; .*'prompt;target'"),
+        ("d.csv", "prompt;target\nQ;A\n", r"d\.csv line 1 separates its columns by ';'; save it with commas"),
+        ("d.csv", "id\ttarget\tprompt\n1\tA\tQ\n", r"d\.csv line 1 separates its columns by '\\t'; save it"),
+        ("d.csv", "question;answer\nQ;A\n", r"d\.csv row 1 \(line 2\) has no column 'prompt'; known: question;"),
         ("d.csv", 'prompt,target\nQ,"A\nand so on\n', r"d\.csv row 1 is not valid CSV"),
         ("d.csv", "prompt,target\nQ,A\n".encode("utf-16"), r"d\.csv is not UTF-8 text \(byte 0\)"),
         ("d.jsonl", '{"messages": [{"role": "user", "content": "hi"}]}', r"line 1 has no column 'prompt'; known: mess"),
@@ -220,7 +244,7 @@ def state(content):
         (state("{"), "state.json cannot be read: it is not valid JSON"),
         (state("[" * 200_000), "state.json cannot be read: it is nested too deeply"),
         (state("[]"), "state.json cannot be read: it must hold an object"),
-        (state("{}"), r"is not a whole save_to_disk folder \('_data_files'\)"),
+        (state("{}"), r"its state.json does not list its files"),
         (state('{"_data_files": [{"filename": "../elsewhere.arrow"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": [{"filename": "/etc/passwd"}]}'), "it names a file outside of the folder"),
         (state('{"_data_files": 5}'), "is not a whole save_to_disk folder"),
@@ -250,3 +274,16 @@ def test_what_breaks_while_a_hub_set_is_read_is_one_line(monkeypatch):
     monkeypatch.setattr(datasets.Dataset, "iter", Broken.iter)
     with pytest.raises(DataError, match=r"someone/data train is not a whole data set \(one line and another\); delete"):
         read_rows("mine", "someone/data")
+
+
+def test_no_script_beside_data_is_run(tmp_path, monkeypatch):
+    (tmp_path / "someone").mkdir()
+    (tmp_path / "someone" / "someone.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for path in (tmp_path / "someone", tmp_path / "someone" / "someone.py"):
+        with pytest.raises(DataError, match="someone"):
+            read_rows("mine", str(path))
+        with pytest.raises(DataError, match="the hub gave no split"):
+            load_from_hub(str(path), "train")
+    assert not (tmp_path / "ran").exists()

@@ -89,8 +89,9 @@ def test_csv_and_parquet_are_read(own, cache):
 
 
 TOUCH = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}' if n else 'ha'] * 9)}]\n" for n in range(9))  # 9 ** 9 texts
 REFUSED = {
-    "function": ("task: x\ndoc_to_text: !function utils.text\n", r"line 2 asks for Python code \(!function\)"),
+    "function": ("task: x\ndoc_to_text: !function utils.text\n", r"my_sums.yaml asks for Python code \(!function\)"),
     "object": ("task: !!python/object/apply:os.getcwd []\n", "is not valid YAML"),
     "class": ({"class": "x"}, "key 'class' is not one that a task file may have"),
     "custom": ({"custom_dataset": "x"}, "key 'custom_dataset' is not one"),
@@ -110,7 +111,18 @@ REFUSED = {
     "no_name": ({"task": None}, "a name must be a text of 1 to 100"),
     "include": ({"include": "../../../etc/nothing.yaml"}, "neither a file beside it nor one of lm-eval's"),
     "itself": ({"include": "my_sums.yaml"}, "it includes itself"),
+    "include_number": ({"include": 7}, "include must be a file or a list of files, got 7"),
+    "date": (
+        "task: x\ndataset_path: !!timestamp x\n",
+        "is not valid YAML .*tag tag:yaml.org,2002:timestamp is not read",
+    ),
+    "laughs": (LAUGHS, "is not valid YAML .it stands for more than 50000 values"),
+    "twice": ("task: x\ntask: y\n", "is not valid YAML .*'task' stands twice"),
     "list": ("- a\n- b\n", "must hold a mapping"),
+    "endless": (
+        "task: x\ndataset_path: json\ndataset_kwargs: {data_files: &a {train: *a}}\n",
+        "an anchor holds itself",
+    ),
     "deep": ("[" * 5000, "is not valid YAML"),
     "type": ({"output_type": "essay"}, "lm-eval cannot load it"),
     "template": ({"doc_to_text": TOUCH}, "lm-eval cannot load it .SecurityError"),
@@ -149,3 +161,11 @@ def test_a_template_sees_its_row_and_nothing_of_python_in_any_row(own, model, to
     hidden = own(doc_to_text="{{ ''.__class__.__mro__ if '3' in q else q }}")
     with pytest.raises(EvaluationError, match=r"a prompt cannot be written \(SecurityError"):
         evaluate_model(model, tokenizer, [hidden])
+
+
+def test_a_task_that_runs_what_a_model_writes_is_refused_whoever_includes_it(own):
+    # Its file says unsafe_code, which no other file may take back.
+    path = own(include="cruxeval/cruxeval_common_yaml", process_docs=None, doc_to_choice=None, dataset_name=None,
+               output_type="generate_until", doc_to_target="{{a}}")  # fmt: skip
+    with pytest.raises(EvaluationError, match="task 'my_sums' runs code that a model writes, which FedProxy does not"):
+        check_tasks([path])

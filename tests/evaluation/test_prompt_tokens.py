@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import tokenise
-from fedproxy.errors import EvaluationError
+from fedproxy.errors import DataError, EvaluationError
 from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "one", "two", "three", "?"]
@@ -75,3 +75,22 @@ def test_a_tokenizer_is_not_given_a_token_that_the_model_lacks(model):
     assert lm.tokenizer.pad_token_id == 0
     with pytest.raises(EvaluationError, match=r"neither a beginning- nor an end-of-sequence token, .*; leave the task"):
         lm.loglikelihood([Instance("loglikelihood", {}, ("", " one"), 0)], disable_tqdm=True)
+
+
+def test_a_tokenizer_that_fails_at_what_it_does_not_know_is_one_line(model):
+    words = {word: index for index, word in enumerate(WORDS)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<other>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    kind = PreTrainedTokenizerFast(tokenizer_object=backend, **ALL)
+    lm = PrefixSharingLM(model, PreTrainedTokenizerFast(tokenizer_object=_knowing_a(backend, words), **ALL))
+    lm.tokenizer = kind
+    with pytest.raises(DataError, match=r"the tokenizer cannot encode a text \(.*put the model's own tokenizer into"):
+        lm._encode_pair("one two ?", " four")
+    with pytest.raises(DataError, match="the tokenizer cannot encode a text"):
+        tokenise([Row("one two ?", " four", "t", "k")], kind, max_input_tokens=9, max_target_tokens=9)
+
+
+def _knowing_a(backend, words):
+    known = Tokenizer(models.WordLevel({**words, "a": len(words)}, unk_token="<unk>"))
+    known.pre_tokenizer = backend.pre_tokenizer
+    return known

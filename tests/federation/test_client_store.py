@@ -9,6 +9,7 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.client_memory import Memory
 from fedproxy.federation.client_store import ClientStore
+from fedproxy.names import file_stem
 
 
 def remembered(value):
@@ -45,7 +46,7 @@ def test_the_last_file_of_every_client_is_named(tmp_path):
 @pytest.mark.parametrize("how", ["gone", "flipped", "of another round", "of another client", "of other content"])
 def test_memory_that_is_not_what_it_was_rewinds_to_the_checkpoint_before(tmp_path, how):
     store, checkpoints = rounds(tmp_path, 3)
-    path = tmp_path / "clients/ann/round_0003.safetensors"
+    path = tmp_path / f"clients/{file_stem('ann')}/round_0003.safetensors"
     content = bytearray(path.read_bytes())
     if how == "gone":
         path.unlink()
@@ -53,9 +54,9 @@ def test_memory_that_is_not_what_it_was_rewinds_to_the_checkpoint_before(tmp_pat
         content[-5] ^= 1
         path.write_bytes(content)
     elif how == "of another round":
-        shutil.copy(tmp_path / "clients/ann/round_0002.safetensors", path)
+        shutil.copy(tmp_path / f"clients/{file_stem('ann')}/round_0002.safetensors", path)
     elif how == "of another client":
-        shutil.copy(tmp_path / "clients/bob/round_0001.safetensors", path)
+        shutil.copy(tmp_path / f"clients/{file_stem('bob')}/round_0001.safetensors", path)
     else:
         store.memory.save("ann", 3, remembered(7))
     progress, said = latest(store, checkpoints)
@@ -69,7 +70,7 @@ def test_memory_that_is_not_what_it_was_rewinds_to_the_checkpoint_before(tmp_pat
 
 def test_a_file_that_all_checkpoints_need_ends_in_one_line(tmp_path):
     store, checkpoints = rounds(tmp_path, 3)
-    shutil.rmtree(tmp_path / "clients/bob")
+    shutil.rmtree(tmp_path / "clients" / file_stem("bob"))
     with pytest.raises(CheckpointError, match=r"client 'bob' .*round_0001.*No such file.*, and no checkpoint before"):
         latest(store, checkpoints)
 

@@ -218,7 +218,7 @@ def test_who_stood_still_is_no_median():
 def test_when_all_fail_alike_the_state_is_looked_at_first():
     sent = [loud(client, 3e38) for client in CLIENTS]
     with pytest.raises(
-        ClientError, match=r"all fail alike, so look at the recipe and at the state of the round before"
+        ClientError, match=r"all 4 clients of round 1 failed alike.* magnitude of 3e\+38; lower client.lr or change the"
     ):
         Participation(1).collect(Given(sent), broadcast(), CLIENTS)
 

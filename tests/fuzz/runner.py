@@ -1,7 +1,8 @@
 """Runs one command after another in forked children of one warm process: ``python -m tests.fuzz.runner``.
 
-Each line of standard input is a case, ``{"module", "arguments", "cwd", "log"}``; each line of the answer says how it
-ended: exit code (None where it had to be killed), seconds, and the most memory beyond the warm process, in bytes.
+Each line of standard input is a case, ``{"module", "arguments", "cwd", "log", "longest_s"}``; each line of the answer
+says how it ended: exit code (None where it had to be killed), seconds, and the most memory beyond what it began with,
+in bytes.
 """
 
 import json
@@ -14,8 +15,12 @@ import time
 import traceback
 from pathlib import Path
 
-LONGEST_S = 30.0
-"""Wall time after which a case counts as hanging, on a machine that does other work too."""
+BUSY_MACHINE = 10
+"""Wall seconds that a case is given for each second of processor time: other work may hold the processor."""
+MOST_CPU_S = 15
+"""Processor time after which a case is ended by the system."""
+MOST_ADDRESSES = 8 << 30
+"""Bytes of address space that a case may take beyond the warm process: far too many, but the machine survives it."""
 
 
 def main() -> None:
@@ -28,6 +33,7 @@ def main() -> None:
 
     import fedproxy.compare
     import fedproxy.evaluation.harness
+    import fedproxy.federation.admission
     import fedproxy.pipeline.run  # noqa: F401
 
     del lightning, lm_eval, peft
@@ -36,35 +42,44 @@ def main() -> None:
         answers.write(json.dumps(run(**json.loads(line))) + "\n")
 
 
-def run(module: str, arguments: list[str], cwd: str, log: str) -> dict[str, object]:
+def run(module: str, arguments: list[str], cwd: str, log: str, longest_s: float) -> dict[str, object]:
     """Run one command in a child and return how it ended."""
     started = time.monotonic()
     child = os.fork()
     if not child:
         _child(module, arguments, cwd, log)
-    while time.monotonic() - started < LONGEST_S:
+    at_first = int(Path(f"/proc/{child}/statm").read_text().split()[1]) * resource.getpagesize()
+    while time.monotonic() - started < longest_s + BUSY_MACHINE * _cpu_seconds(child):
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
-            return _ended(os.waitstatus_to_exitcode(status), started, usage)
+            return _ended(os.waitstatus_to_exitcode(status), started, usage, at_first)
         time.sleep(0.01)
     os.killpg(child, signal.SIGKILL)
     _, _, usage = os.wait4(child, 0)
-    return _ended(None, started, usage)
+    return _ended(None, started, usage, at_first)
 
 
-def _ended(code: int | None, started: float, usage: resource.struct_rusage) -> dict[str, object]:
-    warm = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _cpu_seconds(process: int) -> float:
+    """Return the processor time that a child has had."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _ended(code: int | None, started: float, usage: resource.struct_rusage, at_first: int) -> dict[str, object]:
     return {
         "code": code,
         "seconds": time.monotonic() - started,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "memory_bytes": max(0, usage.ru_maxrss - warm) * 1024,
+        "memory_bytes": usage.ru_maxrss * 1024 - at_first,
     }
 
 
 def _child(module: str, arguments: list[str], cwd: str, log: str) -> None:
     os.setpgid(0, 0)
     code = 1
+    most = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + MOST_ADDRESSES
+    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_CPU_S, MOST_CPU_S))
     try:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fedproxy.data.assets import resolve
 from fedproxy.errors import FedProxyError, ModelError
-from fedproxy.models import check_model, load_model, load_tokenizer
-from fedproxy.models.loading import load_config
+from fedproxy.models import Decoder, check_model, load_model, load_tokenizer
+from fedproxy.models.loading import build, load_config
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
@@ -83,9 +85,18 @@ FAULTS = {
     "brackets": (lambda f: (f / "config.json").write_text("[" * 200_000), r"config\.json cannot be read: .* deeply"),
     "a list": (lambda f: (f / "config.json").write_text("[]"), r"config\.json cannot be read: it must hold an object"),
     "no head": (lambda f: lose(f, "lm_head.weight"), "lacks 1 tensors, the first is lm_head.weight"),
-    "other width": (lambda f: change(f, hidden_size=64), "cannot be loaded as a causal LM"),
+    "other width": (
+        lambda f: change(f, hidden_size=64),
+        r"\.weight has the shape \(.*32.*\), and by config.json .* \(.*64.*\)",
+    ),
+    "too deep": (lambda f: change(f, num_hidden_layers=10**9), r"num_hidden_layers is 1000000000, .* more than 1000"),
+    "too deep inside": (lambda f: change(f, text_config={"n_layer": 20_000}), r"n_layer is 20000, .* correct it"),
     "impossible size": (lambda f: change(f, hidden_size="wide"), "is no model: "),
     "negative heads": (lambda f: change(f, num_attention_heads=0), "model"),
+    "a word where generation ends": (
+        lambda f: change(f, "generation_config.json", eos_token_id=["end"]),
+        r"generation_config\.json: eos_token_id must be a whole number, .*got \['end'\]",
+    ),
     "unknown type": (lambda f: change(f, model_type="my_own"), "is no model: .*my_own"),
     "no type": (lambda f: change(f, model_type=None), "is no model"),
     "adapter beside": (adapter, r"holds an adapter beside the model .*merge_and_unload"),
@@ -142,9 +153,18 @@ class Runs:
 def test_a_pickle_is_read_without_running_what_it_asks_for(folder, tmp_path):
     torch.save({"a": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(
+        ModelError, match=r"its weights are a pickle that holds more than tensors.*copy the model again"
+    ):
         load_model(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_a_model_without_blocks_is_refused(folder, depth):
+    change(folder, num_hidden_layers=depth)
+    with torch.device("meta"), pytest.raises(ModelError, match=rf"has {depth} blocks; FedProxy needs one at least"):
+        Decoder.of(build(load_config(folder), torch.float32))
 
 
 @pytest.fixture
@@ -182,6 +202,53 @@ def test_a_known_type_is_loaded_by_transformers_own_class_whatever_code_lies_bes
     assert not (tmp_path / "ran").exists()
 
 
+CHOICES = [
+    {"attn_implementation": "someone/kernel"},
+    {"_attn_implementation": "kernels-community/flash-attn2@main"},
+    {"attn_implementation": {"": "someone/kernel:own"}},
+    {"attn_implementation": "flash_attention_2"},  # where it is not installed, from the hub
+]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_folder_does_not_choose_attention_code_of_the_hub(folder, choice, monkeypatch):
+    def fetch(*_, **__):
+        pytest.fail("asked for code of the hub")
+
+    wanted = load_model(folder)
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetch)
+    monkeypatch.setattr("transformers.modeling_utils.is_kernels_available", lambda: True)
+    change(folder, **choice)
+    found = load_model(folder)
+    ids = torch.arange(8)[None]
+    assert torch.equal(found(ids).logits, wanted(ids).logits)
+    assert found.config._attn_implementation == wanted.config._attn_implementation
+    change(folder, attn_implementation="eager", _attn_implementation="eager")
+    assert load_model(folder).config._attn_implementation == "eager"
+
+
+def test_parts_of_a_configuration_do_not_either(tmp_path):
+    config = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"text_config": {"attn_implementation": "someone/own"}}))
+    assert load_config(tmp_path).text_config._attn_implementation is None
+
+
+GENERATION = {"custom_generate": "someone/code", "trust_remote_code": True, "chat_template": "{{ 1 / 0 }}"}
+
+
+def test_generation_settings_and_chat_templates_run_nothing(folder, tmp_path):
+    shutil.copytree(resolve("asset:tiny-llama"), folder, dirs_exist_ok=True)
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ 1 / 0 }}")
+    change(folder, "generation_config.json", **GENERATION)
+    change(folder, "tokenizer_config.json", **GENERATION)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = tokenizer("a", return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape[0] == 1
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_sentencepiece_tokenizer_names_what_reads_it(folder, monkeypatch):
     monkeypatch.setattr("fedproxy.models.loading.find_spec", lambda name: None)
     (folder / "tokenizer.model").write_bytes(b"\x0a\x0e")
@@ -196,6 +263,45 @@ def test_a_damaged_tokenizer_is_one_line(text, folder):
     with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model") as found:
         load_tokenizer(folder)
     assert "\n" not in str(found.value)
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(folder):
+    with pytest.raises(ModelError, match=r"there is neither a tokenizer\.json nor what could be turned into one; put"):
+        load_tokenizer(folder)
+
+
+def test_damage_that_a_library_trips_over_is_called_damage(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    change(folder, "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(ModelError, match=r"what its files say makes no sense \(KeyError: 'added_tokens'\); put the"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+def test_settings_that_are_no_object_name_their_file(name, folder):
+    (folder / name).write_text("[1, 2]")
+    read = load_model if name.startswith("generation") else load_tokenizer
+    with pytest.raises(
+        ModelError, match=rf"{name} cannot be read: it must hold an object, got list; copy or download the model"
+    ):
+        read(folder)
+
+
+@pytest.mark.parametrize("fields", [{"model_max_length": "many"}, {"model_max_length": [5]}])
+def test_a_tokenizer_with_settings_of_a_wrong_type_is_one_line(fields, tmp_path):
+    shutil.copytree(resolve("asset:tiny-llama"), tmp_path / "model")
+    load_tokenizer(tmp_path / "model")
+    change(tmp_path / "model", "tokenizer_config.json", **fields)
+    with pytest.raises(ModelError, match=r"has no tokenizer that can be read: .*put the model's own") as found:
+        load_tokenizer(tmp_path / "model")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_s_file_that_is_a_pipe_is_not_waited_for(name, folder):
+    os.mkfifo(folder / name)
+    with pytest.raises(ModelError, match=rf"{name} cannot be read \(it is not a regular file\)"):
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(

@@ -192,13 +192,13 @@ def test_a_killed_run_and_a_second_proxy_end_with_the_same_bits(make_model, tmp_
     # Killed while the second entry was written: one whole entry and half a file.
     calls = []
 
-    def killed(tensors, path):
+    def killed(tensors, path, metadata):
         if len(calls) == 1:
             with open(path, "wb") as file:
                 file.write(b"half")
             raise KeyboardInterrupt
         calls.append(path)
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     with monkeypatch.context() as patch:
         patch.setattr("fedproxy.modules.teacher_cache.save_file", killed)

@@ -52,6 +52,14 @@ def test_max_steps_ends_the_fit():
     assert trainer.global_step == 5
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"deterministic": "warn"}, {"precision": 32}, {"limit_val_batches": 3}, {"devices": 1}, {"benchmark": None}],
+)
+def test_values_of_the_right_kind_pass(option):
+    make_trainer({"accelerator": "cpu", **option})
+
+
 def test_every_trainer_option_is_reachable():
     assert {"accelerator", "devices", "strategy", "precision", "deterministic", "profiler"} <= set(trainer_options())
     trainer = make_trainer({"accelerator": "cpu", "precision": "bf16-mixed", "log_every_n_steps": 7})
@@ -67,7 +75,13 @@ def test_every_trainer_option_is_reachable():
         ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
         ({"limit_train_batches": 2}, r"trainer\.limit_train_batches is set by data\.rows_per_task; use that instead"),
         ({"max_steps": 2}, r"trainer\.max_steps is set by client\.epochs"),
-        ({"precision": "7-bit"}, r"^trainer: .*7-bit"),
+        ({"precision": "7-bit"}, r"^trainer\.precision must be .*bf16-mixed or .*, got '7-bit'"),
+        ({"deterministic": "abc"}, r"trainer\.deterministic must be true or false or null or warn, got 'abc'"),
+        ({"detect_anomaly": 2}, r"trainer\.detect_anomaly must be true or false, got 2"),
+        ({"log_every_n_steps": "often"}, r"trainer\.log_every_n_steps must be a whole number or null, got 'often'"),
+        ({"check_val_every_n_epoch": True}, r"trainer\.check_val_every_n_epoch must be a whole number or null, got Tr"),
+        ({"limit_val_batches": [1]}, r"trainer\.limit_val_batches must be a whole number or a number or null, got \[1"),
+        ({"gradient_clip_algorithm": 3}, r"trainer\.gradient_clip_algorithm must be a text or null, got 3"),
         ({"accelerator": "abacus"}, r"^trainer: .*abacus"),
         ({"logger": "csvv"}, r"trainer\.logger: unknown logger 'csvv'; did you mean 'csv'"),
     ],

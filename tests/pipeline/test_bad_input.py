@@ -43,7 +43,7 @@ def test_the_command_prints_one_line_and_exits_with_two(tmp_path):
         ("target.path=./nowhere", ModelError, r"^./nowhere is no folder; give an asset"),
         ("trainer.devices=0", ConfigError, r"trainer.devices must be auto \(one per client\), a number .*, got 0"),
         ("trainer.precision=bf16-true", ConfigError, r"trainer.precision=bf16-true converts what is trained.*32-true"),
-        ("trainer.precision=foo", ConfigError, r"trainer: .*foo"),
+        ("trainer.precision=foo", ConfigError, r"trainer.precision must be .* got 'foo'"),
         ("trainable.modules=[q_prj]", ConfigError, r"trainable.modules: .* 'q_prj'; did you mean 'q_proj'\?"),
         ("compression.calibration.path=missing.jsonl", DataError, r"missing.jsonl"),
         ("federation.clients_per_round=9", ConfigError, r"federation.clients_per_round must be at most the 4 clients"),

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -199,7 +201,8 @@ def test_a_model_that_is_not_causal_is_one_line(tmp_path):
 
 def test_a_family_that_refuses_its_own_configuration_is_one_line(tmp_path):
     ReformerConfig().save_pretrained(tmp_path / "llm")  # "make sure that is_decoder=True", by an assert
-    message = r"^target.path=.*llm \(reformer\) cannot be built: .*; give a decoder-only causal LM$"
+    save_file({"a": torch.zeros(1)}, tmp_path / "llm/model.safetensors")
+    message = r"^target.path=.*llm: a model of type reformer cannot be built: .*; give a decoder-only causal LM$"
     refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'llm'}")
 
 

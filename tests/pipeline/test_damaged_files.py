@@ -10,6 +10,7 @@ from fedproxy import report as report_command
 from fedproxy.config import load_config
 from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.results import EvaluationResult
+from fedproxy.names import file_stem
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.sharing import SharedWork
@@ -27,6 +28,7 @@ SMALL = (
 )
 MEMORY = (*SMALL, "regularizer={name: scaffold}", "aggregator={name: fedavg}", "evaluation.models=[proxy]")
 SEPARATE = (*SMALL, "aggregator={name: none}", "regularizer={name: none}", "evaluation.models=[fused]")
+SUMS = file_stem("tiny_sums")
 DEEP = b"[" * 200_000 + b"]" * 200_000
 WAYS = {
     "truncated": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
@@ -58,8 +60,8 @@ KEPT = [
     "checkpoints/round_0002/state.safetensors",
     "checkpoints/round_0002/conflict.safetensors",
     "checkpoints/round_0001/progress.json",
-    "checkpoints/clients/tiny_sums/round_0002.safetensors",
-    "rows/tiny_sums.jsonl",
+    f"checkpoints/clients/{SUMS}/round_0002.safetensors",
+    f"rows/{SUMS}.jsonl",
     "evaluation/proxy.scores.json",
     "evaluation/proxy.samples.jsonl",
     "evaluation/proxy.json",
@@ -143,7 +145,7 @@ def separate(tmp_path_factory):
 @pytest.mark.parametrize("way", ["truncated", "a flipped last byte", "a pipe", "a folder", "gone"])
 def test_a_damaged_state_of_one_client_rewinds_everybody_and_blames_nobody(separate, tmp_path, way):
     folder = copied(separate, tmp_path)
-    WAYS[way](folder / "checkpoints/states/tiny_sums/round_0002.safetensors")
+    WAYS[way](folder / f"checkpoints/states/{SUMS}/round_0002.safetensors")
     report, lines = go(folder, *SEPARATE, "resume=auto", "federation.rounds=3")
     assert [line.dropped for line in report.rounds] == [{}, {}, {}]
     (line,) = [line for line in lines if "going on after round 1, from the checkpoint before it" in line]
@@ -151,19 +153,19 @@ def test_a_damaged_state_of_one_client_rewinds_everybody_and_blames_nobody(separ
 
 
 @pytest.mark.parametrize("way", ["truncated", "a flipped last byte", "an object"])
-@pytest.mark.parametrize("name", ["fused.tiny_sums.samples.jsonl", "fused.tiny_sums.scores.json"])
+@pytest.mark.parametrize("name", [f"fused.{SUMS}.samples.jsonl", f"fused.{SUMS}.scores.json"])
 def test_damaged_scores_are_taken_again_and_that_is_said(separate, tmp_path, way, name):
     folder = copied(separate, tmp_path)
     WAYS[way](folder / "evaluation" / name)
     report, lines = go(folder, *SEPARATE, "resume=auto", "evaluation.models=[fused,proxy]")
-    assert any(line.startswith("fused.tiny_sums is scored again: ") for line in lines)
+    assert any(line.startswith(f"fused.{SUMS} is scored again: ") for line in lines)
     assert not any("fused.tiny_colors is scored" in line for line in lines)
     assert report.scores["fused"] == RunReport.load(separate).scores["fused"]
 
 
 def test_a_damaged_fused_model_is_fused_again(separate, tmp_path):
     folder = copied(separate, tmp_path)
-    path = folder / "fused/tiny_sums/model.safetensors"
+    path = folder / f"fused/{SUMS}/model.safetensors"
     whole = path.read_bytes()
     flip(path, -9)
     _, lines = go(folder, *SEPARATE, "resume=auto", "evaluation.models=[fused,proxy]")

@@ -162,17 +162,24 @@ def test_a_run_that_is_alive_is_neither_deleted_nor_joined(old):
     assert content(old) == before
 
 
-def test_a_file_never_asks_to_overwrite(tmp_path):
-    (tmp_path / "base.yaml").write_text("extends: fedproxy_tiny\noverwrite: true\n")
+@pytest.mark.parametrize(
+    ("key", "value", "none", "effect"),
+    [
+        ("overwrite", "true", "false", "deletes a run"),
+        ("accept_changed", "[data]", "[]", "lets one start go on with changed inputs"),
+    ],
+)
+def test_a_file_never_says_what_is_said_for_one_start(tmp_path, key, value, none, effect):
+    (tmp_path / "base.yaml").write_text(f"extends: fedproxy_tiny\n{key}: {value}\n")
     (tmp_path / "mine.yaml").write_text(f"extends: {tmp_path}/base.yaml\n")
     for name in ("base", "mine"):
-        message = r"^recipe file .*base.yaml: overwrite deletes a run, so it comes from the command line alone; remove"
+        message = rf"^recipe file .*base.yaml: {key} {effect}, so it comes from the command line alone; remove the key$"
         with pytest.raises(ConfigError, match=message):
             load_config([f"recipe={tmp_path}/{name}.yaml"])
         with pytest.raises(ConfigError, match=message):
-            load_config([f"recipe={tmp_path}/{name}.yaml", "overwrite=false"])
-    (tmp_path / "config.yaml").write_text(to_yaml(config(tmp_path / "out", "overwrite=true")))
-    assert load_config([f"recipe={tmp_path}/config.yaml"]).overwrite is False
+            load_config([f"recipe={tmp_path}/{name}.yaml", f"{key}={none}"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config(tmp_path / "out", f"{key}={value}")))
+    assert not getattr(load_config([f"recipe={tmp_path}/config.yaml"]), key)
 
 
 @pytest.mark.parametrize("left", [[], [MARKER], [".config.yaml.abcd1234"], [MARKER, "server", "rows", "checkpoints"]])
@@ -258,3 +265,18 @@ def test_what_clients_own_is_closed_to_others_whatever_the_umask(run_tiny, tmp_p
     pool = WorkerPool(Workers(workers=1), RemoteClient("x:y"), tmp_path / "new" / "exchange")
     assert (tmp_path / "new" / "exchange").stat().st_mode & 0o777 == 0o700
     pool.close()
+
+
+LAUGHS = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{new}: &{new} [{','.join(['*' + old] * 9)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize("text", [LAUGHS, "[" * 5000, "a: !!python/name:os.system\n", "- a\n", "a: [\nb: c", "\x00"])
+def test_the_configuration_of_a_foreign_run_is_read_like_a_recipe(old, text):
+    (old / "config.yaml").write_text(text)
+    before = content(old)
+    with pytest.raises(FedProxyError, match=r"^configuration .*config.yaml .*overwrite=true") as caught:
+        claim(old, "resume=auto")
+    assert str(caught.value).isprintable()
+    assert content(old) == before

@@ -89,6 +89,13 @@ def test_same_report_same_page(tmp_path):
     assert to_html(full_report(), tmp_path) == to_html(full_report(), tmp_path)
 
 
+def test_scores_that_are_all_0_are_drawn_without_a_warning(recwarn):
+    report = full_report()
+    zero = {"acc_norm": 0.0, "acc_norm_stderr": 0.0, "n": 2}
+    draw_plots(plain(replace(report, scores={"fused": {"easy": zero}})))
+    assert not [str(warning.message) for warning in recwarn]
+
+
 @pytest.mark.parametrize("clients", [1, 20])
 def test_one_client_and_many_clients(tmp_path, clients):
     report = full_report(tuple(f"c{index}" for index in range(clients)), rounds=1)

@@ -149,13 +149,13 @@ def test_broken_files_are_named_with_their_line(tmp_path):
     path = tmp_path / "evaluation" / "fused.samples.jsonl"
     good = path.read_text()
     path.write_text(good + "{half\n")
-    with pytest.raises(EvaluationError, match=r"fused.samples.jsonl line 2 is not JSON"):
+    with pytest.raises(EvaluationError, match=r"fused.samples.jsonl line 2 cannot be used: it is not valid JSON"):
         load_evaluation(tmp_path, "fused")
     path.write_text(json.dumps({"task": "easy"}))
     with pytest.raises(EvaluationError, match=r"line 1 lacks doc_hash"):
         load_evaluation(tmp_path, "fused")
     path.write_text("[]")
-    with pytest.raises(EvaluationError, match=r"line 1 lacks task and doc_hash"):
+    with pytest.raises(EvaluationError, match=r"line 1 cannot be used: it must hold an object, got list"):
         load_evaluation(tmp_path, "fused")
     path.write_text(good)
     (tmp_path / "evaluation" / "fused.json").write_text("[]")

@@ -112,10 +112,10 @@ def test_missing_section_missing_file_and_half_a_file(tmp_path):
     del data["cost"]
     with pytest.raises(CheckpointError, match="cost is missing"):
         RunReport.from_dict(data)
-    with pytest.raises(CheckpointError, match=r"cannot read .*report.json \(No such file"):
+    with pytest.raises(CheckpointError, match=r"cannot read .*report.json: there is no such file"):
         RunReport.load(tmp_path)
     (tmp_path / "report.json").write_text('{"schema_version": 1, ')
-    with pytest.raises(CheckpointError, match="is not JSON"):
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
         RunReport.load(tmp_path)
 
 

@@ -271,10 +271,72 @@ def test_a_whole_weight_that_is_read_counts_and_a_fact_or_a_slice_of_it_does_not
 
 def test_a_layer_that_nothing_could_train_is_refused():
     # A fresh Doge multiplies what dt_proj gives by zero.
-    with pytest.raises(ConfigError, match=r"what 'dt_proj' gives has no part in what the model says.*leave it out"):
+    with pytest.raises(ConfigError, match=r"nothing would train 'dt_proj': what it gives has no part.*leave it out"):
         Lora(r=2, modules=["q_proj", "dt_proj"]).attach(make("doge"))
     model = make("doge")
     assert not any("dt_proj" in name for name in Lora(r=2, modules="all-linear").attach(model).layers())
+
+
+def test_a_layer_that_reads_zeros_alone_is_refused():
+    # A fresh Gemma 3n scales the gate's input by zero, so that nothing can move the pairs of the gate and what follows.
+    options = {"head_dim": 8, "layer_types": ["full_attention"] * 3, "num_kv_shared_layers": 0, "laurel_rank": 8}
+    options |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 61, "altup_num_inputs": 2}
+    for name in ("per_layer_input_gate", "per_layer_projection"):
+        with pytest.raises(ConfigError, match=rf"nothing would train '{name}': .* or it reads zeros alone; leave it"):
+            Lora(r=2, modules=["q_proj", name]).attach(make("gemma3n_text", **options))
+    model = make("gemma3n_text", **options)
+    lora = Lora(r=2, modules="all-linear").attach(model)
+    assert not any("per_layer" in name for name in lora.layers())
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    assert all(p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_parts_of_a_list_that_a_block_never_uses_get_no_adapter():
+    # Each hybrid block of Zamba 2 holds the adapters of all of them, and calls its own.
+    options = {"num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_d_state": 8, "chunk_size": 16}
+    options |= {"layers_block_type": ["mamba", "hybrid", "hybrid"], "use_mamba_kernels": False}
+    model = make("zamba2", **options)
+    lora = Lora(r=2, modules="all-linear").attach(model)
+    named = [name.removeprefix("model.layers.") for name in lora.layers() if "adapter_list" in name]
+    assert {(name[0], name[-3:]) for name in named} == {("1", "0.0"), ("1", "0.1"), ("2", "1.0"), ("2", "1.1")}
+    model(input_ids=IDS, use_cache=False).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "lora_B" in n)
+
+
+def test_experts_that_a_few_tokens_do_not_go_to_get_adapters(make_model):
+    class Mixture(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.choice = nn.Linear(width, 3, bias=False)
+            self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+        def forward(self, x):
+            return self.experts[1](x) * self.choice(x).softmax(-1)[..., :1]
+
+    model = make_model("llama")
+    for block in Decoder.of(model).blocks:
+        block.mlp = Mixture(block.mlp.gate_proj.in_features)
+    layers = Lora(r=2, modules="all-linear").attach(model).layers()
+    assert {name.partition("experts.")[2] for name in layers} == {"", "0", "1", "2"}
+
+
+def test_a_layer_whose_input_is_zero_until_another_is_trained_is_kept(make_model):
+    class Pair(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.down, self.up = nn.Linear(width, 4, bias=False), nn.Linear(4, width, bias=False)
+            self.down.weight.data.zero_()
+
+        def forward(self, x):
+            return nn.functional.silu(x + self.up(self.down(x)))
+
+    model = make_model("llama")
+    for block in Decoder.of(model).blocks:
+        block.mlp.act_fn = Pair(block.mlp.gate_proj.out_features)
+    lora = Lora(r=2, modules=["down", "up"]).attach(model)
+    assert {name.rpartition(".")[2] for name in lora.layers()} == {"down", "up"}
+    with pytest.raises(ConfigError, match="nothing would train 'up'"):
+        Lora(r=2, modules=["up"]).attach(lora.detach())
 
 
 def test_a_layer_in_several_places_is_refused(make_model):
@@ -303,6 +365,7 @@ def test_a_layer_in_several_places_is_refused(make_model):
         ),
         (opt, {"modules": ["self_attn.q_proj"]}, r"must be a layer's name inside its block"),
         (opt, {"modules": ["self_attn"]}, r"no linear layer 'self_attn'"),
+        (opt, {}, r"no linear layer 'o_proj'; did you mean '\w+'\? known: fc1, fc2, k_proj, out_proj, q_proj, v_proj$"),
         (opt, {"modules": ["q_proj", "all-linear"]}, r"'all-linear' stands for all layers; give it alone"),
         (
             opt,

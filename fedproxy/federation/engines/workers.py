@@ -260,7 +260,7 @@ class WorkerPool:
             raise BadMessageError("answered what it was not asked")
         if message.kind == "started" and not slot.begun:
             slot.begun = True
-        elif message.kind in ("answered", "dropped") and slot.begun:
+        elif message.kind in ("answered", "dropped", "damaged") and slot.begun:
             slot.task = None
             yield _answer(task, message)
         else:

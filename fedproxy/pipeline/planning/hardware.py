@@ -61,8 +61,15 @@ class Hardware:
         rest = [word for word in arguments if not word.startswith(_PREFIX)]
         hints = get_type_hints(cls)
         values: dict[str, Any] = {}
-        for key, value in parse_arguments(words).get(_PREFIX.rstrip("."), {}).items():
+        for key, value in parse_arguments(words, _Words).get("plan", {}).items():
             if key not in hints:
                 raise ConfigError(f"{_PREFIX}{key}: unknown key{nearest(key, hints)}")
             values[key] = typed(hints[key], value, f"{_PREFIX}{key}")
         return cls(**values), rest
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The command's words, as :func:`fedproxy.config.loading.parse_arguments` asks for them."""
+
+    plan: Hardware

@@ -46,8 +46,9 @@ class Outline:
             ConfigError: If compressor, trainable or clients_per_round do not fit.
         """
         dtype = getattr(torch, config.target.dtype)
+        shape = target_config(config)  # an asset may have to be made first
         with torch.device("meta"):
-            target = Decoder.of(build(target_config(config), dtype))
+            target = Decoder.of(build(shape, dtype))
             proxy = build(config.compression.outline(target), dtype)
             places = tuple(config.compression.places(target))
         counts = parameter_count(target.model), parameter_count(proxy)

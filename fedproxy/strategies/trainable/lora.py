@@ -43,7 +43,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    """Names of the linear layers inside a block that get an adapter, or ``all-linear``: all but routers."""
+    """Names of linear layers inside a block that get an adapter, or ``all-linear``: all but routers and idle ones."""
     parameters: tuple[str, ...] = ()
     """Names of routed experts' weights that get an adapter of rank r per expert (``gate_up_proj``); none by default."""
 

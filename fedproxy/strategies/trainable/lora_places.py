@@ -162,7 +162,7 @@ def _named(decoder: Decoder, modules: Sequence[str], linear: Collection[str], ex
 
 def _misnamed(name: str, decoder: Decoder, leaves: Collection[str], experts: Collection[str]) -> str:
     """Return why a name fits no linear layer in the blocks, and the way out."""
-    known = ", ".join(sorted(leaves))
+    known = ", ".join(sorted(leaf for leaf in leaves if not leaf.isdigit()))
     if name == ALL_LINEAR:
         return f"{name!r} stands for all layers; give it alone"
     if "." in name:
@@ -170,7 +170,8 @@ def _misnamed(name: str, decoder: Decoder, leaves: Collection[str], experts: Col
     outside = {_leaf(n) for n, m in decoder.model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if name in outside:
         return f"{name!r} lies outside of the blocks, and fusion moves blocks alone; known: {known}"
-    hint = nearest(name, leaves)
+    close = nearest(name, leaves)
+    hint = f"{close} known: {known}" if close.endswith("?") else close
     if experts:
         weights = ", ".join(sorted({_leaf(weight) for weight in experts}))
         hint = f"; known: {known}; experts' weights ({weights}) are named in trainable.parameters"
@@ -204,8 +205,8 @@ def _reached(decoder: Decoder, layers: Mapping[str, nn.Module], *, every: bool) 
     live = {_leaf(name) for name in layers if name not in seen.idle and name not in seen.mute}
     if names - live and not every:
         raise ConfigError(
-            f"trainable.modules: what {min(names - live)!r} gives has no part in what the model says, so that nothing "
-            "would train it; leave it out"
+            f"trainable.modules: nothing would train {min(names - live)!r}: what it gives has no part in what the "
+            "model says, or it reads zeros alone; leave it out"
         )
     kept = [name for name in layers if name not in useless]
     groups = [[name for name in group if name in kept] for group in seen.groups]

@@ -83,9 +83,9 @@ class Seen:
     groups: list[list[str]]
     """The layers that ran once, grouped by the tensor that they read, in call order."""
     idle: set[str]
-    """Layers that were never called, those of single experts left out, which other tokens may go to."""
+    """Layers that were never called, those of routed experts left out, which other tokens may go to."""
     mute: set[str]
-    """Layers whose output has no part in what the model says: nothing could train them."""
+    """Layers that nothing could train: what they give has no part in what the model says, or they read zeros alone."""
 
 
 def observe(decoder: Decoder, layers: Mapping[str, nn.Module]) -> Seen:
@@ -128,8 +128,39 @@ def observe(decoder: Decoder, layers: Mapping[str, nn.Module]) -> Seen:
     for name, tensor in calls:  # `calls` keeps the tensors alive, so that no two of them share an id
         if order.count(name) == 1:
             groups.setdefault(id(tensor), []).append(name)
-    idle = {name for name in layers if name not in order and not _single_expert(name)}
-    return Seen(list(groups.values()), idle, {name for name in order if whole and name not in heard})
+    idle = {name for name in layers if name not in order and not _is_routed(name, decoder)}
+    zeros = {name for name, read in calls if read.numel()} - {name for name, read in calls if read.any()}
+    mute = {name for name in order if whole and name not in heard} | _starved(decoder, layers, zeros)
+    return Seen(list(groups.values()), idle, mute)
+
+
+def _starved(decoder: Decoder, layers: Mapping[str, nn.Module], zeros: set[str]) -> set[str]:
+    """Return which of the layers that read zeros alone do so whatever the others give, as adapters in them may learn.
+
+    Args:
+        decoder: The model.
+        layers: Layers by name in the blocks.
+        zeros: Those that read zeros alone.
+    """
+    if not zeros:
+        return zeros
+    fed: set[str] = set()
+    generator = torch.Generator().manual_seed(2)
+
+    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+
+    def note(name: str) -> Any:
+        return lambda _, args: fed.update([name] if args[0].any() else ())
+
+    handles = [layers[name].register_forward_hook(disturb) for name in layers if name not in zeros]
+    handles += [layers[name].register_forward_pre_hook(note(name)) for name in zeros]
+    try:
+        _gradients(decoder.model, {})
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _starved(decoder, layers, zeros - fed) if fed else zeros
 
 
 def _gradients(model: PreTrainedModel, pushes: Mapping[str, list[Tensor]]) -> list[tuple[str, Tensor | None]]:
@@ -156,9 +187,19 @@ def _gradients(model: PreTrainedModel, pushes: Mapping[str, list[Tensor]]) -> li
     return [(name, gradient) for (name, _), gradient in zip(named, found, strict=True)]
 
 
-def _single_expert(name: str) -> bool:
-    """Say whether a layer lies in a list inside its block, as experts that are modules of their own do."""
-    return any(part.isdigit() for part in name.split(".")[1:])
+def _is_routed(name: str, decoder: Decoder) -> bool:
+    """Say whether a layer lies in a list inside its block that something has an output for each entry of: a router.
+
+    A list without one holds parts of which a block uses always the same.
+    """
+    parts = name.split(".")
+    for end in range(2, len(parts)):
+        held = decoder.blocks.get_submodule(".".join(parts[:end]))
+        if isinstance(held, nn.ModuleList):
+            inside = {id(weight) for weight in held.parameters()}
+            beside = (w for w in decoder.blocks.get_submodule(parts[0]).parameters() if id(w) not in inside)
+            return any(weight.ndim == 2 and weight.shape[0] == len(held) for weight in beside)
+    return False
 
 
 def _expert_tensors(module: nn.Module) -> dict[str, nn.Parameter]:

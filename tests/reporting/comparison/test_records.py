@@ -29,7 +29,7 @@ def test_a_record_is_small_enough_to_be_committed(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{half", r"r.json is no record of a run .*; delete it to run that again"),
+        ("{half", r"r.json cannot be read: it is not valid JSON .*; delete it to run that again"),
         ('{"schema_version": 2}', r"schema_version must be 1, got 2"),
         ('{"schema_version": 1, "report": {}}', r"r.json is no"),
     ],

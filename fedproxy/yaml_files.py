@@ -1,6 +1,5 @@
 """YAML of people: plain values from a regular file of a bounded size, without tags, and one line where it is not so."""
 
-import os
 import re
 from collections.abc import Hashable
 from pathlib import Path
@@ -11,7 +10,7 @@ from yaml import MappingNode, Node, ScalarNode
 from yaml.constructor import ConstructorError
 
 from fedproxy.errors import ConfigError, first_line, one_line
-from fedproxy.files import open_regular
+from fedproxy.files import read_whole
 
 MOST_BYTES = 1 << 18
 """Largest recipe or study that is read: 256 KiB."""
@@ -84,11 +83,7 @@ def read_mapping(path: Path, kind: str) -> dict[str, Any]:
             no mapping, a tag, a key twice, or more than can be meant.
     """
     try:
-        with open_regular(path, follow=True) as file:
-            if os.fstat(file.fileno()).st_size > MOST_BYTES:
-                raise ValueError(f"it has more than {MOST_BYTES} bytes")
-            text = file.read(MOST_BYTES).decode("utf-8-sig")
-        content = parse_yaml(text)
+        content = parse_yaml(read_whole(path, most=MOST_BYTES).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _unreadable(path, kind, f"it is not UTF-8 text (byte {error.start})") from None
     except (OSError, ValueError) as error:
