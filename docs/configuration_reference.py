@@ -10,6 +10,7 @@ from typing import Any
 
 from fedproxy.config import RunConfig
 from fedproxy.registry import Component
+from fedproxy.strategies.round_parts import RoundPart
 
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
@@ -60,6 +61,14 @@ def page() -> str:
             member = family.by_name(name)
             rows = leaves(member, f"{path}.")
             sections.append(f"`{path}.name={name}`: {first_line(member)}\n" + (f"\n{table(rows)}" if rows else ""))
+    sections.append(
+        "## `parts`\n\nWhat else rides with a round: `parts.precision.up=int8`, or in a recipe "
+        "`parts: {precision: {up: int8}}`.\n"
+    )
+    for name in RoundPart.names():
+        member = RoundPart.by_name(name)
+        if member.optional:
+            sections.append(f"`parts.{name}`: {first_line(member)}\n\n{table(leaves(member, f'parts.{name}.'))}")
     return "\n".join(sections)
 
 
@@ -69,7 +78,8 @@ def leaves(cls: type, prefix: str) -> list[tuple[str, str, str, str]]:
     hints, texts = typing.get_type_hints(cls), attribute_docs(cls)
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
-        if isinstance(hint, type) and issubclass(hint, Component):
+        kind = (typing.get_args(hint) or (hint,))[-1]  # of a component, or of a mapping of them
+        if isinstance(kind, type) and issubclass(kind, Component):
             continue
         if dataclasses.is_dataclass(hint):
             rows += leaves(typing.cast(type, hint), f"{prefix}{item.name}.")

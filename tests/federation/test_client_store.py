@@ -13,7 +13,7 @@ from fedproxy.names import file_stem
 
 
 def remembered(value):
-    return Memory(own={"w": torch.tensor([float(value), 1.0])}, num_examples=3)
+    return Memory({"personal": {"w": torch.tensor([float(value), 1.0])}}, num_examples=3)
 
 
 def rounds(folder, number):
@@ -65,7 +65,7 @@ def test_memory_that_is_not_what_it_was_rewinds_to_the_checkpoint_before(tmp_pat
     assert "client 'ann'" in said[0]
     assert said[0].endswith("going on after round 2, from the checkpoint before it")
     store.rewind(progress.round)
-    assert float(store.memory.load("ann", before=3).own["w"][0]) == 2.0
+    assert float(store.memory.load("ann", before=3).parts["personal"]["w"][0]) == 2.0
 
 
 def test_a_file_that_all_checkpoints_need_ends_in_one_line(tmp_path):

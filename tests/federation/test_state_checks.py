@@ -13,7 +13,6 @@ from fedproxy.federation.participation import Participation
 from fedproxy.federation.state_checks import largest
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 
@@ -45,7 +44,7 @@ def go(folder, engine, *, rule="fedavg", optimizer="none", ratio=1000.0, rounds=
     federation = Federation(
         clients=clients, clients_per_round="all", aggregator=Aggregator.by_name(rule)(**options),
         server_optimizer=ServerOptimizer.by_name(optimizer)(), job={}, lora_scaling=2.0, seed=0,
-        regularizer=Regularizer.by_name("none")(), store=ClientStore(folder),
+        parts=(), store=ClientStore(folder),
         participation=Participation(len(clients), max_norm_ratio=ratio),
     )  # fmt: skip
     start = {NAME: torch.ones(2, 4), PAIR: torch.zeros(4, 2)}

@@ -58,7 +58,7 @@ KEPT = [
     "fused/model.safetensors",
     "checkpoints/round_0002/progress.json",
     "checkpoints/round_0002/state.safetensors",
-    "checkpoints/round_0002/conflict.safetensors",
+    "checkpoints/round_0002/control_variates.safetensors",
     "checkpoints/round_0001/progress.json",
     f"checkpoints/clients/{SUMS}/round_0002.safetensors",
     f"rows/{SUMS}.jsonl",

@@ -160,8 +160,8 @@ def test_fedsa_lora_sends_a_alone_and_fuses_the_mean_of_the_clients_b(both):
     kept = [load_file(path) for path in latest]
     for name, value in adapter.items():
         if "lora_B" in name:  # equal clients (8 rows each): the plain mean
-            torch.testing.assert_close(value, sum(own[f"own/{name}"] for own in kept) / len(kept))
-            assert not torch.equal(kept[0][f"own/{name}"], kept[1][f"own/{name}"])
+            torch.testing.assert_close(value, sum(own[f"personal/{name}"] for own in kept) / len(kept))
+            assert not torch.equal(kept[0][f"personal/{name}"], kept[1][f"personal/{name}"])
     report = json.loads((folder / "report.json").read_text())
     last = len(kept) * sum(t.numel() * 4 for name, t in adapter.items() if "lora_B" in name)
     assert report["cost"]["upload_bytes"] == 9 * half + last

@@ -27,9 +27,9 @@ class Ranks(RoundPart, name="ranks"):
     order: ClassVar[int] = 70
     optional: ClassVar[bool] = True
 
-    clients: dict[str, int] = field(default_factory=dict)
+    clients: dict[str, int] = field(default_factory=dict, metadata={"server": True})
     """Rank of single clients, by name; all others train ``trainable.r``."""
-    pad: bool = False
+    pad: bool = field(default=False, metadata={"server": True})
     """Fill updates up with zeros to ``trainable.r``, so that any rule can merge them."""
 
     def __post_init__(self) -> None:

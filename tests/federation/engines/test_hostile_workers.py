@@ -137,7 +137,7 @@ def test_every_worker_is_told_the_seeds_of_its_own_client_alone(pool, folder):
     assert len(told) == len(CLIENTS)
     for task in told:
         seeds = ClientSeeds.of(77, 3, task["client"])
-        assert task["seeds"] == {"batches": seeds.batches, "dropout": list(seeds.dropout)}
+        assert task["seeds"] == {"batches": seeds.batches, "dropout": list(seeds.dropout), "parts": seeds.parts}
         assert set(task) == {"task", "client", "broadcast", "update", "seeds"}
 
 

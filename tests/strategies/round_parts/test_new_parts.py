@@ -9,7 +9,7 @@ from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import Broadcast, ClientUpdate, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation
-from fedproxy.strategies.round_parts import ClientRound, Group, RoundResult, chain
+from fedproxy.strategies.round_parts import ClientRound, Group, RoundResult, chain, described
 from fedproxy.strategies.round_parts.clip_noise import ClipNoise, clip
 from fedproxy.strategies.round_parts.conflict_map import ConflictMap
 from fedproxy.strategies.round_parts.precision import Precision
@@ -67,6 +67,10 @@ def test_a_client_of_rank_two_gets_and_sends_two_rows_of_a_and_two_columns_of_b(
     expected = part.expects(forms, None, "c")["delta"].tensors
     assert {n: t.shape for n, t in expected.items()} == {n: t.shape for n, t in update.delta.items()}
     assert part.expects(forms, None, "other") is forms
+
+
+def test_no_client_is_told_the_ranks_of_others():
+    assert described(Ranks({"ward-a": 2, "ward-b": 3}, pad=True)) == {"name": "ranks"}
 
 
 def test_padding_fills_up_with_zeros():
