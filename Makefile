@@ -17,7 +17,7 @@ demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, fede
 	$(BIN)/python -m fedproxy.fit recipe=fedproxy_llama resume=auto
 
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
-	$(BIN)/python -m pytest -m 'not slow and not browser and not gpu and not flower'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'
 
 check: $(VENV)/.installed  ## Lint and types
 	$(BIN)/ruff check .
