@@ -21,6 +21,7 @@ def parts(cls):
     """Return every dataclass and component family below ``cls``, by path."""
     found = {"": cls}
     for name, hint in typing.get_type_hints(cls).items():
+        hint = (typing.get_args(hint) or (hint,))[-1]  # of a value, or of the values of a mapping
         if dataclasses.is_dataclass(hint):
             found |= {f"{name}.{path}": part for path, part in parts(hint).items()}
     return found
@@ -87,6 +88,12 @@ RULES = [
     "federation.validation.every=-1",
     "data.tasks=[]",
     "loggers=[wand]",
+    "parts.precision.up=int7",
+    "parts.precisoin.up=int8",
+    "parts.precision.upp=int8",
+    "parts.ranks.clients={a: 0}",
+    "parts.clip_noise.clip=-1",
+    "parts.conflict={}",
 ]
 
 
@@ -126,7 +133,7 @@ def refuse(cases, heavy=HEAVY):
 def test_a_mistake_in_a_run_imports_nothing_heavy():
     wrong = ["recipe=nope", "recipe=fedproxy_tiny trainer.foo=1", "recipe=fedproxy_tiny foo=1", "nonsense"]
     wrong += [f"recipe=fedproxy_llama {word}" for word in RULES]
-    refuse([(command, *words.split()) for command in ("fit", "compress") for words in wrong])
+    refuse([(command, *words.split(maxsplit=1)) for command in ("fit", "compress") for words in wrong])
 
 
 def test_a_mistake_in_a_plan_imports_nothing_heavy():

@@ -90,7 +90,7 @@ class Emulator(RoundPart, name="emulator"):
 
     order: ClassVar[int] = 5
 
-    aligner: "Aligner | Outlined | None" = field(default=None, metadata={"server": True})
+    aligner: Aligner | Outlined | None = field(default=None, metadata={"server": True})
     """What aligns them; the server's alone."""
 
     def send(self, broadcast: Broadcast, memory: Tensors) -> Broadcast:
