@@ -1,7 +1,9 @@
 """Whether the components that a recipe names go together, told before anything is loaded."""
 
+from collections.abc import Collection
+
 from fedproxy.config import RunConfig
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ConfigError, nearest
 from fedproxy.pipeline.devices import check_devices
 from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.strategies.capabilities import check_capabilities
@@ -57,6 +59,21 @@ def _check_ranks(config: RunConfig) -> None:
             f"parts.ranks.clients.{client} must be at most trainable.r={trained.r}, got {above[client]}; raise "
             "trainable.r"
         )
+
+
+def check_named_clients(config: RunConfig, clients: Collection[str]) -> None:
+    """Refuse options for clients that nobody is.
+
+    Args:
+        config: The recipe.
+        clients: The names of all clients.
+
+    Raises:
+        ConfigError: Naming the first client that is none.
+    """
+    for name, part in config.parts.items():
+        for client in sorted(set(part.differs).difference(clients)):
+            raise ConfigError(f"parts.{name}: there is no client {client!r}{nearest(client, clients)}")
 
 
 def _check_trainable(config: RunConfig) -> None:

@@ -21,7 +21,7 @@ from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.components import check_components, check_named_clients
 from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import (
@@ -232,6 +232,7 @@ def _deal(current: Run) -> tuple[Clients, dict[str, Any] | None]:
         Every client's rows, and where a run goes on what is to be noted of its inputs.
     """
     clients = client_rows(current.config.data, seed=current.config.seed)
+    check_named_clients(current.config, clients)
     if current.folder.begins:
         return clients, None
     inputs = check_inputs(current, clients)

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedproxy.config import load_config
 from fedproxy.errors import ClientError, ConfigError
+from fedproxy.pipeline.run import run
 from fedproxy.protocol import Broadcast, ClientUpdate, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation
@@ -215,3 +217,13 @@ def test_without_noise_a_short_update_keeps_its_bits():
 def test_bounds_that_make_no_sense_are_refused(options, rule):
     with pytest.raises(ConfigError, match=rule):
         ClipNoise(**options)
+
+
+# ---- in a run
+
+
+def test_ranks_of_a_client_that_nobody_is_are_refused_before_anything_is_written(tmp_path):
+    words = ["recipe=fedproxy_tiny", "parts.ranks.pad=true", "parts.ranks.clients.tiny_sum=2"]
+    with pytest.raises(ConfigError, match=r"^parts.ranks: there is no client 'tiny_sum'; did you mean 'tiny_sums'"):
+        run(load_config([*words, f"output_dir={tmp_path / 'run'}"]))
+    assert not (tmp_path / "run").exists()
