@@ -25,7 +25,8 @@ check: $(VENV)/.installed  ## Lint and types
 	$(BIN)/mypy
 
 test-slow: $(VENV)/.installed  ## The rest: slow, browser, gpu and flower tests, each skipped with a reason where it cannot run
-	$(BIN)/python -m pytest -m 'slow or browser or gpu or flower'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m '(slow or flower) and not gpu and not browser'
+	$(BIN)/python -m pytest -m 'browser or gpu'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
