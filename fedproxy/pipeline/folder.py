@@ -263,4 +263,4 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         return read_mapping(path, "configuration")
     except ConfigError as error:
-        raise CheckpointError(f"{error} (use overwrite=true or another output_dir)") from None
+        raise CheckpointError(f"{error}; or use overwrite=true or another output_dir") from None

@@ -76,13 +76,14 @@ def fill(monkeypatch, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to tell files by their handles")
+@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
 @pytest.mark.parametrize(
     "name", ["config.yaml", "rounds.jsonl", "facts.json", "adapter_model.safetensors", "report.json", "README.md"]
 )
-def test_a_full_disk_in_a_continuation_loses_nothing(whole, one_round, tmp_path, monkeypatch, name):
+def test_a_full_disk_in_a_continuation_loses_nothing(whole, one_round, tmp_path, monkeypatch, name, engine):
     folder = tmp_path / "run"
     shutil.copytree(one_round, folder)
-    before, config = read_all(folder), load_config([*SMALL, *TWO, f"output_dir={folder}", "resume=auto"])
+    before, config = read_all(folder), load_config([*SMALL, *TWO, f"output_dir={folder}", "resume=auto", f"engine={engine}"])
     with monkeypatch.context() as patch:
         fill(patch, name)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
