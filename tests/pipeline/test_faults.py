@@ -83,7 +83,10 @@ def fill(monkeypatch, name):
 def test_a_full_disk_in_a_continuation_loses_nothing(whole, one_round, tmp_path, monkeypatch, name, engine):
     folder = tmp_path / "run"
     shutil.copytree(one_round, folder)
-    before, config = read_all(folder), load_config([*SMALL, *TWO, f"output_dir={folder}", "resume=auto", f"engine={engine}"])
+    before, config = (
+        read_all(folder),
+        load_config([*SMALL, *TWO, f"output_dir={folder}", "resume=auto", f"engine={engine}"]),
+    )
     with monkeypatch.context() as patch:
         fill(patch, name)
         with pytest.raises(CheckpointError, match="No space left on device") as caught:
@@ -161,6 +164,24 @@ def test_a_signal_leaves_a_report_and_a_run_that_goes_on(tmp_path, number, engin
     for worker in workers:
         assert not Path(f"/proc/{worker}").exists()
     assert not RunFolder(folder).check(load_config([*words, f"output_dir={folder}", "resume=auto"]))  # it goes on
+
+
+@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
+def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, engine):
+    folder = tmp_path / "run"
+    words = [*SMALL, *TWO, f"output_dir={folder}", f"engine={engine}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedproxy.fit", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (folder / "checkpoints/round_0001/progress.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert run(load_config([*words, "resume=auto"])).run.status == "completed"
+    for path in ("checkpoints/round_0002/state.safetensors", "fused/model.safetensors"):
+        left, right = load_file(whole / path), load_file(folder / path)
+        assert all(torch.equal(left[tensor], right[tensor]) for tensor in left)
 
 
 def test_two_continuations_of_a_fresh_folder_one_runs(tmp_path):
