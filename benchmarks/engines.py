@@ -20,9 +20,9 @@ import torch
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
+from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Answer, Dropped, Engine, RunningEngine, UpdateFile
-from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
 

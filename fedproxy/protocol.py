@@ -140,7 +140,7 @@ class ClientUpdate:
 
     @classmethod
     def load(cls, path: str | Path) -> "ClientUpdate":
-        """Read an update that is trusted; :mod:`fedproxy.federation.admission` takes in those that are not.
+        """Read an update that is trusted; :mod:`fedproxy.federation.server.admission` takes in those that are not.
 
         Its tensors stay in the file until they are used.
 

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import whole_folder
 from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit

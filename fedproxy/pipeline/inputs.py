@@ -13,7 +13,7 @@ from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.checkpoint import CheckpointFolder
+from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.files import file_sha256
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.data import rows_sha256

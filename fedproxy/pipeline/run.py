@@ -12,9 +12,9 @@ from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import missing_assets
 from fedproxy.evaluation.validation import Question
-from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
 from fedproxy.models import check_model, load_model, load_tokenizer

@@ -18,15 +18,15 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import cache_root, resolve
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.collecting import assemble
 from fedproxy.federation.engines import Answer, Dropped
-from fedproxy.federation.expected import Expected
-from fedproxy.federation.local_client import LocalSetup
-from fedproxy.federation.loop import Federation
-from fedproxy.federation.participation import Participation
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.collecting import assemble
+from fedproxy.federation.server.expected import Expected
+from fedproxy.federation.server.loop import Federation
+from fedproxy.federation.server.participation import Participation
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.config import RunConfig
-from fedproxy.federation.checkpoint import Progress
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.names import file_stem
 from fedproxy.protocol import Tensors

@@ -10,7 +10,7 @@ from fedproxy.config import RunConfig
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
-from fedproxy.federation.validation import RoundValidation, Scores
+from fedproxy.federation.server.validation import RoundValidation, Scores
 from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.data import file_rows

@@ -11,10 +11,10 @@ import torch
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Engine, RemoteClient
-from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import Decoder
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.admission import Form, Vault, admit
 from fedproxy.federation.engines import UpdateFile
-from fedproxy.federation.expected import Expected, Group
-from fedproxy.federation.participation import Participation
+from fedproxy.federation.server.admission import Form, Vault, admit
+from fedproxy.federation.server.expected import Expected, Group
+from fedproxy.federation.server.participation import Participation
 from fedproxy.protocol import FORMAT, Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
 
@@ -193,7 +193,7 @@ def test_a_full_disk_is_the_servers_fault_and_drops_nobody(tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedproxy.federation.admission.os.pwrite", full)
+    monkeypatch.setattr("fedproxy.federation.server.admission.os.pwrite", full)
 
     class Engine:
         def run(self, broadcast, client_ids, *, timeout_s=None):

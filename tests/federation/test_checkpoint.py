@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 
 
 def progress(round_):

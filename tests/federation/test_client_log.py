@@ -8,7 +8,7 @@ import pytest
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ClientError, DataError
-from fedproxy.federation.client_log import told
+from fedproxy.federation.client.log import told
 from fedproxy.federation.engines.environment import client_environment
 from fedproxy.modules.trainer import check_trainer_options
 from fedproxy.names import file_stem

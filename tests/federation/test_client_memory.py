@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.client_memory import ClientMemory, Memory
+from fedproxy.federation.client.memory import ClientMemory, Memory
 from fedproxy.names import file_stem
 
 

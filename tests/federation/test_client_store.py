@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client_memory import Memory
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.memory import Memory
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.names import file_stem
 
 

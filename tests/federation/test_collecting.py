@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.checkpoint import Progress
-from fedproxy.federation.client_memory import Memory
-from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.collecting import assemble
+from fedproxy.federation.client.memory import Memory
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import Progress
+from fedproxy.federation.server.collecting import assemble
 from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.trainable import Trainable

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from fedproxy.errors import CheckpointError, ModelError
-from fedproxy.federation.frozen_weights import FrozenChanges
+from fedproxy.federation.client.frozen_weights import FrozenChanges
 from fedproxy.strategies.trainable import Trainable
 
 NAME = "base_model.model.model.layers.1.mlp.down_proj"

@@ -8,8 +8,8 @@ import torch
 
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
-from fedproxy.federation.expected import Expected, Group
-from fedproxy.federation.participation import Participation
+from fedproxy.federation.server.expected import Expected, Group
+from fedproxy.federation.server.participation import Participation
 
 from .engines.doubles import CLIENTS, STATE, Double, broadcast, honest, remote
 

@@ -9,7 +9,7 @@ import torch
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import Dropped, Engine, UpdateFile
-from fedproxy.federation.rank_group import RankGroup
+from fedproxy.federation.engines.rank_group import RankGroup
 
 from .engines.doubles import broadcast, honest, loaded
 from .rank_doubles import remote
@@ -114,7 +114,7 @@ def test_a_process_that_hangs_is_ended_at_the_rounds_deadline(group, words):
 
 def test_a_deadline_may_be_months_away_and_waits_are_short(group, words, monkeypatch):
     assert_honest(group.train(broadcast(3), "ann", deadline=time.monotonic() + 3e6), "ann")
-    monkeypatch.setattr("fedproxy.federation.rank_group.LONGEST_WAIT_S", 1e-3)
+    monkeypatch.setattr("fedproxy.federation.engines.rank_group.LONGEST_WAIT_S", 1e-3)
     assert_honest(group.train(broadcast(4), "bob", deadline=time.monotonic() + 3e6), "bob", 4)
 
 

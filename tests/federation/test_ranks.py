@@ -12,11 +12,11 @@ import torch
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.errors import ClientError
+from fedproxy.federation.client.setup import LocalSetup, load
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import RemoteClient
-from fedproxy.federation.local_client import LocalSetup, load
-from fedproxy.federation.rank_group import RankGroup
+from fedproxy.federation.engines.rank_group import RankGroup
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds
 
@@ -158,7 +158,7 @@ def test_two_gpus_do_what_one_process_does(strategy, setup, alone):
 def test_a_process_that_stops_is_given_up_by_the_others(setup, alone):
     """The others wait in a step for patience_s; then the client is dropped with their words, and all are ended."""
     options = {"setup": asdict(setup), "devices": [], "count": 2, "strategy": "ddp", "patience_s": 60.0}
-    group = RankGroup(RemoteClient("fedproxy.federation.rank:load", options), 2, scratch=setup.scratch)
+    group = RankGroup(RemoteClient("fedproxy.federation.engines.rank:load", options), 2, scratch=setup.scratch)
     given = broadcast(alone, {})
     try:
         group.train(given, "ann")

@@ -3,7 +3,7 @@
 import pytest
 
 from fedproxy.errors import ConfigError
-from fedproxy.federation.sampling import sample_clients
+from fedproxy.federation.server.sampling import sample_clients
 
 NAMES = [f"c{i}" for i in range(10)]
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.engines import Dropped
-from fedproxy.federation.loop import Federation
-from fedproxy.federation.participation import Participation
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.loop import Federation
+from fedproxy.federation.server.participation import Participation
 from fedproxy.names import file_stem
 from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client_store import ClientStore
-from fedproxy.federation.loop import Federation
-from fedproxy.federation.participation import Participation
-from fedproxy.federation.state_checks import largest
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.loop import Federation
+from fedproxy.federation.server.participation import Participation
+from fedproxy.federation.server.state_checks import largest
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.server_optimizers import ServerOptimizer
@@ -19,7 +19,7 @@ from fedproxy.strategies.server_optimizers import ServerOptimizer
 @pytest.fixture(autouse=True)
 def let_in(monkeypatch):
     """Let every finite update in: what is looked at here is the state that comes of it."""
-    monkeypatch.setattr("fedproxy.federation.update_checks.LARGEST_CHANGE", math.inf)
+    monkeypatch.setattr("fedproxy.federation.server.update_checks.LARGEST_CHANGE", math.inf)
 
 
 NAME = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"

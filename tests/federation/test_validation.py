@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.validation import RoundValidation, best_round
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.validation import RoundValidation, best_round
 
 
 def record(number, value=None, metric="answer_nll"):

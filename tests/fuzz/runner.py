@@ -33,7 +33,7 @@ def main() -> None:
 
     import fedproxy.compare
     import fedproxy.evaluation.harness
-    import fedproxy.federation.admission
+    import fedproxy.federation.server.admission
     import fedproxy.pipeline.run  # noqa: F401
 
     del lightning, lm_eval, peft

@@ -9,8 +9,8 @@ import torch
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
+from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_model
 from fedproxy.models.quantized import check_quantization, load_quantized
 from fedproxy.protocol import Broadcast

@@ -8,8 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from fedproxy.federation import loop
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.server import loop
 from fedproxy.modules.causal_lm import CausalLMModule
 
 NAME = __name__

@@ -117,7 +117,7 @@ def test_a_target_that_is_no_decoder(run_tiny, tmp_path):
 
 
 def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny, monkeypatch):
-    from fedproxy.federation.client import LocalClient
+    from fedproxy.federation.client.client import LocalClient
 
     train = LocalClient.train
 
@@ -150,7 +150,7 @@ def test_no_write_permission(run_tiny, tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(run_tiny, monkeypatch):
-    from fedproxy.federation.client import LocalClient
+    from fedproxy.federation.client.client import LocalClient
 
     def interrupt(self, broadcast, client_id):
         raise KeyboardInterrupt

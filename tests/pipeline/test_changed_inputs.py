@@ -12,7 +12,7 @@ import torch
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.federation.checkpoint import CheckpointFolder
+from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.models import load_model
 from fedproxy.pipeline import inputs
 from fedproxy.pipeline.inputs import ChangedInputError

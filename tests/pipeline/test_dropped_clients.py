@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
 from fedproxy.names import file_stem
 
 from .conftest import SMALL
@@ -120,7 +120,7 @@ def workers_of(folder):
             command = path.read_bytes()
         except OSError:
             continue
-        if b"fedproxy.federation.worker" in command and str(folder).encode() in command:
+        if b"fedproxy.federation.engines.worker" in command and str(folder).encode() in command:
             found.add(int(path.parent.name))
     return found
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.federation.participation import _Round
+from fedproxy.federation.server.participation import _Round
 
 from . import hooked_clients
 from .hooked_clients import wait_for_file

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
 from fedproxy.models import load_model, state_sha256
 from fedproxy.names import file_stem
 from fedproxy.pipeline.plan import plan

@@ -10,7 +10,7 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ConfigError, DataError
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
 from fedproxy.federation.client_rows import read_client_rows
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.data import client_rows

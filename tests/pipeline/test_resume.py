@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedproxy.errors import CheckpointError, ConfigError, DataError
-from fedproxy.federation.checkpoint import CheckpointFolder
+from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.reporting import RunReport
 
 from . import hooked_clients

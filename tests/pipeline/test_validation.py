@@ -81,7 +81,7 @@ def test_the_best_rounds_state_is_fused_also_after_an_interrupt(run_tiny, monkey
         validation, "score_questions", lambda *_: {"mean": {"answer_nll": next(losses), "n": 32.0, "acc": 0.5}}
     )
     _, second = run_tiny("federation.rounds=2", *QUICK)
-    from fedproxy.federation.client import LocalClient
+    from fedproxy.federation.client.client import LocalClient
 
     train = LocalClient.train
 

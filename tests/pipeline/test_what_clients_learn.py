@@ -6,7 +6,7 @@ A simulation runs all parties as one user, so that this is about what is handed 
 import json
 import shutil
 
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
 from fedproxy.federation.engines.workers import WorkerPool
 from fedproxy.seeding import derive_seed
 

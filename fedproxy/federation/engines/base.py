@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from fedproxy.errors import CheckpointError, one_line
-from fedproxy.federation.client_log import told
+from fedproxy.federation.client.log import told
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.registry import Component
 
 
 @dataclass(frozen=True)
 class UpdateFile:
-    """An update as it came: a file that nobody has looked into; :mod:`fedproxy.federation.admission` does."""
+    """An update as it came: a file that nobody has looked into; :mod:`fedproxy.federation.server.admission` does."""
 
     client_id: str
     """Who was asked for it."""

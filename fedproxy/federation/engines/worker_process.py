@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from fedproxy.errors import CheckpointError, one_line
-from fedproxy.federation.client_log import shown
+from fedproxy.federation.client.log import shown
 from fedproxy.federation.engines.environment import client_environment
 from fedproxy.files import parse_json, private_folder
 
@@ -66,7 +66,7 @@ class BadMessageError(Exception):
 
 
 class WorkerProcess:
-    """A process that runs :mod:`fedproxy.federation.worker`.
+    """A process that runs :mod:`fedproxy.federation.engines.worker`.
 
     It has a process group of its own, so that Ctrl-C reaches the server alone, and ends by itself when the server does.
 
@@ -80,7 +80,7 @@ class WorkerProcess:
     def __init__(self, setup: Path, *, device: int | None, threads: int, log: Path) -> None:
         self.log, self.device = log, device
         self._unread = b""
-        module = "fedproxy.federation.worker"
+        module = "fedproxy.federation.engines.worker"
         command = [sys.executable, "-m", module, str(setup), "" if device is None else str(device), str(threads)]
         with _begin(log) as errors:
             self._process = subprocess.Popen(

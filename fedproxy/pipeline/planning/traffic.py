@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedproxy.federation.expected import expected_groups
+from fedproxy.federation.server.expected import expected_groups
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.protocol import Broadcast, nbytes
 from fedproxy.strategies.round_parts import Forms, RoundPart

@@ -11,8 +11,8 @@ import torch
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
-from fedproxy.federation.participation import Participation
-from fedproxy.federation.rank_group import RankGroup
+from fedproxy.federation.engines.rank_group import RankGroup
+from fedproxy.federation.server.participation import Participation
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds
 

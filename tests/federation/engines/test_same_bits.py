@@ -11,11 +11,11 @@ import torch
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.errors import ClientError
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client_rows import ClientRows, rows_file
 from fedproxy.federation.engines import Dropped, Engine
 from fedproxy.federation.engines.base import attempt
-from fedproxy.federation.local_client import LocalSetup, load
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate

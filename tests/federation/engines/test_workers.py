@@ -10,7 +10,7 @@ import torch
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.engines import Dropped, Engine, RemoteClient
-from fedproxy.federation.participation import Participation
+from fedproxy.federation.server.participation import Participation
 from fedproxy.protocol import Broadcast, Mapped
 
 from .doubles import CLIENTS, broadcast, honest, loaded, remote

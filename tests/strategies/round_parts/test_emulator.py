@@ -7,9 +7,9 @@ import torch
 
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError, ConfigError
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client import LocalClient
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds

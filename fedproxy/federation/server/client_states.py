@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from fedproxy.federation.checkpoint import Progress
 from fedproxy.federation.round_files import ClientFiles
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.protocol import TensorFile, Tensors
 
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.client_memory import ClientMemory
-from fedproxy.federation.client_states import ClientStates
-from fedproxy.federation.frozen_weights import FrozenChanges
+from fedproxy.federation.client.frozen_weights import FrozenChanges
+from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.round_files import RoundFiles
+from fedproxy.federation.server.client_states import ClientStates
 from fedproxy.sealed_tensors import facts_of
 
 Kept = Mapping[str, Mapping[str, str]]

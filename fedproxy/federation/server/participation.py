@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError, ClientError, one_line
-from fedproxy.federation.admission import Form, Vault, admit
 from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine
-from fedproxy.federation.expected import Expected
-from fedproxy.federation.update_checks import check_update, too_long
+from fedproxy.federation.server.admission import Form, Vault, admit
+from fedproxy.federation.server.expected import Expected
+from fedproxy.federation.server.update_checks import check_update, too_long
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 OnAnswer = Callable[[int, Answer], None]

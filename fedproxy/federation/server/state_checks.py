@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.checkpoint import Progress
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.protocol import Tensors
 from fedproxy.strategies.aggregators import Aggregation
 

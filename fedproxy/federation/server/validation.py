@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 
 Scores = Mapping[str, Mapping[str, float | None]]
 """Source, and ``mean``, to metric to value."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError
-from fedproxy.federation.client_memory import Memory
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.memory import Memory
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.names import file_stem

@@ -33,7 +33,7 @@ class Progress:
     """One line of rounds.jsonl per finished round."""
     client_files: dict[str, dict[str, str]] = field(default_factory=dict)
     """Files of the client store without which nobody can go on from here: see
-    :meth:`fedproxy.federation.client_store.ClientStore.kept`."""
+    :meth:`fedproxy.federation.client.store.ClientStore.kept`."""
 
     def remembered(self, name: str) -> dict[str, Tensor]:
         """Return what one of them remembers; nothing before the first round."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedproxy.errors import ClientError, one_line
-from fedproxy.federation.expected import Expected
+from fedproxy.federation.server.expected import Expected
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Source
 
@@ -27,7 +27,7 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
     """Check one update against the round it should answer, reading one part of one tensor at a time.
 
     Args:
-        update: What was admitted (:func:`fedproxy.federation.admission.admit`); its tensors may lie in a file.
+        update: What was admitted (:func:`fedproxy.federation.server.admission.admit`); its tensors may lie in a file.
         broadcast: What was asked.
         expected: What else the server knows of it.
 

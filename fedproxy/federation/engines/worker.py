@@ -1,4 +1,4 @@
-"""A worker process: ``python -m fedproxy.federation.worker SETUP DEVICE THREADS``, started by the engine ``workers``.
+"""A worker process: ``python -m fedproxy.federation.engines.worker SETUP DEVICE THREADS``, one of the engine ``workers``.
 
 It makes its client once, then trains whichever client standard input names and answers on standard output,
 one JSON object per line. Tensors travel in safetensors files whose paths the messages name; nothing is ever unpickled.
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
-from fedproxy.federation.client_log import told
+from fedproxy.federation.client.log import told
 from fedproxy.federation.engines.base import Answer, Client, Dropped, UpdateFile, attempt
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds

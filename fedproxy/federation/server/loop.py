@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fedproxy.federation.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.client_states import ClientState
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.engines.base import RunningEngine
-from fedproxy.federation.participation import OnAnswer, Participation
-from fedproxy.federation.sampling import sample_clients
-from fedproxy.federation.state_checks import StateCheck, check_saved
-from fedproxy.federation.validation import RoundValidation
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.client_states import ClientState
+from fedproxy.federation.server.participation import OnAnswer, Participation
+from fedproxy.federation.server.sampling import sample_clients
+from fedproxy.federation.server.state_checks import StateCheck, check_saved
+from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
 from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
 from fedproxy.seeding import ClientSeeds
@@ -39,7 +39,7 @@ class Federation:
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
     job: Mapping[str, Any]
-    """What clients are asked to do (:class:`fedproxy.federation.client.Job`), sent with every broadcast."""
+    """What clients are asked to do (:class:`fedproxy.federation.client.client.Job`), sent with every broadcast."""
     parts: Sequence[RoundPart]
     """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None

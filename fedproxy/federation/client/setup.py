@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedproxy.federation.client import LocalClient
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientExamples
-from fedproxy.federation.client_store import ClientStore
 from fedproxy.federation.engines import Client, RemoteClient
-from fedproxy.federation.rank_group import RankGroup
+from fedproxy.federation.engines.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.models.positions import positions
 from fedproxy.models.quantized import load_quantized
@@ -102,7 +102,7 @@ class LocalSetup:
         """Return a client that trains in processes of its own on the ``place``-th group of devices."""
         own = accelerators(self.trainer)[place * devices.count :][: devices.count]
         options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
-        remote = RemoteClient("fedproxy.federation.rank:load", options, self.plugins, logs=self._logs)
+        remote = RemoteClient("fedproxy.federation.engines.rank:load", options, self.plugins, logs=self._logs)
         return RankGroup(remote, devices.count, scratch=self.scratch)
 
 

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.distributed.device_mesh import init_device_mesh
 
-from fedproxy.federation.client import LocalClient
-from fedproxy.federation.local_client import LocalSetup
+from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.setup import LocalSetup
 from fedproxy.models.sharding import shard
 from fedproxy.modules.distributed import NAMES
 

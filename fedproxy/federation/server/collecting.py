@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError, one_line
-from fedproxy.federation.checkpoint import Progress
-from fedproxy.federation.client_store import ClientStore
+from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.protocol import ClientUpdate, Tensors, nbytes
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.aggregators.cohort import Source
