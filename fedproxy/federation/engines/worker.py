@@ -1,4 +1,4 @@
-"""A worker process: ``python -m fedproxy.federation.engines.worker SETUP DEVICE THREADS``, one of the engine ``workers``.
+"""A worker process: ``python -m fedproxy.federation.engines.worker SETUP DEVICE THREADS``, of the engine ``workers``.
 
 It makes its client once, then trains whichever client standard input names and answers on standard output,
 one JSON object per line. Tensors travel in safetensors files whose paths the messages name; nothing is ever unpickled.
