@@ -17,8 +17,8 @@ from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable, expanded
 from fedproxy.pipeline.folder import RunFolder, flat
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 

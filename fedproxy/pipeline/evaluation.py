@@ -25,11 +25,11 @@ from fedproxy.files import read_json
 from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
-from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.reuse import evaluation_key, questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation

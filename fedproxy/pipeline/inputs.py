@@ -21,7 +21,7 @@ from fedproxy.reporting.provenance import versions
 from fedproxy.sealed import content_sha256
 
 if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
+    from fedproxy.pipeline.context import Run
 
 Clients = Mapping[str, Sequence[Row]]
 Input = dict[str, Any]

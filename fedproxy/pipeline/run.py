@@ -20,8 +20,14 @@ from fedproxy.interrupts import check_interrupt, describe, interruption
 from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
-from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
-from fedproxy.pipeline.components import check_components, check_named_clients
+from fedproxy.pipeline.checks import (
+    check_calibration,
+    check_components,
+    check_compression,
+    check_named_clients,
+    check_public,
+)
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import (
@@ -29,14 +35,14 @@ from fedproxy.pipeline.evaluation import (
     evaluate,
     expanded,
 )
-from fedproxy.pipeline.fidelity import fidelity_texts, measure_fidelity
 from fedproxy.pipeline.folder import RunFolder
-from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.inputs import ChangedInputError, check_inputs, same_rows
 from fedproxy.pipeline.loggers import check_loggers
-from fedproxy.pipeline.outcome import report_of, write_cards
-from fedproxy.pipeline.sharing import SharedWork
-from fedproxy.pipeline.stages import Run, compress, federate
+from fedproxy.pipeline.reuse import SharedWork
+from fedproxy.pipeline.stages.compress import compress, fidelity_texts, measure_fidelity
+from fedproxy.pipeline.stages.federate import federate
+from fedproxy.pipeline.stages.fuse import check_vocabulary, fuse
+from fedproxy.pipeline.stages.report import report_of, write_cards
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out
 from fedproxy.reporting import (

@@ -19,7 +19,7 @@ from fedproxy.seeding import derive_seed
 from fedproxy.strategies.trainable.base import TrainableModel
 
 if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
+    from fedproxy.pipeline.context import Run
 
 
 def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Question]:

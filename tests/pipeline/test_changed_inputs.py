@@ -16,8 +16,8 @@ from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.models import load_model
 from fedproxy.pipeline import inputs
 from fedproxy.pipeline.inputs import ChangedInputError
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting import RunReport
 
 from .test_damaged_files import Lines, flip

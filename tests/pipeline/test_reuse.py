@@ -11,12 +11,12 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.models import load_model, load_tokenizer
-from fedproxy.pipeline import sharing
+from fedproxy.pipeline import reuse
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
-from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import (
+from fedproxy.pipeline.reuse import (
     SharedWork,
     evaluation_key,
     federation_key,
@@ -25,7 +25,7 @@ from fedproxy.pipeline.sharing import (
     proxy_key,
     questions_sha256,
 )
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.run import run
 from fedproxy.pipeline.validation import held_out
 
 SMALL = (
@@ -148,7 +148,7 @@ def test_rounds_taken_over_can_be_gone_on_from_and_leave_the_shared_ones_as_they
 def test_a_kill_while_rounds_are_taken_over_leaves_none_of_them(trained, tmp_path, monkeypatch):
     _, shared = trained
     run(config(tmp_path / "first", "federation.rounds=1", "evaluation.models=[]"), shared=shared)
-    link, seen = sharing._link, []
+    link, seen = reuse._link, []
 
     def killed(source, target):
         link(source, target)
@@ -157,7 +157,7 @@ def test_a_kill_while_rounds_are_taken_over_leaves_none_of_them(trained, tmp_pat
             raise KeyboardInterrupt
 
     words = (tmp_path / "run", "federation.rounds=1", "evaluation.models=[]", "fusion.mode=delta")
-    monkeypatch.setattr(sharing, "_link", killed)
+    monkeypatch.setattr(reuse, "_link", killed)
     with pytest.raises(KeyboardInterrupt, match="go on"):
         run(config(*words), shared=shared)
     monkeypatch.undo()

@@ -38,7 +38,7 @@ from fedproxy.reporting.provenance import hardware, versions
 from fedproxy.sealed import read_sealed, write_sealed
 
 if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
+    from fedproxy.pipeline.context import Run
 
 T = TypeVar("T")
 _UNSHARED_FILES = {"server/facts.json"}

@@ -18,8 +18,8 @@ from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
-from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states, folder_of
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed

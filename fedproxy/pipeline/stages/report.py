@@ -9,10 +9,10 @@ import torch
 
 from fedproxy.data.assets import catalog
 from fedproxy.files import write_text
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import length_notes
 from fedproxy.pipeline.evaluation import client_scores, evaluation_notes, scores_file
 from fedproxy.pipeline.inputs import change_notes, data_sha256
-from fedproxy.pipeline.stages import Run
 from fedproxy.pipeline.tuned import folder_of
 from fedproxy.pipeline.validation import validation_report
 from fedproxy.reporting import (
