@@ -12,11 +12,12 @@ from fedproxy.errors import DataError, first_line
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: prompt tokens followed by target tokens."""
+    """One tokenised row, and the tokens of it that the loss is taken on."""
 
     input_ids: tuple[int, ...]
-    prompt_length: int
-    """How many leading tokens are prompt; the rest is the target that the loss is taken on."""
+    spans: tuple[tuple[int, int], ...]
+    """Ranges of target tokens, (first, behind the last), increasing and apart; none holds token 0, before which the
+    model sees nothing."""
     key: str
     """Key of the row it was made from."""
     prompt_cut: bool = field(default=False, compare=False)
@@ -27,7 +28,7 @@ class Example:
     @property
     def target_length(self) -> int:
         """Number of target tokens."""
-        return len(self.input_ids) - self.prompt_length
+        return sum(end - start for start, end in self.spans)
 
 
 def tokenise(
@@ -86,7 +87,8 @@ def tokenise(
         max_input = max_input_tokens if max_tokens is None else min(max_input_tokens, max_tokens - len(answer))
         kept = _cut_left(prompt, max_input, before or [tokenizer.bos_token_id])
         ids = (*kept, *answer)
-        examples.append(Example(ids, len(kept), row.key, len(kept) < len(prompt), len(answer) < len(target)))
+        spans = ((len(kept), len(ids)),)
+        examples.append(Example(ids, spans, row.key, len(kept) < len(prompt), len(answer) < len(target)))
     return examples
 
 
