@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedproxy.config import RunConfig
-from fedproxy.errors import ConfigError, FedProxyError
+from fedproxy.errors import ConfigError, FedProxyError, shows_causes
+from fedproxy.federation.client.log import last_entry
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
 from fedproxy.pipeline.begin import begin, begin_compression
@@ -70,6 +71,8 @@ def _told(current: Run) -> Iterator[None]:
         stopped = interruption(error, RESUME_HINT)
         if folder.is_claimed:  # what is not claimed is as it was
             _report_failure(current, _reason(stopped or error))
+            if shows_causes() and "/logs/worker_" in str(error):  # clients' logs were shown when they were dropped
+                error.add_note(last_entry(str(error), folder.root))
         if stopped is not None:
             raise stopped from None
         raise

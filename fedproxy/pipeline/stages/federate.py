@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.errors import CheckpointError
+from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
+from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
 from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.engines import Answer, Dropped
@@ -211,7 +212,10 @@ def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
     check_interrupt()
     bar.step(f"round {number}: {answer.client_id}")
     if isinstance(answer, Dropped):
-        run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
+        hint = f" ({CAUSE_HINT})" if LOG_NAME.search(answer.reason) and not shows_causes() else ""
+        run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}{hint}")
+        if shows_causes() and (cause := last_entry(answer.reason, run.folder.root)):
+            run.display.say(cause)
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
