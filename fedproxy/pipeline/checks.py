@@ -109,7 +109,6 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
     _check_validation(config)
     check_realignment(config)
     check_devices(config, here=here)
-    _check_own(config)
 
 
 def _check_ranks(config: RunConfig) -> None:
@@ -182,14 +181,6 @@ def _check_validation(config: RunConfig) -> None:
     if config.federation.validation.every and not one_state:
         raise ConfigError(
             f"federation.validation.every must be 0 with aggregator.name={rule.name}: there is no one state to score"
-        )
-
-
-def _check_own(config: RunConfig) -> None:
-    if getattr(config.aggregator, "fused_b", "mean") != "mean":
-        raise ConfigError(
-            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
-            "use aggregator.fused_b=mean"
         )
 
 
