@@ -6,7 +6,7 @@ from typing import Any
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.errors import ConfigError
-from fedproxy.pipeline.folder import flat
+from fedproxy.pipeline.reads import flat
 
 _FREE_OF_EVALUATION = ("models", "batch_tokens", "tasks")
 TRAINER_PLACES = ("accelerator", "devices", "strategy", "num_nodes")

@@ -3,19 +3,25 @@
 from collections.abc import Collection, Container
 
 import torch
+from transformers import PreTrainedModel
 
 from fedproxy.config import RunConfig
-from fedproxy.data.assets import resolve
+from fedproxy.data.assets import fetch, resolve
 from fedproxy.data.sources import read_texts
 from fedproxy.errors import ConfigError, ModelError, nearest
-from fedproxy.models import Decoder, load_tokenizer
+from fedproxy.evaluation.harness import missing_assets
+from fedproxy.models import Decoder, check_model, load_tokenizer
 from fedproxy.models.checkpoints import check_tokenizer
 from fedproxy.models.loading import build
 from fedproxy.models.quantized import check_quantization
 from fedproxy.modules.devices import ClientDevices, one_device, training_device
 from fedproxy.modules.distillation import require_float32
 from fedproxy.modules.teacher import check_top_k, vocabulary_size
-from fedproxy.pipeline.data import check_held_out, public_texts, texts_read
+from fedproxy.modules.trainer import make_trainer
+from fedproxy.pipeline.data import check_held_out, public_texts, rows_read, texts_read
+from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.evaluation import check_questions, expanded
+from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
@@ -27,8 +33,57 @@ _WHOLE_CONVERSIONS = ("bf16-true", "16-true", "64-true", "64")
 """Lightning's precisions that bring a whole model to another dtype, adapters included."""
 
 
-def check_components(config: RunConfig) -> None:
+def check(named: RunConfig, display: Display | None = None, *, here: bool = True, fidelity: bool = False) -> RunConfig:
+    """Refuse a recipe that cannot be run, before any work is done and anything is written: the one list of all checks.
+
+    Args:
+        named: The recipe, with tasks as it names them.
+        display: Is told what will be cut from prompts.
+        here: Whether this machine is to do the work: then its devices and packages, the target's tokenizer, texts and
+            questions are looked at too, and assets fetched. Otherwise shapes are all that is read.
+        fidelity: Whether the proxy's fidelity will be measured, on texts that compression does not read.
+
+    Returns:
+        The recipe with tags and groups of tasks replaced by their tasks.
+
+    Raises:
+        FedProxyError: In one line that names key, rule and way out.
+    """
+    config = expanded(named)
+    check_components(config, here=here)
+    if not here:
+        check_shapes(config)
+        return config
+    check_loggers(config.loggers)
+    make_trainer(one_device(config.trainer))  # Lightning checks the options' values when it gets them
+    _fetch_assets(named)  # what a tag stands for is not fetched unasked
+    target = check_shapes(config)
+    check_tokenizer(target, load_tokenizer(resolve(config.target.path) or config.target.path), config.target.path)
+    check_questions(config, display or Display())
+    if config.resume != "auto":  # a run to go on with may have all it needs of the texts
+        check_calibration(config, held_out=fidelity)
+    return config
+
+
+def _fetch_assets(config: RunConfig) -> None:
+    """Bring every asset that the recipe names into the cache, so that the rest of the run needs no network.
+
+    Raises:
+        AssetError: If an asset is unknown or cannot be fetched.
+        ModelError: If the target is no decoder-only causal LM.
+    """
+    for name in missing_assets([*config.data.tasks, *config.scored_tasks]):
+        fetch(name)
+    check_model(resolve(config.target.path) or config.target.path)
+    resolve(config.compression.calibration.path)
+
+
+def check_components(config: RunConfig, *, here: bool = True) -> None:
     """Refuse a recipe whose components do not go together, before anything is loaded.
+
+    Args:
+        config: The recipe.
+        here: Whether they must go together with this machine's devices, too.
 
     Raises:
         ConfigError: One line that names key, rule and way out.
@@ -53,8 +108,7 @@ def check_components(config: RunConfig) -> None:
     _check_trainable(config)
     _check_validation(config)
     check_realignment(config)
-    check_devices(config)
-    _check_own(config)
+    check_devices(config, here=here)
 
 
 def _check_ranks(config: RunConfig) -> None:
@@ -130,14 +184,6 @@ def _check_validation(config: RunConfig) -> None:
         )
 
 
-def _check_own(config: RunConfig) -> None:
-    if getattr(config.aggregator, "fused_b", "mean") != "mean":
-        raise ConfigError(
-            "aggregator.fused_b: one fused model per client needs one state per client, and a run ends with one; "
-            "use aggregator.fused_b=mean"
-        )
-
-
 def check_realignment(config: RunConfig) -> None:
     """Refuse a re-alignment that has nothing to align, before anything is loaded.
 
@@ -165,13 +211,13 @@ def check_realignment(config: RunConfig) -> None:
         )
 
 
-def check_devices(config: RunConfig) -> ClientDevices:
-    """Return the devices that train one client.
+def check_devices(config: RunConfig, *, here: bool = True) -> None:
+    """Refuse devices that do not fit a client's training; ``here`` says whether this machine must have them.
 
     Raises:
         ConfigError: If they do not go together with the machine, with each other or with the recipe's rules.
     """
-    devices = ClientDevices.of(config.trainer)
+    devices = ClientDevices.of(config.trainer if here else {**config.trainer, "accelerator": "cpu"})
     rows = config.client.batch_size
     if rows < devices.count:
         raise ConfigError(
@@ -181,8 +227,7 @@ def check_devices(config: RunConfig) -> ClientDevices:
     if devices.strategy == "fsdp":
         _check_sharded(config)
     if config.client.quantization != "none":
-        _check_quantized(config, devices)
-    return devices
+        _check_quantized(config, devices, here=here)
 
 
 def _check_sharded(config: RunConfig) -> None:
@@ -201,7 +246,7 @@ def _check_sharded(config: RunConfig) -> None:
     raise ConfigError(f"{key} {why}, which trainer.strategy=fsdp cannot do on spread weights; use trainer.strategy=ddp")
 
 
-def _check_quantized(config: RunConfig, devices: ClientDevices) -> None:
+def _check_quantized(config: RunConfig, devices: ClientDevices, *, here: bool) -> None:
     """Refuse what reads or moves weights that are quantised."""
     rule, trained, bits = config.aggregator, config.trainable, config.client.quantization
     if trained.lora_scaling is None and trained.trains:
@@ -213,21 +258,21 @@ def _check_quantized(config: RunConfig, devices: ClientDevices) -> None:
     elif devices.strategy == "fsdp":
         key = "trainer.strategy=fsdp"
     else:
-        check_quantization(bits, training_device(one_device(config.trainer)).type)
+        if here:
+            check_quantization(bits, training_device(one_device(config.trainer)).type)
         return
     raise ConfigError(f"{key} needs the proxy's own weights, which client.quantization={bits} rounds; set it to none")
 
 
-def check_compression(config: RunConfig, *, trains: bool = False) -> None:
-    """Refuse a target that cannot be compressed, and options of compression, healing and distillation that do not fit.
+def check_shapes(config: RunConfig) -> PreTrainedModel:
+    """Refuse a target that cannot be compressed or trained, and options that do not fit its shape.
 
-    Args:
-        config: The recipe.
-        trains: Whether clients will train: then what they train must fit, too.
+    Returns:
+        The target on the meta device.
 
     Raises:
         ConfigError: If an option does not fit the target, or healing the compressor.
-        ModelError: If the target is no decoder that the compressor can work on, or its tokenizer another model's.
+        ModelError: If the target is no decoder that the compressor can work on.
     """
     if config.healing.rows and not config.compression.leaves_gaps:
         raise ConfigError(NEEDS_GAPS)
@@ -238,15 +283,13 @@ def check_compression(config: RunConfig, *, trains: bool = False) -> None:
         except ModelError as error:
             raise ModelError(f"target.path={config.target.path}: {error}") from error
         config.compression.outline(Decoder.of(target))
-        if trains:
-            config.trainable.check(Decoder.of(target))
-    path = resolve(config.target.path) or config.target.path
-    check_tokenizer(target, load_tokenizer(path), config.target.path)
+        config.trainable.check(Decoder.of(target))
     settings = config.distillation
     if settings.steps and settings.train == "full":
         require_float32(target, "distillation.train=full", "distillation.train=lora")
     if settings.steps and settings.cache_teacher:
         check_top_k(settings.top_k, vocabulary_size(target))
+    return target
 
 
 def check_public(config: RunConfig, owned: Container[str]) -> None:
@@ -259,9 +302,8 @@ def check_public(config: RunConfig, owned: Container[str]) -> None:
     Raises:
         DataError: If nothing is left for compression, healing or distillation.
     """
-    calibration, distilled = config.compression.calibration, config.distillation.steps and config.distillation.rows
-    for rows in {calibration.rows, config.healing.rows, distilled} - {0}:
-        public_texts(calibration, owned, rows=rows, seed=config.seed)
+    for rows in set(rows_read(config)) - {0}:
+        public_texts(config.compression.calibration, owned, rows=rows, seed=config.seed)
 
 
 def check_calibration(config: RunConfig, *, held_out: bool = False) -> None:

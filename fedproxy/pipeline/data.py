@@ -138,10 +138,15 @@ def public_texts(config: CalibrationConfig, owned: Container[str], *, rows: int,
     return public
 
 
+def rows_read(config: RunConfig) -> tuple[int, int, int]:
+    """Return how many calibration texts compression, healing and distillation read, clients' rows still among them."""
+    distilled = config.distillation.rows if config.distillation.steps else 0
+    return config.compression.calibration.rows, config.healing.rows, distilled
+
+
 def texts_read(config: RunConfig) -> int:
     """Return how many calibration texts making the proxy reads, before clients' rows are left out."""
-    distilled = config.distillation.rows if config.distillation.steps else 0
-    return max(config.compression.calibration.rows, config.healing.rows, distilled)
+    return max(rows_read(config))
 
 
 def held_out_texts(config: CalibrationConfig, owned: Container[str], *, used: int, rows: int, seed: int) -> list[str]:

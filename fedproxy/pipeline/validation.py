@@ -1,7 +1,6 @@
 """Validation between rounds: held-out rows that no client owns, scored in the process that holds the models."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,15 +10,13 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
 from fedproxy.federation.server.validation import RoundValidation, Scores
-from fedproxy.models import load_model, placed
+from fedproxy.models import placed
 from fedproxy.modules.trainer import autocast_dtype
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import file_rows
 from fedproxy.reporting import ValidationReport
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.trainable.base import TrainableModel
-
-if TYPE_CHECKING:
-    from fedproxy.pipeline.context import Run
 
 
 def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Question]:
@@ -49,7 +46,7 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
 
 
 def round_validation(
-    run: "Run", model: TrainableModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    run: Run, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> RoundValidation | None:
     """Return what scores the state between rounds, or None where the recipe asks for nothing."""
     settings = run.config.federation.validation
@@ -66,7 +63,7 @@ def round_validation(
     return RoundValidation(score, settings.every, settings.metric, settings.select == "best")
 
 
-def validation_report(run: "Run") -> ValidationReport | None:
+def validation_report(run: Run) -> ValidationReport | None:
     """Return what the report says of validation: how rounds were scored, and which one's state was fused."""
     settings = run.config.federation.validation
     scored = [record["validation"] for record in run.folder.rounds() if "validation" in record]
@@ -77,19 +74,18 @@ def validation_report(run: "Run") -> ValidationReport | None:
         metric=settings.metric,
         select=settings.select,
         questions=int(scored[-1]["mean"]["n"]),
-        fused_after_round=run.facts.get("fused_after_round"),
+        fused_after_round=run.facts.fused_after_round,
     )
 
 
-def _fused(run: "Run", model: TrainableModel) -> Callable[[], PreTrainedModel]:
+def _fused(run: Run, model: TrainableModel) -> Callable[[], PreTrainedModel]:
     """Return what fuses the proxy as it stands into the target; the plain proxy is loaded once, when first needed."""
     plain: dict[str, Tensor] = {}
 
     def fuse() -> PreTrainedModel:
         if not plain:
-            plain.update(load_model(run.folder.proxy, dtype=run.config.target.dtype).state_dict())
-        target, _ = run.target()
+            plain.update(run.proxy().state_dict())
         after = {**plain, **model.merged_weights()}
-        return run.config.fusion.fuse(target, plain, after, run.layer_map())
+        return run.config.fusion.join(run.fusible_target, plain, after, run.layer_map)
 
     return fuse

@@ -121,7 +121,7 @@ def test_fit_goes_on_from_it_and_compress_does_not_take_its_report(compressed):
 
 
 def test_compress_goes_on_with_a_compression_that_was_cut_short(tmp_path, monkeypatch):
-    from fedproxy.pipeline import run as module
+    from fedproxy.pipeline.stages.compress import Measure
 
     def stop(*_):
         raise DataError("stopped")
@@ -129,7 +129,7 @@ def test_compress_goes_on_with_a_compression_that_was_cut_short(tmp_path, monkey
     compress(tmp_path / "out")
     (tmp_path / "out" / "report.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure_fidelity", stop)
+        patch.setattr(Measure, "do", stop)
         with pytest.raises(DataError, match="stopped"):
             compress(tmp_path / "out", "resume=auto")
     assert (tmp_path / "out" / "proxy" / "model.safetensors").is_file()  # what was there before stays

@@ -82,13 +82,13 @@ class Federation:
             ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
             CheckpointError: If the run folder cannot be written.
         """
-        _write_journal(journal, progress.records)
+        write_journal(journal, progress.records)
         while progress.round < rounds:
             advance = self._round if self.aggregator.aggregates else self._separate_round
             progress = advance(progress, engine, on_client)
             check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
-            _write_journal(journal, progress.records)
+            write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
 
@@ -271,7 +271,7 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
     return sum(value * weight for value, weight in known) / total if total else None
 
 
-def _write_journal(journal: Path, records: Sequence[Record]) -> None:
+def write_journal(journal: Path, records: Sequence[Record]) -> None:
     """Make the journal hold exactly the finished rounds, as a new file: runs that share rounds share the old one."""
     write_text(journal, "".join(_line(record) for record in records))
 

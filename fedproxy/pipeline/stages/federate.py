@@ -1,31 +1,38 @@
 """Stage (ii): the rounds."""
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.errors import CheckpointError
-from fedproxy.evaluation.validation import Question
+from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
+from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
 from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Answer, Dropped
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.collecting import assemble
 from fedproxy.federation.server.expected import Expected
-from fedproxy.federation.server.loop import Federation
+from fedproxy.federation.server.loop import Federation, write_journal
 from fedproxy.federation.server.participation import Participation
 from fedproxy.interrupts import check_interrupt
-from fedproxy.models import load_model, load_tokenizer
+from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
+from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
+from fedproxy.pipeline.display import Bar
+from fedproxy.pipeline.reads import FEDERATE, MAY_CHANGE
+from fedproxy.pipeline.stage import Stage
+from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
+from fedproxy.sealed import content_sha256
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.round_parts import Rules, parts_of
@@ -33,37 +40,146 @@ from fedproxy.strategies.round_parts.emulator import Aligner, Emulator
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 
-def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) -> tuple[TrainableModel, Progress]:
-    """Stage (ii): run the rounds that are left and return the proxy, its trained parts still in it.
+class Federate(Stage):
+    """The rounds; a checkpoint after each of them says how far they are."""
 
-    Args:
-        run: The run.
-        clients: The clients, with their numbers of rows.
-        questions: Held-out rows to score the state on between rounds, where the recipe asks for it.
+    name, past = "federate", "federated"
+    reads, after = FEDERATE, (Compress,)
+    outputs = ("rounds.jsonl", "checkpoints")
 
-    Returns:
-        The proxy in its final state, or that of the best round, and the progress that it has.
-    """
-    config = run.config
-    proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    trainable = config.trainable.placed(run.layer_map())
-    model = trainable.attach(proxy, generator(config.seed, "trainable"))
-    checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)
+    def __init__(self) -> None:
+        self._rounds: _Rounds | None = None
 
-    def check(progress: Progress) -> None:
-        _check_state(progress.state, model, checkpoints)
-        store.check(progress.client_files)
+    def check(self, run: Run) -> None:
+        """Refuse, before any client trains, a fusion that adds logits over two vocabularies.
 
-    progress = checkpoints.load_latest(check, run.warn) or Progress(0, model.state())
-    if progress.round:
-        run.display.say(f"going on after round {progress.round}")
-    store.rewind(progress.round)
-    run.note(trainable_parameters=model.num_parameters)
-    setup = _local_setup(run, trainable)
-    aligns = aligner(run, model, clients.owned)
+        Raises:
+            ModelError: Naming a token that differs.
+        """
+        if run.config.fusion.adds_logits:
+            target, proxy = load_tokenizer(run.target_path), load_tokenizer(run.folder.proxy)
+            require_same_vocabulary(target.get_vocab(), proxy.get_vocab())
+
+    def texts(self, config: RunConfig) -> tuple[int, ...]:
+        """Return how many texts the server aligns the proxy with."""
+        return (config.realignment.reads[0],)
+
+    def may_be_shared(self, run: Run) -> bool:
+        """Return whether equal rounds give the same: not if inputs changed in between or scores pick the best one."""
+        config = run.config.federation
+        return bool(config.rounds) and not run.facts.changes and config.validation.select != "best"
+
+    def whole(self, run: Run) -> bool:
+        """Return whether the last checkpoint that is whole has all rounds."""
+        rounds = _Rounds.begin(run)
+        self._rounds = rounds if rounds.progress.round else None  # an equal run may have some
+        return rounds.progress.round == run.config.federation.rounds
+
+    def seal(self, run: Run) -> None:
+        """Leave it to the checkpoints, which carry hashes of their own."""
+
+    def do(self, run: Run) -> None:
+        """Run the rounds that are left."""
+        rounds = self._rounds = self._rounds or _Rounds.begin(run)
+        federation, config = rounds.federation, run.config
+        left = config.federation.rounds - rounds.progress.round
+        if not left:
+            return
+        setup = _local_setup(run, rounds.trainable)
+        engine = config.engine.start(
+            lambda: setup.client(rounds.model, rounds.tokenizer), setup.remote(config.plugins), run.folder.exchange
+        )
+        clients = left * federation.clients_in_round
+        with closing(engine), run.display.warnings(), run.display.bar("clients", clients) as bar:
+            rounds.progress = federation.run(
+                rounds.progress,
+                config.federation.rounds,
+                engine,
+                checkpoints=checkpoints(run),
+                journal=run.folder.journal,
+                on_round=partial(_on_round, run),
+                on_client=partial(_on_client, run, bar),
+            )
+
+    def load(self, run: Run) -> None:
+        """Put the proxy in its final state, or that of the best round, into ``run.trained``."""
+        rounds = self._rounds or _Rounds.begin(run)
+        run.trained = rounds.model, rounds.finished(run)
+
+
+def checkpoints(run: Run) -> CheckpointFolder:
+    """Return the run's checkpoints, which know its settings, rows and proxy; it has a proxy."""
+    origin = run.facts.origin
+    inputs = Federate().inputs(
+        run,
+        lambda name: origin.get(name) if name == "data" else None,
+        lambda stage: stage.made(run),
+        without=MAY_CHANGE,
+    )
+    return CheckpointFolder(run.folder.checkpoints, run=content_sha256(inputs))
+
+
+@dataclass
+class _Rounds:
+    """The federation of a run and how far it is."""
+
+    federation: Federation
+    model: TrainableModel
+    tokenizer: PreTrainedTokenizerBase
+    trainable: Trainable
+    aligns: Aligner | None
+    progress: Progress
+
+    @classmethod
+    def begin(cls, run: Run) -> "_Rounds":
+        """Go on from the last whole checkpoint, or from the proxy as it was made."""
+        config = run.config
+        proxy, tokenizer = run.proxy(), load_tokenizer(run.folder.proxy)
+        trainable = config.trainable.placed(run.layer_map)
+        model = trainable.attach(proxy, generator(config.seed, "trainable"))
+        saved, store = checkpoints(run), ClientStore(run.folder.checkpoints)
+
+        def check(progress: Progress) -> None:
+            _check_state(progress.state, model, saved)
+            store.check(progress.client_files)
+
+        progress = saved.load_latest(check, run.warn) or Progress(0, model.state())
+        if progress.round:
+            run.display.say(f"going on after round {progress.round}")
+        store.rewind(progress.round)
+        write_journal(run.folder.journal, progress.records)
+        run.note(trainable_parameters=model.num_parameters)
+        run.loggers.rounds(progress.records)
+        aligns = aligner(run, model, run.clients.owned)
+        return cls(_federation(run, model, tokenizer, store, aligns), model, tokenizer, trainable, aligns, progress)
+
+    def finished(self, run: Run) -> Progress:
+        """Bring the model to its final state and return the progress that this is."""
+        progress, federation = self.progress, self.federation
+        if federation.validation is not None:
+            progress = federation.validation.chosen(progress, checkpoints(run))
+        if progress.round < run.config.federation.rounds:
+            run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
+        if self.aligns is not None:
+            self.aligns.restore()
+        if federation.aggregator.aggregates:
+            handed = assemble(self.model, progress, federation.aggregator, federation.store, federation.clients)
+            run.note(collected_bytes=handed)
+        return progress
+
+
+def _federation(
+    run: Run,
+    model: TrainableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    store: ClientStore,
+    aligns: Aligner | None,
+) -> Federation:
+    """Return the server's side of the rounds, as the recipe has it."""
+    config, clients = run.config, run.clients
     rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
-    federation = Federation(
+    return Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
         aggregator=config.aggregator,
@@ -74,7 +190,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         seed=config.seed,
         store=store,
         space=config.federation.space,
-        validation=round_validation(run, model, tokenizer, questions),
+        validation=round_validation(run, model, tokenizer, run.questions),
         participation=Participation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
@@ -85,42 +201,21 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         client_processes=ClientDevices.of(config.trainer).count,
         rows=clients if config.federation.sampling == "weighted" else None,
     )
-    left = config.federation.rounds - progress.round
-    run.loggers.rounds(progress.records)
-    engine = config.engine.start(
-        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
-    )
-    clients_left = left * federation.clients_in_round
-    with closing(engine), run.display.warnings(), run.display.bar("clients", clients_left) as bar:
 
-        def on_round(record: Mapping[str, Any]) -> None:
-            run.display.round(record, config.federation.rounds)
-            run.loggers.rounds([record])
 
-        def on_client(number: int, answer: Answer) -> None:
-            check_interrupt()
-            bar.step(f"round {number}: {answer.client_id}")
-            if isinstance(answer, Dropped):
-                run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}")
+def _on_round(run: Run, record: Mapping[str, Any]) -> None:
+    run.display.round(record, run.config.federation.rounds)
+    run.loggers.rounds([record])
 
-        progress = federation.run(
-            progress,
-            config.federation.rounds,
-            engine,
-            checkpoints=checkpoints,
-            journal=run.folder.journal,
-            on_round=on_round,
-            on_client=on_client,
-        )
-    if federation.validation is not None:
-        progress = federation.validation.chosen(progress, checkpoints)
-    if progress.round < config.federation.rounds:
-        run.display.say(f"round {progress.round} is the best on held-out rows: its state is fused")
-    if aligns is not None:
-        aligns.restore()
-    if config.aggregator.aggregates:
-        run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
-    return model, progress
+
+def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
+    check_interrupt()
+    bar.step(f"round {number}: {answer.client_id}")
+    if isinstance(answer, Dropped):
+        hint = f" ({CAUSE_HINT})" if LOG_NAME.search(answer.reason) and not shows_causes() else ""
+        run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}{hint}")
+        if shows_causes() and (cause := last_entry(answer.reason, run.folder.root)):
+            run.display.say(cause)
 
 
 def _job(config: RunConfig) -> dict[str, Any]:
@@ -167,13 +262,13 @@ def aligner(run: Run, model: TrainableModel, owned: Container[str]) -> Aligner |
     rows, batch_size = config.realignment.reads
     if not rows:
         return None
-    target, tokenizer = run.target()
+    target, tokenizer = run.target
     calibration = config.compression.calibration
     texts = public_texts(calibration, owned, rows=rows, seed=config.seed)
     limit = positions_limit(target, calibration.max_tokens)
     material = Material(
         target=target,
-        layer_map=run.layer_map(),
+        layer_map=run.layer_map,
         batches=text_batches(texts, tokenizer, max_tokens=limit, batch_size=batch_size),
         trainer=one_device(config.trainer),
         logs=run.folder.trainer_logs / "realignment",

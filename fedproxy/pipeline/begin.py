@@ -1,0 +1,95 @@
+"""How a run begins: rows are dealt out, what it is made from is looked at, and the folder becomes the run's."""
+
+from typing import Any
+
+from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.federation.client_rows import ClientRows
+from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.models import load_tokenizer
+from fedproxy.modules.trainer import is_slow
+from fedproxy.pipeline.checks import check_named_clients, check_public
+from fedproxy.pipeline.context import Run
+from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
+from fedproxy.pipeline.inputs import check_inputs, same_rows
+from fedproxy.pipeline.stages.compress import fidelity_texts
+from fedproxy.pipeline.validation import held_out
+
+
+def begin(run: Run) -> None:
+    """Deal out the rows, draw validation questions from what no client owns, and claim the folder.
+
+    Nothing reads all clients' rows again here.
+    """
+    clients, inputs = _deal(run)
+    run.questions = held_out(run.config, clients)
+    _claim(run, clients, inputs)
+    if is_slow(run.config.trainer, run.device):
+        run.display.say(
+            f"trainer.precision={run.config.trainer['precision']} is many times slower than 32-true here: this CPU "
+            "cannot multiply bfloat16; stop and set trainer.precision=32-true"
+        )
+
+
+def begin_compression(run: Run) -> list[str]:
+    """Do the same for a run that ends with its proxy.
+
+    Returns:
+        Public texts to measure its fidelity on; none where that was done.
+    """
+    (clients, inputs), texts = _deal(run), list[str]()
+    if run.folder.begins or run.facts.fidelity is None:
+        texts = fidelity_texts(run.config, _owned(clients))  # before the work: too little would throw it away
+    _claim(run, clients, inputs)
+    return texts
+
+
+def _deal(run: Run) -> tuple[Clients, dict[str, Any] | None]:
+    """Read the sources and say who owns which row, as when the run began; nothing is written yet.
+
+    Returns:
+        Every client's rows, and where a run goes on what is to be noted of its inputs.
+    """
+    clients = client_rows(run.config.data, seed=run.config.seed)
+    check_named_clients(run.config, clients)
+    if run.folder.begins:
+        return clients, None
+    inputs = check_inputs(run, clients)
+    if same_rows(run, inputs):
+        check_same_owners(clients, run.folder.partition)
+    return clients, inputs
+
+
+def _claim(run: Run, clients: Clients, inputs: dict[str, Any] | None) -> None:
+    """Begin to write: give every client the file with its rows; counts and hashes stay.
+
+    An older run is deleted here, after all that could speak against the new one was looked at.
+    """
+    if run.folder.replaces:
+        _ = run.target  # an older run is deleted only if this one's target can be loaded
+        check_public(run.config, _owned(clients))
+    run.folder.claim(run.config)
+    save_partition(clients, run.folder.partition)
+    unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
+    run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)
+    _count_cuts(run, clients)
+    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    kept = ClientRows(clients, run.folder.rows)
+    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    run.clients = kept
+
+
+def _count_cuts(run: Run, clients: Clients) -> None:
+    """Say how many rows are longer than what the recipe or the model has room for."""
+    run.note(lengths=tokenised_lengths(clients, run.config, load_tokenizer(run.target_path)))
+    for note in length_notes(run.facts.lengths, run.config.data):
+        run.display.say(note)
+
+
+def _owned(clients: Clients) -> OwnedTexts:
+    return OwnedTexts(row for rows in clients.values() for row in rows)
+
+
+def _sizes(clients: ClientRows) -> str:
+    if len(clients) <= 16:
+        return ", ".join(f"{name} {rows}" for name, rows in clients.items())
+    return f"{min(clients.values())} to {max(clients.values())}"
