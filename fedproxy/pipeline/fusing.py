@@ -9,12 +9,14 @@ from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.data.templates import unmarked
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import whole_folder
 from fedproxy.models import load_model, load_tokenizer, placed, save_model
+from fedproxy.models.anonymity import with_template
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
@@ -103,6 +105,8 @@ def plug_in(run: Run, tuned: TunedProxy, client: str, owned: Container[str]) -> 
     fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
     parameters = run.facts["target_parameters"]
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
+    if tokenizer.chat_template is None:  # the target's own stays
+        tokenizer = with_template(tokenizer, unmarked(run.facts.get("template")))
     save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 

@@ -17,12 +17,12 @@ from fedproxy.federation.partition import Clients, check_same_owners, heterogene
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
-from fedproxy.models import check_model, load_model, load_tokenizer
+from fedproxy.models import check_model, load_model
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
 from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components, check_named_clients
-from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
+from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import (
     check_questions,
@@ -213,7 +213,7 @@ def fetch_assets(config: RunConfig) -> None:
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
     dealt, inputs = _deal(current)
-    questions = held_out(current.config, dealt)
+    questions = held_out(current.config, dealt.clients)
     return _claim(current, dealt, inputs), questions
 
 
@@ -221,50 +221,52 @@ def _clients_and_texts(current: Run) -> tuple[ClientRows, list[str]]:
     """Deal out the rows, and read the public texts for fidelity, where a continued run has not measured it."""
     (dealt, inputs), texts = _deal(current), list[str]()
     if current.folder.begins or current.facts.get("fidelity") is None:
-        texts = fidelity_texts(current.config, _owned(dealt))  # before the work: too little would throw it away
+        texts = fidelity_texts(current.config, _owned(dealt.clients))  # before the work: too little would throw it away
     return _claim(current, dealt, inputs), texts
 
 
-def _deal(current: Run) -> tuple[Clients, dict[str, Any] | None]:
+def _deal(current: Run) -> tuple[Dealt, dict[str, Any] | None]:
     """Read the sources and say who owns which row, as when the run began; nothing is written yet.
 
     Returns:
         Every client's rows, and where a run goes on what is to be noted of its inputs.
     """
-    clients = client_rows(current.config.data, seed=current.config.seed)
-    check_named_clients(current.config, clients)
+    dealt = deal(current.config.data, seed=current.config.seed)
+    check_named_clients(current.config, dealt.clients)
     if current.folder.begins:
-        return clients, None
-    inputs = check_inputs(current, clients)
+        return dealt, None
+    inputs = check_inputs(current, dealt.clients)
     if same_rows(current, inputs):
-        check_same_owners(clients, current.folder.partition)
-    return clients, inputs
+        check_same_owners(dealt.clients, current.folder.partition)
+    return dealt, inputs
 
 
-def _claim(current: Run, clients: Clients, inputs: dict[str, Any] | None) -> ClientRows:
+def _claim(current: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> ClientRows:
     """Begin to write: give every client the file with its rows; counts and hashes stay.
 
     An older run is deleted here, after all that could speak against the new one was looked at.
     """
+    clients = dealt.clients
     if current.folder.replaces:
         current.target()
         check_public(current.config, _owned(clients))
     current.folder.claim(current.config)
     save_partition(clients, current.folder.partition)
     current.note(**(check_inputs(current, clients) if inputs is None else inputs))
-    _count_cuts(current, clients)
+    examples = _count_examples(current, dealt)
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
-    kept = ClientRows(clients, current.folder.rows)
+    kept = ClientRows(clients, current.folder.rows, examples)
     current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
     return kept
 
 
-def _count_cuts(current: Run, clients: Clients) -> None:
-    """Say how many rows are longer than what the recipe or the model has room for."""
-    path = resolve(current.config.target.path) or current.config.target.path
-    current.note(lengths=tokenised_lengths(clients, current.config, load_tokenizer(path)))
-    for note in length_notes(current.facts["lengths"], current.config.data):
+def _count_examples(current: Run, dealt: Dealt) -> dict[str, int]:
+    """Say how rows were read, and how many are longer than what the recipe or the model has room for."""
+    counted = count_examples(dealt.clients, current.config)
+    current.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
+    for note in [*dealt.notes, *length_notes(counted.lengths, current.config.data)]:
         current.display.say(note)
+    return counted.examples
 
 
 def _owned(clients: Clients) -> OwnedTexts:

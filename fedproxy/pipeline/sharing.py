@@ -189,6 +189,7 @@ def proxy_key(run: "Run", owned: Container[str]) -> str | None:
             "texts": [public_texts(calibration, owned, rows=rows, seed=config.seed) for rows in wanted],
             "seed": config.seed,
             "environment": _environment(run),
+            **({"template": run.facts["template"]} if run.facts.get("template") else {}),
         }
     )
 

@@ -147,7 +147,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     if run.folder.layer_map.is_file():
         run.verify("proxy", UNDISTILLED, LAYER_MAP)
         return
-    config, started = run.config, time.perf_counter()
+    config, started, template = run.config, time.perf_counter(), run.facts.get("template")
     calibration, healing, distillation = config.compression.calibration, config.healing, config.distillation
     texts, cases, lessons = (
         public_texts(calibration, clients.owned, rows=rows, seed=config.seed) if rows else []
@@ -166,7 +166,9 @@ def compress(run: Run, clients: ClientRows) -> None:
     compressed = time.perf_counter()
     if distillation.steps:
         # Kept by the server, so that what distillation and what tuning changed can be told apart later.
-        save_model(proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True)
+        save_model(
+            proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True, template=template
+        )
         distil(run, proxy, layer_map, lessons)
     run.note(
         target_parameters=parameter_count(target),
@@ -178,7 +180,7 @@ def compress(run: Run, clients: ClientRows) -> None:
     run.note_seconds("compression", compressed - started)
     run.note_seconds("distillation", time.perf_counter() - compressed)
     card = model_card("proxy", {}, parameters=run.facts["proxy_parameters"])
-    save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
+    save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True, template=template)
     run.facts.pop("key", None)  # of rounds on an earlier proxy
     run.keep("proxy", UNDISTILLED)
     text = layer_map.to_json()
@@ -284,7 +286,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(parts, model, rows=clients, target_tokens=config.data.max_target_tokens),
+            Expected.from_parts(parts, model, rows=clients, target_tokens=_most_targets(config, clients)),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -349,12 +351,19 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         store=str(run.folder.checkpoints.absolute()),
         max_input_tokens=config.data.max_input_tokens,
         max_target_tokens=config.data.max_target_tokens,
+        long_rows=config.data.long_rows,
         trainer=config.trainer,
         quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
         logs=str(run.folder.trainer_logs.absolute()),
     )
+
+
+def _most_targets(config: RunConfig, clients: ClientRows) -> int:
+    """Return how many target tokens an example may have: of a conversation or a text all may be."""
+    data = config.data
+    return data.max_target_tokens + (data.max_input_tokens if clients.converse or clients.has_texts else 0)
 
 
 def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints: CheckpointFolder) -> None:
