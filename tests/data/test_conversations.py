@@ -293,7 +293,7 @@ def test_a_long_conversation_keeps_its_beginning_token_and_its_last_answer():
     row = conversation("q" * 30, "r" * 10, "s" * 5, "u" * 8)
     [whole] = tokenise([row], tokenizer, **LIMITS)
     assert len(whole.spans) == 2
-    [cut] = tokenise([row], tokenizer, max_input_tokens=20, max_target_tokens=6)
+    [cut] = tokenise([row], tokenizer, max_input_tokens=16, max_target_tokens=10)
     assert len(cut.input_ids) == 26
     assert cut.input_ids[0] == tokenizer.bos_token_id
     assert cut.input_ids[1:] == whole.input_ids[-25:]

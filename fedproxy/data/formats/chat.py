@@ -53,7 +53,8 @@ class Chat(DataFormat, name="chat"):
         """Return the conversation."""
         column = next((name for name in self._turns if record.values.get(name) is not None), None)
         if column is None:
-            raise no_column(record.place, self._turns[0], record.values)
+            there = (name for name, value in record.values.items() if value is not None)
+            raise no_column(record.place, self._turns[0], there)
         where = f"{record.place}: {column!r}"
         turns = _parsed(record.values[column], where)
         if not isinstance(turns, list) or not turns:
