@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.files import whole_folder, write_text
-from fedproxy.models.anonymity import strip_origin, without_templates
+from fedproxy.models.anonymity import strip_origin, with_template
 from fedproxy.models.loading import SPECIAL, check_model, load_tokenizer_files, load_weights
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 from fedproxy.models.quiet import without_bars, without_reports
@@ -70,7 +70,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, anonymous: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str,
+    anonymous: bool = False,
+    template: str | None = None,
 ) -> None:
     """Write a plain checkpoint with tokenizer, generation config and model card, whole or not at all.
 
@@ -80,6 +86,7 @@ def save_model(
         folder: Where it is to lie; an older one there is replaced.
         card: Text of ``README.md``.
         anonymous: Leave out all that could name the model's origin: paths, code, chat templates, unknown text.
+        template: The one chat template of an anonymous checkpoint; None for none.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -88,7 +95,7 @@ def save_model(
         with whole_folder(folder) as part:
             with without_bars():
                 model.save_pretrained(part)
-            _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
+            _save_tokenizer(with_template(tokenizer, template) if anonymous else tokenizer, part)
             if anonymous:
                 strip_origin(part, model, tokenizer)
             write_text(part / "README.md", card)

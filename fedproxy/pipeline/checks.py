@@ -88,7 +88,7 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
     Raises:
         ConfigError: One line that names key, rule and way out.
     """
-    clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
+    clients = config.data.partition.count(config.data.tasks, config.data.files)
     drawn, least = config.federation.clients_per_round, config.federation.min_clients
     if least is not None and least > clients:
         raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")

@@ -53,6 +53,10 @@ class Facts:
     data_sha256: str | None = None
     lengths: dict[str, int | None] = field(default_factory=dict)
     """What became of the rows when they were tokenised."""
+    data_notes: list[str] = field(default_factory=list)
+    """How the rows were read, in sentences."""
+    template: str | None = None
+    """Chat template that rows are rendered through, which travels with the proxy."""
     warnings: list[str] = field(default_factory=list)
     target_parameters: int | None = None
     proxy_parameters: int | None = None

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
+from fedproxy.data.templates import BUILT_IN
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.files import file_sha256
@@ -88,7 +89,7 @@ def inputs(run: Run, clients: Clients) -> dict[str, Input]:
     rest = {name: path for name, path in files.items() if name not in own and name.endswith((".json", *_WEIGHTS))}
     return {
         "target": {name: _stamp(path) if name.endswith(_WEIGHTS) else _hash(path) for name, path in rest.items()},
-        "tokenizer": {name: _hash(path) for name, path in own.items()},
+        "tokenizer": {name: _hash(path) for name, path in own.items()} | _template(config.data.template),
         "data": _sources(clients),
         "calibration": _texts(config.compression.calibration.path),
         "plugins": plugins(config.plugins),
@@ -155,6 +156,10 @@ def _sources(clients: Clients) -> Input:
         for row in own:
             rows.setdefault(row.source, []).append(row)
     return {name: {"rows": len(rows[name]), "sha256": rows_sha256({name: rows[name]})} for name in sorted(rows)}
+
+
+def _template(choice: str) -> Input:
+    return {} if choice in BUILT_IN else {"data.template": _hash(Path(choice).expanduser())}
 
 
 def _texts(path: str) -> Input:

@@ -152,7 +152,7 @@ def key_of(stage: Stage, run: Run) -> str | None:
         return None
     tell: dict[str, Callable[[], Any]] = {
         "target": lambda: target,
-        "tokenizer": lambda: "the target's",
+        "tokenizer": lambda: ["the target's", run.facts.template],
         "calibration": lambda: [_texts(run, rows) for rows in stage.texts(run.config) if rows],
         "data": lambda: _rows(run),
         "plugins": lambda: plugins(run.config.plugins),

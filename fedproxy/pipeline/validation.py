@@ -1,11 +1,13 @@
 """Validation between rounds: held-out rows that no client owns, scored in the process that holds the models."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig
+from fedproxy.data.conversations import prompt_and_answer
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
@@ -13,7 +15,7 @@ from fedproxy.federation.server.validation import RoundValidation, Scores
 from fedproxy.models import placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.context import Run
-from fedproxy.pipeline.data import file_rows
+from fedproxy.pipeline.data import file_rows, target_tokenizer
 from fedproxy.reporting import ValidationReport
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -35,7 +37,8 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
     for task in config.data.tasks:
         questions += task_questions(task, settings.rows, owned, seed)
     for name in config.data.files:
-        questions += row_questions(name, file_rows(config.data, name), settings.rows, owned, seed)
+        rows = file_rows(config.data, name)
+        questions += _framed(row_questions(name, rows, settings.rows, owned, seed), rows, config)
     for question in questions:
         if settings.metric not in ("answer_nll", *question.accuracies):
             raise ConfigError(
@@ -43,6 +46,15 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
                 f"choose {' or '.join((*question.accuracies, 'answer_nll'))}"
             )
     return questions
+
+
+def _framed(questions: Sequence[Question], rows: Sequence[Row], config: RunConfig) -> list[Question]:
+    """Return questions with the texts that a model is given and should write where they come from conversations."""
+    by_key = {row.key: row for row in rows}
+    if not any(by_key[question.key].messages for question in questions):
+        return list(questions)
+    tokenizer = target_tokenizer(config)
+    return [replace(one, requests=(prompt_and_answer(by_key[one.key], tokenizer),)) for one in questions]
 
 
 def round_validation(

@@ -187,6 +187,7 @@ def test_a_model_with_room_for_no_answer_is_refused():
 
 
 def test_cut_rows_are_counted_by_what_they_lost():
-    rows = [row("a", " b"), row("a b c", " b"), row("a", " b c d"), row("a b c", " b c d")]
+    texts = [("a", " b"), ("a b c", " b"), ("a", " b c d"), ("a b c", " b c d")]
+    rows = [row(prompt, target, f"t/train/{number}") for number, (prompt, target) in enumerate(texts)]
     examples = tokenise(rows, make_tokenizer(False), max_input_tokens=2, max_target_tokens=2)
-    assert cut_counts(examples) == {"cut": 3, "prompts": 2, "targets": 2}
+    assert cut_counts(rows, examples) == {"cut": 3, "prompts": 2, "targets": 2, "split": 0, "dropped": 0}

@@ -72,7 +72,7 @@ class Outline:
     def clients(self) -> int:
         """Clients of the federation."""
         data = self.config.data
-        return data.partition.count(len(data.tasks) + len(data.files))
+        return data.partition.count(data.tasks, data.files)
 
     @property
     def clients_in_round(self) -> int:

@@ -64,7 +64,14 @@ class Compress(Stage):
         compressed = time.perf_counter()
         if config.distillation.steps:
             # Kept by the server, so that what distillation and what tuning changed can be told apart later.
-            save_model(proxy, tokenizer, run.folder.undistilled, card=model_card("proxy", {}), anonymous=True)
+            save_model(
+                proxy,
+                tokenizer,
+                run.folder.undistilled,
+                card=model_card("proxy", {}),
+                anonymous=True,
+                template=run.facts.template,
+            )
             distil(run, proxy, layer_map, lessons)
         run.note(
             target_parameters=parameter_count(target),
@@ -76,7 +83,7 @@ class Compress(Stage):
         run.note_seconds("compression", compressed - started)
         run.note_seconds("distillation", time.perf_counter() - compressed)
         card = model_card("proxy", {}, parameters=run.facts.proxy_parameters)
-        save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True)
+        save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True, template=run.facts.template)
         layer_map.save(run.folder.layer_map)  # last: its presence says that all is there
 
 

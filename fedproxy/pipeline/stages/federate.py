@@ -14,6 +14,7 @@ from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
 from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Answer, Dropped
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.collecting import assemble
@@ -195,7 +196,7 @@ def _federation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(parts, model, rows=clients, target_tokens=config.data.max_target_tokens),
+            Expected.from_parts(parts, model, rows=clients, target_tokens=_most_targets(config, clients)),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -239,12 +240,19 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         store=str(run.folder.checkpoints.absolute()),
         max_input_tokens=config.data.max_input_tokens,
         max_target_tokens=config.data.max_target_tokens,
+        long_rows=config.data.long_rows,
         trainer=config.trainer,
         quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
         logs=str(run.folder.trainer_logs.absolute()),
     )
+
+
+def _most_targets(config: RunConfig, clients: ClientRows) -> int:
+    """Return how many target tokens an example may have: of a conversation or a text all may be."""
+    data = config.data
+    return data.max_target_tokens + (data.max_input_tokens if clients.converse or clients.has_texts else 0)
 
 
 def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints: CheckpointFolder) -> None:

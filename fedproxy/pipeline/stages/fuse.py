@@ -9,11 +9,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
+from fedproxy.data.templates import unmarked
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import whole_folder
 from fedproxy.models import placed, save_model
+from fedproxy.models.anonymity import with_template
 from fedproxy.models.decoder import positions_limit
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.context import Run
@@ -118,6 +120,8 @@ def plug_in(run: Run, tuned: TunedProxy, client: str) -> None:
     fused = fusion.join(target, tuned.proxy, weights, layer_map)
     parameters = run.facts.target_parameters
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
+    if tokenizer.chat_template is None:  # the target's own stays
+        tokenizer = with_template(tokenizer, unmarked(run.facts.template))
     save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 

@@ -140,6 +140,7 @@ def _compression(current: Run) -> CompressionReport | None:
 def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
+    notes += current.facts.data_notes
     notes += length_notes(current.facts.lengths, current.config.data)
     if not current.config.scored_tasks:
         key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
