@@ -1,8 +1,6 @@
 """Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,6 @@ __all__ = [
     "check_tokenizer",
     "load_model",
     "load_tokenizer",
-    "placed",
     "save_model",
     "special_ids",
     "state_sha256",
@@ -158,27 +155,3 @@ def special_ids(config: Any) -> list[tuple[str, int]]:
         value = getattr(config, name, None)
         found += [(name, token) for token in (value if isinstance(value, list) else [value])]
     return [(name, token) for name, token in found if token is not None and token >= 0]
-
-
-@contextmanager
-def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Hold a model on ``device`` for the length of the context, then bring it back.
-
-    A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
-    forward passes. One that works on the device already is left as it is.
-    """
-    from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
-
-    home = model.device
-    if home == device:  # as it seems of a model whose blocks another context brings there
-        yield model
-        return
-    if not fits(model, device):
-        with streamed(model, device):
-            yield model
-        return
-    model.to(device)
-    try:
-        yield model
-    finally:
-        model.to(home)

@@ -24,12 +24,10 @@ from fedproxy.models import load_tokenizer
 from fedproxy.models.anonymity import named_in
 from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.positions import positions
-from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, target_config
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
-CALIBRATION_BATCH = 16
-"""Texts per pass over calibration text."""
 _ROWS_AT_ONCE = 4096
 """Rows whose tokens lie in memory at once while they are counted."""
 

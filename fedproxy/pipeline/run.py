@@ -23,6 +23,7 @@ from fedproxy.pipeline.stages.federate import Federate
 from fedproxy.pipeline.stages.fuse import Fuse
 from fedproxy.pipeline.stages.report import Report, report_of
 from fedproxy.reporting import RunReport, model_card
+from fedproxy.reporting.pages import save_report
 
 RESUME_HINT = "go on with the same command and resume=auto"
 
@@ -84,7 +85,7 @@ def _told(current: Run) -> Iterator[None]:
 def _report_failure(current: Run, reason: str) -> None:
     """Say why a run ended, as far as that can be written: what ended it matters more."""
     with suppress(Exception):
-        report_of(current, status="failed", error=reason).save(current.folder.root)
+        save_report(report_of(current, status="failed", error=reason), current.folder.root)
     with suppress(Exception):
         current.loggers.close("failed")
 
@@ -123,7 +124,7 @@ def _compress_only(current: Run) -> RunReport:
     for stage in left_to_do((Compress(), Measure(texts), Evaluate()), current):
         stage.do(current)
     report = report_of(current, status="completed")
-    report.save(current.folder.root)
+    save_report(report, current.folder.root)
     card = model_card("proxy", report.scores, parameters=report.cost.proxy_parameters)
     write_text(current.folder.proxy / "README.md", card)
     return report

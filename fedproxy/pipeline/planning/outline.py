@@ -22,6 +22,9 @@ from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
 from fedproxy.strategies.round_parts.emulator import Emulator, Outlined
 from fedproxy.strategies.trainable.base import TrainableModel
 
+CALIBRATION_BATCH = 16
+"""Texts per pass over calibration text."""
+
 
 @dataclass(frozen=True)
 class Outline:

@@ -132,7 +132,7 @@ def heal(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[
 
 def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[str]) -> None:
     """Distil the target into the proxy on public texts, in place."""
-    from fedproxy.modules.distillation import distil as fit
+    from fedproxy.strategies.compression.distilling import distil as fit
 
     settings = run.config.distillation
     target, tokenizer = run.target

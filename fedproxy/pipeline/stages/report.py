@@ -31,6 +31,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.reporting.pages import save_report
 from fedproxy.sealed import read_sealed
 
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
@@ -60,7 +61,7 @@ class Report(Stage):
     def do(self, run: Run) -> None:
         """Write it, into ``run.report`` too."""
         run.report = report_of(run, status="completed")
-        run.report.save(run.folder.root)
+        save_report(run.report, run.folder.root)
         write_cards(run, run.report)
 
 

@@ -207,9 +207,7 @@ class Aggregator(Component, family="aggregator"):
             )
         cohort.require_extras(self.needs_extras, self.name)
         surveyor = self._surveyor(cohort, signs=figures) if figures or self._surveys_first else None
-        survey = Survey({}, {}, 0.0, 1.0)
-        if surveyor is not None and self._surveys_first:
-            survey = surveyor.run()
+        survey = surveyor.run() if surveyor is not None and self._surveys_first else Survey({}, {}, 0.0, 1.0)
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
         sink = Sink()
 
