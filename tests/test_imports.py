@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
-    *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files"),
+    *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files", "round_files"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {

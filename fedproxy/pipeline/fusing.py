@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.server.checkpoint import Progress
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.files import whole_folder
 from fedproxy.models import load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import positions_limit
@@ -34,7 +34,7 @@ def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRow
     """
     started = time.perf_counter()
     config = run.config
-    states = final_states(config, progress, ClientStore(run.folder.checkpoints), clients)
+    states = final_states(config, progress, ServerFiles(run.folder.checkpoints), clients)
     done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
     if not done:
         run.folder.check_fused()

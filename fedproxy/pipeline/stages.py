@@ -19,12 +19,11 @@ from fedproxy.data.assets import cache_root, resolve
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.client.setup import LocalSetup
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.engines import Answer, Dropped
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import assemble
+from fedproxy.federation.server.collecting import assemble, rewind
 from fedproxy.federation.server.expected import Expected
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation
 from fedproxy.federation.server.participation import Participation
 from fedproxy.files import write_text
@@ -40,6 +39,7 @@ from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import aligner
 from fedproxy.pipeline.validation import round_validation
+from fedproxy.protocol import Answer, Dropped, Sites
 from fedproxy.reporting import model_card
 from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
 from fedproxy.seeding import generator
@@ -253,18 +253,34 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
     trainable = config.trainable.placed(run.layer_map())
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
-    checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)
+    setup = _local_setup(run, trainable)
+    engine = config.engine.start(
+        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+    )
+    with closing(engine):
+        return model, _rounds(run, clients, questions, model, tokenizer, engine)
+
+
+def _rounds(
+    run: Run,
+    clients: ClientRows,
+    questions: Sequence[Question],
+    model: TrainableModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sites: Sites,
+) -> Progress:
+    config, files, checkpoints = run.config, ServerFiles(run.folder.checkpoints), run.checkpoints()
 
     def check(progress: Progress) -> None:
         _check_state(progress.state, model, checkpoints)
-        store.check(progress.client_files)
+        files.check(progress.files)
+        rewind(sites, progress, sorted(clients))
 
     progress = checkpoints.load_latest(check, run.warn) or Progress(0, model.state())
     if progress.round:
         run.display.say(f"going on after round {progress.round}")
-    store.rewind(progress.round)
+    files.rewind(progress.round)
     run.note(trainable_parameters=model.num_parameters)
-    setup = _local_setup(run, trainable)
     aligns = aligner(run, model, clients.owned)
     rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
@@ -277,7 +293,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         parts=parts,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
-        store=store,
+        files=files,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, questions),
         participation=Participation(
@@ -292,11 +308,8 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     )
     left = config.federation.rounds - progress.round
     run.loggers.rounds(progress.records)
-    engine = config.engine.start(
-        lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
-    )
     clients_left = left * federation.clients_in_round
-    with closing(engine), run.display.warnings(), run.display.bar("clients", clients_left) as bar:
+    with run.display.warnings(), run.display.bar("clients", clients_left) as bar:
 
         def on_round(record: Mapping[str, Any]) -> None:
             run.display.round(record, config.federation.rounds)
@@ -311,7 +324,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         progress = federation.run(
             progress,
             config.federation.rounds,
-            engine,
+            sites,
             checkpoints=checkpoints,
             journal=run.folder.journal,
             on_round=on_round,
@@ -324,8 +337,9 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     if aligns is not None:
         aligns.restore()
     if config.aggregator.aggregates:
-        run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
-    return model, progress
+        handed = assemble(model, progress, config.aggregator, files, sites, folder=run.folder.server)
+        run.note(collected_bytes=handed)
+    return progress
 
 
 def _job(config: RunConfig) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine, UpdateFile
+from fedproxy.federation.engines import Engine
 from fedproxy.federation.engines.rank_group import RankGroup
+from fedproxy.protocol import Dropped, UpdateFile
 
 from .engines.doubles import broadcast, honest, loaded
 from .rank_doubles import remote

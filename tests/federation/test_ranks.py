@@ -11,13 +11,13 @@ import torch
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
-from fedproxy.errors import ClientError
+from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import RemoteClient
 from fedproxy.federation.engines.rank_group import RankGroup
-from fedproxy.protocol import Broadcast
+from fedproxy.protocol import Broadcast, Collect, Done, Kept, Rewind
 from fedproxy.seeding import ClientSeeds
 
 from .engines.doubles import loaded
@@ -121,13 +121,22 @@ def test_the_same_processes_give_the_same_bits_again(alone, group):
 
 def test_what_a_client_remembers_is_written_once_and_read_by_all(setup, alone, group):
     job = JOBS["scaffold, tensors that rest or stay"]
+    kept = {alone: Kept(), group: Kept()}
     for round_ in (2, 3):
-        one, two = (loaded(client.train(broadcast(alone, job, round_), "ann")) for client in (alone, group))
+        given = broadcast(alone, job, round_)
+        one, two = (loaded(client.train(replace(given, kept=kept[client]), "ann")) for client in kept)
+        kept = {alone: Kept(round_, one.seal), group: Kept(round_, two.seal)}
     assert distance(two.delta, one.delta) < 1e-4
     store = f"{setup.store}_{group.remote.options['strategy']}"
-    kept, known = (ClientStore(Path(path)).memory.load("ann", before=4) for path in (store, setup.store + "_alone"))
-    assert sorted(kept.parts) == ["control_variates", "personal"]
-    assert all(distance(kept.parts[part], known.parts[part]) < 1e-4 for part in kept.parts)
+    mine = ClientMemory(Path(store)).load("ann", kept[group])
+    known = ClientMemory(Path(setup.store + "_alone")).load("ann", kept[alone])
+    assert sorted(mine) == ["control_variates", "personal"]
+    assert all(distance(mine[part], known[part]) < 1e-4 for part in known)
+    handed = loaded(group.answer(Collect(kept[group]), "ann"))
+    assert distance(handed.delta, known["personal"]) < 1e-4
+    assert group.answer(Rewind(2, Kept()), "ann") == Done("ann")
+    with pytest.raises(CheckpointError, match=r"client 'ann' in .* cannot be used: No such file"):
+        group.answer(Collect(kept[group]), "ann")
 
 
 def test_statistics_of_the_rows_come_from_the_first_process(alone, group):

@@ -6,7 +6,7 @@ A simulation runs all parties as one user, so that this is about what is handed 
 import json
 import shutil
 
-from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.site import Site
 from fedproxy.federation.engines.workers import WorkerPool
 from fedproxy.seeding import derive_seed
 
@@ -39,14 +39,14 @@ def test_no_file_that_clients_read_holds_the_runs_seed_or_names_the_servers_fold
 
 
 def test_a_row_that_an_error_quotes_reaches_no_file_of_the_server(run_tiny, monkeypatch, capsys):
-    train = LocalClient.train
+    train = Site.train
 
     def fail(self, broadcast, client_id, **limits):
         if client_id == "tiny_places":
             raise ValueError(f"{PRIVATE} is odd")
         return train(self, broadcast, client_id, **limits)
 
-    monkeypatch.setattr(LocalClient, "train", fail)
+    monkeypatch.setattr(Site, "train", fail)
     options = ("federation.rounds=1", "federation.min_clients=3", "evaluation.models=[]", "data.rows_per_task=8")
     report, folder = run_tiny(*options)
     (reason,) = report.rounds[0].dropped.values()

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedproxy.federation.client.client import LocalClient
-from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.client.base import Client, RemoteClient
+from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.federation.client.site import Site
 from fedproxy.federation.client_rows import ClientExamples
-from fedproxy.federation.engines import Client, RemoteClient
 from fedproxy.federation.engines.rank_group import RankGroup
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.models.positions import positions
@@ -65,8 +65,8 @@ class LocalSetup:
 
     def in_this_process(
         self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
-    ) -> LocalClient:
-        """Return a client that trains on a given proxy with given Trainer options."""
+    ) -> Site:
+        """Return a site that trains on a given proxy with given Trainer options."""
         examples = ClientExamples(
             Path(self.rows),
             tokenizer,
@@ -75,9 +75,9 @@ class LocalSetup:
             max_tokens=positions(model.model.config),
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
-        store = ClientStore(Path(self.store))
+        memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs)
+        return Site(model, examples, pad_id=pad, trainer=trainer, memory=memory, logs=logs)
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""

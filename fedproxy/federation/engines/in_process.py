@@ -2,23 +2,15 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from fedproxy.federation.engines.base import (
-    Answer,
-    Answers,
-    Client,
-    Closing,
-    Dropped,
-    Engine,
-    RemoteClient,
-    attempt,
-    late,
-)
+from fedproxy.federation.client.base import Client, Closing, RemoteClient, attempt
+from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.threads import cpu_threads
-from fedproxy.protocol import Broadcast
+from fedproxy.protocol import Answer, Answers, Broadcast, Dropped, Message
 
 _log = logging.getLogger(__name__)
 
@@ -65,16 +57,23 @@ class _Running:
             )
         self._warned = True
 
+    def ask(self, messages: Mapping[str, Message]) -> Answers:
+        for client_id, message in messages.items():
+            yield self._attempt(partial(self.client.answer, message, client_id), client_id)
+
     def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
         if deadline is None or timeout_s is None:
-            with cpu_threads(self.threads):
-                return attempt(self.client, broadcast, client_id, logs=self.logs)
+            return self._attempt(partial(self.client.train, broadcast, client_id), client_id, broadcast.round)
         if time.monotonic() < deadline:
-            with cpu_threads(self.threads):
-                answer = attempt(self.client, broadcast, client_id, logs=self.logs, deadline=deadline)
+            train = partial(self.client.train, broadcast, client_id, deadline=deadline)
+            answer = self._attempt(train, client_id, broadcast.round)
             if time.monotonic() < deadline:
                 return answer
         return Dropped(client_id, late(timeout_s))
+
+    def _attempt(self, work: Callable[[], Answer], client_id: str, round_: int = 0) -> Answer:
+        with cpu_threads(self.threads):
+            return attempt(work, client_id, round_, logs=self.logs)
 
     def close(self) -> None:
         if isinstance(self.client, Closing):

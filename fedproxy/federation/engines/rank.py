@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.distributed.device_mesh import init_device_mesh
 
-from fedproxy.federation.client.client import LocalClient
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.client.site import Site
 from fedproxy.models.sharding import shard
 from fedproxy.modules.distributed import NAMES
 
@@ -28,8 +28,8 @@ def load(
     rendezvous: str,
     setup: Mapping[str, Any],
     patience_s: float = PATIENCE_S,
-) -> LocalClient:
-    """Join the other processes, load the proxy and return the client that trains on it with them.
+) -> Site:
+    """Join the other processes, load the proxy and return the site that trains on it with them.
 
     Args:
         device: Of no use here; a worker passes it.

@@ -4,17 +4,20 @@ import selectors
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.engines.base import RemoteClient, UpdateFile
+from fedproxy.federation.client.base import RemoteClient
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, BadMessageError, Message, WorkerProcess
 from fedproxy.files import private_folder, write_json
-from fedproxy.protocol import Broadcast
+from fedproxy.protocol import Broadcast, Done, UpdateFile
+from fedproxy.protocol import Message as Question
 
 _TRIES = 2
 """How often a client is tried one of whose processes dies."""
@@ -49,16 +52,25 @@ class RankGroup:
         return [process.pid for process in self._processes]
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> UpdateFile:
-        """Train one client; see :class:`fedproxy.federation.engines.base.Client`.
+        """Train one client; see :class:`fedproxy.federation.client.base.Client`.
 
         Raises:
             ClientError: If a process fails, or dies in every try, or ``deadline`` passes.
             CheckpointError: If files cannot be written.
         """
+        message = {"kind": "train", **broadcast.beside()}
+        return UpdateFile(client_id, self._do(broadcast, {"message": message, "client": client_id}, deadline))
+
+    def answer(self, message: Question, client_id: str) -> UpdateFile | Done:
+        """Let one client answer a message; see :class:`fedproxy.federation.client.base.Client`."""
+        path = self._do(Broadcast(0, {}), {"message": message.plain(), "client": client_id}, None)
+        return UpdateFile(client_id, path) if message.by_file else Done(client_id)
+
+    def _do(self, broadcast: Broadcast, task: Mapping[str, Any], deadline: float | None) -> Path:
         died: _DiedError | None = None
         for _ in range(_TRIES):
             try:
-                return self._train(broadcast, client_id, deadline)
+                return self._try(broadcast, task, deadline)
             except _DiedError as error:
                 died = error
         raise ClientError(f"{died} ({_TRIES} tries)")
@@ -70,19 +82,18 @@ class RankGroup:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = self._sent = None
 
-    def _train(self, broadcast: Broadcast, client_id: str, deadline: float | None) -> UpdateFile:
+    def _try(self, broadcast: Broadcast, asked: Mapping[str, Any], deadline: float | None) -> Path:
         try:
             path = self._write(broadcast)
             if not self._processes:
                 self._start(path.parent.parent)
             self._tasks += 1
             update = path.parent / f"update_{self._tasks:05d}.safetensors"
-            task = {"task": self._tasks, "client": client_id, "broadcast": str(path)}
-            seeds = {} if broadcast.seeds is None else {"seeds": asdict(broadcast.seeds)}
+            task = {**asked, "task": self._tasks, "round": broadcast.round, "broadcast": str(path)}
             for rank, process in enumerate(self._processes):
-                process.send({**task, **seeds, **({"update": str(update)} if rank == 0 else {})})
+                process.send({**task, **({"update": str(update)} if rank == 0 else {})})
             self._wait(deadline)
-            return UpdateFile(client_id, update)
+            return update
         except BaseException:
             self._end()
             raise

@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,10 +18,8 @@ from typing import Any, TextIO
 import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
-from fedproxy.federation.client.log import told
-from fedproxy.federation.engines.base import Answer, Client, Dropped, UpdateFile, attempt
-from fedproxy.protocol import Broadcast
-from fedproxy.seeding import ClientSeeds
+from fedproxy.federation.client.base import Client, attempt
+from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Message, UpdateFile
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -55,23 +52,23 @@ def main(setup: Path, device: int | None, threads: int) -> None:
 
 
 def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], logs: str | None) -> Answer:
-    client_id: str = task["client"]
-    round_ = 0
-    try:
-        broadcast = broadcasts.load(task)
-        round_ = broadcast.round
-        answer = attempt(client, broadcast, client_id, logs=logs)
+    """Do a task, and put the file that answers it, if one does, where the task says."""
+
+    def work() -> Answer:
+        message = task["message"]
+        if message["kind"] == "train":
+            answer: Answer = client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"])
+        else:
+            answer = client.answer(Message.of(message), task["client"])
         if "update" not in task:  # of several processes of a client, one writes
             return answer
         if isinstance(answer, UpdateFile):
             shutil.move(answer.path, task["update"])
-        elif not isinstance(answer, Dropped):
+        elif isinstance(answer, ClientUpdate):
             answer.save(task["update"])
-    except CheckpointError:
-        raise
-    except Exception as error:
-        return Dropped(client_id, told(error, client_id, round_, logs))
-    return answer
+        return answer
+
+    return attempt(work, task["client"], task["round"], logs=logs)
 
 
 class _Broadcasts:
@@ -80,11 +77,10 @@ class _Broadcasts:
     def __init__(self) -> None:
         self._path, self._broadcast = "", Broadcast(0, {})
 
-    def load(self, task: Mapping[str, Any]) -> Broadcast:
-        """Return the broadcast of a task, with the seeds of its client."""
-        if task["broadcast"] != self._path:
-            self._path, self._broadcast = task["broadcast"], Broadcast.load(task["broadcast"])
-        return replace(self._broadcast, seeds=ClientSeeds(**task["seeds"])) if "seeds" in task else self._broadcast
+    def load(self, path: str) -> Broadcast:
+        if path != self._path:
+            self._path, self._broadcast = path, Broadcast.load(path)
+        return self._broadcast
 
 
 def _make_client(setup: Mapping[str, Any], device: int | None) -> Client:

@@ -7,27 +7,20 @@ import shutil
 import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.engines.base import (
-    Answer,
-    Answers,
-    Client,
-    Dropped,
-    Engine,
-    RemoteClient,
-    UpdateFile,
-    late,
-)
+from fedproxy.federation.client.base import Client, RemoteClient
+from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.worker_process import LONGEST_WAIT_S, BadMessageError, Message, WorkerProcess
 from fedproxy.files import private_folder, write_json
-from fedproxy.protocol import Broadcast
+from fedproxy.protocol import Answer, Answers, Broadcast, Done, Dropped, UpdateFile
+from fedproxy.protocol import Message as Question
 
 _log = logging.getLogger(__name__)
 _BROADCAST = "broadcast.safetensors"
@@ -77,11 +70,13 @@ class Workers(Engine, name="workers"):
 
 @dataclass
 class _Task:
-    """One client of the round that still has to answer."""
+    """One client that still has to answer."""
 
     number: int
     client_id: str
     update: Path
+    question: Question | None = None
+    """What it is asked; None is to train."""
     tries: int = 0
     spared: bool = False
     """Whether a worker died before it took the client up, which costs no try, but only once."""
@@ -130,17 +125,29 @@ class WorkerPool:
         return [slot.process.pid for slot in self._slots]
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
-        """Run one round's clients; see :class:`fedproxy.federation.engines.base.RunningEngine`.
+        """Run one round's clients; see :class:`fedproxy.protocol.Sites`.
 
         Raises:
             ClientError: If workers cannot start and none is left.
             CheckpointError: If the broadcast cannot be written.
         """
+        return self._serve(broadcast, dict.fromkeys(client_ids), timeout_s)
+
+    def ask(self, messages: Mapping[str, Question]) -> Answers:
+        """Send each client its message; see :class:`fedproxy.protocol.Sites`.
+
+        Raises:
+            ClientError: If workers cannot start and none is left.
+            CheckpointError: If what a client kept cannot be used.
+        """
+        return self._serve(Broadcast(0, {}), messages, None)
+
+    def _serve(self, broadcast: Broadcast, asked: Mapping[str, Question | None], timeout_s: float | None) -> Answers:
         deadline: float | None = None
         folder = self._begin(broadcast)
         todo = deque(
-            _Task(number, client_id, folder / f"update_{number:05d}.safetensors")
-            for number, client_id in enumerate(client_ids)
+            _Task(number, client_id, folder / f"update_{number:05d}.safetensors", asked[client_id])
+            for number, client_id in enumerate(asked)
         )
         try:
             while todo or self._busy():
@@ -174,7 +181,7 @@ class WorkerPool:
             for old in self.folder.glob("round_*"):
                 shutil.rmtree(old, ignore_errors=True)  # workers write there
             folder = Path(tempfile.mkdtemp(prefix=f"round_{broadcast.round:04d}_", dir=self.folder))
-            if broadcast.each is None:
+            if broadcast.each is None and broadcast.round:
                 broadcast.save(folder / _BROADCAST)
         except (OSError, SafetensorError) as error:
             raise _unwritten(broadcast, self.folder, error) from error
@@ -192,6 +199,15 @@ class WorkerPool:
                 raise _unwritten(broadcast, self.folder, error) from error
         return path
 
+    def _message(self, task: _Task, broadcast: Broadcast, folder: Path) -> dict[str, Any]:
+        """Return what a worker is asked: paths, and what is this client's alone."""
+        named = {"task": task.number, "client": task.client_id, "round": broadcast.round, "update": str(task.update)}
+        if task.question is not None:
+            return {**named, "message": task.question.plain()}
+        own = replace(broadcast, each=None).addressed_to(task.client_id).beside()
+        sent = str(self._sent(task, broadcast, folder))
+        return {**named, "broadcast": sent, "message": {"kind": "train", **own}}
+
     def _busy(self) -> list[_Slot]:
         return [slot for slot in self._slots if slot.task is not None]
 
@@ -203,7 +219,7 @@ class WorkerPool:
             elif todo:
                 slot.task, slot.begun, slot.since = todo.popleft(), False, time.monotonic()
                 slot.task.tries += 1
-                slot.process.send(_message(slot.task, self._sent(slot.task, broadcast, folder), broadcast))
+                slot.process.send(self._message(slot.task, broadcast, folder))
         starting = sum(not slot.ready for slot in self._slots)
         for _ in range(min(len(todo) - starting, self.size - len(self._slots))):
             self._slots.append(_Slot(self._spawn()))
@@ -345,19 +361,13 @@ class WorkerPool:
         self._slots.remove(slot)
 
 
-def _message(task: _Task, sent: Path, broadcast: Broadcast) -> dict[str, Any]:
-    """Return what a worker is asked: paths, and the seeds of this client alone."""
-    seeds = broadcast.seeds_of(task.client_id)
-    named = {"task": task.number, "client": task.client_id, "broadcast": str(sent), "update": str(task.update)}
-    return named if seeds is None else {**named, "seeds": asdict(seeds)}
-
-
 def _answer(task: _Task, message: Message) -> Answer:
     if message.kind == "damaged":
         raise CheckpointError(message.text)
     if message.kind == "dropped":
         return Dropped(task.client_id, message.text)
-    return UpdateFile(task.client_id, task.update)
+    by_file = task.question is None or task.question.by_file
+    return UpdateFile(task.client_id, task.update) if by_file else Done(task.client_id)
 
 
 def _unwritten(broadcast: Broadcast, folder: Path, error: Exception) -> CheckpointError:

@@ -1,5 +1,6 @@
 """Workers that lie: what they say and leave is bounded, and none of it ends a round or holds it up."""
 
+import hashlib
 import json
 import os
 import sys
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.engines.rank_group import RankGroup
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Broadcast
+from fedproxy.protocol import Broadcast, Dropped, Kept
 from fedproxy.seeding import ClientSeeds
 
 from .doubles import CLIENTS, STATE, broadcast, honest
@@ -72,8 +73,13 @@ def pool(folder, tmp_path):
     pool.close()
 
 
+def seal(client):
+    return hashlib.sha256(client.encode()).hexdigest()
+
+
 def collect(pool, *clients, **terms):
-    sent = Broadcast(3, STATE, job={"lr": 0.5}, all_seeds={c: ClientSeeds.of(77, 3, c) for c in CLIENTS})
+    seeds, kept = {c: ClientSeeds.of(77, 3, c) for c in CLIENTS}, {c: Kept(2, seal(c)) for c in CLIENTS}
+    sent = Broadcast(3, STATE, job={"lr": 0.5}, all_seeds=seeds, all_kept=kept)
     updates, dropped = Participation(min_clients=1, **terms).collect(pool, sent, clients or CLIENTS)
     for update in updates:
         expected = honest(update.client_id, 3).delta
@@ -131,14 +137,16 @@ def test_a_worker_that_does_not_read_holds_nobody_up(pool, folder):
     assert process.ended() == "killed by SIGKILL"
 
 
-def test_every_worker_is_told_the_seeds_of_its_own_client_alone(pool, folder):
+def test_every_worker_is_told_what_is_its_own_clients_alone(pool, folder):
     collect(pool)
     told = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
     assert len(told) == len(CLIENTS)
     for task in told:
         seeds = ClientSeeds.of(77, 3, task["client"])
-        assert task["seeds"] == {"batches": seeds.batches, "dropout": list(seeds.dropout), "parts": seeds.parts}
-        assert set(task) == {"task", "client", "broadcast", "update", "seeds"}
+        own = {"batches": seeds.batches, "dropout": list(seeds.dropout), "parts": seeds.parts}
+        kept = {"round": 2, "seal": seal(task["client"])}
+        assert task["message"] == {"kind": "train", "seeds": own, "kept": kept}
+        assert set(task) == {"task", "client", "round", "broadcast", "update", "message"}
 
 
 def test_logs_of_workers_are_private_and_no_trap(folder, tmp_path):

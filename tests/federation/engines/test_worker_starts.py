@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine, UpdateFile
+from fedproxy.federation.engines import Engine
+from fedproxy.protocol import Dropped, UpdateFile
 
 from .doubles import CLIENTS, broadcast, remote
 

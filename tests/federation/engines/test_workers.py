@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError, ConfigError
-from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Broadcast, Mapped
+from fedproxy.protocol import Broadcast, Dropped, Mapped
 
 from .doubles import CLIENTS, broadcast, honest, loaded, remote
 
