@@ -365,8 +365,6 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         max_target_tokens=config.data.max_target_tokens,
         trainer=config.trainer,
         quantization=config.client.quantization,
-        plugins=config.plugins,
-        scratch=str(run.folder.exchange.absolute()),
         logs=str(run.folder.trainer_logs.absolute()),
     )
 

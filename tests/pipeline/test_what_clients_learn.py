@@ -7,7 +7,7 @@ import json
 import shutil
 
 from fedproxy.federation.client.site import Site
-from fedproxy.federation.engines.workers import WorkerPool
+from fedproxy.federation.engines.pool import WorkerPool
 from fedproxy.seeding import derive_seed
 
 SEED = 918273645546372819
@@ -33,7 +33,7 @@ def test_no_file_that_clients_read_holds_the_runs_seed_or_names_the_servers_fold
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret.encode() in content], path
     setup = json.loads(next(path for path in given if path.name == "setup.json").read_text())
-    assert set(setup) == {"factory", "options", "plugins", "devices", "logs"}
+    assert set(setup) == {"factory", "options", "plugins", "devices", "logs", "ranks"}
     assert (folder / "server").stat().st_mode & 0o700 == 0o700
     assert not [path for path in (folder / "server").iterdir() if path.name.startswith("tmp")]  # copies of updates
 

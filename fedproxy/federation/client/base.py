@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from fedproxy.errors import CheckpointError, one_line
 from fedproxy.federation.client.log import told
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Done, Dropped, Message, UpdateFile
+from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Done, Dropped, Message
 
 
 class Client(Protocol):
     """What serves one client after another on one resident base model."""
 
-    def train(
-        self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None
-    ) -> ClientUpdate | UpdateFile:
+    def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Train client ``client_id`` from the broadcast state and return its update.
 
         Args:
@@ -24,17 +22,8 @@ class Client(Protocol):
         """
         ...
 
-    def answer(self, message: Message, client_id: str) -> ClientUpdate | UpdateFile | Done:
+    def answer(self, message: Message, client_id: str) -> ClientUpdate | Done:
         """Do what a message asks of client ``client_id``."""
-        ...
-
-
-@runtime_checkable
-class Closing(Protocol):
-    """A client that holds more than memory, such as processes of its own."""
-
-    def close(self) -> None:
-        """Let go of it; the client may train again and then starts afresh."""
         ...
 
 
@@ -49,9 +38,12 @@ class RemoteClient:
     plugins: Sequence[str] = ()
     """Modules to import first."""
     devices: Sequence[int] = ()
-    """Accelerators that clients may train on, by index; empty for the CPU."""
+    """Accelerators that clients may train on, by index, or groups of them; empty for the CPU."""
     logs: str | None = None
     """Folder of the clients' own logs, on their side; None keeps none."""
+    ranks: int = 1
+    """Processes that serve a client together; where there are several, each is told its ``rank`` and ``rendezvous``, a
+    file by which they find each other."""
 
 
 def attempt(work: Callable[[], Answer], client_id: str, round_: int, *, logs: str | None) -> Answer:

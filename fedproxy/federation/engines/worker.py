@@ -7,7 +7,6 @@ one JSON object per line. Tensors travel in safetensors files whose paths the me
 import importlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.client.base import Client, attempt
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Message, UpdateFile
+from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Message
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -62,9 +61,7 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], l
             answer = client.answer(Message.of(message), task["client"])
         if "update" not in task:  # of several processes of a client, one writes
             return answer
-        if isinstance(answer, UpdateFile):
-            shutil.move(answer.path, task["update"])
-        elif isinstance(answer, ClientUpdate):
+        if isinstance(answer, ClientUpdate):
             answer.save(task["update"])
         return answer
 
