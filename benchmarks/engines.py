@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Engine
 from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Sites, UpdateFile
 from fedproxy.seeding import ClientSeeds

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fedproxy.federation.partition_file  # noqa: F401 (registers data.partition.name=file)
+from fedproxy.data.partition import Partition
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
-from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.names import check_names, folded
 from fedproxy.strategies.aggregators import Aggregator

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.files import whole_folder

@@ -9,11 +9,11 @@ from typing import Any
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import fetch, resolve
 from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError, ConfigError, FedProxyError
 from fedproxy.evaluation.harness import missing_assets
 from fedproxy.evaluation.validation import Question
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import cache_root, resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.client.setup import LocalSetup
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.collecting import assemble, rewind
 from fedproxy.federation.server.expected import Expected

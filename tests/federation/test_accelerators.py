@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client.site import Site
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.models import Decoder
 from fedproxy.protocol import Broadcast, ClientUpdate

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.engines import Engine
 from fedproxy.protocol import Broadcast, Collect, Done, Dropped, Kept, Rewind
 from fedproxy.seeding import ClientSeeds

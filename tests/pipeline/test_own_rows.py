@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import read_client_rows
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ConfigError, DataError
 from fedproxy.federation.client.site import Site
-from fedproxy.federation.client_rows import read_client_rows
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.evaluation import check_comparable

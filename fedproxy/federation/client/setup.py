@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from fedproxy.federation.client.base import RemoteClient
 from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.federation.client.rows import ClientExamples
 from fedproxy.federation.client.site import Site
-from fedproxy.federation.client_rows import ClientExamples
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.models.positions import positions
 from fedproxy.models.quantized import load_quantized

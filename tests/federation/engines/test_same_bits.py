@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows, rows_file
 from fedproxy.data.rows import Row
 from fedproxy.errors import ClientError
 from fedproxy.federation.client.base import attempt
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client.site import Site
-from fedproxy.federation.client_rows import ClientRows, rows_file
 from fedproxy.federation.engines import Engine
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
