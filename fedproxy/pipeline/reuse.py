@@ -163,7 +163,9 @@ def key_of(stage: Stage, run: Run) -> str | None:
 
 
 def _target_key(run: Run) -> str | None:
-    return model_key(*run.target)
+    if run.target_key is None:
+        run.target_key = model_key(*run.target)
+    return run.target_key
 
 
 def _texts(run: Run, rows: int) -> list[str]:

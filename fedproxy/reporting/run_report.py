@@ -10,7 +10,7 @@ from typing import Any
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
 from fedproxy.reporting.schema import SchemaError, decode
-from fedproxy.reporting.scores import MODELS, Value, value_of
+from fedproxy.reporting.scores import MODELS, Value, accuracy_of, value_of
 
 SCHEMA_VERSION = 1
 PAGES = ("report.md", "report.html")
@@ -72,7 +72,8 @@ class Exposure:
 
         def mean(model: str) -> Value | None:
             metrics = scores.get(model, {}).get("mean")
-            return value_of(metrics, "acc_norm") or value_of(metrics, "acc")
+            metric = accuracy_of(lambda name: value_of(metrics, name) is not None)
+            return None if metric is None else value_of(metrics, metric)
 
         def gap(owner: str, held: str) -> float | None:
             high, low = mean(owner), mean(held)

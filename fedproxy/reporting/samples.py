@@ -15,7 +15,7 @@ from typing import Any
 
 from fedproxy.errors import EvaluationError, one_line
 from fedproxy.files import parse_json, plain, read_whole, write_json, write_text
-from fedproxy.reporting.scores import MODELS
+from fedproxy.reporting.scores import MODELS, accuracy_of
 
 Sample = Mapping[str, Any]
 _METRICS = ("acc", "acc_norm", "answer_nll")
@@ -204,8 +204,8 @@ def common_metric(evaluations: Sequence[Evaluation]) -> str:
     Raises:
         EvaluationError: If some question has neither.
     """
-    for metric in ("acc_norm", "acc"):
-        if all(evaluation.has(metric) for evaluation in evaluations):
-            return metric
+    metric = accuracy_of(lambda metric: all(evaluation.has(metric) for evaluation in evaluations))
+    if metric is not None:
+        return metric
     names = ", ".join(evaluation.name for evaluation in evaluations)
     raise EvaluationError(f"{names}: not every question has acc or acc_norm; only multiple-choice tasks can be paired")

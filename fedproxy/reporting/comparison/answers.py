@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedproxy.reporting.comparison.records import Record
+from fedproxy.reporting.scores import accuracy_of
 from fedproxy.reporting.statistics import mean_stderr
 
 Floats = NDArray[np.float64]
-METRICS = ("acc_norm", "acc")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Score:
 def common_metric(records: Iterable[Record]) -> str | None:
     """Return ``acc_norm`` if every question of every model has it, else ``acc``, else None."""
     tables = [own.values for record in records for tasks in record.answers.values() for own in tasks.values()]
-    return next((metric for metric in METRICS if tables and all(metric in values for values in tables)), None)
+    return accuracy_of(lambda metric: bool(tables) and all(metric in values for values in tables))
 
 
 def answers_of(records: Sequence[Record], model: str, metric: str) -> dict[str, Floats]:

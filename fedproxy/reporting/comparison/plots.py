@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis
-from fedproxy.reporting.comparison.answers import METRICS
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.tables import sent
 from fedproxy.reporting.plots import draw_plots
 from fedproxy.reporting.round_tables import mean_of
 from fedproxy.reporting.run_report import RoundReport
+from fedproxy.reporting.scores import ACCURACIES
 from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot
     """Return mean accuracy per round on validation rows, where the recipes ask for it."""
     asked = (record.report.validation for records in runs.values() for record in records)
     models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
-    for metric in METRICS:
+    for metric in ACCURACIES:
         curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
         drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:
