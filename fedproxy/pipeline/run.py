@@ -246,27 +246,20 @@ def _claim(current: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> ClientR
 
     An older run is deleted here, after all that could speak against the new one was looked at.
     """
-    clients = dealt.clients
+    clients, counted = dealt.clients, count_examples(dealt.clients, current.config)
     if current.folder.replaces:
         current.target()
         check_public(current.config, _owned(clients))
     current.folder.claim(current.config)
     save_partition(clients, current.folder.partition)
     current.note(**(check_inputs(current, clients) if inputs is None else inputs))
-    examples = _count_examples(current, dealt)
-    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
-    kept = ClientRows(clients, current.folder.rows, examples)
-    current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
-    return kept
-
-
-def _count_examples(current: Run, dealt: Dealt) -> dict[str, int]:
-    """Say how rows were read, and how many are longer than what the recipe or the model has room for."""
-    counted = count_examples(dealt.clients, current.config)
     current.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, current.config.data)]:
         current.display.say(note)
-    return counted.examples
+    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    kept = ClientRows(clients, current.folder.rows, counted.examples)
+    current.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    return kept
 
 
 def _owned(clients: Clients) -> OwnedTexts:
