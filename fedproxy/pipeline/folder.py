@@ -1,5 +1,6 @@
 """The run folder: who may write into it, where things lie, and what is already done."""
 
+import glob
 import os
 import shutil
 from collections.abc import Mapping
@@ -210,7 +211,8 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
     """Refuse to delete a run's folder while the recipe reads something that lies in it.
 
     Args:
-        config: The configuration as plain values; its inputs are every ``path`` and what ``data.files`` names.
+        config: The configuration as plain values; its inputs are every ``path``, ``data.template``, and what
+            ``data.files`` names, patterns too.
         root: The folder.
 
     Raises:
@@ -218,10 +220,11 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
     """
     folders = {Path(os.path.abspath(root)), root.resolve()}
     for key, value in flat(config).items():
-        if not (key.endswith(".path") or key.startswith("data.files.")) or not isinstance(value, str):
+        if not (key.endswith((".path", ".template")) or key.startswith("data.files.")) or not isinstance(value, str):
             continue
-        places = {Path(os.path.abspath(value)), Path(value).resolve()}
-        if os.path.lexists(value) and any(place.is_relative_to(folder) for place in places for folder in folders):
+        found = [value] if os.path.lexists(value) else glob.glob(value, recursive=True)
+        places = {place for path in found for place in (Path(os.path.abspath(path)), Path(path).resolve())}
+        if any(place.is_relative_to(folder) for place in places for folder in folders):
             raise ConfigError(
                 f"overwrite=true would delete {key}={value}, which lies in output_dir {root}; copy it elsewhere and "
                 f"name the copy, or choose another output_dir"

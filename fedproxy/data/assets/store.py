@@ -27,6 +27,7 @@ _CONVERSIONS = {
     "gguf_model": "fedproxy.data.assets.model:convert_gguf",
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
     "glue_tasks": "fedproxy.data.assets.qa:convert_glue",
+    "chat_tasks": "fedproxy.data.assets.chat:convert_chat",
     "calibration_text": "fedproxy.data.assets.qa:convert_calibration",
     "tiny_model": "fedproxy.data.assets.tiny_model:make_model",
     "tiny_tasks": "fedproxy.data.assets.tiny_tasks:make_tasks",
