@@ -20,14 +20,15 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.server.asking import assemble, rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import assemble, rewind
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation
 from fedproxy.federation.server.participation import Participation
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
+from fedproxy.messages import Answer, Dropped, Sites
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
 from fedproxy.models.probing import check_target
@@ -39,7 +40,6 @@ from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
 from fedproxy.pipeline.realignment import aligner
 from fedproxy.pipeline.validation import round_validation
-from fedproxy.protocol import Answer, Dropped, Sites
 from fedproxy.reporting import model_card
 from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
 from fedproxy.seeding import generator

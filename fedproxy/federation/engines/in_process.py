@@ -13,7 +13,8 @@ import torch
 from fedproxy.federation.client.base import Client, RemoteClient, attempt
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
-from fedproxy.protocol import Answer, Answers, Broadcast, Dropped, Message, Sites
+from fedproxy.messages import Answer, Answers, Dropped, Message, Sites
+from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
 

@@ -18,7 +18,8 @@ import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.client.base import Client, attempt
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Message
+from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -46,6 +47,8 @@ def main(setup: Path, device: int | None, threads: int) -> None:
             continue
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)
+        elif isinstance(answer, Facts | Sums):
+            _say(channel, task=task["task"], says=answer.plain())
         else:
             _say(channel, task=task["task"])
 
@@ -58,7 +61,8 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], l
         if message["kind"] == "train":
             answer: Answer = client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"])
         else:
-            answer = client.answer(Message.of(message), task["client"])
+            tensors = broadcasts.load(task["broadcast"]).extras if "broadcast" in task else {}
+            answer = client.answer(Message.of(message, tensors), task["client"])
         if "update" not in task:  # of several processes of a client, one writes
             return answer
         if isinstance(answer, ClientUpdate):
