@@ -67,7 +67,7 @@ class LocalSetup:
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        return Site(model, examples, pad_id=pad, trainer=trainer, memory=memory, logs=logs)
+        return Site(model, examples, pad_id=pad, trainer=trainer, memory=memory, logs=logs, proxy=Path(self.proxy))
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""

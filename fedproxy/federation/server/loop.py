@@ -16,7 +16,8 @@ from fedproxy.federation.server.sampling import sample_clients
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
-from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, Sites, nbytes
+from fedproxy.messages import Sites
+from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.cohort import Source

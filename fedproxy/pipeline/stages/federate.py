@@ -14,13 +14,14 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.server.asking import assemble, rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import assemble, rewind
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation, write_journal
 from fedproxy.federation.server.participation import Participation
 from fedproxy.interrupts import check_interrupt
+from fedproxy.messages import Answer, Dropped, Sites
 from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
@@ -32,7 +33,6 @@ from fedproxy.pipeline.reads import FEDERATE, MAY_CHANGE
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
-from fedproxy.protocol import Answer, Dropped, Sites
 from fedproxy.sealed import content_sha256
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
