@@ -10,7 +10,19 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
-    *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
+    *(
+        "errors",
+        "registry",
+        "protocol",
+        "processes",
+        "seeding",
+        "files",
+        "names",
+        "task_means",
+        "metric_facts",
+        "interrupts",
+        "locks",
+    ),
     *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
@@ -23,7 +35,7 @@ ALLOWED = {
     "federation": (*STRATEGIES, "federation"),
     "evaluation": (*STRATEGIES, "evaluation"),
     "reporting": (*FOUNDATION, "reporting"),
-    "config": (*STRATEGIES, "federation", "config", "recipe_files"),
+    "config": (*STRATEGIES, "federation", "evaluation.evaluators", "config", "recipe_files"),
     "pipeline": (*STRATEGIES, "federation", "evaluation", "reporting", "config", "pipeline"),
     "comparison": (*FOUNDATION, "reporting", "config", "pipeline", "comparison"),
 }

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import fedproxy.federation.partition_file  # noqa: F401 (registers data.partition.name=file)
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
@@ -178,10 +179,12 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored with lm-eval at the end of a run."""
+    """What is scored at the end of a run: tasks of lm-eval, held-out rows, and what evaluators of one's own ask."""
 
     tasks: list[str] | None = None
-    """lm-eval tasks; null takes data.tasks. An empty list scores nothing."""
+    """lm-eval tasks; null takes data.tasks. An empty list asks none."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Held-out rows that nobody trains on, name to file, folder or hub id, in the form of data.files."""
     models: list[str] = field(default_factory=lambda: list(MODELS))
     """Which models are scored: target, proxy, proxy_tuned, fused. An empty list scores nothing."""
     limit: int | None = None
@@ -192,6 +195,17 @@ class EvaluationConfig:
     """Tokens per forward pass, padding included."""
     seed: int = 1234
     """Seed of the few-shot sampler."""
+    include_path: str | None = None
+    """Folder with task files of one's own (lm-eval's YAML); tasks may then be named as they name themselves."""
+    apply_chat_template: bool = False
+    """Ask tasks through the tokenizer's chat template, as instruct models are used."""
+    fewshot_as_multiturn: bool = False
+    """With it: each solved example is a user's and an assistant's turn."""
+    system_instruction: str | None = None
+    """What the system says before each question of a task."""
+    evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    """Options of evaluators, by name: ``evaluation.evaluators.own_data.max_new_tokens=32``. lm_eval (for tasks) and
+    own_data (for held-out rows) are there without being named; another one is where it is."""
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -202,6 +216,17 @@ class EvaluationConfig:
         _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
         _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
         _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
+        check_names(self.files, "evaluation.files")
+        taken = sorted(name for name in self.files if folded(name) == "mean")
+        _require("evaluation.files", taken, not taken, "named otherwise: the mean over sources has this name")
+        ok = self.apply_chat_template or not self.fewshot_as_multiturn
+        _require("evaluation.fewshot_as_multiturn", True, ok, "false unless evaluation.apply_chat_template is true")
+
+    @property
+    def members(self) -> dict[str, Evaluator]:
+        """All evaluators that take part where they have something to ask, by name."""
+        there = {name: Evaluator.by_name(name)() for name in Evaluator.names() if Evaluator.by_name(name).always}
+        return {**there, **self.evaluators}
 
 
 @dataclass(frozen=True)
@@ -272,3 +297,9 @@ class RunConfig:
     def scored_tasks(self) -> list[str]:
         """The same, and none where no model is scored."""
         return self.evaluation_tasks if self.evaluation.models else []
+
+    @property
+    def asks(self) -> bool:
+        """Whether a model is scored on anything."""
+        own = any(not member.always for member in self.evaluation.members.values())
+        return bool(self.evaluation.models and (self.evaluation_tasks or self.evaluation.files or own))

@@ -38,7 +38,8 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
     """
     needs = needed_splits(name, split, num_fewshot)
     task = offline_tasks().get(name)
-    if task is not None and task.has(needs):
+    known = not num_fewshot or "train" in needs
+    if task is not None and task.has(needs) and known:
         rows = {part: count_rows(path) for part in needs if (path := task.file(part)) is not None}
         # lm-eval draws one more where it leaves the question out, as it does without a test split.
         examples = rows["train"] - int(needs[0] == "validation") if num_fewshot else None

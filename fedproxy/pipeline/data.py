@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import DataConfig, RunConfig
+from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
 from fedproxy.data.tokenisation import cut_counts, encoding, tokenise
-from fedproxy.errors import DataError
-from fedproxy.evaluation.harness import render_rows
+from fedproxy.errors import ConfigError, DataError
+from fedproxy.evaluation.task_rows import render_rows
 from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.positions import positions
 from fedproxy.pipeline.planning.outline import target_config
@@ -44,8 +45,31 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
 
 def file_rows(config: DataConfig, name: str) -> list[Row]:
     """Return all rows of one of ``data.files``."""
-    columns = Columns(config.prompt_column, config.target_column, config.label_column)
-    return _ending(read_rows(name, config.files[name], columns=columns), config.end_token != "never")
+    return _rows_of(config, name, config.files[name], config.label_column)
+
+
+def evaluation_rows(config: RunConfig) -> dict[str, list[Row]]:
+    """Return the held-out rows of ``evaluation.files``, by name; they are read as those of ``data.files``.
+
+    Raises:
+        DataError: If a file or a row cannot be used.
+        ConfigError: If a file is trained on.
+    """
+    trained = {str(resolve(path) or path): name for name, path in config.data.files.items()}
+    found = {}
+    for name, path in config.evaluation.files.items():
+        other = trained.get(str(resolve(path) or path))
+        if other is not None:
+            raise ConfigError(
+                f"evaluation.files.{name} is data.files.{other}, which clients train on; give rows that nobody does"
+            )
+        found[name] = _rows_of(config.data, name, path, None)
+    return found
+
+
+def _rows_of(config: DataConfig, name: str, path: str, label: str | None) -> list[Row]:
+    columns = Columns(config.prompt_column, config.target_column, label)
+    return _ending(read_rows(name, path, columns=columns), config.end_token != "never")
 
 
 def _ending(rows: list[Row], ends: bool) -> list[Row]:

@@ -8,23 +8,22 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import resolve
+from fedproxy.data.assets import fetch, resolve
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.evaluation.harness import (
-    EvaluationResult,
-    check_data_tasks,
-    check_tasks,
-    evaluate_model,
-    prompt_notes,
-)
+from fedproxy.evaluation.chat import ChatFormat
+from fedproxy.evaluation.evaluators import Evaluator
+from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.means import mean_over_models
-from fedproxy.evaluation.own_tasks import is_task_file, own_sha256
+from fedproxy.evaluation.results import EvaluationResult, merged
 from fedproxy.evaluation.task_checks import check_accuracy
 from fedproxy.evaluation.task_loading import expand
+from fedproxy.evaluation.task_rows import check_data_tasks
 from fedproxy.files import read_json
+from fedproxy.metric_facts import facts, headline_of
 from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
+from fedproxy.pipeline.data import evaluation_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
@@ -48,9 +47,10 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
         tuned models are means over clients.
     """
-    if not run.config.scored_tasks:
+    asked = asked_of(run.config)
+    if not run.config.evaluation.models or not asking(run.config, asked):
         return
-    _drop_outdated(run, rounds)
+    _drop_outdated(run, asked, rounds)
     _, tokenizer = run.target()
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
         "target": lambda client: run.target()[0],
@@ -60,26 +60,26 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
     }
     for name in run.config.evaluation.models:
         of_clients = name in _OF_CLIENTS
-        settings = evaluation_settings(run.config, rounds if of_clients else 0)
+        settings = evaluation_settings(run.config, asked, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
             label = _label(name, client)
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
-                kept = _score(run, label, words, models[name](client), tokenizer, settings)
+                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
 
-def _drop_outdated(run: Run, rounds: int) -> None:
+def _drop_outdated(run: Run, asked: Asked, rounds: int) -> None:
     """Delete what other settings left of models that are not scored again: it pairs with nothing that is."""
     for path in run.folder.evaluation.glob("*.scores.json"):
         label = path.name.removesuffix(".scores.json")
         model = label.split(".")[0]
         if model not in MODELS:  # no run wrote it
             continue
-        settings = evaluation_settings(run.config, rounds if model in _OF_CLIENTS else 0)
+        settings = evaluation_settings(run.config, asked, rounds if model in _OF_CLIENTS else 0)
         if model not in run.config.evaluation.models and _kept(run, label, settings) is None:
             for name in (path.name, *_results(label)):
                 remove(path.parent / name)
@@ -91,39 +91,87 @@ def expanded(config: RunConfig) -> RunConfig:
     Raises:
         EvaluationError: If lm-eval knows none of that name.
     """
-    data = dataclasses.replace(config.data, tasks=expand(config.data.tasks))
-    scored = config.evaluation.tasks
-    evaluation = dataclasses.replace(config.evaluation, tasks=None if scored is None else expand(scored))
+    folder, scored = config.evaluation.include_path, config.evaluation.tasks
+    data = dataclasses.replace(config.data, tasks=expand(config.data.tasks, folder))
+    evaluation = dataclasses.replace(config.evaluation, tasks=None if scored is None else expand(scored, folder))
     return dataclasses.replace(config, data=data, evaluation=evaluation)
 
 
-def check_questions(config: RunConfig, display: Display) -> None:
-    """Refuse tasks that cannot be trained on or scored, and say what the target's positions will cut from prompts.
+def asked_of(config: RunConfig) -> Asked:
+    """Return what the recipe asks of every model.
 
     Raises:
-        EvaluationError: If there is one.
+        DataError: If held-out rows cannot be read.
+        ConfigError: If they are also trained on.
+    """
+    own = config.evaluation
+    return Asked(
+        tasks=tuple(config.evaluation_tasks),
+        rows=evaluation_rows(config) if own.models else {},
+        limit=own.limit,
+        num_fewshot=own.num_fewshot,
+        seed=own.seed,
+        chat=ChatFormat(own.apply_chat_template, own.fewshot_as_multiturn, own.system_instruction),
+        batch_tokens=own.batch_tokens,
+        autocast=autocast_dtype(config.trainer),
+    )
+
+
+def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:
+    """Return the evaluators that have something to ask, by name."""
+    return {name: member for name, member in config.evaluation.members.items() if member.sources(asked)}
+
+
+def check_questions(config: RunConfig, display: Display) -> None:
+    """Refuse what cannot be trained on or asked, and say what the target's positions will cut from prompts.
+
+    Raises:
+        FedProxyError: If there is such a task, row or setting of an evaluator.
         ModelError: If the target has no tokenizer.
     """
     check_data_tasks(config.data.tasks)
-    settings, tasks = config.evaluation, config.scored_tasks
-    if not tasks:
+    asked = asked_of(config)
+    members = asking(config, asked)
+    if not config.evaluation.models or not members:
         return
-    check_tasks(tasks, settings.limit, settings.num_fewshot)
-    tokenizer = load_tokenizer(resolve(config.target.path) or config.target.path)
-    asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": settings.seed}
-    for note in prompt_notes(target_config(config), tokenizer, tasks, **asked):
-        display.say(f"evaluation: {note}")
+    _check_sources(asked, members)
+    for member in members.values():
+        for asset in member.assets(asked):
+            fetch(asset)
+        member.check(asked)
+    tokenizer, shape = load_tokenizer(resolve(config.target.path) or config.target.path), target_config(config)
+    for member in members.values():
+        for note in member.notes(asked, shape, tokenizer):
+            display.say(f"evaluation: {note}")
+
+
+def _check_sources(asked: Asked, members: Mapping[str, Evaluator]) -> None:
+    """Refuse two sources of one name, whose scores would be one.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    seen: dict[str, str] = {}
+    for name, member in members.items():
+        for source in member.sources(asked):
+            other = seen.setdefault(source, name)
+            if other != name:
+                raise ConfigError(
+                    f"evaluation: {source!r} is the name of a source of {other} and of {name}; rename one of them"
+                )
 
 
 def check_comparable(config: RunConfig) -> None:
     """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
 
     Raises:
-        ConfigError: If there are no tasks.
-        EvaluationError: If one has no accuracy, is unknown or cannot be loaded.
+        ConfigError: If nothing is asked.
+        EvaluationError: If a task has no accuracy, is unknown or cannot be loaded.
     """
-    if not config.evaluation_tasks:
-        raise ConfigError("evaluation.tasks names no task, and methods are compared by scores; name at least one")
+    if not asking(config, asked_of(config)):
+        raise ConfigError(
+            "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
+        )
     check_accuracy(config.evaluation_tasks)
 
 
@@ -132,15 +180,16 @@ def scores_file(folder: RunFolder, name: str) -> Path:
     return folder.evaluation / f"{name}.scores.json"
 
 
-def evaluation_settings(config: RunConfig, rounds: int) -> dict[str, Any]:
+def evaluation_settings(config: RunConfig, asked: Asked, rounds: int) -> dict[str, Any]:
     """Return what a model's scores depend on, besides the model: they are reused where it is the same."""
     settings = to_dict(config.evaluation)
-    del settings["models"], settings["batch_tokens"]
+    del settings["models"], settings["batch_tokens"], settings["files"], settings["include_path"]
     autocast = autocast_dtype(config.trainer)
     precision = None if autocast is None else str(autocast).removeprefix("torch.")
     settings |= {"tasks": config.evaluation_tasks, "rounds": rounds, "autocast": precision}
-    own = {name: own_sha256(name) for name in config.evaluation_tasks if is_task_file(name)}
-    return {**settings, "task_files": own} if own else settings
+    members = asking(config, asked)
+    settings["evaluators"] = {name: to_dict(member) for name, member in members.items()}
+    return settings | {"asked": {name: member.fingerprint(asked) for name, member in members.items()}}
 
 
 def evaluation_notes(folder: RunFolder, names: Iterable[str]) -> list[str]:
@@ -171,7 +220,7 @@ def _kept(
     """
     try:
         kept = read_sealed(scores_file(run.folder, label))
-        if kept is None or kept["settings"] != settings:
+        if kept is None or kept["settings"] != settings or None in settings["asked"].values():
             return None
         check_tree(run.folder.evaluation, kept["files"], *_results(label))
     except CheckpointError as error:
@@ -243,35 +292,34 @@ def _score(
     words: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """Score one model, say so in ``words``, and keep the scores under ``name``."""
-    evaluation = run.config.evaluation
 
     def score() -> EvaluationResult:
+        members = asking(run.config, asked).values()
         with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
-            return evaluate_model(
-                model,
-                tokenizer,
-                run.config.evaluation_tasks,
-                limit=evaluation.limit,
-                num_fewshot=evaluation.num_fewshot,
-                batch_tokens=evaluation.batch_tokens,
-                seed=evaluation.seed,
-                autocast=autocast_dtype(run.config.trainer),
-                progress=advance,
-            )
+            return merged([member.score(model, tokenizer, asked, progress=advance) for member in members])
 
-    shared = run.shared
+    shared = run.shared if None not in settings["asked"].values() else None
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
     notes = [f"{name}: {note}" for note in result.notes]
     kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds, "notes": notes}
     kept = _keep(run, name, kept)
-    mean = result.mean.get("acc_norm", result.mean.get("acc"))
-    shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
-    run.display.say(f"evaluated {words}: {shown}{result.seconds:.0f} s")
+    run.display.say(f"evaluated {words}: {_shown(result)}{result.seconds:.0f} s")
     for note in notes:
         run.display.say(note)
     return kept
+
+
+def _shown(result: EvaluationResult) -> str:
+    """Return the mean score in words; nothing where sources have no metric in common."""
+    metric = headline_of(name for name, value in result.mean.items() if value is not None)
+    if metric is None:
+        return ""
+    value = result.mean[metric]
+    assert value is not None  # it was picked so
+    return f"mean {metric} {100 * value:.1f} %  " if facts(metric).share else f"mean {metric} {value:.3f}  "

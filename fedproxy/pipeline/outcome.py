@@ -110,7 +110,7 @@ def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
     notes += length_notes(current.facts.get("lengths", {}), current.config.data)
-    if not current.config.scored_tasks:
+    if not current.config.asks:
         key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
         notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:
