@@ -130,12 +130,22 @@ class ValidationConfig:
     """Mean over tasks by which rounds are compared; answer_nll moves where accuracy on few rows does not."""
     select: Literal["last", "best"] = "last"
     """Which round's state is fused and scored at the end."""
+    evaluator: str | None = None
+    """Evaluator of ``evaluation`` that scores rounds instead, on what it asks at the end: to look at, never to choose a
+    round by. Null scores held-out training rows."""
 
     def __post_init__(self) -> None:
         _require("federation.validation.every", self.every, self.every >= 0, "at least 0")
         _require("federation.validation.rows", self.rows, self.rows >= 1, "at least 1")
         ok = self.select == "last" or self.every > 0
         _require("federation.validation.every", self.every, ok, "at least 1 with select=best")
+        ok = self.evaluator is None or self.select == "last"
+        _require(
+            "federation.validation.select",
+            self.select,
+            ok,
+            "last where an evaluator scores rounds: it asks what the final scores are of",
+        )
 
 
 @dataclass(frozen=True)
@@ -283,6 +293,9 @@ class RunConfig:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require_different("loggers", self.loggers)
+        member, known = self.federation.validation.evaluator, self.evaluation.members
+        if member is not None and member not in known:
+            raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")
         for name, part in self.parts.items():
             if not part.optional:
                 raise ConfigError(f"parts.{name} comes with the rule that needs it; remove it")

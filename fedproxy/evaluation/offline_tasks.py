@@ -42,6 +42,11 @@ class OfflineTask:
         return next(iter(self.declared.values())).partition("/")[0]
 
     @property
+    def multiple_choice(self) -> bool:
+        """Whether its questions have choices: those of all assets but one do."""
+        return self.asset != "open-qa"
+
+    @property
     def own(self) -> bool:
         """Whether the task is ours alone: its template stands beside it and no hub has its data."""
         return (_TASKS / str(self.config.get("include"))).is_file()

@@ -1,6 +1,6 @@
 """What evaluation settings must satisfy; each broken rule is told in one line before a model is loaded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from fedproxy.errors import EvaluationError, nearest
 from fedproxy.evaluation.offline_tasks import Split, count_rows, offline_tasks, task_names
@@ -53,24 +53,20 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
 def check_training_task(name: str) -> None:
     """Raise an EvaluationError unless clients can own rows of the task: it is multiple choice and has a train split."""
     task = offline_tasks().get(name)
-    if task is None or not task.has(("train",)):  # ours are all multiple choice
+    if task is None or not task.multiple_choice or not task.has(("train",)):
         load_one(name, None, ("train",)).check_rows("train")
 
 
-def check_accuracy(names: Iterable[str]) -> None:
-    """Raise an EvaluationError unless every task has an accuracy, by which methods can be compared.
+def headlines(name: str) -> set[str]:
+    """Return the metrics of a task by which methods can be compared; one without a file of ours is loaded for it.
 
-    Tasks with a file of ours all have one; any other is loaded through the hub.
+    Raises:
+        EvaluationError: If it is unknown or cannot be loaded.
     """
-    for name in names:
-        if name in offline_tasks():
-            continue
-        for loaded in load_task(name, None, ()):
-            if not loaded.has_accuracy:
-                raise EvaluationError(
-                    f"evaluation.tasks: {loaded.name} has neither acc nor acc_norm, and only multiple-choice tasks can "
-                    "be compared; leave it out"
-                )
+    task = offline_tasks().get(name)
+    if task is not None and task.multiple_choice:
+        return {"acc", "answer_nll"}
+    return set.intersection(*(loaded.headlines for loaded in load_task(name, None, needed_splits(name, None, 0))))
 
 
 def check_rows(name: str, split: str, limit: int | None) -> None:

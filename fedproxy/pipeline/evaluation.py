@@ -10,20 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import fetch, resolve
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.evaluation.chat import ChatFormat
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.results import EvaluationResult, merged
-from fedproxy.evaluation.task_checks import check_accuracy
+from fedproxy.evaluation.task_checks import headlines
 from fedproxy.evaluation.task_loading import expand
 from fedproxy.evaluation.task_rows import check_data_tasks
 from fedproxy.files import read_json
-from fedproxy.metric_facts import facts, headline_of
+from fedproxy.metric_facts import HEADLINES, facts, headline_of
 from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
-from fedproxy.pipeline.data import evaluation_rows
+from fedproxy.pipeline.asked import asked_of, asking
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
@@ -97,31 +96,6 @@ def expanded(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, data=data, evaluation=evaluation)
 
 
-def asked_of(config: RunConfig) -> Asked:
-    """Return what the recipe asks of every model.
-
-    Raises:
-        DataError: If held-out rows cannot be read.
-        ConfigError: If they are also trained on.
-    """
-    own = config.evaluation
-    return Asked(
-        tasks=tuple(config.evaluation_tasks),
-        rows=evaluation_rows(config) if own.models else {},
-        limit=own.limit,
-        num_fewshot=own.num_fewshot,
-        seed=own.seed,
-        chat=ChatFormat(own.apply_chat_template, own.fewshot_as_multiturn, own.system_instruction),
-        batch_tokens=own.batch_tokens,
-        autocast=autocast_dtype(config.trainer),
-    )
-
-
-def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:
-    """Return the evaluators that have something to ask, by name."""
-    return {name: member for name, member in config.evaluation.members.items() if member.sources(asked)}
-
-
 def check_questions(config: RunConfig, display: Display) -> None:
     """Refuse what cannot be trained on or asked, and say what the target's positions will cut from prompts.
 
@@ -162,17 +136,28 @@ def _check_sources(asked: Asked, members: Mapping[str, Evaluator]) -> None:
 
 
 def check_comparable(config: RunConfig) -> None:
-    """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
+    """Refuse sources without a metric in common, by which methods are compared; tasks of the hub are loaded for it.
 
     Raises:
-        ConfigError: If nothing is asked.
-        EvaluationError: If a task has no accuracy, is unknown or cannot be loaded.
+        ConfigError: If nothing is asked, or nothing is in common.
+        EvaluationError: If a task is unknown or cannot be loaded.
     """
-    if not asking(config, asked_of(config)):
+    asked = asked_of(config)
+    members = asking(config, asked)
+    if not members:
         raise ConfigError(
             "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
         )
-    check_accuracy(config.evaluation_tasks)
+    common: set[str] | None = None
+    for name, member in members.items():
+        for source in member.sources(asked):
+            found = headlines(source) if name == "lm_eval" else {member.headline}
+            if not (found if common is None else found & common):
+                raise ConfigError(
+                    f"evaluation: {source!r} has no metric by which methods could be compared, as sources before it do "
+                    f"({', '.join(sorted(common or HEADLINES))}); leave it out"
+                )
+            common = found if common is None else found & common
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:

@@ -197,11 +197,12 @@ def federation_key(run: "Run", owned: Container[str], questions: Sequence[Questi
     """Return the hash of all that the rounds and their scores depend on.
 
     Returns:
-        None where the proxy cannot be told by its content, or the best of several rounds is picked by scores.
+        None where the proxy cannot be told by its content, the best of several rounds is picked by scores, or an
+        evaluator scores them.
     """
     config, proxy = run.config, proxy_key(run, owned)
     validation = config.federation.validation
-    if proxy is None or validation.select == "best":
+    if proxy is None or validation.select == "best" or validation.evaluator is not None:
         return None
     aligned, _ = config.realignment.reads
     calibration = config.compression.calibration

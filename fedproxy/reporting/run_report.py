@@ -165,6 +165,8 @@ class ValidationReport:
     questions: int
     fused_after_round: int | None = None
     """Round whose state was fused; None where the run did not come to it."""
+    evaluator: str | None = None
+    """Evaluator that scored rounds on what the final scores are of; None, and left out, for held-out training rows."""
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,8 @@ class RunReport:
         for key in ("compression", "fidelity", "notes", "client_scores", "validation"):
             if not data[key]:
                 del data[key]
+        if data.get("validation") and not data["validation"]["evaluator"]:
+            del data["validation"]["evaluator"]
         for line in data["rounds"]:
             for key in ("validation", "dropped"):
                 if not line[key]:

@@ -325,7 +325,10 @@ def _rounds_hint(report: RunReport) -> str:
     if found is None:
         return ""
     scored = "fused model" if found.model == "fused" else "tuned proxy"
-    text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    if found.evaluator is None:
+        text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    else:
+        text = f"The {scored} on the {found.questions} questions of the final scores ({found.evaluator})."
     if found.fused_after_round is None:
         return text
     why = f"the best by mean {found.metric}" if found.select == "best" else "the last"

@@ -11,8 +11,9 @@ from fedproxy.config import load_config
 from fedproxy.errors import ConfigError, EvaluationError
 from fedproxy.pipeline import evaluation
 from fedproxy.pipeline import run as pipeline
+from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.evaluation import asked_of, evaluation_settings, expanded
+from fedproxy.pipeline.evaluation import evaluation_settings, expanded
 
 from .conftest import SMALL
 
