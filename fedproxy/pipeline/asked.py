@@ -1,5 +1,7 @@
 """What a recipe asks of its models, and which evaluators do it."""
 
+from typing import Any
+
 from fedproxy.config import RunConfig
 from fedproxy.evaluation.chat import ChatFormat
 from fedproxy.evaluation.evaluators import Evaluator
@@ -31,3 +33,10 @@ def asked_of(config: RunConfig) -> Asked:
 def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:
     """Return the evaluators that have something to ask, by name."""
     return {name: member for name, member in config.evaluation.members.items() if member.sources(asked)}
+
+
+def asked_sha256(config: RunConfig) -> dict[str, Any]:
+    """Return, by evaluator, what tells its questions from others; none where only names of the recipe say so."""
+    asked = asked_of(config)
+    found = {name: member.fingerprint(asked) for name, member in asking(config, asked).items()}
+    return {name: value for name, value in found.items() if value}

@@ -20,6 +20,7 @@ from fedproxy.interrupts import check_interrupt, describe, interruption
 from fedproxy.models import check_model, load_model, load_tokenizer
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.trainer import is_slow, make_trainer
+from fedproxy.pipeline.asked import asked_sha256
 from fedproxy.pipeline.checks import check_calibration, check_compression, check_public
 from fedproxy.pipeline.components import check_components, check_named_clients
 from fedproxy.pipeline.data import client_rows, length_notes, tokenised_lengths
@@ -292,7 +293,8 @@ def _federate(current: Run, clients: ClientRows, questions: Sequence[Question]) 
 
 def _goal(config: RunConfig) -> dict[str, Any]:
     """Return what may differ between a finished run and one that goes on from it."""
-    return {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
+    goal = {"rounds": config.federation.rounds, "evaluation": to_dict(config.evaluation)}
+    return goal | ({"asked": asked} if (asked := asked_sha256(config)) else {})
 
 
 def _reason(error: BaseException) -> str:
