@@ -193,8 +193,8 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, results = load_model(path, dtype=options.dtype).to(device), []
     if tasks:
-        batches = {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
-        results.append(evaluate_model(model, tokenizer, tasks, chat=chat, progress=True, **batches, **asked))
+        asked |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
+        results.append(evaluate_model(model, tokenizer, tasks, chat=chat, progress=True, **asked))
     if rows:
         results.append(score_rows(model, tokenizer, rows, own, batch_tokens=options.batch_tokens))
     return merged(results)

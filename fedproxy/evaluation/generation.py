@@ -36,6 +36,8 @@ def generate(
     Returns:
         New tokens of every prompt without the end token, and whether batches were possible.
     """
+    if not prompts:
+        return [], True
     order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
     together = _ignores_padding(model, prompts, order)
     found: list[list[int]] = [[] for _ in prompts]

@@ -6,8 +6,8 @@ always lm-eval's own; for the tasks of :func:`task_names` the documents come fro
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -94,23 +94,12 @@ def evaluate_model(
     chat.check(tokenizer)
     start, training = time.perf_counter(), model.training
     loaded = {task.name: task for task in _loaded(tasks, split, num_fewshot)}
-    notes: list[str] = []
+    asked = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
     with quiet(), _bar(progress) as report:
-        lm = PrefixSharingLM(
-            model,
-            tokenizer,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            autocast=autocast,
-            on_progress=report,
-        )
+        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        lm = PrefixSharingLM(model, tokenizer, **sizes, autocast=autocast, on_progress=report)
         try:
-            for task in loaded.values():
-                limits = prompt_limits(
-                    task, tokenizer, lm.max_length, limit=limit, num_fewshot=num_fewshot, seed=seed, chat=chat
-                )
-                task.prepare(num_fewshot, seed, limits.answer_tokens)
-                notes += limits.notes
+            notes = [note for task in loaded.values() for note in _prepare(task, tokenizer, lm, asked, chat)]
             raw = evaluate(
                 lm=lm,
                 task_dict={"tasks": {name: task.task for name, task in loaded.items()}},
@@ -120,21 +109,41 @@ def evaluate_model(
             )
         finally:
             model.train(training)
+    return _result(raw, loaded, lm, {**asked, "split": split, **chat.noted()}, notes, time.perf_counter() - start)
+
+
+def _prepare(
+    task: LoadedTask, tokenizer: "PreTrainedTokenizerBase", lm: Any, asked: dict[str, Any], chat: ChatFormat
+) -> tuple[str, ...]:
+    """Set a task's solved examples and its longest answer, and return what a model has no room for."""
+    limits = prompt_limits(task, tokenizer, lm.max_length, **asked, chat=chat)
+    task.prepare(asked["num_fewshot"], asked["seed"], limits.answer_tokens)
+    return limits.notes
+
+
+def _result(
+    raw: dict[str, Any],
+    loaded: Mapping[str, LoadedTask],
+    lm: Any,
+    settings: dict[str, Any],
+    notes: list[str],
+    seconds: float,
+) -> EvaluationResult:
+    """Return what lm-eval found, with scores of ours."""
+    if lm.obstacle is not None:
+        notes.append(f"Every sequence is run alone, as lm-eval does it: {lm.obstacle}.")
+    settings |= {"sharing": lm.sharing}
     logged = raw.pop("samples")
     samples = {name: question_samples(task, logged[name], lm.answer_tokens) for name, task in loaded.items()}
     for name, results in raw["results"].items():
         results |= missing_stderrs(results, samples[name])
     scores = {name: task_scores(raw["results"][name], samples[name]) for name in loaded}
-    if lm.obstacle is not None:
-        notes.append(f"Every sequence is run alone, as lm-eval does it: {lm.obstacle}.")
-    settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "split": split, "sharing": lm.sharing}
-    settings |= chat.noted()
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
         samples=[sample for name in loaded for sample in samples[name]],
         lm_eval=plain_results(raw, settings, loaded),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         notes=notes,
     )
 

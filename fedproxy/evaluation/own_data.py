@@ -5,8 +5,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -86,46 +87,58 @@ def score_rows(
     Raises:
         DataError: If a row has no tokens to ask or to answer.
     """
-    start, training = time.perf_counter(), model.training
+    start = time.perf_counter()
     sources = settings.taken(sources)
     rows = [row for own in sources.values() for row in own]
     examples = _examples(rows, tokenizer, model.config, settings)
-    total = len(rows) * (2 if settings.max_new_tokens else 1)
-    report = progress or (lambda done, of: None)
-    texts: Sequence[str | None] = [None] * len(rows)
-    together = True
-    with quiet():
-        try:
-            nlls = _answer_nlls(model, tokenizer, examples, batch_tokens, autocast, lambda done: report(done, total))
-            if settings.max_new_tokens:
-                with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
-                    texts, together = _answers(
-                        model, tokenizer, examples, settings, batch_tokens, lambda n: report(len(rows) + n, total)
-                    )
-        finally:
-            model.train(training)
-    answered = zip(rows, examples, nlls, texts, strict=True)
+    asked = [index for index, row in enumerate(rows) if settings.max_new_tokens and not row.is_text]
+    with _evaluated(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+        report, total = progress or (lambda done, of: None), len(rows) + len(asked)
+        nlls = _answer_nlls(model, tokenizer, examples, batch_tokens, autocast, lambda done: report(done, total))
+        generated = [examples[index] for index in asked]
+        found, together = _answers(
+            model, tokenizer, generated, settings, batch_tokens, lambda done: report(len(rows) + done, total)
+        )
+    texts = dict(zip(asked, found, strict=True))
+    answered = iter(zip(rows, examples, nlls, map(texts.get, range(len(rows))), strict=True))
     samples = {
         source: [_sample(source, *next(answered), settings.judged_as(own)) for _ in own]
         for source, own in sources.items()
     }
     scores = {source: _scores(own) for source, own in samples.items()}
-    notes = _length_notes(sources, examples)
-    if not together:
-        notes.append("Answers are generated one by one: the model takes padding on the left for text.")
+    alone = [] if together else ["Answers are generated one by one: the model takes padding on the left for text."]
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
         samples=[sample for own in samples.values() for sample in own],
         lm_eval=_details(sources, settings),
         seconds=time.perf_counter() - start,
-        notes=notes,
+        notes=[*_length_notes(sources, examples), *alone],
     )
+
+
+@contextmanager
+def _evaluated(model: "PreTrainedModel") -> Iterator[None]:
+    """Keep libraries quiet, and bring back the model's training mode."""
+    training = model.training
+    try:
+        with quiet():
+            yield
+    finally:
+        model.train(training)
+
+
+def scores_of_rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the scores of answered rows by source, whoever's model answered them; see :func:`score_rows`."""
+    by_source: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_source.setdefault(sample["task"], []).append(sample)
+    return {source: _scores(own) for source, own in sorted(by_source.items())}
 
 
 def rows_sha256(rows: Sequence[Row]) -> str:
     """Return the hash of what rows ask and answer, in their order."""
-    text = json.dumps([[row.key, row.prompt, row.target, row.ends] for row in rows])
+    text = json.dumps([[row.key, row.prompt, row.target, row.ends, row.messages, row.tools] for row in rows])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -149,11 +162,14 @@ def own_data_notes(
 def _examples(
     rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", settings: OwnDataSettings
 ) -> list[Example]:
-    """Return rows as token ids, split into prompt and answer as in tuning; what has no room is cut."""
+    """Return rows as token ids, split into prompt and answer as in tuning; what has no room is cut.
+
+    Of a conversation the last answer is asked for, whatever loss is taken on when it is trained on.
+    """
     most = positions(config)
     longest = 1 << 30
     return tokenise(
-        rows,
+        [replace(row, loss="target") if row.messages else row for row in rows],
         tokenizer,
         max_input_tokens=settings.max_prompt_tokens or longest,
         max_target_tokens=longest,
@@ -199,8 +215,9 @@ def _answer_nlls(
 
 
 def _parts(example: Example) -> tuple[list[int], list[int]]:
-    ids = list(example.input_ids)
-    return ids[: example.prompt_length], ids[example.prompt_length :]
+    """Return prompt and answer; what a template writes behind the answer is neither."""
+    start, end = example.spans[-1]
+    return list(example.input_ids[:start]), list(example.input_ids[start:end])
 
 
 def _answers(

@@ -38,19 +38,24 @@ def merged(results: Sequence[EvaluationResult]) -> EvaluationResult:
     if len(results) == 1:
         return results[0]
     scores = {task: metrics for result in results for task, metrics in result.scores.items()}
-    details: dict[str, Any] = {}
-    for result in results:
-        for key, value in result.lm_eval.items():
-            known = details.get(key)
-            details[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
         samples=[sample for result in results for sample in result.samples],
-        lm_eval=details,
+        lm_eval=merged_details([result.lm_eval for result in results]),
         seconds=sum(result.seconds for result in results),
         notes=[note for result in results for note in result.notes],
     )
+
+
+def merged_details(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of several results files as one: mappings by task join, of all else the last one's stays."""
+    details: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            known = details.get(key)
+            details[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return details
 
 
 def question_samples(

@@ -1,13 +1,19 @@
 """What a recipe asks of its models, and which evaluators do it."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedproxy.config import RunConfig
+from fedproxy.data.rows import Row
 from fedproxy.evaluation.chat import ChatFormat
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.data import evaluation_rows
+
+HELD_OUT = "held_out/"
+"""What names of sources begin with whose rows clients hold out (``data.holdout``)."""
 
 
 def asked_of(config: RunConfig) -> Asked:
@@ -28,6 +34,22 @@ def asked_of(config: RunConfig) -> Asked:
         batch_tokens=own.batch_tokens,
         autocast=autocast_dtype(config.trainer),
     )
+
+
+def held_out_rows(clients: Mapping[str, Sequence[Row]]) -> dict[str, list[Row]]:
+    """Return the rows that clients hold out, by source: under the owner that a column names, else their task or file.
+
+    Whoever owns the rows, the sources and their rows are the same, so that methods with other clients pair up.
+    """
+    found: dict[str, list[Row]] = {}
+    for row in sorted((row for own in clients.values() for row in own), key=lambda row: row.key):
+        found.setdefault(f"{HELD_OUT}{row.owner or row.source}", []).append(row)
+    return dict(sorted(found.items()))
+
+
+def with_rows(asked: Asked, rows: Mapping[str, Sequence[Row]]) -> Asked:
+    """Return what is asked with further held-out rows."""
+    return replace(asked, rows={**asked.rows, **rows})
 
 
 def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:

@@ -8,26 +8,28 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import fetch, resolve
+from fedproxy.data.assets import fetch
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.means import mean_over_models
-from fedproxy.evaluation.results import EvaluationResult, merged
+from fedproxy.evaluation.own_data import scores_of_rows
+from fedproxy.evaluation.results import EvaluationResult, merged, merged_details
 from fedproxy.evaluation.task_checks import headlines
 from fedproxy.evaluation.task_loading import expand
 from fedproxy.evaluation.task_rows import check_data_tasks
 from fedproxy.files import read_json
 from fedproxy.metric_facts import HEADLINES, facts, headline_of
-from fedproxy.models import load_model, load_tokenizer, placed
+from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
-from fedproxy.pipeline.asked import asked_of, asking
+from fedproxy.pipeline.asked import HELD_OUT, asked_of, asking, held_out_rows, with_rows
+from fedproxy.pipeline.context import Run
+from fedproxy.pipeline.data import target_tokenizer
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
-from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.reuse import SharedWork, evaluation_key, questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
@@ -39,45 +41,66 @@ _OF_CLIENTS = ("proxy_tuned", "fused")
 """Models that change with the rounds, and of which clients that are never merged have one each."""
 
 
-def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, Scores]]:
+def evaluate(
+    run: Run, tuned: TunedProxies, rounds: int, shared: SharedWork | None = None
+) -> Iterator[tuple[str, Scores]]:
     """Score the models that the recipe lists, one after another; results of an earlier session are reused.
 
     Yields:
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
         tuned models are means over clients.
     """
-    asked = asked_of(run.config)
-    if not run.config.evaluation.models or not asking(run.config, asked):
+    if not run.config.asks:
         return
-    _drop_outdated(run, asked, rounds)
-    _, tokenizer = run.target()
+    whom = _Asked(run, separate=tuned.separate)
+    _drop_outdated(run, whom, rounds)
+    tokenizer = target_tokenizer(run.config)
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
-        "target": lambda client: run.target()[0],
+        "target": lambda client: run.target[0],
         "proxy": lambda client: tuned.proxy,
         "proxy_tuned": lambda client: tuned[client].model(),
         "fused": lambda client: load_model(folder_of(run.folder.fused, client), dtype=run.config.target.dtype),
     }
     for name in run.config.evaluation.models:
         of_clients = name in _OF_CLIENTS
-        settings = evaluation_settings(run.config, asked, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
-            label = _label(name, client)
+            label, asked = _label(name, client), whom.of(client)
+            settings = evaluation_settings(run.config, asked, rounds if of_clients else 0)
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
-                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings)
+                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings, shared)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
 
-def _drop_outdated(run: Run, asked: Asked, rounds: int) -> None:
+class _Asked:
+    """What every model is asked: its client's own held-out rows where clients are never merged, else all clients'."""
+
+    def __init__(self, run: Run, *, separate: bool) -> None:
+        self._plain = asked_of(run.config)
+        clients = list(run.clients) if run.config.data.holdout is not None else []
+        self._own = {client: run.clients.held_out(client) for client in clients}
+        self._all = with_rows(self._plain, held_out_rows(self._own))
+        self._separate = separate
+        self.clients = {file_stem(client): client for client in clients} if separate else {}
+
+    def of(self, client: str) -> Asked:
+        """Return what a client's own model is asked, or the one of all clients."""
+        if client == MERGED or not self._separate:
+            return self._all
+        return with_rows(self._plain, held_out_rows({client: self._own.get(client, [])}))
+
+
+def _drop_outdated(run: Run, whom: _Asked, rounds: int) -> None:
     """Delete what other settings left of models that are not scored again: it pairs with nothing that is."""
     for path in run.folder.evaluation.glob("*.scores.json"):
         label = path.name.removesuffix(".scores.json")
-        model = label.split(".")[0]
+        model, _, stem = label.partition(".")
         if model not in MODELS:  # no run wrote it
             continue
+        asked = whom.of(whom.clients.get(stem, MERGED))
         settings = evaluation_settings(run.config, asked, rounds if model in _OF_CLIENTS else 0)
         if model not in run.config.evaluation.models and _kept(run, label, settings) is None:
             for name in (path.name, *_results(label)):
@@ -113,7 +136,7 @@ def check_questions(config: RunConfig, display: Display) -> None:
         for asset in member.assets(asked):
             fetch(asset)
         member.check(asked)
-    tokenizer, shape = load_tokenizer(resolve(config.target.path) or config.target.path), target_config(config)
+    tokenizer, shape = target_tokenizer(config), target_config(config)
     for member in members.values():
         for note in member.notes(asked, shape, tokenizer):
             display.say(f"evaluation: {note}")
@@ -144,7 +167,7 @@ def check_comparable(config: RunConfig) -> None:
     """
     asked = asked_of(config)
     members = asking(config, asked)
-    if not members:
+    if not members and config.data.holdout is None:
         raise ConfigError(
             "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
         )
@@ -237,24 +260,31 @@ def _scored(run: Run, label: str, settings: Mapping[str, Any]) -> dict[str, str 
     tops = parts.get(model, [])
     weights = {
         name: sha
-        for name, sha in run.facts["files"].items()
+        for name, sha in run.facts.files.items()
         if name.endswith(".safetensors") and any(name.startswith(f"{top.rstrip('/')}/") for top in tops)
     }
     return {
-        "the model": content_sha256({"target": run.facts.get("target_sha256"), **weights}),
+        "the model": content_sha256({"target": run.facts.target_sha256, **weights}),
         "the questions": questions_sha256(settings["tasks"], settings["num_fewshot"]),
         "lm-eval's version": versions().get("lm_eval"),
     }
 
 
 def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Keep the means over clients where a run of merged clients keeps its one model's scores and samples."""
+    """Keep the means over clients where a run of merged clients keeps its one model's scores and samples.
+
+    Each client's own held-out rows were asked of its own model alone: its answers stand as they are.
+    """
     labels = {client: _label(name, client) for client in parts}
+    own = [load_samples(run.folder.root, label) for label in labels.values()]
     scores, samples = mean_over_models(
-        [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
+        [_without_own(part["scores"]) for part in parts.values()],
+        [[sample for sample in samples if not sample["task"].startswith(HELD_OUT)] for samples in own],
     )
-    lm_eval = read_json(run.folder.evaluation / f"{labels[min(labels)]}.json", dict)
-    save_evaluation(run.folder.root, name, samples, lm_eval)
+    answered = [sample for samples in own for sample in samples if sample["task"].startswith(HELD_OUT)]
+    scores, samples = {**scores, **scores_of_rows(answered)}, [*samples, *answered]
+    files = [read_json(run.folder.evaluation / f"{label}.json", dict) for label in labels.values()]
+    save_evaluation(run.folder.root, name, samples, merged_details(files))
     kept = {
         "model": name,
         "settings": next(iter(parts.values()))["settings"],
@@ -264,6 +294,10 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
         "notes": list(dict.fromkeys(note for part in parts.values() for note in part.get("notes", []))),
     }
     return _keep(run, name, kept)
+
+
+def _without_own(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {source: metrics for source, metrics in scores.items() if not source.startswith(HELD_OUT)}
 
 
 def _label(model: str, client: str) -> str:
@@ -279,6 +313,7 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
     settings: dict[str, Any],
+    shared: SharedWork | None,
 ) -> dict[str, Any]:
     """Score one model, say so in ``words``, and keep the scores under ``name``."""
 
@@ -287,7 +322,7 @@ def _score(
         with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
             return merged([member.score(model, tokenizer, asked, progress=advance) for member in members])
 
-    shared = run.shared if None not in settings["asked"].values() else None
+    shared = shared if None not in settings["asked"].values() else None
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)

@@ -14,7 +14,7 @@ from fedproxy.metric_facts import Metric, declare
 from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable, check_questions
-from fedproxy.reporting.pairing import on_sources
+from fedproxy.reporting.pairing import between_runs, on_sources
 from fedproxy.reporting.samples import load_samples
 from fedproxy.task_means import mean_scores
 
@@ -180,3 +180,55 @@ def test_an_evaluator_of_ones_own_takes_part(run_tiny, wards):
     assert report.scores["proxy"]["mean"]["length"] == report.cost.proxy_parameters
     assert any("fused: counted" in note for note in report.notes)
     assert "length" in (folder / "report.md").read_text()
+
+
+def chats(path, count, answer):
+    lines = (
+        {
+            "messages": [
+                {"role": "user", "content": f"{answer[0]} {i}?"},
+                {"role": "assistant", "content": f"{answer} {i}"},
+            ]
+        }
+        for i in range(count)
+    )
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def held(tmp_path):
+    """Two clients that hold out some of their own conversations."""
+    files = {name: chats(tmp_path / f"{name}.jsonl", 16, answer) for name, answer in (("a", "red"), ("b", "green"))}
+    words = [f"data.files.{name}={path}" for name, path in files.items()]
+    return [*words, "data.tasks=[]", "data.format.name=chat", "data.holdout=5", "federation.rounds=2", SHORT]
+
+
+def test_every_clients_held_out_rows_are_scored(run_tiny, held):
+    report, folder = run_tiny(*held)
+    fused, target = report.scores["fused"], report.scores["target"]
+    assert set(fused) == {"held_out/a", "held_out/b", "mean"}
+    for source in ("held_out/a", "held_out/b"):
+        assert fused[source]["n"] == 5
+        assert fused[source]["answer_nll"] < target[source]["answer_nll"]
+        assert "f1" in fused[source]
+    assert "held_out/a" in (folder / "report.md").read_text()
+    assert len(on_sources(folder)) == 2
+
+
+def test_a_client_alone_is_asked_its_own_rows_and_pooled_rows_are_the_same(run_tiny, held):
+    few = (*held, "federation.rounds=1", "evaluation.models=[fused]")
+    alone, folder = run_tiny(*few, "regularizer={name: none}", "aggregator={name: none}")
+    assert set(alone.client_scores["a"]["fused"]) == {"held_out/a"}
+    assert alone.scores["fused"]["held_out/a"] == alone.client_scores["a"]["fused"]["held_out/a"]
+    assert set(alone.scores["fused"]) == {"held_out/a", "held_out/b", "mean"}
+    pooled, other = run_tiny(
+        *few, "regularizer={name: none}", "data.partition={name: pooled}", "aggregator={name: fedavg}"
+    )
+    assert set(pooled.scores["fused"]) == {"held_out/a", "held_out/b", "mean"}
+    asked = [
+        sorted((sample["task"], sample["doc_hash"], sample["prompt_hash"]) for sample in load_samples(one, "fused"))
+        for one in (folder, other)
+    ]
+    assert asked[0] == asked[1]
+    between_runs(folder, other)  # they pair up
