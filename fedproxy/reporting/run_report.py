@@ -10,7 +10,7 @@ from typing import Any
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
 from fedproxy.reporting.schema import SchemaError, decode
-from fedproxy.reporting.scores import MODELS, Value, accuracy_of, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
 PAGES = ("report.md", "report.html")
@@ -72,7 +72,7 @@ class Exposure:
 
         def mean(model: str) -> Value | None:
             metrics = scores.get(model, {}).get("mean")
-            metric = accuracy_of(lambda name: value_of(metrics, name) is not None)
+            metric = next((name for name in ACCURACIES if value_of(metrics, name) is not None), None)
             return None if metric is None else value_of(metrics, metric)
 
         def gap(owner: str, held: str) -> float | None:
@@ -166,6 +166,8 @@ class ValidationReport:
     questions: int
     fused_after_round: int | None = None
     """Round whose state was fused; None where the run did not come to it."""
+    evaluator: str | None = None
+    """Evaluator that scored rounds on what the final scores are of; None, and left out, for held-out training rows."""
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,8 @@ class RunReport:
         for key in ("compression", "fidelity", "notes", "client_scores", "validation"):
             if not data[key]:
                 del data[key]
+        if data.get("validation") and not data["validation"]["evaluator"]:
+            del data["validation"]["evaluator"]
         for line in data["rounds"]:
             for key in ("validation", "dropped"):
                 if not line[key]:

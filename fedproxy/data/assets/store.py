@@ -28,6 +28,8 @@ _CONVERSIONS = {
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
     "glue_tasks": "fedproxy.data.assets.qa:convert_glue",
     "chat_tasks": "fedproxy.data.assets.chat:convert_chat",
+    "open_qa_tasks": "fedproxy.data.assets.open_qa:convert_open_qa",
+    "exam_tasks": "fedproxy.data.assets.open_qa:convert_exams",
     "calibration_text": "fedproxy.data.assets.qa:convert_calibration",
     "tiny_model": "fedproxy.data.assets.tiny_model:make_model",
     "tiny_tasks": "fedproxy.data.assets.tiny_tasks:make_tasks",

@@ -66,9 +66,10 @@ class Federate(Stage):
         return (config.realignment.reads[0],)
 
     def may_be_shared(self, run: Run) -> bool:
-        """Return whether equal rounds give the same: not if inputs changed in between or scores pick the best one."""
+        """Return whether equal rounds give the same: not if inputs changed in between, or scores count."""
         config = run.config.federation
-        return bool(config.rounds) and not run.facts.changes and config.validation.select != "best"
+        scored = config.validation.select == "best" or config.validation.evaluator is not None
+        return bool(config.rounds) and not run.facts.changes and not scored
 
     def whole(self, run: Run) -> bool:
         """Return whether the last checkpoint that is whole has all rounds."""

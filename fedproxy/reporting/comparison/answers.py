@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedproxy.metric_facts import HEADLINES, headline_of
 from fedproxy.reporting.comparison.records import Record
-from fedproxy.reporting.scores import accuracy_of
 from fedproxy.reporting.statistics import mean_stderr
 
 Floats = NDArray[np.float64]
@@ -27,9 +27,9 @@ class Score:
 
 
 def common_metric(records: Iterable[Record]) -> str | None:
-    """Return ``acc_norm`` if every question of every model has it, else ``acc``, else None."""
+    """Return the first of :data:`fedproxy.metric_facts.HEADLINES` that every question of every model has, or None."""
     tables = [own.values for record in records for tasks in record.answers.values() for own in tasks.values()]
-    return accuracy_of(lambda metric: bool(tables) and all(metric in values for values in tables))
+    return headline_of(metric for metric in HEADLINES if tables and all(metric in values for values in tables))
 
 
 def answers_of(records: Sequence[Record], model: str, metric: str) -> dict[str, Floats]:
