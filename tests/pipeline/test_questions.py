@@ -61,7 +61,8 @@ def test_changed_rows_of_a_task_file_are_scored_anew(own_task, tmp_path):
     assert evaluation_settings(config, asked_of(config), 1) == before
     (tmp_path / "rows.jsonl").write_text('{"q": "1 + 1 =", "c": ["1", "2"], "a": "2"}\n')
     assert evaluation_settings(config, asked_of(config), 1) != before
-    assert "task_files" not in evaluation_settings(load_config(SMALL), 1)
+    plain = load_config(SMALL)
+    assert evaluation_settings(plain, asked_of(plain), 1)["asked"] == {"lm_eval": {}}
 
 
 @pytest.mark.parametrize(
@@ -109,7 +110,7 @@ def test_a_tag_is_several_sources(monkeypatch):
     monkeypatch.setattr(evaluation, "expand", twice)
     config = expanded(load_config([*SMALL, "data.tasks=[tiny_sums]", "evaluation.tasks=null"]))
     assert config.data.tasks == config.evaluation_tasks == ["tiny_sums_1", "tiny_sums"]
-    assert config.data.partition.count(len(config.data.tasks)) == 2
+    assert config.data.partition.count(config.data.tasks, config.data.files) == 2
 
 
 def test_tasks_as_a_text_are_one_line():
