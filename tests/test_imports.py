@@ -13,11 +13,12 @@ FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
     *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files"),
 )
-STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
+STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data", "privacy")
 ALLOWED = {
     "strategies/aggregators": (*FOUNDATION, "strategies.aggregators", "strategies.functional"),
     "strategies": STRATEGIES,
     "modules": STRATEGIES,
+    "privacy": STRATEGIES,
     "models": (*FOUNDATION, "models"),
     "data": (*FOUNDATION, "data", "models"),
     "federation": (*STRATEGIES, "federation"),
