@@ -5,6 +5,7 @@ from collections.abc import Collection
 from fedproxy.config import RunConfig
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.pipeline.devices import check_devices
+from fedproxy.pipeline.privacy import check_privacy
 from fedproxy.pipeline.realignment import check_realignment
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.round_parts.ranks import Ranks
@@ -42,6 +43,7 @@ def check_components(config: RunConfig) -> None:
     _check_validation(config)
     check_realignment(config)
     check_devices(config)
+    check_privacy(config)
     _check_own(config)
 
 

@@ -35,6 +35,7 @@ from fedproxy.pipeline.fusing import check_vocabulary, fuse
 from fedproxy.pipeline.inputs import ChangedInputError, check_inputs, same_rows
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.outcome import report_of, write_cards
+from fedproxy.pipeline.privacy import check_budget
 from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.pipeline.stages import Run, compress, federate
 from fedproxy.pipeline.tuned import TunedProxies
@@ -233,6 +234,7 @@ def _deal(current: Run) -> tuple[Clients, dict[str, Any] | None]:
     """
     clients = client_rows(current.config.data, seed=current.config.seed)
     check_named_clients(current.config, clients)
+    check_budget(current.config, {name: len(rows) for name, rows in clients.items()})
     if current.folder.begins:
         return clients, None
     inputs = check_inputs(current, clients)

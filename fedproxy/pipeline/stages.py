@@ -38,6 +38,7 @@ from fedproxy.pipeline.display import Bar, Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.inputs import run_key
 from fedproxy.pipeline.loggers import RunLoggers
+from fedproxy.pipeline.privacy import ledger_folder, privacy_parts
 from fedproxy.pipeline.realignment import aligner
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.reporting import model_card
@@ -266,7 +267,8 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     run.note(trainable_parameters=model.num_parameters)
     setup = _local_setup(run, trainable)
     aligns = aligner(run, model, clients.owned)
-    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
+    added = [*config.parts.values(), *privacy_parts(config, clients, run_key(run))]
+    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, added)
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
     federation = Federation(
         clients=sorted(clients),
@@ -284,7 +286,12 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(parts, model, rows=clients, target_tokens=config.data.max_target_tokens),
+            Expected.from_parts(
+                parts,
+                model,
+                rows=None if config.privacy.on else clients,  # counts are withheld
+                target_tokens=config.data.max_target_tokens,
+            ),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -353,6 +360,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         quantization=config.client.quantization,
         plugins=config.plugins,
         scratch=str(run.folder.exchange.absolute()),
+        ledger=str(ledger_folder(config, run.folder.rows).absolute()) if config.privacy.on else None,
         logs=str(run.folder.trainer_logs.absolute()),
     )
 

@@ -12,6 +12,8 @@ from fedproxy.errors import ConfigError
 
 _CLOSE = 1e-3
 """How much of a budget a calibrated noise multiplier may leave, relative to it."""
+_USED_UP = 0.01
+"""A budget of which less than this share is left is used up: no noise that lets anything be learnt keeps it."""
 _MOST_NOISE = 1e6
 """Largest noise multiplier that is looked for."""
 
@@ -125,7 +127,7 @@ def calibrate(
         together = spent([*before, replace(planned, noise_multiplier=noise)], delta, kind)
         return math.log(max(together / epsilon, 1e-12))
 
-    if already >= epsilon or left(_MOST_NOISE, accountant) > 0:
+    if already > epsilon * (1 - _USED_UP) or left(_MOST_NOISE, accountant) > 0:
         raise ConfigError(
             f"privacy.epsilon must be above the {already:.3g} that was spent on these rows before (delta {delta:g}), "
             f"got {epsilon:g}; raise privacy.epsilon, the total of all runs on them, or use other rows"

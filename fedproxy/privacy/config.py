@@ -19,8 +19,8 @@ class PrivacyConfig:
     """Chance by which the promise may fail, in (0, 1): well below one over the number of rows or clients."""
     noise_multiplier: float | None = None
     """Standard deviation of the noise in units of ``clip``; null takes the least that keeps the budget."""
-    clip: float = 1.0
-    """Largest L2 norm of what one unit adds: a row's gradient or a client's update."""
+    clip: float | None = 1.0
+    """Largest L2 norm of what one unit adds: a row's gradient or a client's update; null does not clip."""
     accountant: Literal["pld", "rdp"] = "pld"
     """How epsilon is computed (dp-accounting): privacy loss distributions, or Rényi divergences, quicker and looser."""
     sampling: Literal["auto", "poisson", "without_replacement", "none"] = "auto"
@@ -48,7 +48,7 @@ class PrivacyConfig:
     @property
     def on(self) -> bool:
         """Whether anything is clipped, noised or withheld."""
-        return self.unit != "none" and not (self.noise_multiplier == 0 and math.isinf(self.clip))
+        return self.unit != "none" and not (self.noise_multiplier == 0 and self.clip is None)
 
     @property
     def counted_sampling(self) -> str:
@@ -66,11 +66,9 @@ class PrivacyConfig:
             raise ConfigError(f"privacy.epsilon or privacy.noise_multiplier must be set with privacy.unit={self.unit}")
         self._require("epsilon", self.epsilon is None or self.epsilon > 0, "positive, or null")
         self._require("noise_multiplier", self.noise_multiplier is None or self.noise_multiplier >= 0, "at least 0")
-        self._require("clip", self.clip > 0, "positive")
-        if math.isinf(self.clip) and self.noise_multiplier != 0:
-            raise ConfigError(
-                "privacy.clip must be finite where there is noise, got inf; noise is in units of the clip"
-            )
+        self._require("clip", self.clip is None or self.clip > 0, "positive, or null")
+        if self.clip is None and self.noise_multiplier != 0:
+            raise ConfigError("privacy.clip must be a number where there is noise, got null; noise is in units of it")
         if self.noise_multiplier == 0 and self.epsilon is not None:
             raise ConfigError(
                 "privacy.noise_multiplier must be above 0 to keep privacy.epsilon, got 0; remove one of them"

@@ -22,7 +22,7 @@ from fedproxy.privacy.accounting import Release, calibrate, spent
 from fedproxy.privacy.noise import KEY_BYTES
 from fedproxy.sealed import read_sealed, write_sealed
 
-FOLDER = "privacy_ledger"
+FOLDER = ".privacy_ledger"
 """Name of the folder of ledgers beside a client's data."""
 _FORMAT = "fedproxy-ledger-1"
 _REMEDY = "put back a copy of it: without it nobody knows what was released of these rows"
@@ -150,10 +150,10 @@ class Ledger:
         return float(content["runs"][terms.run]["noise_multiplier"])
 
     def _check(self, total: float, before: Sequence[Release], terms: Terms, started: bool) -> None:
-        assert terms.epsilon is not None and terms.delta is not None
+        assert terms.epsilon is not None, "without a budget nothing is compared"
         if total <= terms.epsilon * (1 + _SLACK):
             return
-        already = spent(before, terms.delta, terms.accountant)
+        already = spent(before, terms.delta or 0.0, terms.accountant)
         next_ = "the next round" if started else f"the {terms.rounds} planned rounds"
         raise ClientError(
             f"privacy.epsilon={terms.epsilon:g} would be exceeded: {self.path} holds {already:.3g} for these rows "

@@ -126,7 +126,8 @@ class RowGradients:
 def _norms(gradients: Mapping[str, Tensor]) -> Tensor:
     """Return the norm of each row's gradient over all parameters, (rows)."""
     each = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients.values()])
-    return torch.linalg.vector_norm(each, dim=0)
+    total: Tensor = torch.linalg.vector_norm(each, dim=0)
+    return total
 
 
 def _kept(norms: Tensor, clip: float) -> Tensor:
@@ -138,7 +139,7 @@ def _kept(norms: Tensor, clip: float) -> Tensor:
 class _Noting:
     """A linear layer's forward that also notes the gradients of its rows."""
 
-    def __init__(self, sink: RowGradients, name: str, layer: nn.Linear) -> None:
+    def __init__(self, sink: RowGradients, name: str, layer: nn.Module) -> None:
         self.sink, self.name, self.layer = sink, name, layer
 
     def __call__(self, x: Tensor) -> Tensor:

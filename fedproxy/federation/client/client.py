@@ -20,6 +20,7 @@ from fedproxy.federation.client.store import ClientStore
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.names import file_stem
+from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
@@ -58,6 +59,7 @@ class LocalClient:
         trainer: Options of lightning.Trainer.
         store: Where clients keep what they remember between rounds; only rules that need it use it.
         logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
+        ledger: Folder of the clients' privacy ledgers, beside their data.
     """
 
     def __init__(
@@ -69,9 +71,10 @@ class LocalClient:
         trainer: Mapping[str, Any],
         store: ClientStore,
         logs: Path | None = None,
+        ledger: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.store, self.logs = store, logs
+        self.store, self.logs, self.ledger = store, logs, ledger
         self.initial = model.state()
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
@@ -95,26 +98,32 @@ class LocalClient:
             pad_id=self.pad_id,
             generator=torch.Generator().manual_seed(seeds.batches),
         )
-        module = CausalLMModule(
-            self.model.model,
-            lr=job.lr,
-            weight_decay=job.weight_decay,
-            parameters={name: parameter for name, parameter in parameters.items() if name not in job.frozen},
-            regularizer=_regularizer(job.regularizer),
-            anchor=task.state,
-            conflict=task.conflict,
-            pull=task.pull,
-        )
+        options: dict[str, Any] = {
+            "lr": job.lr,
+            "weight_decay": job.weight_decay,
+            "parameters": {name: parameter for name, parameter in parameters.items() if name not in job.frozen},
+            "regularizer": _regularizer(job.regularizer),
+            "anchor": task.state,
+            "conflict": task.conflict,
+            "pull": task.pull,
+        }
+        private = task.training
+        batches: ExampleLoader | PoissonLoader = loader
+        if private is None:
+            module = CausalLMModule(self.model.model, **options)
+        else:
+            module = PrivateLMModule(self.model.model, private, len(task.examples), **options)
+            batches = PoissonLoader(task.examples, private, pad_id=self.pad_id)
         trainer = make_trainer(
             self.trainer,
             max_epochs=job.epochs,
-            accumulate=job.accumulate,
-            max_grad_norm=job.max_grad_norm,
+            accumulate=job.accumulate if private is None else 1,
+            max_grad_norm=job.max_grad_norm if private is None else None,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
             root=self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}",
         )
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
-            fit(trainer, module, loader, seed=seeds.dropout[rank_and_size()[0]])
+            fit(trainer, module, batches, seed=seeds.dropout[rank_and_size()[0]])
         task.steps, task.device = trainer.global_step, trainer.strategy.root_device
         update = ClientUpdate(
             client_id,
@@ -146,6 +155,7 @@ class LocalClient:
             device=torch.device("cpu"),
             lr=job.lr,
             seed=_seeds(broadcast).parts,
+            ledger=self.ledger,
             writes=rank_and_size()[0] == 0,
         )
 

@@ -45,6 +45,8 @@ class LocalSetup:
     """Modules that a client's own processes import."""
     scratch: str | None = None
     """Folder for what a client's own processes exchange; None is the system's."""
+    ledger: str | None = None
+    """Folder of the clients' privacy ledgers, beside their data."""
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
@@ -77,7 +79,8 @@ class LocalSetup:
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         store = ClientStore(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs)
+        ledger = None if self.ledger is None else Path(self.ledger)
+        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs, ledger=ledger)
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""
