@@ -32,8 +32,12 @@ class Promise:
     """All rounds together."""
 
 
-def check_privacy(config: RunConfig) -> None:
+def check_privacy(config: RunConfig, *, here: bool = True) -> None:
     """Refuse a recipe with components that would let out what ``privacy`` protects, before anything is loaded.
+
+    Args:
+        config: The recipe.
+        here: Whether this machine's packages are to do it.
 
     Raises:
         ConfigError: One line that names key, rule and way out.
@@ -41,7 +45,7 @@ def check_privacy(config: RunConfig) -> None:
     privacy = config.privacy
     if not privacy.on:
         return
-    for package in ("dp_accounting", "cryptography"):
+    for package in ("dp_accounting", "cryptography") if here else ():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"privacy.unit={privacy.unit} needs the package {package.replace('_', '-')}; run pip install "
@@ -61,6 +65,11 @@ def check_privacy(config: RunConfig) -> None:
         raise ConfigError(
             f"federation.sampling must be uniform with privacy.unit={privacy.unit}, got 'weighted': numbers of rows "
             "are withheld"
+        )
+    if config.data.holdout is not None:
+        raise ConfigError(
+            f"data.holdout must be null with privacy.unit={privacy.unit}, got {config.data.holdout}: scores on "
+            "clients' held-out rows are not accounted for"
         )
     if privacy.unit == "client":
         _check_clients(config)
@@ -94,6 +103,12 @@ def _check_examples(config: RunConfig) -> None:
         raise ConfigError(
             f"trainer.precision must be 32-true or bf16-mixed with privacy.unit=example, got {precision}: scaled "
             "gradients cannot be clipped row by row"
+        )
+    if config.data.long_rows == "split" or any(weight > 1 for weight in config.data.weights.values()):
+        key = "data.long_rows=split" if config.data.long_rows == "split" else "data.weights above 1"
+        raise ConfigError(
+            f"{key} makes several examples of a row, and privacy.unit=example protects one; use cut or drop, weights "
+            "of at most 1, or privacy.unit=client"
         )
 
 

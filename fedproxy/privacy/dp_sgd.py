@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedproxy.data.batching import IGNORED, collate
-from fedproxy.data.tokenisation import Example
+from fedproxy.data.examples import Example
 from fedproxy.errors import ClientError
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.causal_lm import CausalLMModule

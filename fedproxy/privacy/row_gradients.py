@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedproxy.errors import ClientError
-from fedproxy.strategies.trainable.fused_lora import FusedLoraLinear
 
 
 class RowGradients:
@@ -33,7 +32,8 @@ class RowGradients:
         apart = {id(own) for m in model.modules() if isinstance(m, ParamWrapper) for own in m.parameters()}
         linear = [m for m in model.modules() if type(m) is nn.Linear and id(m.weight) in names and m.bias is None]
         self._layers = {names[id(m.weight)]: m for m in linear if id(m.weight) not in apart}
-        self._fused: list[nn.Module] = [module for module in model.modules() if type(module) is FusedLoraLinear]
+        lora = (module for module in model.modules() if isinstance(module, LoraLinear))
+        self._fused: list[tuple[nn.Module, type]] = [(m, type(m)) for m in lora if type(m) is not LoraLinear]
         self._rows = 0
         self._found: dict[str, Tensor] = {}
 
@@ -50,7 +50,7 @@ class RowGradients:
             ClientError: From the forward pass, if a layer reads the rows mixed.
         """
         self._rows, self._found = rows, {}
-        for fused in self._fused:
+        for fused, _ in self._fused:
             fused.__class__ = LoraLinear
         for name, layer in self._layers.items() if self.by_layer else ():
             layer.__dict__["forward"] = _Noting(self, name, layer)
@@ -59,8 +59,8 @@ class RowGradients:
         finally:
             for layer in self._layers.values():
                 layer.__dict__.pop("forward", None)
-            for fused in self._fused:
-                fused.__class__ = FusedLoraLinear
+            for fused, kind in self._fused:
+                fused.__class__ = kind
 
     def clipped_sum(self, clip: float) -> dict[str, Tensor]:
         """Return the sum over rows of the gradients, each scaled down to a norm of at most ``clip``; then forget them.

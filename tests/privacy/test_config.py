@@ -2,7 +2,7 @@ import pytest
 
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.checks import check_components
 from fedproxy.pipeline.privacy import check_budget, ledger_folder, promised
 from fedproxy.privacy.accounting import Release, spent
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedproxy.data.batching import collate
-from fedproxy.data.tokenisation import Example
+from fedproxy.data.examples import Example
 from fedproxy.errors import ClientError
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, row_losses, sampling_of
@@ -17,10 +17,8 @@ SECRET = bytes(range(32))
 
 def examples(count):
     generator = torch.Generator().manual_seed(9)
-    return [
-        Example(tuple(torch.randint(3, 61, (4 + index % 5,), generator=generator).tolist()), 2, str(index))
-        for index in range(count)
-    ]
+    ids = [tuple(torch.randint(3, 61, (4 + index % 5,), generator=generator).tolist()) for index in range(count)]
+    return [Example(row, ((2, len(row)),), str(index)) for index, row in enumerate(ids)]
 
 
 def lora(make_model, family="llama", **options):

@@ -92,33 +92,13 @@ class LocalClient:
             part.receive(task)
         self.model.load_state(task.state)
         parameters = self.model.parameters()
-        loader = ExampleLoader(
-            task.examples,
-            job.batch_size,
-            pad_id=self.pad_id,
-            generator=torch.Generator().manual_seed(seeds.batches),
-        )
-        options: dict[str, Any] = {
-            "lr": job.lr,
-            "weight_decay": job.weight_decay,
-            "parameters": {name: parameter for name, parameter in parameters.items() if name not in job.frozen},
-            "regularizer": _regularizer(job.regularizer),
-            "anchor": task.state,
-            "conflict": task.conflict,
-            "pull": task.pull,
-        }
-        private = task.training
-        batches: ExampleLoader | PoissonLoader = loader
-        if private is None:
-            module = CausalLMModule(self.model.model, **options)
-        else:
-            module = PrivateLMModule(self.model.model, private, len(task.examples), **options)
-            batches = PoissonLoader(task.examples, private, pad_id=self.pad_id)
+        module, batches = self._work(task, job, seeds)
+        private = task.training is not None  # clips each row and counts its own steps
         trainer = make_trainer(
             self.trainer,
             max_epochs=job.epochs,
-            accumulate=job.accumulate if private is None else 1,
-            max_grad_norm=job.max_grad_norm if private is None else None,
+            accumulate=1 if private else job.accumulate,
+            max_grad_norm=None if private else job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
             root=self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}",
         )
@@ -129,7 +109,7 @@ class LocalClient:
             client_id,
             _difference(self.model.state(), task.state),
             num_examples=len(task.examples),
-            num_tokens=loader.num_tokens * job.epochs,
+            num_tokens=sum(example.target_length for example in task.examples) * job.epochs,
             train_loss=module.task_loss,
             regularizer_loss=module.regularizer_loss,
             round=broadcast.round,
@@ -140,6 +120,26 @@ class LocalClient:
             memory = Memory(task.kept, update.num_examples, update.num_tokens)
             self.store.memory.save(client_id, broadcast.round, memory)
         return replace(update, seconds=time.perf_counter() - started)
+
+    def _work(
+        self, task: ClientRound, job: Job, seeds: ClientSeeds
+    ) -> tuple[CausalLMModule, ExampleLoader | PoissonLoader]:
+        """Return what trains in a round, and its batches."""
+        options: dict[str, Any] = {
+            "lr": job.lr,
+            "weight_decay": job.weight_decay,
+            "parameters": {name: own for name, own in self.model.parameters().items() if name not in job.frozen},
+            "regularizer": _regularizer(job.regularizer),
+            "anchor": task.state,
+            "conflict": task.conflict,
+            "pull": task.pull,
+        }
+        if task.training is not None:
+            module = PrivateLMModule(self.model.model, task.training, len(task.examples), **options)
+            return module, PoissonLoader(task.examples, task.training, pad_id=self.pad_id)
+        order = torch.Generator().manual_seed(seeds.batches)
+        loader = ExampleLoader(task.examples, job.batch_size, pad_id=self.pad_id, generator=order)
+        return CausalLMModule(self.model.model, **options), loader
 
     def _task(self, broadcast: Broadcast, client_id: str, job: Job) -> ClientRound:
         return ClientRound(

@@ -2,8 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from fedproxy.errors import CheckpointError, one_line
@@ -111,31 +113,36 @@ class Engine(Component, family="engine"):
         """
 
 
-def attempt(
-    client: Client, broadcast: Broadcast, client_id: str, *, logs: str | None, deadline: float | None = None
-) -> Answer:
-    """Train one client; whatever goes wrong in it becomes the reason why it is dropped.
+class Attempt(AbstractContextManager["Attempt"]):
+    """One client's training; whatever goes wrong within this context becomes the reason why the client is dropped.
+
+    A file of the run that is damaged or cannot be written (``CheckpointError``) is no client's fault and passes.
 
     Args:
-        client: Trains it.
-        broadcast: What it is sent.
-        client_id: Its name.
+        client_id: Who trains.
+        round_: In which round.
         logs: Folder of clients' own logs, where errors are kept whole; None keeps none.
-        deadline: When to give up; see :meth:`Client.train`.
-
-    Raises:
-        CheckpointError: If a file of the run is damaged or cannot be written, which is no client's fault.
     """
-    limits = {} if deadline is None else {"deadline": deadline}
-    try:
-        answer = client.train(broadcast, client_id, **limits)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        return Dropped(client_id, told(error, client_id, broadcast.round, logs))
-    if answer.client_id == client_id:
-        return answer
-    return Dropped(client_id, f"its update is in the name of client {one_line(repr(answer.client_id), 100)}")
+
+    def __init__(self, client_id: str, round_: int, logs: str | None) -> None:
+        self._client_id, self._round, self._logs = client_id, round_, logs
+        self.answer: Answer = Dropped(client_id, "it gave no answer")
+
+    def answered(self, answer: Answer) -> None:
+        """Take the client's answer, which must be in its own name."""
+        if answer.client_id != self._client_id:
+            other = one_line(repr(answer.client_id), 100)
+            answer = Dropped(self._client_id, f"its update is in the name of client {other}")
+        self.answer = answer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Keep an error in the client's log."""
+        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
+            return False
+        self.answer = Dropped(self._client_id, told(error, self._client_id, self._round, self._logs))
+        return True
 
 
 def late(timeout_s: float) -> str:

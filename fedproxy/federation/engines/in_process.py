@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedproxy.federation.engines.base import (
-    Answer,
     Answers,
+    Attempt,
     Client,
     Closing,
     Dropped,
     Engine,
     RemoteClient,
-    attempt,
     late,
 )
 from fedproxy.federation.engines.threads import cpu_threads
@@ -54,8 +53,14 @@ class _Running:
         if timeout_s is not None:
             self._warn_once()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        limits = {} if deadline is None else {"deadline": deadline}
         for client_id in client_ids:
-            yield self._answer(broadcast.addressed_to(client_id), client_id, timeout_s, deadline)
+            tried, sent = Attempt(client_id, broadcast.round, self.logs), broadcast.addressed_to(client_id)
+            if deadline is None or time.monotonic() < deadline:
+                with cpu_threads(self.threads), tried:
+                    tried.answered(self.client.train(sent, client_id, **limits))
+            in_time = deadline is None or timeout_s is None or time.monotonic() < deadline
+            yield tried.answer if in_time else Dropped(client_id, late(timeout_s or 0.0))
 
     def _warn_once(self) -> None:
         if not self._warned and not isinstance(self.client, Closing):  # processes of its own end with the time
@@ -64,17 +69,6 @@ class _Running:
                 "client that hangs within one holds up the run; engine.name=workers stops it"
             )
         self._warned = True
-
-    def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
-        if deadline is None or timeout_s is None:
-            with cpu_threads(self.threads):
-                return attempt(self.client, broadcast, client_id, logs=self.logs)
-        if time.monotonic() < deadline:
-            with cpu_threads(self.threads):
-                answer = attempt(self.client, broadcast, client_id, logs=self.logs, deadline=deadline)
-            if time.monotonic() < deadline:
-                return answer
-        return Dropped(client_id, late(timeout_s))
 
     def close(self) -> None:
         if isinstance(self.client, Closing):

@@ -20,7 +20,7 @@ import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.client.log import told
-from fedproxy.federation.engines.base import Answer, Client, Dropped, UpdateFile, attempt
+from fedproxy.federation.engines.base import Answer, Attempt, Client, Dropped, UpdateFile
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds
 
@@ -60,7 +60,9 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], l
     try:
         broadcast = broadcasts.load(task)
         round_ = broadcast.round
-        answer = attempt(client, broadcast, client_id, logs=logs)
+        with Attempt(client_id, round_, logs) as tried:
+            tried.answered(client.train(broadcast, client_id))
+        answer = tried.answer
         if "update" not in task:  # of several processes of a client, one writes
             return answer
         if isinstance(answer, UpdateFile):

@@ -15,7 +15,7 @@ from fedproxy.federation.client.client import LocalClient
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client_rows import ClientRows, rows_file
 from fedproxy.federation.engines import Dropped, Engine
-from fedproxy.federation.engines.base import attempt
+from fedproxy.federation.engines.base import Attempt
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -98,7 +98,9 @@ def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     shutil.copy(rows_file(Path(setup.rows), "a/b"), tmp_path)  # no other client's file is there
     alone = replace(setup, rows=str(tmp_path)).client(client.model, load_tokenizer(setup.proxy))
     assert alone.train(broadcast.addressed_to("a/b"), "a/b").num_examples == 3
-    dropped = attempt(alone, broadcast.addressed_to("c"), "c", logs=str(tmp_path / "kept/logs"))
+    with Attempt("c", broadcast.round, str(tmp_path / "kept/logs")) as tried:
+        tried.answered(alone.train(broadcast.addressed_to("c"), "c"))
+    dropped = tried.answer
     assert isinstance(dropped, Dropped)
     log = tmp_path / "kept/logs" / f"{file_stem('c')}.log"
     assert dropped.reason == f"DataError; details in the client's log kept/logs/{log.name}"
