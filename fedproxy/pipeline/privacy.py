@@ -2,9 +2,10 @@
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fedproxy.config import RunConfig
 from fedproxy.data.assets import resolve
@@ -13,12 +14,14 @@ from fedproxy.federation.server.sampling import sample_clients
 from fedproxy.privacy.accounting import Release, calibrate, spent
 from fedproxy.privacy.dp_sgd import sampling_of
 from fedproxy.privacy.ledger import FOLDER
+from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.strategies.round_parts import RoundPart
 from fedproxy.strategies.round_parts.privacy import Privacy
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "None")
 """trainer.precision with which rows' gradients can be told apart; None is Lightning's default, 32-true."""
-WITHHELD = "losses, numbers of rows and of tokens"
+WITHHELD = ("losses", "numbers of rows", "numbers of tokens")
+"""What clients do not tell under a budget; what rules compute from updates is made of what was released."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,69 @@ def _part(config: RunConfig, rows: Mapping[str, int], run: str) -> Privacy:
         one = Release(0.0, part.sampling, drawn / len(names), drawn=drawn, of=len(names)) if secret else Release(0.0)
         return replace(part, noise_multiplier=_promise(config, one.times(part.rounds)).noise_multiplier)
     return part
+
+
+def privacy_lines(config: RunConfig, rows: Mapping[str, int] | None, parameters: int) -> Iterator[tuple[str, str]]:
+    """Yield what a plan promises, as names and words; nothing without privacy.
+
+    Args:
+        config: The recipe.
+        rows: Each client's number of rows; None where they are not known.
+        parameters: How many numbers a client trains.
+    """
+    privacy = config.privacy
+    if not privacy.on:
+        return
+    if rows is None:
+        yield "privacy", "unknown: the recipe takes all rows there are; give plan.rows=ROWS_PER_CLIENT"
+        return
+    promise = promised(config, rows)
+    if promise is None:
+        return
+    bound = "no epsilon: there is no noise" if math.isinf(promise.epsilon) else f"epsilon {promise.epsilon:.3g}"
+    delta = "" if privacy.delta is None else f" at delta {privacy.delta:g}"
+    yield (
+        "privacy",
+        f"{bound}{delta} for each {privacy.unit}, by {privacy.accountant}, {privacy.counted_sampling} draws",
+    )
+    part, z = _part(config, rows, ""), promise.noise_multiplier
+    if privacy.unit == "example":
+        sample = promise.release.rate * min(rows.values())
+        of, ratio = f"a step's mean over {sample:.3g} rows", z * math.sqrt(parameters) / sample
+    else:
+        spread = part.drawn if privacy.noise_at == "server" else math.sqrt(part.drawn)
+        of, ratio = f"the mean of {part.drawn} updates", z * math.sqrt(parameters) / spread
+    yield (
+        "noise against signal",
+        f"{z:.3g} x clip; in {of} it is {ratio:.3g} times as long as the clip, the signal's most",
+    )
+    yield "withheld by clients", ", ".join(WITHHELD)
+
+
+def privacy_report(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> PrivacyReport | None:
+    """Return what the report says of privacy; None without it.
+
+    Args:
+        config: The recipe.
+        rounds: Records of the finished rounds.
+    """
+    privacy, told = config.privacy, [line["privacy"] for line in rounds if "privacy" in line]
+    if not privacy.on:
+        return None
+    spent_ = [line["epsilon"] for line in told]
+    return PrivacyReport(
+        unit=privacy.unit,
+        epsilon=None if None in spent_ else max(spent_, default=0.0),
+        budget=privacy.epsilon,
+        delta=privacy.delta,
+        accountant=privacy.accountant,
+        sampling=privacy.counted_sampling,
+        noise_multiplier=min((line["noise_multiplier"] for line in told), default=None),
+        clip=privacy.clip,
+        noise_at=privacy.noise_at,
+        withheld=WITHHELD,
+        foreseeable=privacy.test_seed is not None,
+    )
 
 
 def _most_rounds(config: RunConfig, names: list[str]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.pairing import PairedDifference, paired_table
+from fedproxy.reporting.privacy import privacy_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
@@ -62,6 +63,7 @@ class View:
     provenance: Table
     paired: Table | None
     fidelity: Table | None = None
+    privacy: Table | None = None
 
 
 def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
@@ -103,6 +105,7 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         provenance=_provenance(report),
         paired=paired_table(paired) if paired else None,
         fidelity=_fidelity(report),
+        privacy=privacy_table(report.privacy),
     )
 
 

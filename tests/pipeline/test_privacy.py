@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedproxy.errors import FedProxyError
+from fedproxy.pipeline.plan import plan
 from fedproxy.privacy.accounting import Release, spent
 
 BRIEF = ("data.rows_per_task=16", "client.batch_size=8", "evaluation.models=[]", "regularizer.name=none")
@@ -44,7 +45,17 @@ def private(run_tiny):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_private_run_spends_its_budget_and_tells(private, unit):
-    _, folder = private(unit)
+    report, folder = private(unit)
+    told = report.privacy
+    assert (told.unit, told.budget, told.delta, told.accountant) == (unit, 8.0, 1e-5, "rdp")
+    assert told.sampling == {"client": "none", "example": "poisson"}[unit]
+    assert told.epsilon == records(folder)[-1]["privacy"]["epsilon"]
+    assert "losses" in told.withheld
+    assert not told.foreseeable
+    for page in ("report.md", "report.html"):
+        text = (folder / page).read_text()
+        assert "Privacy" in text
+        assert {"client": "everything of one client", "example": "one row of a client"}[unit] in text
     lines = records(folder)
     assert [line["train_loss"] for line in lines] == [None, None]  # withheld
     assert lines[0]["privacy"]["epsilon"] < lines[1]["privacy"]["epsilon"] <= 8
@@ -158,3 +169,21 @@ def test_rules_with_memory_see_what_was_released_alone(run_tiny, rule):
         variates = load_file(folder / "checkpoints/round_0002/control_variates.safetensors")
         state_ = state(folder)
         assert variates.keys() == state_.keys()
+
+
+def test_a_plan_says_what_it_spends_and_how_loud_its_noise_is():
+    client = dict((line[:28].strip(), line[28:]) for line in lines("client"))
+    parameters = int(client["trained per client"].split()[0].replace(",", ""))
+    assert client["privacy"].startswith("epsilon 8 at delta 1e-05 for each client, by rdp with no draw counted on")
+    noise = float(client["noise against signal"].split()[0])
+    ratio = float(client["noise against signal"].split(" it is ")[1].split()[0])
+    assert ratio == pytest.approx(noise * math.sqrt(parameters / 4), rel=0.01)  # the mean of four updates
+    example = dict((line[:28].strip(), line[28:]) for line in lines("example"))
+    assert "Poisson draws" in example["privacy"]
+    assert "a step's mean over 8 rows" in example["noise against signal"]
+    unknown = dict((line[:28].strip(), line[28:]) for line in lines("example", "data.rows_per_task=null"))
+    assert "plan.rows=" in unknown["privacy"]
+
+
+def lines(unit, *more):
+    return str(plan(["recipe=fedproxy_tiny", *BRIEF, *DP, f"privacy.unit={unit}", *more])).splitlines()
