@@ -227,10 +227,8 @@ def privacy_lines(config: RunConfig, rows: Mapping[str, int] | None, parameters:
         return
     bound = "no epsilon: there is no noise" if math.isinf(promise.epsilon) else f"epsilon {promise.epsilon:.3g}"
     delta = "" if privacy.delta is None else f" at delta {privacy.delta:g}"
-    yield (
-        "privacy",
-        f"{bound}{delta} for each {privacy.unit}, by {privacy.accountant}, {privacy.counted_sampling} draws",
-    )
+    draw = {"none": "no draw", "poisson": "Poisson draws"}.get(privacy.counted_sampling, "secret draws of a fixed size")
+    yield "privacy", f"{bound}{delta} for each {privacy.unit}, by {privacy.accountant} with {draw} counted on"
     part, z = _part(config, rows, ""), promise.noise_multiplier
     if privacy.unit == "example":
         sample = promise.release.rate * min(rows.values())
@@ -240,7 +238,7 @@ def privacy_lines(config: RunConfig, rows: Mapping[str, int] | None, parameters:
         of, ratio = f"the mean of {part.drawn} updates", z * math.sqrt(parameters) / spread
     yield (
         "noise against signal",
-        f"{z:.3g} x clip; in {of} it is {ratio:.3g} times as long as the clip, the signal's most",
+        f"{z:.3g} x clip; in {of} it is {ratio:.3g} times as long as the longest signal",
     )
     yield "withheld by clients", ", ".join(WITHHELD)
 

@@ -172,16 +172,16 @@ def test_rules_with_memory_see_what_was_released_alone(run_tiny, rule):
 
 
 def test_a_plan_says_what_it_spends_and_how_loud_its_noise_is():
-    client = dict((line[:28].strip(), line[28:]) for line in lines("client"))
+    client = {line[:28].strip(): line[28:] for line in lines("client")}
     parameters = int(client["trained per client"].split()[0].replace(",", ""))
-    assert client["privacy"].startswith("epsilon 8 at delta 1e-05 for each client, by rdp with no draw counted on")
+    assert client["privacy"].startswith("epsilon 7.99 at delta 1e-05 for each client, by rdp with no draw counted on")
     noise = float(client["noise against signal"].split()[0])
     ratio = float(client["noise against signal"].split(" it is ")[1].split()[0])
     assert ratio == pytest.approx(noise * math.sqrt(parameters / 4), rel=0.01)  # the mean of four updates
-    example = dict((line[:28].strip(), line[28:]) for line in lines("example"))
+    example = {line[:28].strip(): line[28:] for line in lines("example")}
     assert "Poisson draws" in example["privacy"]
     assert "a step's mean over 8 rows" in example["noise against signal"]
-    unknown = dict((line[:28].strip(), line[28:]) for line in lines("example", "data.rows_per_task=null"))
+    unknown = {line[:28].strip(): line[28:] for line in lines("example", "data.rows_per_task=null")}
     assert "plan.rows=" in unknown["privacy"]
 
 
