@@ -1,10 +1,11 @@
 """All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -15,10 +16,57 @@ from fedproxy.files import parse_json
 from fedproxy.seeding import ClientSeeds
 from fedproxy.tensor_files import TensorFile, Tensors, nbytes
 
-__all__ = ["FORMAT", "Broadcast", "ClientUpdate", "TensorFile", "Tensors", "nbytes"]
+__all__ = [
+    "FORMAT",
+    "Answer",
+    "Answers",
+    "Broadcast",
+    "ClientUpdate",
+    "Collect",
+    "Done",
+    "Dropped",
+    "Kept",
+    "Mapped",
+    "Message",
+    "Rewind",
+    "Sites",
+    "TensorFile",
+    "Tensors",
+    "UpdateFile",
+    "is_seal",
+    "nbytes",
+]
 
 FORMAT = "fedproxy-1"
 """What every file on the wire says that it is."""
+_SEAL = re.compile(r"(?:[0-9a-f]{64})?")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client keeps for itself after a round, as the server knows it: not what it is, but which one."""
+
+    round: int = 0
+    """The last round that counted and after which the client kept something; 0 where there is none."""
+    seal: str = ""
+    """SHA-256 of it, as the client said."""
+
+    @classmethod
+    def of(cls, said: Any) -> "Kept":
+        """Return what plain values say.
+
+        Raises:
+            ClientError: If they say something else.
+        """
+        match said:
+            case {"round": int(number), "seal": str(seal)} if len(said) == 2 and number >= 0 and is_seal(seal):
+                return cls(number, seal)
+        raise ClientError("the message does not say what the client is to go on from; send round and seal")
+
+
+def is_seal(value: object) -> bool:
+    """Return whether a value is a SHA-256 in hexadecimal digits, or empty."""
+    return isinstance(value, str) and _SEAL.fullmatch(value) is not None
 
 
 @dataclass(frozen=True)
@@ -37,13 +85,28 @@ class Broadcast:
     """Where clients are not all sent the same: each one's own broadcast, made when that client is served."""
     all_seeds: Mapping[str, ClientSeeds] = field(default_factory=dict)
     """The seeds of every client's own draws; each client is sent its own ones alone."""
+    all_kept: Mapping[str, Kept] = field(default_factory=dict)
+    """What every client goes on from, where that is something; each client is told its own alone."""
     seeds: ClientSeeds | None = None
     """Seeds of the draws of the client that this is addressed to. They travel beside the file, which all may read."""
+    kept: Kept = Kept()
+    """What the client that this is addressed to goes on from; it forgets what it kept later. Beside the file, too."""
 
     def addressed_to(self, client_id: str) -> "Broadcast":
-        """Return what one client is sent: its own seeds and, where clients are not all sent the same, its own rest."""
+        """Return what one client is sent: its own seeds and memory and, where clients differ, its own rest."""
         own = self if self.each is None else self.each[client_id]
-        return replace(own, each=None, all_seeds={}, seeds=self.seeds_of(client_id))
+        seeds, kept = self.seeds_of(client_id), self.all_kept.get(client_id, self.kept)
+        return replace(own, each=None, all_seeds={}, all_kept={}, seeds=seeds, kept=kept)
+
+    def beside(self) -> dict[str, Any]:
+        """Return as plain values what travels beside the file of a broadcast that is addressed to its client."""
+        seeds = {} if self.seeds is None else {"seeds": asdict(self.seeds)}
+        return {**seeds, "kept": asdict(self.kept)}
+
+    def with_own(self, beside: Mapping[str, Any]) -> "Broadcast":
+        """Return the broadcast that was read from its file, with what :meth:`beside` said."""
+        seeds = ClientSeeds(**beside["seeds"]) if "seeds" in beside else None
+        return replace(self, seeds=seeds, kept=Kept.of(beside["kept"]))
 
     def mapped(self, change: "Callable[[Broadcast], Broadcast]") -> "Broadcast":
         """Return the broadcast changed, and every client's own one likewise."""
@@ -126,6 +189,8 @@ class ClientUpdate:
     """Mean of the regularizer's term over the steps of ``train_loss``."""
     round: int | None = None
     """Round of the broadcast that this update answers; the server merges no other round's."""
+    seal: str = ""
+    """SHA-256 of what the client kept for its next round, for the server to name it by; empty if it kept nothing."""
     wire_bytes: int | None = None
     """Bytes that crossed the wire, where the tensors were decoded since."""
 
@@ -169,6 +234,116 @@ class ClientUpdate:
         if self.wire_bytes is not None:
             return self.wire_bytes
         return nbytes(self.delta) + sum(nbytes(group) for group in self.extras.values())
+
+
+@dataclass(frozen=True)
+class Message:
+    """What the server asks of one client beside training; :class:`Broadcast` asks for that."""
+
+    kind: ClassVar[str]
+    by_file: ClassVar[bool] = False
+    """Whether tensors answer it."""
+
+    def plain(self) -> dict[str, Any]:
+        """Return the message as plain values."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @staticmethod
+    def of(said: Any) -> "Message":
+        """Return the message that plain values are.
+
+        Raises:
+            ClientError: If they are none.
+        """
+        match said:
+            case {"kind": "rewind", "round": int(number), "kept": kept, "changes": str(changes)} if is_seal(changes):
+                return Rewind(number, Kept.of(kept), changes)
+            case {"kind": "collect", "kept": kept}:
+                return Collect(Kept.of(kept))
+        raise ClientError("the message is none that a client of this version answers; use the same version")
+
+
+@dataclass(frozen=True)
+class Rewind(Message):
+    """Go back to where you were after a round: check what you kept then, and forget what came later."""
+
+    kind: ClassVar[str] = "rewind"
+
+    round: int
+    """The round after which the run goes on."""
+    kept: Kept
+    """What the client kept and goes on from."""
+    changes: str = ""
+    """Seal of the changes of the frozen weights that were sent up to this round; empty where there were none."""
+
+
+@dataclass(frozen=True)
+class Collect(Message):
+    """Hand in your personal tensors, once, after the last round; an update whose ``delta`` they are answers."""
+
+    kind: ClassVar[str] = "collect"
+    by_file: ClassVar[bool] = True
+
+    kept: Kept
+    """With which the client's last round that counts left it."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A client has done what a message asked, and there is nothing to send."""
+
+    client_id: str
+
+
+@dataclass(frozen=True)
+class UpdateFile:
+    """An update as it came: a file that nobody has looked into; :mod:`fedproxy.federation.server.admission` does."""
+
+    client_id: str
+    """Who was asked for it."""
+    path: Path
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A client that takes no part in the round's result, and why."""
+
+    client_id: str
+    reason: str
+    """One line."""
+
+
+Answer = ClientUpdate | UpdateFile | Done | Dropped
+Answers = Generator[Answer, None, None]
+"""What clients answer; closing it stops those that still run."""
+
+
+class Sites(Protocol):
+    """How the server reaches clients, wherever they are; a running engine is one."""
+
+    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
+        """Run the clients of one round; answers come in the order in which clients finish, one for each client.
+
+        Files of updates stay until the next round begins or the sites are closed.
+
+        Args:
+            broadcast: What every client starts from; each is sent what ``broadcast.addressed_to`` gives for it.
+            client_ids: The round's clients.
+            timeout_s: Seconds after which clients that have not finished are dropped; None waits for all.
+        """
+        ...
+
+    def ask(self, messages: Mapping[str, Message]) -> Answers:
+        """Send each client its message; answers come as in :meth:`run`.
+
+        Raises:
+            CheckpointError: If what a client kept is damaged or missing, in a simulation.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
 
 
 def _save(

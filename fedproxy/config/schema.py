@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fedproxy.federation.by_column
-import fedproxy.federation.partition_file  # noqa: F401 (both register a partition)
+import fedproxy.data.partition.by_column  # noqa: F401 (registers a partition)
 from fedproxy.data.formats import DataFormat
+from fedproxy.data.partition import Partition
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
-from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.names import check_names, folded
 from fedproxy.privacy.config import PrivacyConfig

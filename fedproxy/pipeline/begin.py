@@ -3,8 +3,8 @@
 from typing import Any
 
 from fedproxy.data.owned_texts import OwnedTexts
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.modules.trainer import is_slow
 from fedproxy.pipeline.checks import check_named_clients, check_public
 from fedproxy.pipeline.context import Run

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.validation import Question
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
 from fedproxy.pipeline.display import Display

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.config import RunConfig, to_dict, to_yaml
+from fedproxy.data.partition.owners import read_owners
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.federation.owners import read_owners
 from fedproxy.files import parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own

@@ -1,80 +1,140 @@
-"""After the last round: a model brought to the state that is fused, personal tensors handed in for it."""
+"""What the server asks clients for beside rounds: to go back to a checkpoint, and personal tensors at the end."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError, one_line
-from fedproxy.federation.client.store import ClientStore
+from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.checkpoint import Progress
-from fedproxy.protocol import ClientUpdate, Tensors, nbytes
+from fedproxy.federation.server.expected import Expected
+from fedproxy.federation.server.files import ServerFiles
+from fedproxy.protocol import (
+    Broadcast,
+    ClientUpdate,
+    Collect,
+    Done,
+    Dropped,
+    Message,
+    Rewind,
+    Sites,
+    UpdateFile,
+    nbytes,
+)
+from fedproxy.round_files import joint_seal
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
-from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
-def _check_own(client: str, own: Tensors, start: Tensors) -> None:
-    """Refuse tensors of a client's own that do not fit the state.
+def rewind(sites: Sites, progress: Progress, clients: Sequence[str]) -> None:
+    """Ask every client that keeps something to go back to where it was after the last round of ``progress``.
 
     Raises:
-        ClientError: Naming the first that is missing, unknown or of another form.
+        CheckpointError: If what a client kept is missing, damaged, or not what the checkpoint was written with.
+        ClientError: If a client does not answer.
     """
-    for name in sorted(set(own) | set(start)):
-        if name not in own or name not in start or Source.of(own, name).shape != tuple(start[name].shape):
-            raise ClientError(
-                f"client {client!r} hands in other tensors of its own than the state has "
-                f"({one_line(repr(name), 100)}); start again with overwrite=true"
-            )
+    changes = progress.files.get("changes", {})
+    received = joint_seal([changes[str(number)] for number in range(1, progress.round) if str(number) in changes])
+    messages: dict[str, Message] = {
+        client: Rewind(progress.round, progress.kept_by(client), received)
+        for client in clients
+        if client in progress.kept or received
+    }
+    if messages:
+        with closing(sites.ask(messages)) as answers:
+            for answer in answers:
+                if not isinstance(answer, Done):
+                    reason = f": {answer.reason}" if isinstance(answer, Dropped) else ""
+                    raise ClientError(
+                        f"client {answer.client_id!r} does not go back to round {progress.round}{reason}; mend that, "
+                        "then resume=auto"
+                    )
 
 
 def assemble(
-    model: TrainableModel, progress: Progress, aggregator: Aggregator, store: ClientStore, clients: Sequence[str]
+    model: TrainableModel,
+    progress: Progress,
+    aggregator: Aggregator,
+    files: ServerFiles,
+    sites: Sites,
+    *,
+    folder: Path | None = None,
 ) -> int:
     """Bring a model to the state of ``progress``: shared tensors, the frozen weights, and the mean of clients' own.
 
     Clients hand in the tensors that they kept to themselves once, for this; those that were in no round have none.
+
+    Args:
+        model: The model.
+        progress: The progress.
+        aggregator: The run's rule.
+        files: Where the changes of the frozen weights lie.
+        sites: The clients.
+        folder: Folder of the server alone, for its copies of what comes as files; see :class:`Vault`.
 
     Returns:
         Bytes that clients handed in.
 
     Raises:
         CheckpointError: If a file that the state needs is damaged or missing.
+        ClientError: If a client hands in nothing, or what does not fit the state.
     """
     if "base_change" in aggregator.parts and progress.round:
-        store.frozen.receive(model, progress.round, progress.remembered("base_change"))
+        files.changes.receive(model, progress.round, progress.remembered("base_change"))
     own = {name: tensor for name, tensor in progress.state.items() if not aggregator.shares(name)}
-    means, handed = _mean_of_own(own, aggregator, store, sorted(clients), progress.round) if own else ({}, 0)
+    means, handed = _mean_of_own(own, progress, aggregator, sites, folder) if own and progress.kept else ({}, 0)
     model.load_state({**progress.state, **means})
     return handed
 
 
 def _mean_of_own(
-    start: Mapping[str, Tensor], aggregator: Aggregator, store: ClientStore, clients: Sequence[str], round_: int
+    start: Mapping[str, Tensor], progress: Progress, aggregator: Aggregator, sites: Sites, folder: Path | None
 ) -> tuple[dict[str, Tensor], int]:
-    """Return the clients' own tensors merged by a linear rule, and their bytes; one client's are held at a time.
-
-    Raises:
-        CheckpointError: If a file is damaged.
-        ClientError: If a client's tensors do not fit the state or are not finite.
-    """
-    counts = []
-    for client in clients:
-        memory = store.memory.load(client, before=round_ + 1)
-        if "personal" in memory.parts:
-            counts.append(ClientUpdate(client, {}, memory.num_examples, memory.num_tokens))
-    if not counts:
-        return {}, 0
-    weights = aggregator.linear_weights(counts, RoundContext(round_))
+    """Return the clients' own tensors merged by a linear rule, and their bytes; one client's are held at a time."""
+    clients = sorted(progress.kept)
+    counts = [
+        ClientUpdate(client, {}, progress.kept[client]["examples"], progress.kept[client]["tokens"])
+        for client in clients
+    ]
+    weights = aggregator.linear_weights(counts, RoundContext(progress.round)).tolist()
     sums, handed = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}, 0
-    for update, weight in zip(counts, weights.tolist(), strict=True):
-        own = store.memory.load(update.client_id, before=round_ + 1).parts["personal"]
-        _check_own(update.client_id, own, start)
+    form = Form.of(Broadcast(progress.round, start), Expected())
+    for (client, answer), weight in zip(_in_order(sites, progress, clients), weights, strict=True):
+        try:
+            own = admit(answer, form, Vault(folder)).delta
+        except ClientError as error:
+            raise ClientError(
+                f"client {client!r} hands in other tensors of its own than the state has ({one_line(error, 160)}); "
+                "start again with overwrite=true"
+            ) from error
         handed += nbytes(own)
         for name, total in sums.items():
             change = (own[name] - start[name]).float()
             if not bool(change.isfinite().all()):
-                raise not_finite(update.client_id, name)
+                raise not_finite(client, name)
             total.add_(change, alpha=weight)
     return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed
+
+
+def _in_order(
+    sites: Sites, progress: Progress, clients: Sequence[str]
+) -> Iterator[tuple[str, ClientUpdate | UpdateFile]]:
+    """Yield what clients hand in, in their order; what comes early waits, as a file where it came as one."""
+    early: dict[str, ClientUpdate | UpdateFile] = {}
+    waiting = iter(clients)
+    client = next(waiting)
+    with closing(sites.ask({client: Collect(progress.kept_by(client)) for client in clients})) as answers:
+        for answer in answers:
+            if not isinstance(answer, ClientUpdate | UpdateFile):
+                reason = f": {answer.reason}" if isinstance(answer, Dropped) else ""
+                raise ClientError(
+                    f"client {answer.client_id!r} hands in no tensors{reason}; mend that, then resume=auto"
+                )
+            early[answer.client_id] = answer
+            while client in early:
+                yield client, early.pop(client)
+                client = next(waiting, "")

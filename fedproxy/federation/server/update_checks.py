@@ -8,7 +8,7 @@ import torch
 
 from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.server.expected import Expected
-from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, is_seal
 from fedproxy.strategies.aggregators.cohort import Source
 
 _MOST_COUNTED = 10**9
@@ -42,6 +42,8 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
         raise ClientError(
             f"the update answers round {_shown(update.round)}, not {broadcast.round}; send no earlier one again"
         )
+    if not is_seal(update.seal):
+        raise ClientError(f"the update's seal must be a SHA-256 or empty, got {_shown(update.seal)}")
     _check_counts(update, broadcast, expected)
     _check_figure(update, "train_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "regularizer_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import RemoteClient, UpdateFile
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.federation.engines import RemoteClient
+from fedproxy.protocol import Broadcast, ClientUpdate, UpdateFile
 
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
 CLIENTS = ("ann", "bob", "cid", "dot")

@@ -6,11 +6,12 @@ import os
 import pytest
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition import Partition, check_same_owners, save_partition
+from fedproxy.data.partition.file import PartitionFile
+from fedproxy.data.partition.rows import ClientRows, read_client_rows, rows_file
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError, DataError
-from fedproxy.federation.client_rows import ClientExamples, ClientRows, read_client_rows, rows_file
-from fedproxy.federation.partition import Partition, check_same_owners, save_partition
-from fedproxy.federation.partition_file import PartitionFile
+from fedproxy.federation.client.rows import ClientExamples
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
 

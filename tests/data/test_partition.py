@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from fedproxy.data.partition import Partition, heterogeneity, save_partition
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError, DataError
-from fedproxy.federation.partition import Partition, heterogeneity, save_partition
 
 
 def rows(source, count, labels=2, length=1):

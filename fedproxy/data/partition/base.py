@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from torch.distributions import Dirichlet
 
+from fedproxy.data.partition.owners import read_owners
 from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
-from fedproxy.federation.owners import read_owners
 from fedproxy.files import write_text
 from fedproxy.names import check_names, file_stem
 from fedproxy.registry import Component

@@ -1,17 +1,20 @@
-"""Clients that are never merged (the local-only baseline): each one's state, in files of its own.
+"""Files of the server's own beside its checkpoints: states of clients that are never merged, changes of frozen weights.
 
-One client's state is read when it is served, and written when its update is taken: neither memory nor a checkpoint
-holds more of them. Which file is a client's follows from the finished rounds' records, so that a checkpoint and the
-files written before it agree whatever was written later.
+Where clients are never merged (the local-only baseline), one client's state is read when it is served, and written
+when its update is taken: neither memory nor a checkpoint holds more of them. Which file is a client's follows from the
+finished rounds' records, so that a checkpoint and the files written before it agree whatever was written later.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from fedproxy.federation.round_files import ClientFiles
+from fedproxy.errors import CheckpointError
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.protocol import TensorFile, Tensors
+from fedproxy.round_files import ClientFiles, RoundFiles
+from fedproxy.sealed_tensors import facts_of
+from fedproxy.strategies.round_parts.base_change import BaseChanges
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,58 @@ class StatesAfter(Mapping[str, Tensors]):
 
     def __len__(self) -> int:
         return len(self._clients)
+
+
+class ServerFiles:
+    """What the server keeps in files of rounds, beside its checkpoints: nothing of it is a client's.
+
+    Args:
+        folder: ``runs/<name>/checkpoints``; nothing is made until it is needed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.states = ClientStates(folder / "states")
+        """A state for each client, where clients are never merged."""
+        self.changes = BaseChanges(folder / "base_changes")
+        """What rules moved into the frozen weights."""
+
+    def rewind(self, round_: int) -> None:
+        """Bring them to where they were after round ``round_``, before a run goes on from there."""
+        self.states.rewind(round_)
+        self.changes.files.rewind(round_)
+
+    def kept(self, before: Progress, round_: int, clients: Iterable[str]) -> dict[str, dict[str, str]]:
+        """Return the files that nobody can do without who goes on after a round, with their hashes, for its checkpoint.
+
+        Only what the files say of themselves is read.
+
+        Args:
+            before: The progress after the round before.
+            round_: The round.
+            clients: Whose updates were used.
+        """
+        found = {key: dict(files) for key, files in before.files.items()}
+        for client in clients:
+            if seal := facts_of(self.states.files.of(client).path(round_)).get("sha256"):
+                found[f"states/{client}"] = {str(round_): seal}
+        if seal := facts_of(self.changes.files.path(round_)).get("sha256"):
+            found["changes"] = {**found.get("changes", {}), str(round_): seal}
+        return found
+
+    def check(self, kept: Mapping[str, Mapping[str, str]]) -> None:
+        """Read through the files that a checkpoint names.
+
+        Raises:
+            CheckpointError: If one is missing, damaged, or another than the one that was there when it was written.
+        """
+        for key, files in kept.items():
+            for number, seal in files.items():
+                self._files(key).verified(int(number), seal)
+
+    def _files(self, key: str) -> RoundFiles:
+        kind, _, client = key.partition("/")
+        if kind == "states":
+            return self.states.files.of(client)
+        if kind == "changes":
+            return self.changes.files
+        raise CheckpointError(f"the checkpoint names {key!r}, which is nothing that is kept")

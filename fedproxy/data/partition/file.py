@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedproxy.data.partition.base import Clients, Partition
+from fedproxy.data.partition.owners import read_owners
 from fedproxy.data.rows import Row
 from fedproxy.errors import DataError, nearest, one_line
-from fedproxy.federation.owners import read_owners
-from fedproxy.federation.partition import Clients, Partition
 
 
 @dataclass(frozen=True)

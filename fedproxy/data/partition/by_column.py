@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from fedproxy.data.partition import Clients, Partition
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import owners_in
-from fedproxy.federation.partition import Clients, Partition
 
 
 @dataclass(frozen=True)
