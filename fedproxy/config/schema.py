@@ -12,6 +12,7 @@ from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.federation.engines import Engine
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.names import check_names, folded
+from fedproxy.privacy.config import PrivacyConfig
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
@@ -311,6 +312,7 @@ class RunConfig:
     realignment: Realignment = field(default_factory=lambda: Realignment.by_name("none")())
     parts: dict[str, RoundPart] = field(default_factory=dict)
     """What else rides with a round, by the round part's name: ``parts.precision.up=int8``."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     fusion: Fusion = field(default_factory=lambda: Fusion.by_name("plug_in")())
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: dict[str, Any] = field(
@@ -333,6 +335,8 @@ class RunConfig:
         if member is not None and member not in known:
             raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")
         for name, part in self.parts.items():
+            if not part.optional and name == "privacy":
+                raise ConfigError("parts.privacy comes with the node privacy; use privacy.unit=example or client")
             if not part.optional:
                 raise ConfigError(f"parts.{name} comes with the rule that needs it; remove it")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")

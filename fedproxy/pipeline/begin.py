@@ -10,6 +10,7 @@ from fedproxy.pipeline.checks import check_named_clients, check_public
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes
 from fedproxy.pipeline.inputs import check_inputs, same_rows
+from fedproxy.pipeline.privacy import check_budget
 from fedproxy.pipeline.stages.compress import fidelity_texts
 from fedproxy.pipeline.validation import held_out
 
@@ -50,6 +51,7 @@ def _deal(run: Run) -> tuple[Dealt, dict[str, Any] | None]:
     """
     dealt = deal(run.config.data, seed=run.config.seed)
     check_named_clients(run.config, dealt.clients)
+    check_budget(run.config, {name: len(rows) for name, rows in dealt.clients.items()})
     if run.folder.begins:
         return dealt, None
     inputs = check_inputs(run, dealt.clients)

@@ -52,7 +52,7 @@ COMPRESS = Reads(
 FEDERATE = Reads(
     settings=(
         *("seed", "target.dtype", "trainable", "regularizer", "aggregator", "server_optimizer", "realignment"),
-        *("parts", "trainer", "fusion", *_ENGINE),
+        *("parts", "privacy", "trainer", "fusion", *_ENGINE),
         *_below(
             "data",
             "tasks files formats weights template_names_target prompt_column target_column label_column rows_per_task",

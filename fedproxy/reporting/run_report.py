@@ -9,6 +9,7 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
+from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
 
@@ -192,11 +193,13 @@ class RunReport:
     """Optional; left out of report.json where None."""
     fidelity: FidelityReport | None = None
     """Optional; left out of report.json where None."""
+    privacy: PrivacyReport | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "fidelity", "notes", "client_scores", "validation"):
+        for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy"):
             if not data[key]:
                 del data[key]
         if data.get("validation") and not data["validation"]["evaluator"]:

@@ -42,6 +42,8 @@ class LocalSetup:
     """What becomes of rows that are too long, see :class:`fedproxy.data.examples.Lengths`."""
     quantization: str = "none"
     """Bits of the frozen weights: none, 8bit or 4bit."""
+    ledger: str | None = None
+    """Folder of the clients' privacy ledgers, beside their data."""
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
@@ -67,7 +69,17 @@ class LocalSetup:
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        return Site(model, examples, pad_id=pad, trainer=trainer, memory=memory, logs=logs, proxy=Path(self.proxy))
+        ledger = None if self.ledger is None else Path(self.ledger)
+        return Site(
+            model,
+            examples,
+            pad_id=pad,
+            trainer=trainer,
+            memory=memory,
+            logs=logs,
+            proxy=Path(self.proxy),
+            ledger=ledger,
+        )
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""

@@ -38,6 +38,7 @@ class Site:
         logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
         held_out: Each client's tokenised rows that it holds back from training.
         proxy: Folder that the model was loaded from, which the server may compare with its own.
+        ledger: Folder of the clients' privacy ledgers, beside their data.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Site:
         logs: Path | None = None,
         held_out: Mapping[str, Sequence[Example]] | None = None,
         proxy: Path | None = None,
+        ledger: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
         self.memory, self.logs, self.held_out, self.proxy = memory, logs, held_out or {}, proxy
-        self.initial, self._proxy_sha256 = model.state(), ""
+        self.ledger, self.initial, self._proxy_sha256 = ledger, model.state(), ""
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
@@ -149,5 +151,6 @@ class Site:
             device=torch.device("cpu"),
             lr=job.lr,
             seed=seed,
+            ledger=self.ledger,
             writes=writes,
         )

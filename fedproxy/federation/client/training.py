@@ -16,6 +16,7 @@ from fedproxy.data.batching import ExampleLoader
 from fedproxy.errors import ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
@@ -69,39 +70,47 @@ def tune(
     model = task.model
     model.load_state(task.state)
     parameters = model.parameters()
-    loader = ExampleLoader(
-        task.examples, job.batch_size, pad_id=task.pad_id, generator=torch.Generator().manual_seed(seeds.batches)
-    )
-    module = CausalLMModule(
-        model.model,
-        lr=job.lr,
-        weight_decay=job.weight_decay,
-        parameters={name: parameter for name, parameter in parameters.items() if name not in job.frozen},
-        regularizer=_regularizer(job.regularizer),
-        anchor=task.state,
-        conflict=task.conflict,
-        pull=task.pull,
-    )
+    module, batches = _work(task, job, seeds)
+    private = task.training is not None  # clips each row, and steps by itself
     trainer = make_trainer(
         options,
         max_epochs=job.epochs,
-        accumulate=job.accumulate,
-        max_grad_norm=job.max_grad_norm,
+        accumulate=1 if private else job.accumulate,
+        max_grad_norm=None if private else job.max_grad_norm,
         callbacks=[] if deadline is None else [_Deadline(deadline)],
         root=logs,
     )
     with _resting(parameters[name] for name in job.frozen), _recomputing(model, job.gradient_checkpointing):
-        fit(trainer, module, loader, seed=seeds.dropout[rank_and_size()[0]])
+        fit(trainer, module, batches, seed=seeds.dropout[rank_and_size()[0]])
     task.steps, task.device = trainer.global_step, trainer.strategy.root_device
     return ClientUpdate(
         task.client_id,
         _difference(model.state(), task.state),
         num_examples=len(task.examples),
-        num_tokens=loader.num_tokens * job.epochs,
+        num_tokens=sum(example.target_length for example in task.examples) * job.epochs,
         train_loss=module.task_loss,
         regularizer_loss=module.regularizer_loss,
         round=task.broadcast.round,
     )
+
+
+def _work(task: ClientRound, job: Job, seeds: ClientSeeds) -> tuple[CausalLMModule, ExampleLoader | PoissonLoader]:
+    """Return what trains in a round, and its batches."""
+    options: dict[str, Any] = {
+        "lr": job.lr,
+        "weight_decay": job.weight_decay,
+        "parameters": {name: own for name, own in task.model.parameters().items() if name not in job.frozen},
+        "regularizer": _regularizer(job.regularizer),
+        "anchor": task.state,
+        "conflict": task.conflict,
+        "pull": task.pull,
+    }
+    if task.training is not None:
+        module = PrivateLMModule(task.model.model, task.training, len(task.examples), **options)
+        return module, PoissonLoader(task.examples, task.training, pad_id=task.pad_id)
+    order = torch.Generator().manual_seed(seeds.batches)
+    loader = ExampleLoader(task.examples, job.batch_size, pad_id=task.pad_id, generator=order)
+    return CausalLMModule(task.model.model, **options), loader
 
 
 class _Deadline(Callback):  # type: ignore[misc]

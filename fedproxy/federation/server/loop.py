@@ -24,6 +24,7 @@ from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
+from fedproxy.strategies.round_parts.privacy import figures
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -293,9 +294,11 @@ class _Moved(Mapping[str, Tensor]):
 def _taken(number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
     """Return what a record says of the updates that were taken; losses are means over examples."""
     examples = [update.num_examples for update in updates]
+    private = bool(updates) and all("privacy" in update.extras for update in updates)
     return {
         "round": number,
         "clients": [update.client_id for update in updates],
+        **({"privacy": figures(updates)} if private else {}),
         **({"dropped": dict(dropped)} if dropped else {}),
         "train_loss": _mean([update.train_loss for update in updates], examples),
         "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),

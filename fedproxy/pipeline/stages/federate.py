@@ -29,6 +29,7 @@ from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar
+from fedproxy.pipeline.privacy import ledger_folder, privacy_parts
 from fedproxy.pipeline.reads import FEDERATE, MAY_CHANGE
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.compress import Compress
@@ -193,7 +194,8 @@ def _federation(
 ) -> Federation:
     """Return the server's side of the rounds, as the recipe has it."""
     config, clients = run.config, run.clients
-    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
+    added = [*config.parts.values(), *privacy_parts(config, clients, checkpoints(run).run)]
+    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, added)
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
     return Federation(
         clients=sorted(clients),
@@ -211,7 +213,12 @@ def _federation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(parts, model, rows=clients, target_tokens=_most_targets(config, clients)),
+            Expected.from_parts(
+                parts,
+                model,
+                rows=None if config.privacy.on else clients,  # counts are withheld
+                target_tokens=_most_targets(config, clients),
+            ),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -258,6 +265,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         long_rows=config.data.long_rows,
         trainer=config.trainer,
         quantization=config.client.quantization,
+        ledger=str(ledger_folder(config, run.folder.rows).absolute()) if config.privacy.on else None,
         logs=str(run.folder.trainer_logs.absolute()),
     )
 

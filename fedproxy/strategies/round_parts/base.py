@@ -7,6 +7,7 @@ The parts of a run form a chain. The server's :meth:`RoundPart.send` runs in the
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Generator, Tensor, device
@@ -99,6 +100,12 @@ class ClientRound:
     """Seed of this client's own draws in this round (:class:`fedproxy.seeding.ClientSeeds`)."""
     steps: int = 0
     """Optimiser steps done; known after training."""
+    ledger: Path | None = None
+    """Folder of privacy ledgers beside this client's data."""
+    privacy: Any = None
+    """What the part ``privacy`` charged for this round, and where its noise comes from."""
+    training: Any = None
+    """How rows are sampled and noised (:class:`fedproxy.privacy.dp_sgd.PrivateTraining`); None trains as usual."""
     writes: bool = True
     """False in further processes that train the same client: they compute what the first one sends."""
 
