@@ -91,6 +91,8 @@ class ExampleLoader:
         self.batch_size = batch_size
         self.pad_id = pad_id
         self.generator = generator
+        self.tokens: list[int] = []
+        """Target tokens of every batch that was handed out, of all processes together, in order."""
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -101,6 +103,7 @@ class ExampleLoader:
         rank, processes = rank_and_size()
         for chosen in batches(lengths, self.batch_size, self.generator):
             whole = [self.examples[index] for index in chosen]
+            self.tokens.append(sum(example.target_length for example in whole))
             yield collate(whole, self.pad_id) if processes == 1 else self._part(whole, rank, processes)
 
     def _part(self, whole: list[Example], rank: int, processes: int) -> dict[str, Tensor]:
@@ -110,11 +113,6 @@ class ExampleLoader:
         share = processes * tokens / sum(example.target_length for example in whole)
         # A process without examples runs one that counts nothing: the others wait for it in every step.
         return {**collate(own or whole[:1], self.pad_id), "share": torch.tensor(share)}
-
-    @property
-    def num_tokens(self) -> int:
-        """Target tokens of one epoch."""
-        return sum(example.target_length for example in self.examples)
 
 
 class ShuffledBatches:

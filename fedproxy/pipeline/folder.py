@@ -16,7 +16,8 @@ from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked,
 from fedproxy.sealed import read_sealed
 from fedproxy.yaml_files import read_mapping
 
-# Keys that may change between a run and its continuation; federation.rounds may also grow.
+# Keys that may change between a run and its continuation; federation.rounds may also grow, unless a schedule goes over
+# all rounds.
 _FREE = {
     *("resume", "accept_changed", "output_dir", "overwrite", "plugins", "engine", "evaluation", "loggers"),
     *("trainer.devices", "trainer.strategy", "federation.min_clients", "federation.round_timeout_s"),
@@ -124,7 +125,7 @@ class RunFolder:
             CheckpointError: If the run's configuration cannot be read.
         """
         if self._holds_run():
-            check_same_run(_read_config(self.config), to_dict(config), self.root, way_out)
+            check_same_run(_read_config(self.config), config, self.root, way_out)
 
     def remove(self) -> None:
         """Delete the run.
@@ -233,15 +234,17 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
             )
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, way_out: str) -> None:
+def check_same_run(old: Mapping[str, Any], new: RunConfig, root: Path, way_out: str) -> None:
     """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
-    before, after = flat(old), flat(new)
+    before, after, longer = flat(old), flat(to_dict(new)), new.client.schedule.needs_rounds
     for key in sorted(before.keys() | after.keys()):
         if any(key == free or key.startswith(f"{free}.") for free in _FREE):
             continue
         was, now = before.get(key), after.get(key)
-        if key == "federation.rounds" and isinstance(was, int) and isinstance(now, int) and now >= was:
-            continue
+        if key == "federation.rounds" and isinstance(was, int) and isinstance(now, int) and now > was:
+            if not longer:
+                continue
+            way_out = f"{way_out}: client.schedule goes over all rounds"
         if was != now:
             raise ConfigError(
                 f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or {way_out}"

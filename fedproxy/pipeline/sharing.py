@@ -210,6 +210,7 @@ def federation_key(run: "Run", owned: Container[str], questions: Sequence[Questi
             "proxy": proxy,
             "settings": {name: value for name, value in to_dict(config).items() if name not in _NOT_OF_ROUNDS},
             "classes": [_class(part) for part in (config.trainable, config.regularizer, config.aggregator)],
+            "training_classes": [_class(part) for part in (config.client.schedule, config.client.optimizer)],
             "server_classes": [_class(part) for part in (config.server_optimizer, config.realignment, config.engine)],
             "rows": run.facts["data_sha256"],
             "owners": file_sha256(run.folder.partition),

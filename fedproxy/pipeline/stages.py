@@ -331,7 +331,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {**settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer), "rounds": config.federation.rounds}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:

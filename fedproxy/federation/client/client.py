@@ -1,10 +1,11 @@
 """One client's work in one round: start from the broadcast state, tune on its own rows, send back the change."""
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from fedproxy.errors import ClientError
 from fedproxy.federation.client.memory import Memory
 from fedproxy.federation.client.store import ClientStore
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.optimizers import Optimizer
+from fedproxy.modules.schedules import Schedule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.names import file_stem
 from fedproxy.processes import rank_and_size
@@ -40,12 +43,25 @@ class Job:
     max_grad_norm: float | None
     regularizer: Mapping[str, Any]
     """Name and options of the client-side term."""
+    schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    """Name and options of the learning rate's schedule."""
+    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"name": "adamw"})
+    """Name and options of the optimiser."""
+    rounds: int = 1
+    """Rounds of the run, over which a schedule may go."""
+    max_steps: int | None = None
+    """Most optimiser steps."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
     parts: Sequence[Mapping[str, Any]] = ()
     """Names and options of the parts that ride with the round, in the order of the chain."""
+
+    def steps(self, batches: int) -> int:
+        """Return a round's optimiser steps, given the batches of an epoch."""
+        steps = self.epochs * math.ceil(batches / self.accumulate)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 class LocalClient:
@@ -95,12 +111,16 @@ class LocalClient:
             pad_id=self.pad_id,
             generator=torch.Generator().manual_seed(seeds.batches),
         )
+        steps = job.steps(len(loader))
+        rate = Schedule.made(job.schedule).in_round(broadcast.round, rounds=job.rounds, steps=steps, lr=job.lr)
         module = CausalLMModule(
             self.model.model,
             lr=job.lr,
+            schedule=rate,
+            optimizer=Optimizer.made(job.optimizer),
             weight_decay=job.weight_decay,
             parameters={name: parameter for name, parameter in parameters.items() if name not in job.frozen},
-            regularizer=_regularizer(job.regularizer),
+            regularizer=Regularizer.made(job.regularizer),
             anchor=task.state,
             conflict=task.conflict,
             pull=task.pull,
@@ -108,6 +128,7 @@ class LocalClient:
         trainer = make_trainer(
             self.trainer,
             max_epochs=job.epochs,
+            max_steps=-1 if job.max_steps is None else job.max_steps,
             accumulate=job.accumulate,
             max_grad_norm=job.max_grad_norm,
             callbacks=[] if deadline is None else [_Deadline(deadline)],
@@ -116,11 +137,12 @@ class LocalClient:
         with _resting(parameters[name] for name in job.frozen), _recomputing(self.model, job.gradient_checkpointing):
             fit(trainer, module, loader, seed=seeds.dropout[rank_and_size()[0]])
         task.steps, task.device = trainer.global_step, trainer.strategy.root_device
+        task.lr = job.lr * (sum(map(rate, range(task.steps))) / task.steps or 1.0)
         update = ClientUpdate(
             client_id,
             _difference(self.model.state(), task.state),
             num_examples=len(task.examples),
-            num_tokens=loader.num_tokens * job.epochs,
+            num_tokens=sum(loader.tokens[: trainer.fit_loop.epoch_loop.total_batch_idx + 1]),
             train_loss=module.task_loss,
             regularizer_loss=module.regularizer_loss,
             round=broadcast.round,
@@ -206,8 +228,3 @@ def _recomputing(model: TrainableModel, wanted: bool) -> Iterator[None]:
 
 def _difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.sub_(old[name]) for name, tensor in new.items()}
-
-
-def _regularizer(node: Mapping[str, Any]) -> Regularizer:
-    options = {key: value for key, value in node.items() if key != "name"}
-    return Regularizer.by_name(node["name"])(**options)
