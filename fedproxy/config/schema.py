@@ -106,6 +106,8 @@ class ClientConfig:
     """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    packing: bool = False
+    """Put rows of a batch side by side into few sequences, each row seeing itself alone: less padding, same steps."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
     quantization: Literal["none", "8bit", "4bit"] = "none"

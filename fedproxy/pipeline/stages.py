@@ -31,7 +31,7 @@ from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt
 from fedproxy.models import Decoder, LayerMap, load_model, load_tokenizer, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
-from fedproxy.models.probing import check_target
+from fedproxy.models.probing import check_packing, check_target
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar, Display
@@ -157,6 +157,8 @@ def compress(run: Run, clients: ClientRows) -> None:
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens))
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         check_target(target)
+        if config.client.packing and config.federation.rounds:
+            check_packing(target)
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     depth, shown = len(Decoder.of(target)), config.compression.block_scores(len(Decoder.of(target)), scores)
@@ -251,6 +253,8 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     """
     config = run.config
     proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
+    if config.client.packing:
+        check_packing(proxy)
     trainable = config.trainable.placed(run.layer_map())
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)

@@ -1,5 +1,7 @@
 """Schedules, bounded steps and other optimisers, through whole runs."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,3 +86,15 @@ def test_control_variates_count_by_the_rates_that_were_taken(run_tiny):
     # same size as the mean of two, where a division by 2 lr would make it a fourth.
     sizes = [torch.cat([tensor.flatten() for tensor in group.values()]).norm().item() for group in found]
     assert 0.5 < sizes[0] / sizes[1] < 2
+
+
+def test_packed_clients_train_as_others_do(run_tiny, tmp_path):
+    for name in ("a", "b"):  # rows of 1 to 20 words, whose batches cannot be of one length
+        rows = [{"prompt": " ".join(["red"] * (1 + 7 * i % 20)), "target": f" {name} {i % 3}"} for i in range(16)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = ("data.tasks=[]", f"data.files.a={tmp_path}/a.jsonl", f"data.files.b={tmp_path}/b.jsonl")
+    brief = (*sources, "federation.rounds=1", "evaluation.models=[]", "client.batch_size=8", "evaluation.tasks=[]")
+    states = [state_of(run_tiny(*brief, *more)[1], 1) for more in ((), ("client.packing=true",))]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=2e-3)  # of steps of 1e-2
+    assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])  # rows were packed

@@ -51,6 +51,8 @@ class Job:
     """Rounds of the run, over which a schedule may go."""
     max_steps: int | None = None
     """Most optimiser steps."""
+    packing: bool = False
+    """Put rows of a batch side by side; the server has checked that its model keeps them apart."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
@@ -110,6 +112,7 @@ class LocalClient:
             job.batch_size,
             pad_id=self.pad_id,
             generator=torch.Generator().manual_seed(seeds.batches),
+            packing=job.packing,
         )
         steps = job.steps(len(loader))
         rate = Schedule.made(job.schedule).in_round(broadcast.round, rounds=job.rounds, steps=steps, lr=job.lr)
