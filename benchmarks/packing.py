@@ -89,9 +89,8 @@ def main() -> None:
             "tokens_per_second": tokens[side] / seconds[side],
             "padding": 1 - tokens[side] / width[side],
         }
-        print(
-            f"{' '.join(side):16} {tokens[side] / seconds[side]:8.0f} tokens/s  {1 - tokens[side] / width[side]:.0%} fill"
-        )
+        figures = found["_".join(side)]
+        print(f"{' '.join(side):16} {figures['tokens_per_second']:8.0f} tokens/s  {figures['padding']:.0%} padding")
     rate = {name: figures["tokens_per_second"] for name, figures in found.items()}
     for order in ("random", "grouped"):
         print(

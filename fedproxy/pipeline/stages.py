@@ -252,9 +252,7 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
         The proxy in its final state, or that of the best round, and the progress that it has.
     """
     config = run.config
-    proxy, tokenizer = load_model(run.folder.proxy, dtype=config.target.dtype), load_tokenizer(run.folder.proxy)
-    if config.client.packing:
-        check_packing(proxy)
+    proxy, tokenizer = _load_proxy(run)
     trainable = config.trainable.placed(run.layer_map())
     model = trainable.attach(proxy, generator(config.seed, "trainable"))
     checkpoints, store = run.checkpoints(), ClientStore(run.folder.checkpoints)
@@ -330,6 +328,14 @@ def federate(run: Run, clients: ClientRows, questions: Sequence[Question] = ()) 
     if config.aggregator.aggregates:
         run.note(collected_bytes=assemble(model, progress, config.aggregator, store, federation.clients))
     return model, progress
+
+
+def _load_proxy(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the proxy and its tokenizer, the proxy fit for what clients do with its rows."""
+    proxy = load_model(run.folder.proxy, dtype=run.config.target.dtype)
+    if run.config.client.packing:
+        check_packing(proxy)
+    return proxy, load_tokenizer(run.folder.proxy)
 
 
 def _job(config: RunConfig) -> dict[str, Any]:

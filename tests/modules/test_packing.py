@@ -78,9 +78,7 @@ def test_loss_and_gradients_are_those_of_rows_apart(make_model, family, implemen
 @pytest.mark.parametrize("family", ["mamba", "bloom", "mpt", "lfm2", "opt"])
 def test_families_that_would_mix_rows_are_refused(make_model, family):
     model = build(family) if family in FURTHER else make_model(family)
-    with pytest.raises(
-        ConfigError, match=r"^client\.packing: \w+ does not keep rows apart .*; set client\.packing=fal"
-    ):
+    with pytest.raises(ConfigError, match=r"^client\.packing: \w+ does not keep rows apart .*; set client"):
         check_packing(model)
 
 
@@ -93,7 +91,5 @@ def test_a_model_without_positions_is_refused(make_model):
             return forward(self, input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
 
     model.__class__ = Without
-    with pytest.raises(
-        ConfigError, match=r"^client\.packing: Without fails on a few tokens: .*; set client\.packing=fal"
-    ):
+    with pytest.raises(ConfigError, match=r"^client\.packing: Without fails on a few tokens: .*; set client"):
         check_packing(model)
