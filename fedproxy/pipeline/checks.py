@@ -226,6 +226,7 @@ def check_devices(config: RunConfig, *, here: bool = True) -> None:
             f"client.batch_size must be at least the {devices.count} devices that share a batch "
             f"(trainer.devices={config.trainer['devices']}), got {rows}"
         )
+    config.client.optimizer.check(training_device(one_device(config.trainer)).type, devices.strategy)
     if devices.strategy == "fsdp":
         _check_sharded(config)
     if config.client.quantization != "none":

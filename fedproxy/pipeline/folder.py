@@ -120,7 +120,7 @@ class RunFolder:
             CheckpointError: If the run's configuration cannot be read.
         """
         if self._holds_run():
-            check_same_run(_read_config(self.config), to_dict(config), self.root, way_out)
+            check_same_run(_read_config(self.config), config, self.root, way_out)
 
     def remove(self) -> None:
         """Delete the run.
@@ -231,13 +231,16 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
             )
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, way_out: str) -> None:
+def check_same_run(old: Mapping[str, Any], new: RunConfig, root: Path, way_out: str) -> None:
     """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
-    before, after = flat(old), flat(new)
+    before, after, longer = flat(old), flat(to_dict(new)), new.client.schedule.needs_rounds
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)
         fewer = key == "federation.rounds" and not (isinstance(was, int) and isinstance(now, int) and now >= was)
-        if was != now and (fewer or not lies_below(key, MAY_CHANGE)):
+        more = key == "federation.rounds" and not fewer and was != now and longer
+        if more:
+            way_out = f"{way_out}: client.schedule goes over all rounds"
+        if was != now and (fewer or more or not lies_below(key, MAY_CHANGE)):
             raise ConfigError(
                 f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or {way_out}"
             )

@@ -54,6 +54,11 @@ def check_privacy(config: RunConfig, *, here: bool = True) -> None:
                 f"privacy.unit={privacy.unit} needs the package {package.replace('_', '-')}; run pip install "
                 "'fedproxy[privacy]'"
             )
+    if privacy.unit == "example" and config.client.packing:
+        raise ConfigError(
+            "client.packing: privacy.unit=example clips each row's own gradient, which rows side by side do not have; "
+            "use client.packing=false"
+        )
     parts = {*config.aggregator.parts, *config.regularizer.parts}
     if "statistics" in parts:
         raise ConfigError(

@@ -59,7 +59,7 @@ FEDERATE = Reads(
         ),
         *_below("data", "format template holdout long_rows max_input_tokens max_target_tokens end_token partition"),
         *_below("client", "lr batch_size accumulate epochs weight_decay max_grad_norm gradient_checkpointing"),
-        *_below("client", "quantization"),
+        *_below("client", "quantization schedule optimizer max_steps packing"),
         *_below("federation", "rounds clients_per_round space validation sampling max_norm_ratio"),
     ),
     sources=("data", "calibration", "plugins", "versions"),

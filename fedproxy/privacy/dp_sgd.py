@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedproxy.data.batching import IGNORED, collate
-from fedproxy.data.examples import Example
+from fedproxy.data.batching import collate
+from fedproxy.data.examples import IGNORED, Example
 from fedproxy.errors import ClientError
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.causal_lm import CausalLMModule
@@ -61,6 +61,10 @@ class PoissonLoader:
         if not examples:
             raise ClientError("a client has no training rows; give it rows or leave it out of the federation")
         self.examples, self.training, self.pad_id = examples, training, pad_id
+
+    def tokens_of(self, batches: int) -> int:
+        """Return the target tokens of an epoch on average: those of all rows. What was drawn stays with the client."""
+        return sum(example.target_length for example in self.examples)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(self.training.steps):
@@ -129,6 +133,9 @@ class PrivateLMModule(CausalLMModule):
         optimizer: Any = self.optimizers()
         optimizer.step()
         optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        if schedule is not None:
+            schedule.step()
 
     def on_train_epoch_end(self) -> None:
         """Add up the epoch's losses, which stay with the client."""

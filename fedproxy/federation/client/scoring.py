@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from fedproxy.data.batching import IGNORED, collate
+from fedproxy.data.batching import collate
+from fedproxy.data.examples import IGNORED
 from fedproxy.data.tokenisation import Example
 from fedproxy.models import placed
 from fedproxy.modules.answer_logits import answer_logits

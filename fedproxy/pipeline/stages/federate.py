@@ -25,6 +25,7 @@ from fedproxy.messages import Answer, Dropped, Sites
 from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
+from fedproxy.models.probing import check_packing
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -136,6 +137,8 @@ class _Rounds:
         """Go on from the last whole checkpoint, or from the proxy as it was made."""
         config = run.config
         proxy, tokenizer = run.proxy(), load_tokenizer(run.folder.proxy)
+        if config.client.packing:
+            check_packing(proxy)
         trainable = config.trainable.placed(run.layer_map)
         model = trainable.attach(proxy, generator(config.seed, "trainable"))
         setup = _local_setup(run, trainable)
@@ -244,7 +247,7 @@ def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {**settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer), "rounds": config.federation.rounds}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
