@@ -23,6 +23,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_questions, expanded
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.pipeline.planning.ranks import with_ranks_that_fit
 from fedproxy.pipeline.privacy import check_privacy
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
@@ -52,6 +53,7 @@ def check(named: RunConfig, display: Display | None = None, *, here: bool = True
     """
     config = expanded(named)
     check_components(config, here=here)
+    config = with_ranks_that_fit(config)
     if not here:
         check_shapes(config)
         return config
