@@ -19,11 +19,11 @@ demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, fede
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'
 
-check: $(VENV)/.installed  ## Lint, types, and who may import whom
+check: $(VENV)/.installed  ## Lint, types, and which file may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
-	$(BIN)/lint-imports
 
 test-slow: $(VENV)/.installed  ## The rest: slow, browser, gpu and flower tests, each skipped with a reason where it cannot run
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m '(slow or flower) and not gpu and not browser'

@@ -191,7 +191,7 @@ def stream(folder, clients, size):
     plain = time.perf_counter() - start
     reset_peak()
     start = time.perf_counter()
-    result = Aggregator.by_name("h_ties")().aggregate(updates, output=folder)
+    result = Aggregator.by_name("h_ties")().aggregate(updates)
     seconds = time.perf_counter() - start
     peak = resident("VmHWM") / 2**30
     print(f"{clients} clients x {size / 1e6:g} M float32 from files ({read:.0f} MB), h_ties")

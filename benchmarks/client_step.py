@@ -151,7 +151,7 @@ def prepare_transformers(side: str, sampling: str, examples: list[Example], toke
     )
     model = get_peft_model(load_proxy(), config)
     data = [
-        {"input_ids": ids, "labels": [-100] * example.prompt_length + ids[example.prompt_length :]}
+        {"input_ids": ids, "labels": [-100] * example.spans[0][0] + ids[example.spans[0][0] :]}
         for example in examples
         for ids in [list(example.input_ids)]
     ]

@@ -32,12 +32,12 @@ from fedproxy.data.assets import resolve
 from fedproxy.data.sources import read_texts
 from fedproxy.models import Decoder, load_model, load_tokenizer
 from fedproxy.models.decoder import positions_limit
-from fedproxy.modules.distillation import distil
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.pipeline.data import text_batches
 from fedproxy.reporting.provenance import hardware, versions
 from fedproxy.strategies.compression import Compressor
 from fedproxy.strategies.compression.block_influence import block_influence
+from fedproxy.strategies.compression.distilling import distil
 
 COMPRESSORS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "block_influence": ("block_influence", {}),

@@ -32,12 +32,13 @@ from fedproxy.data.assets import resolve
 from fedproxy.data.batching import ShuffledBatches
 from fedproxy.data.sources import read_texts
 from fedproxy.models import Decoder, load_model, load_tokenizer
-from fedproxy.modules.distillation import DistillationModule, distil, mean_kl
+from fedproxy.modules.distillation import DistillationModule, mean_kl
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.teacher import Teacher
 from fedproxy.modules.teacher_cache import TeacherCache
 from fedproxy.pipeline.data import text_batches
 from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.compression.distilling import distil
 
 HELD_OUT, CALIBRATION, SEED = 64, 64, 42
 TRAINER = {"accelerator": "cpu", "devices": 1}

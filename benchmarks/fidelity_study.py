@@ -32,13 +32,13 @@ from fedproxy.evaluation.harness import evaluate_model, missing_assets
 from fedproxy.files import write_json, write_text
 from fedproxy.models import Decoder, load_model, load_tokenizer
 from fedproxy.models.decoder import parameter_count, positions_limit
-from fedproxy.modules.distillation import distil
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.data import text_batches
 from fedproxy.pipeline.run import run
 from fedproxy.seeding import generator
 from fedproxy.strategies.compression import Compressor
+from fedproxy.strategies.compression.distilling import distil
 
 RESULTS = Path(__file__).parent.parent / "docs" / "results"
 SEED, CALIBRATION_ROWS, HELD_OUT_ROWS = 42, 64, 64

@@ -112,7 +112,9 @@ def lora_steps(lora: Any, options: argparse.Namespace, row: RowLength) -> dict[s
     model, device = lora.model, torch.device(options.device)
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (options.batch * options.steps, row.tokens), generator=rng)
-    examples = [Example(tuple(tokens), row.input_tokens, str(k)) for k, tokens in enumerate(ids.tolist())]
+    examples = [
+        Example(tuple(tokens), ((row.input_tokens, row.tokens),), str(k)) for k, tokens in enumerate(ids.tolist())
+    ]
     clock = _Clock(device)
     options_of_trainer = {"accelerator": device.type, "devices": 1, "precision": "32-true"}
     trainer = make_trainer(options_of_trainer, max_epochs=1, callbacks=[clock])

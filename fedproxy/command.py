@@ -1,10 +1,11 @@
 """What all commands share: help without heavy imports, errors as one line, exit codes."""
 
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from fedproxy.errors import FedProxyError
+from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, printable_lines, shows_causes
 from fedproxy.interrupts import describe, exit_code, handled, interruption
 
 BAD_INPUT = 2
@@ -25,8 +26,9 @@ def run_command(main: Callable[[Sequence[str]], int | None], usage: str) -> None
 def exit_code_of(work: Callable[[], int | None]) -> int:
     """Do a command's work and return its exit code.
 
-    A :class:`FedProxyError` becomes one line on standard error and exit code 2; Ctrl-C, SIGTERM and SIGHUP become one
-    line and 128 plus the signal's number. Any other exception is a defect and keeps its traceback.
+    A :class:`FedProxyError` becomes one line on standard error and exit code 2. With ``FEDPROXY_DEBUG=1`` its traceback
+    follows, which the line names if something unforeseen is behind it. Ctrl-C, SIGTERM and SIGHUP become one line and
+    128 plus the signal's number. Any other exception is a defect and keeps its traceback.
     """
     with handled():
         try:
@@ -38,12 +40,21 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
                 _say(describe(stopped))
                 return exit_code(stopped)
             if isinstance(error, FedProxyError):
-                _say(f"error: {' '.join(str(error).split())}")
+                _say_error(error)
                 return BAD_INPUT
             if isinstance(error, BrokenPipeError):  # the reader of our output went away (`| head`)
                 sys.stderr.close()
                 return 0
             raise
+
+
+def _say_error(error: FedProxyError) -> None:
+    line = " ".join(str(error).split())
+    if shows_causes():
+        _say(f"error: {line}\n{printable_lines(''.join(traceback.format_exception(error)))}")
+        return
+    foreign = error.__cause__ is not None and not isinstance(error.__cause__, FedProxyError | OSError)
+    _say(f"error: {line}" + (f" ({CAUSE_HINT})" if foreign or LOG_NAME.search(line) else ""))
 
 
 def _say(line: str) -> None:

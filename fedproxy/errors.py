@@ -1,6 +1,7 @@
 """Errors that a user, a client or a file can cause: each is one line that names the key, the rule and the way out."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 
@@ -42,6 +43,17 @@ class EvaluationError(FedProxyError):
     """An evaluation task or setting cannot be used."""
 
 
+def shows_causes() -> bool:
+    """Return whether whole tracebacks are to be shown below errors: ``FEDPROXY_DEBUG=1`` in the environment."""
+    return os.environ.get("FEDPROXY_DEBUG") == "1"
+
+
+LOG_NAME = re.compile(r"\S+/logs/[\w.-]+\.log\b")
+"""How lines name the log of a client or of a worker, which has the traceback."""
+CAUSE_HINT = "FEDPROXY_DEBUG=1 shows the traceback"
+"""What an error ends with whose line cannot say what happened."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the hint ``; did you mean X?`` for the known name closest to ``name``, or the list of known names."""
     names = sorted(known)
@@ -69,6 +81,12 @@ def one_line(text: object, limit: int = LONGEST_LINE) -> str:
     clean = "".join(character if character.isprintable() else " " for character in _ESCAPES.sub(" ", whole))
     line = " ".join(clean.split()) or type(text).__name__
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def printable_lines(text: str) -> str:
+    """Return a text of several lines, such as a traceback, each as :func:`one_line` shows it and indented as it was."""
+    lines = ((line, len(line) - len(line.lstrip(" "))) for line in text.splitlines())
+    return "\n".join(" " * blanks + one_line(line, 1000) if line.strip() else "" for line, blanks in lines)
 
 
 def first_line(error: object) -> str:

@@ -37,12 +37,13 @@ def main(arguments: Sequence[str]) -> None:
 
 def _render(run: Path) -> None:
     from fedproxy.locks import locked
+    from fedproxy.reporting.pages import write_pages
     from fedproxy.reporting.run_report import RunReport, check_pages, report_file
 
     report, folder = RunReport.load(run), report_file(run).parent
     with locked(folder, "run"):
         check_pages(folder)
-        for path in report.render(folder):
+        for path in write_pages(report, folder):
             print(path)
 
 

@@ -11,7 +11,7 @@ from fedproxy.comparison.execution import Outcome, cells, do_runs, only_one, sha
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.checks import check_components
 from fedproxy.pipeline.display import Display
 from fedproxy.reporting.comparison.analysis import Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison

@@ -16,9 +16,10 @@ from fedproxy.files import plain, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable, expanded
-from fedproxy.pipeline.folder import RunFolder, flat
+from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.reads import flat
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 

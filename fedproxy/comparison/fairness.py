@@ -6,7 +6,7 @@ from typing import Any
 
 from fedproxy.config import RunConfig, to_dict
 from fedproxy.errors import ConfigError
-from fedproxy.pipeline.folder import flat
+from fedproxy.pipeline.reads import flat
 
 _FREE_OF_EVALUATION = ("models", "batch_tokens", "tasks")
 TRAINER_PLACES = ("accelerator", "devices", "strategy", "num_nodes")
@@ -42,7 +42,7 @@ def check_fair(configs: Configs, *, budget: str = "equal") -> None:
 
 def passes(config: RunConfig) -> float:
     """Return how often training sees every row, in the mean: rounds x epochs x share of clients in a round."""
-    clients = config.data.partition.count(len(config.data.tasks) + len(config.data.files))
+    clients = config.data.partition.count(config.data.tasks, config.data.files)
     drawn = config.federation.clients_per_round
     share = 1.0 if drawn == "all" else int(drawn) / clients
     return config.federation.rounds * config.client.epochs * share

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import fedproxy.data.partition.by_column  # noqa: F401 (registers a partition)
+from fedproxy.data.formats import DataFormat
 from fedproxy.data.partition import Partition
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.federation.engines import Engine
@@ -21,6 +23,7 @@ from fedproxy.strategies.trainable import Trainable
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
 INPUTS = ("target", "tokenizer", "data", "calibration", "plugins", "versions")
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
+_MOST_COPIES = 1000
 
 
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
@@ -51,11 +54,25 @@ class DataConfig:
     tasks: list[str] = field(default_factory=list)
     """lm-eval tasks whose train split clients own; by default also those that are scored."""
     files: dict[str, str] = field(default_factory=dict)
-    """Further sources, name to file, folder or hub id: rows with a prompt and a target column."""
+    """Further sources, name to file, folder, pattern of either (``ward_*.jsonl``) or hub id."""
+    format: DataFormat = field(default_factory=lambda: DataFormat.by_name("prompt_target")())
+    formats: dict[str, str] = field(default_factory=dict)
+    """Formats of single files, name to a format's name, which then has its default options: ``{ward: chat}``."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """How many times the rows of single tasks or files stand in an epoch, 1 by default: 2 is twice, 0.5 a half of them,
+    drawn by seed."""
+    template: str = "auto"
+    """Chat template that frames conversations: ``auto`` (the target's own, plain lines where it has none), ``chatml``,
+    ``none`` (plain lines), or a file of Jinja text."""
+    template_names_target: bool = False
+    """Whether the chat template may go to clients although it holds the target's name."""
+    holdout: int | float | None = None
+    """Rows that nobody trains on, for their owner to score models on: a share of each source's rows (above 0, below 1)
+    or a number of them; of each client's where a column names the clients. Null for none."""
     prompt_column: str = "prompt"
-    """Column of data.files that the model is given."""
+    """Column that the model is given, in files of the format prompt_target."""
     target_column: str = "target"
-    """Column of data.files that it should answer."""
+    """Column that it should answer, in files of the format prompt_target."""
     label_column: str | None = None
     """Column of data.files whose values ``partition: {name: dirichlet, by: label}`` skews; null for none."""
     rows_per_task: int | None = None
@@ -63,10 +80,13 @@ class DataConfig:
     max_input_tokens: int = 256
     """Longer prompts are cut from the left, so that the answer cue stays; the run says how many."""
     max_target_tokens: int = 64
-    """Longer targets, end token included, are cut from the right; the run says how many."""
+    """Longer targets, end token included, are cut from the right; the run says how many. A conversation or a text has
+    at most as many tokens as both together."""
+    long_rows: Literal["cut", "split", "drop"] = "cut"
+    """What becomes of rows that are longer: cut, or left out, or conversations and texts split into windows."""
     end_token: Literal["auto", "always", "never"] = "auto"
     """Whether targets end with the tokenizer's end-of-sequence token, so that a tuned model stops there: those of
-    data.files alone (auto), all, or none."""
+    data.files alone (auto), all, or none. Conversations end as their template ends them, but for ``always``."""
     partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
 
     def __post_init__(self) -> None:
@@ -81,6 +101,23 @@ class DataConfig:
             _require(f"data.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
         rows = self.rows_per_task
         _require("data.rows_per_task", rows, rows is None or rows >= 1, "at least 1, or null for all")
+        _require("data.template", self.template, bool(self.template.strip()), "auto, chatml, none or a file")
+        out = self.holdout
+        ok = out is None or 0 < out < 1 or (out >= 1 and out == int(out))
+        _require("data.holdout", out, ok, "a share above 0 and below 1, a whole number of at least 1, or null")
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        for name, form in self.formats.items():
+            if name not in self.files:
+                raise ConfigError(f"data.formats.{name}: data.files has no such source{nearest(name, self.files)}")
+            if form not in DataFormat.names():
+                raise ConfigError(f"data.formats.{name}: unknown format {form!r}{nearest(form, DataFormat.names())}")
+        for name, weight in self.weights.items():
+            if name not in (*self.tasks, *self.files):
+                known = (*self.tasks, *self.files)
+                raise ConfigError(f"data.weights.{name}: there is no such task or file{nearest(name, known)}")
+            _require(f"data.weights.{name}", weight, 0 < weight <= _MOST_COPIES, f"above 0 and at most {_MOST_COPIES}")
 
 
 @dataclass(frozen=True)

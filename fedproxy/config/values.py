@@ -32,7 +32,8 @@ def typed(hint: Any, value: Any, key: str) -> Any:
         result = OmegaConf.to_object(merged).value  # type: ignore[union-attr]
     except (OmegaConfBaseException, TypeError, ValueError):
         raise misfit from None
-    for number in result if isinstance(result, list | tuple) else (result,):
+    numbers = result.values() if isinstance(result, dict) else result
+    for number in numbers if isinstance(result, list | tuple | dict) else (result,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(f"{key} must be finite, got {number}; {_unlimited(hint)}")
     return result
@@ -84,9 +85,11 @@ def _rule(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of {', '.join(map(str, parts))}"
     if origin is dict:
-        return {Any: "a mapping like {a: b}", int: "a mapping of names to whole numbers like {a: 4}"}.get(
-            parts[1], "a mapping of names to texts like {a: b}"
-        )
+        return {
+            Any: "a mapping like {a: b}",
+            int: "a mapping of names to whole numbers like {a: 4}",
+            float: "a mapping of names to numbers like {a: 0.5}",
+        }.get(parts[1], "a mapping of names to texts like {a: b}")
     if origin in (list, tuple):
         return f"a list of {_ELEMENTS.get(parts[0], 'values like [a,b]')}"
     return _RULES.get(hint, "a plain value")

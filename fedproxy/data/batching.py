@@ -61,7 +61,8 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
         length = len(example.input_ids)
         input_ids[row, :length] = torch.tensor(example.input_ids)
         attention_mask[row, :length] = 1
-        labels[row, example.prompt_length : length] = input_ids[row, example.prompt_length : length]
+        for start, end in example.spans:
+            labels[row, start:end] = input_ids[row, start:end]
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 

@@ -1,54 +1,59 @@
 """Records of one data file with their place in it, so that an error can name the broken one."""
 
 import csv
+import gzip
+import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from io import TextIOWrapper
+from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedIOBase, BufferedReader, RawIOBase, TextIOWrapper
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from fedproxy.data.records import Record
 from fedproxy.errors import DataError, nearest, one_line
-from fedproxy.files import open_regular, parse_json, read_whole
+from fedproxy.files import MOST_JSON_BYTES, open_regular, parse_json, read_whole
 
 LONGEST_TEXT = 1 << 26
 """Most characters of a line, and of a CSV field: 64 Mi, a shelf of books. Python's own limit for a field is 131,072."""
+MOST_UNPACKED = 1 << 33
+"""Most bytes that a .gz file may hold: 8 GiB of text."""
+_PACKED = ".gz"
 
 
-@dataclass(frozen=True)
-class Record:
-    """The values of one row, by column."""
-
-    place: str
-    """File and row in words, counted from 1: ``data/train.jsonl line 3``."""
-    values: Mapping[str, Any]
-
-
-def read_file(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+def read_file(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a .jsonl, .json, .csv, .parquet or .txt file (one ``text`` per line that is not blank).
+
+    All but parquet may be packed by gzip: ``.jsonl.gz``.
 
     Args:
         path: The file; a pipe or a device is refused.
         columns: The columns that are wanted; of a parquet file no others are read.
+        optional: Columns that may be missing, and in tables may hold lists and structs.
 
     Raises:
         DataError: If the file is of another kind, cannot be read, or a record is broken.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path} is not of a known kind{nearest(path.suffix, _READERS)}; convert it to one of them")
+    kind = kind_of(path)
+    reader = _READERS.get(kind)
+    if kind == ".parquet":
+        from fedproxy.data.tables import parquet_records as read
+    elif reader is None:
+        raise DataError(f"{path} is not of a known kind{nearest(kind, SUFFIXES)}; convert it to one of them")
     try:
-        yield from reader(path, columns)
+        yield from read(path, columns, optional) if reader is None else reader(path, columns)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is not a whole gzip file ({one_line(error, 80)}); pack it again") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror or one_line(error)}); check the file") from error
 
 
-def no_column(place: str, column: str, found: Iterable[object]) -> DataError:
-    """Return the error of a row or a table that lacks a column."""
-    return DataError(f"{place} has no column {column!r}{nearest(column, (one_line(name, 40) for name in found))}")
+def kind_of(path: Path) -> str:
+    """Return a file's kind by the end of its name, ``.gz`` behind it left out, in lower case."""
+    whole = path.suffix.lower()
+    return Path(path.stem).suffix.lower() or whole if whole == _PACKED else whole
 
 
 def check_columns(place: str, names: Iterable[str]) -> None:
@@ -74,7 +79,14 @@ def _jsonl(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 def _json(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     del columns
-    text = read_whole(path).decode("utf-8-sig")
+    if path.suffix.lower() == _PACKED:
+        with _unpacked(path) as file:
+            content = file.read(MOST_JSON_BYTES + 1)
+        if len(content) > MOST_JSON_BYTES:
+            raise DataError(f"{path} unpacks to more than {MOST_JSON_BYTES} bytes; write an object a line (.jsonl.gz)")
+    else:
+        content = read_whole(path)
+    text = content.decode("utf-8-sig")
     try:
         rows = parse_json(text, list, unique_keys=True)
     except ValueError as error:
@@ -112,14 +124,8 @@ def _check_commas(path: Path, header: Sequence[str], columns: Sequence[str]) -> 
         DataError: Naming the mark.
     """
     for mark in (";", "\t", "|"):
-        if len(header) == 1 and set(columns) <= set(header[0].split(mark)) - {header[0]}:
+        if columns and len(header) == 1 and set(columns) <= set(header[0].split(mark)) - {header[0]}:
             raise DataError(f"{path} line 1 separates its columns by {mark!r}; save it with commas")
-
-
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    from fedproxy.data.tables import parquet_records
-
-    return parquet_records(path, columns)
 
 
 def _txt(path: Path, columns: Sequence[str]) -> Iterator[Record]:
@@ -146,9 +152,44 @@ def _lines(path: Path, file: TextIOWrapper) -> Iterator[tuple[str, str]]:
 
 
 def _open(path: Path, newline: str | None = None) -> TextIOWrapper:
-    return TextIOWrapper(open_regular(path, follow=True), encoding="utf-8-sig", newline=newline)
+    packed = path.suffix.lower() == _PACKED
+    file = _unpacked(path) if packed else open_regular(path, follow=True)
+    return TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
-SUFFIXES = tuple(_READERS)
+def _unpacked(path: Path) -> BufferedReader:
+    return BufferedReader(_Bounded(path))
+
+
+class _Bounded(RawIOBase):
+    """What a gzip file holds, up to :data:`MOST_UNPACKED` bytes.
+
+    Raises:
+        DataError: When it is read further.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._packed, self._left = path, open_regular(path, follow=True), MOST_UNPACKED
+        self._file: BufferedIOBase = gzip.GzipFile(fileobj=self._packed)
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as one read goes."""
+        read = self._file.readinto1(buffer)
+        self._left -= read
+        if self._left < 0:
+            raise DataError(f"{self._path} unpacks to more than {MOST_UNPACKED} bytes; break it into several files")
+        return read
+
+    def close(self) -> None:
+        """Close the file."""
+        self._packed.close()
+        super().close()
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".txt": _txt}
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 """Kinds of files that can be read."""

@@ -1,11 +1,12 @@
 """Training rows and plain texts from local files, save_to_disk folders, assets and the hub.
 
 A path is, in this order: ``asset:NAME`` (or ``asset:NAME/file``), a local file (.jsonl, .json, .csv, .parquet, and .txt
-for texts), a local folder (written by ``save_to_disk``, or holding ``<split>.jsonl`` and the like), or a hub id.
+for texts, packed by gzip or not), a local folder (written by ``save_to_disk``, or holding ``<split>.jsonl`` and the
+like), a pattern of such files and folders (``data/ward_*.jsonl``), or a hub id.
 """
 
+import glob
 import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -14,38 +15,59 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.formats import DataFormat
+from fedproxy.data.formats.prompt_target import PromptTarget
 from fedproxy.data.loading import load_from_hub
-from fedproxy.data.readers import SUFFIXES, Record, no_column, read_file
+from fedproxy.data.readers import SUFFIXES, kind_of, read_file
+from fedproxy.data.records import Columns, Record, shown, text_of, value_of
 from fedproxy.data.rows import Row
 from fedproxy.data.tables import hub_records, is_saved, saved_records
-from fedproxy.errors import DataError, nearest, one_line
+from fedproxy.errors import DataError, nearest
 from fedproxy.seeding import generator
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Names of the columns that hold a row's parts."""
+class Source:
+    """What a source was read as."""
 
-    prompt: str = "prompt"
-    target: str = "target"
-    label: str | None = None
-    """Column for partitions that skew labels: whole numbers, or words that are numbered in sorted order."""
+    rows: list[Row]
+    form: str
+    """Name of the format that its rows have."""
 
 
 def read_rows(
-    name: str, path: str, *, columns: Columns | None = None, split: str = "train", limit: int | None = None
+    name: str,
+    path: str,
+    *,
+    columns: Columns | None = None,
+    form: DataFormat | None = None,
+    split: str = "train",
+    limit: int | None = None,
 ) -> list[Row]:
-    """Read training rows.
+    """Return the rows of a source; see :func:`read_source`."""
+    return read_source(name, path, columns=columns, form=form, split=split, limit=limit).rows
 
-    The target is what the model should write right after the prompt, so it must carry its delimiter: where neither the
-    prompt ends nor the target begins with whitespace, one blank is put in front of the target.
+
+def read_source(
+    name: str,
+    path: str,
+    *,
+    columns: Columns | None = None,
+    form: DataFormat | None = None,
+    split: str = "train",
+    limit: int | None = None,
+) -> Source:
+    """Read training rows.
 
     Args:
         name: Name of the data set; every row's key is ``name/split/number``, counted from 0.
-        path: Asset, file, folder or hub id, see the module.
-        columns: Names of the prompt and target columns.
+        path: Asset, file, folder, pattern or hub id, see the module.
+        columns: Names of the columns that the recipe sets for all sources.
+        form: What a record says; None is a prompt and its target. The target is what the model should write right
+            after the prompt, so it must carry its delimiter: where neither the prompt ends nor the target begins with
+            whitespace, one blank is put in front of the target.
         split: Which split of a folder, an asset or a hub data set; part of the rows' keys in any case.
         limit: Read only this many rows, the first ones.
 
@@ -53,23 +75,35 @@ def read_rows(
         DataError: If the file is missing, empty or of an unknown kind, or a row is broken; the message names the row.
         AssetError: If an asset is unknown or cannot be fetched.
     """
-    columns = columns or Columns()
-    wanted = tuple(column for column in (columns.prompt, columns.target, columns.label) if column is not None)
-    rows = []
+    columns, chosen = columns or Columns(), form or PromptTarget()
+    named = tuple(column for column in (columns.label, columns.owner) if column is not None)
+    required, optional = (*chosen.required(columns), *named), chosen.optional(columns)
+    rows: list[Row] = []
     labels: list[Any] = []
-    for number, record in enumerate(islice(_records(path, split, wanted), limit)):
-        prompt, target = _text(record, columns.prompt), _text(record, columns.target)
-        if not (prompt[-1].isspace() or target[0].isspace()):
-            target = f" {target}"
-        rows.append(Row(prompt, target, source=name, key=f"{name}/{split}/{number}"))
+    for number, record in enumerate(islice(_records(path, split, required, optional), limit)):
+        if not rows:
+            chosen = chosen.settled(record, columns)
+        row = chosen.row(record, columns, source=name, key=f"{name}/{split}/{number}")
         if columns.label is not None:
-            labels.append(_label(record, columns.label))
+            labels.append(_word_or_number(record, columns.label))
+        if columns.owner is not None:
+            row = replace(row, owner=str(_word_or_number(record, columns.owner)))
+        rows.append(row)
     if not rows:
         raise DataError(f"{path} holds no rows (data set {name!r}, split {split!r}); give a file with at least one")
-    if not labels:
-        return rows
     numbers = _numbered(labels)
-    return [replace(row, label=label) for row, label in zip(rows, numbers, strict=True)]
+    labelled = [replace(row, label=label) for row, label in zip(rows, numbers, strict=True)] if labels else rows
+    return Source(labelled, chosen.name)
+
+
+def owners_in(path: str, column: str, *, split: str = "train") -> set[str]:
+    """Return the clients that a column of a source names.
+
+    Raises:
+        DataError: As for :func:`read_source`.
+        AssetError: As for :func:`read_source`.
+    """
+    return {str(_word_or_number(record, column)) for record in _records(path, split, (column,))}
 
 
 def read_texts(path: str, rows: int, seed: int) -> list[str]:
@@ -86,7 +120,7 @@ def read_texts(path: str, rows: int, seed: int) -> list[str]:
     """
     import torch
 
-    texts = [_text(record, "text") for record in _records(path, "train", ("text",))]
+    texts = [text_of(record, "text") for record in _records(path, "train", ("text",))]
     if len(texts) < rows:
         raise DataError(f"{path} holds {len(texts)} texts, {rows} are asked for; ask for fewer or add some")
     order = torch.randperm(len(texts), generator=generator(seed, "texts"))[:rows]
@@ -98,37 +132,57 @@ def count_texts(path: str) -> int:
     return sum(1 for _ in _records(path, "train", ("text",)))
 
 
-def _records(path: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
-    """Yield every record of a path with its place in words; ``columns`` are those that are looked at."""
+def _records(path: str, split: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
+    """Yield every record of a path with its place in words; ``columns`` and ``optional`` are those looked at."""
     if not path.strip():
         raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
     local = resolve(path)
-    if local is None:
-        yield from _hub_records(path, split, columns)
-    elif not local.is_dir():
-        yield from read_file(local, columns)
-    elif is_saved(local):
-        yield from saved_records(local, split, columns)
+    if local is not None:
+        yield from _local_records(local, split, columns, optional)
+    elif glob.has_magic(path):
+        for found in _matching(path):
+            yield from _local_records(found, split, columns, optional)
     else:
-        yield from read_file(_split_file(local, split), columns)
+        yield from _hub_records(path, split, columns, optional)
+
+
+def _local_records(local: Path, split: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
+    if not local.is_dir():
+        yield from read_file(local, columns, optional)
+    elif is_saved(local):
+        yield from saved_records(local, split, columns, optional)
+    else:
+        yield from read_file(_split_file(local, split), columns, optional)
+
+
+def _matching(pattern: str) -> list[Path]:
+    """Return the files and folders of a pattern, in the order of their names."""
+    found = sorted(Path(path) for path in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    if not found:
+        raise DataError(f"{pattern}: no file or folder has such a name; correct the pattern")
+    return found
 
 
 def _split_file(folder: Path, split: str) -> Path:
     try:
-        held = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        held = sorted(file for file in folder.iterdir() if kind_of(file) in SUFFIXES)
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}); check the folder") from error
     for suffix in SUFFIXES:
         for file in held:
-            if file.stem == split and file.suffix.lower() == suffix:
+            if _stem(file) == split and kind_of(file) == suffix:
                 return file
-    raise DataError(f"{folder} holds no data file for split {split!r}{nearest(split, {file.stem for file in held})}")
+    raise DataError(f"{folder} holds no data file for split {split!r}{nearest(split, {_stem(file) for file in held})}")
 
 
-def _hub_records(path: str, split: str, columns: Sequence[str]) -> Iterator[Record]:
-    if not _HUB_ID.fullmatch(path) or Path(path).suffix in SUFFIXES or _is_format(path):
+def _stem(file: Path) -> str:
+    return Path(file.stem).stem if file.suffix.lower() == ".gz" else file.stem
+
+
+def _hub_records(path: str, split: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
+    if not _HUB_ID.fullmatch(path) or kind_of(Path(path)) in SUFFIXES or _is_format(path):
         raise DataError(f"{path} does not exist; give an existing file or folder, asset:NAME or a hub id")
-    yield from hub_records(load_from_hub(path, split), f"{path} {split}", columns)
+    yield from hub_records(load_from_hub(path, split), f"{path} {split}", columns, optional)
 
 
 def _is_format(path: str) -> bool:
@@ -136,38 +190,14 @@ def _is_format(path: str) -> bool:
     return path.isidentifier() and find_spec(f"datasets.packaged_modules.{path}") is not None
 
 
-def _text(record: Record, column: str) -> str:
-    value = _value(record, column)
-    if not isinstance(value, str):
-        raise DataError(
-            f"{record.place}: {column!r} must be text, got {type(value).__name__} {_short(value)}; put it into quotes "
-            "or remove the row"
-        )
-    if not value.strip():
-        raise DataError(f"{record.place}: {column!r} is empty; fill it in or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{record.place}: {column!r} holds half a character (surrogate, at {error.start}); write the whole one"
-        ) from None
-    return value
-
-
-def _label(record: Record, column: str) -> int | str:
-    value = _value(record, column)
+def _word_or_number(record: Record, column: str) -> int | str:
+    value = value_of(record, column)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise DataError(
-            f"{record.place}: {column!r} must be a whole number or a word, got {_short(value)}; correct it or remove "
+            f"{record.place}: {column!r} must be a whole number or a word, got {shown(value)}; correct it or remove "
             "the row"
         )
     return value
-
-
-def _value(record: Record, column: str) -> Any:
-    if column not in record.values:
-        raise no_column(record.place, column, record.values)
-    return record.values[column]
 
 
 def _numbered(labels: list[Any]) -> list[int]:
@@ -176,7 +206,3 @@ def _numbered(labels: list[Any]) -> list[int]:
         return labels
     position: Mapping[str, int] = {word: index for index, word in enumerate(sorted({str(label) for label in labels}))}
     return [position[str(label)] for label in labels]
-
-
-def _short(value: Any) -> str:
-    return one_line(reprlib.repr(value), 40)

@@ -1,7 +1,7 @@
 """Records of Arrow tables: parquet files, folders of save_to_disk and data sets of the hub.
 
-Only the wanted columns are read, and only text and numbers: nothing decodes an image or a sound, and no path or address
-that stands in a table is opened.
+Only the wanted columns are read, and only text and numbers, or lists and structs of them: nothing decodes an image or a
+sound, and no path or address that stands in a table is opened.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedproxy.data.readers import Record, check_columns, no_column
+from fedproxy.data.readers import check_columns
+from fedproxy.data.records import Record, no_column
 from fedproxy.errors import DataError, nearest, one_line
 from fedproxy.files import open_regular, read_json
 
@@ -18,18 +19,23 @@ _ROWS = 1024
 _SAVE_AGAIN = "save the data set again with save_to_disk"
 
 
-def parquet_records(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+def parquet_records(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a parquet file.
 
+    Args:
+        path: The file.
+        columns: The columns that are wanted, of text or numbers.
+        optional: Columns that may be missing, and may hold lists and structs of text and numbers.
+
     Raises:
-        DataError: If it is damaged, lacks a column, or a column holds neither text nor numbers.
+        DataError: If it is damaged, lacks a column, or a column holds anything else.
         OSError: If it is not a regular file.
     """
     import pyarrow.parquet as pq
 
     with open_regular(path, follow=True) as file, _reading(path, "a readable parquet file", "write it again"):
         table = pq.ParquetFile(file)
-        wanted = _wanted(str(path), table.schema_arrow, columns)
+        wanted = _wanted(str(path), table.schema_arrow, columns, optional)
         yield from _records(str(path), table.iter_batches(batch_size=_ROWS, columns=wanted))
 
 
@@ -38,11 +44,17 @@ def is_saved(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
 
 
-def saved_records(folder: Path, split: str, columns: Sequence[str]) -> Iterator[Record]:
+def saved_records(folder: Path, split: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a folder that ``save_to_disk`` wrote; of several splits, those of one.
 
+    Args:
+        folder: The folder.
+        split: Name of the split.
+        columns: As for :func:`parquet_records`.
+        optional: As for :func:`parquet_records`.
+
     Raises:
-        DataError: If it is not whole, has no such split, lacks a column, or a column holds neither text nor numbers.
+        DataError: If it is not whole, has no such split, lacks a column, or a column holds anything else.
     """
     whole = folder
     if (folder / "dataset_dict.json").exists():
@@ -52,10 +64,10 @@ def saved_records(folder: Path, split: str, columns: Sequence[str]) -> Iterator[
             raise DataError(f"{folder} holds no split {split!r}{nearest(split, names)}")
         whole = folder / split
     with _reading(folder, "a whole save_to_disk folder", _SAVE_AGAIN):
-        yield from _records(str(folder), _saved_batches(whole, str(folder), columns))
+        yield from _records(str(folder), _saved_batches(whole, str(folder), columns, optional))
 
 
-def _saved_batches(folder: Path, place: str, columns: Sequence[str]) -> Iterator[Any]:
+def _saved_batches(folder: Path, place: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Any]:
     """Yield the record batches of one saved split, from the Arrow streams that lie in its folder."""
     import pyarrow as pa
 
@@ -69,24 +81,25 @@ def _saved_batches(folder: Path, place: str, columns: Sequence[str]) -> Iterator
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError("it names a file outside of the folder")
         with open_regular(folder / name, follow=True) as file, pa.ipc.open_stream(file) as stream:
-            wanted = _wanted(place, stream.schema, columns)
+            wanted = _wanted(place, stream.schema, columns, optional)
             for batch in stream:
                 yield batch.select(wanted)
 
 
-def hub_records(data: Any, place: str, columns: Sequence[str]) -> Iterator[Record]:
+def hub_records(data: Any, place: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield the records of a data set that ``datasets`` loaded.
 
     Args:
         data: A ``datasets.Dataset``.
         place: What it is called in errors.
-        columns: The columns that are wanted.
+        columns: As for :func:`parquet_records`.
+        optional: As for :func:`parquet_records`.
 
     Raises:
-        DataError: If a column is missing, or holds neither text nor numbers, or what is cached of the set is damaged.
+        DataError: If a column is missing or of another kind, or what is cached of the set is damaged.
     """
     with _reading(place, "a whole data set", "delete its copy in the hub's cache"):
-        wanted = _wanted(place, data.features.arrow_schema, columns)
+        wanted = _wanted(place, data.features.arrow_schema, columns, optional)
         tables = data.select_columns(wanted).with_format("arrow").iter(batch_size=_ROWS)
         yield from _records(place, (batch for table in tables for batch in table.to_batches()))
 
@@ -103,9 +116,12 @@ def _reading(place: object, kind: str, remedy: str) -> Iterator[None]:
         raise DataError(f"{place} is not {kind} ({reason}); {remedy}") from error
 
 
-def _wanted(place: str, schema: Any, columns: Sequence[str]) -> list[str]:
-    """Return the wanted columns of a schema, each of them text or numbers."""
+def _wanted(place: str, schema: Any, columns: Sequence[str], optional: Sequence[str]) -> list[str]:
+    """Return the wanted columns of a schema, each of them text or numbers, or lists and structs of these."""
     check_columns(place, schema.names)
+    there = [name for name in optional if name in schema.names and name not in columns]
+    if not (there or columns):
+        raise no_column(place, optional[0], schema.names)
     for column in columns:
         if column not in schema.names:
             raise no_column(place, column, schema.names)
@@ -114,7 +130,24 @@ def _wanted(place: str, schema: Any, columns: Sequence[str]) -> list[str]:
             raise DataError(
                 f"{place}: column {column!r} must hold text or numbers, got {one_line(kind, 60)}; name another column"
             )
-    return list(dict.fromkeys(columns))
+    for name in there:
+        if not _is_nested(schema.field(name).type):
+            raise DataError(
+                f"{place}: column {name!r} must hold text or numbers, or lists and structs of them, got "
+                f"{one_line(schema.field(name).type, 60)}; name another column"
+            )
+    return [*dict.fromkeys(columns), *there]
+
+
+def _is_nested(kind: Any) -> bool:
+    """Return whether a type is plain, or a list or a struct of such types at any depth."""
+    from pyarrow import types
+
+    if any(check(kind) for check in (types.is_list, types.is_large_list, types.is_fixed_size_list)):
+        return _is_nested(kind.value_type)
+    if types.is_struct(kind):
+        return all(_is_nested(kind.field(index).type) for index in range(kind.num_fields))
+    return _is_plain(kind)
 
 
 def _is_plain(kind: Any) -> bool:
@@ -133,4 +166,11 @@ def _records(place: str, batches: Iterable[Any]) -> Iterator[Record]:
         for start in range(0, batch.num_rows, _ROWS):
             for values in batch.slice(start, _ROWS).to_pylist():
                 number += 1
-                yield Record(f"{place} row {number}", values)
+                yield Record(f"{place} row {number}", {name: _filled(value) for name, value in values.items()})
+
+
+def _filled(value: Any) -> Any:
+    """Return a value without the nulls by which a struct stands in for what a row does not have."""
+    if isinstance(value, dict):
+        return {key: _filled(item) for key, item in value.items() if item is not None}
+    return [_filled(item) for item in value] if isinstance(value, list) else value

@@ -1,33 +1,16 @@
-"""Rows to token ids, split into prompt and target exactly as lm-eval's Hugging Face models split them."""
+"""Rows to token ids; prompts and targets are split exactly as lm-eval's Hugging Face models split them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
+from fedproxy.data.conversations import conversation_tokens
+from fedproxy.data.encoding import bare, encode, encoding, leading_tokens
+from fedproxy.data.examples import Example, Lengths, Spans, cut_counts, fitted
 from fedproxy.data.rows import Row
-from fedproxy.errors import DataError, first_line
+from fedproxy.errors import DataError
 
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised row: prompt tokens followed by target tokens."""
-
-    input_ids: tuple[int, ...]
-    prompt_length: int
-    """How many leading tokens are prompt; the rest is the target that the loss is taken on."""
-    key: str
-    """Key of the row it was made from."""
-    prompt_cut: bool = field(default=False, compare=False)
-    """Whether the prompt lost tokens on its left."""
-    target_cut: bool = field(default=False, compare=False)
-    """Whether the target lost tokens on its right."""
-
-    @property
-    def target_length(self) -> int:
-        """Number of target tokens."""
-        return len(self.input_ids) - self.prompt_length
+__all__ = ["Example", "cut_counts", "encode", "encoding", "leading_tokens", "tokenise"]
 
 
 def tokenise(
@@ -37,6 +20,7 @@ def tokenise(
     max_input_tokens: int,
     max_target_tokens: int,
     max_tokens: int | None = None,
+    long_rows: str = "cut",
 ) -> list[Example]:
     """Tokenise rows as lm-eval scores them, so that tuning and scoring see the same tokens.
 
@@ -50,6 +34,11 @@ def tokenise(
     tokens on its right, its end token with them. Of a row that is still longer than the model's positions the prompt is
     cut first, to one token at least.
 
+    A conversation is framed by the tokenizer's chat template (:mod:`fedproxy.data.conversations`), a text is encoded as
+    it is. Either has at most as many tokens as a prompt and a target together. Of a longer conversation the last answer
+    keeps what its share or the rest leaves room for, and what is before it is cut like a prompt; a longer text is cut
+    on its right.
+
     Choice: a cut prompt keeps its leading beginning-of-sequence token, without which Llama and Gemma models degrade.
 
     Args:
@@ -58,101 +47,59 @@ def tokenise(
         max_input_tokens: Most prompt tokens of an example, at least 1.
         max_target_tokens: Most target tokens of an example, the end token included, at least 1.
         max_tokens: Most tokens of an example: the model's positions. None is no bound.
+        long_rows: What becomes of rows that are longer, see :class:`Lengths`.
 
     Returns:
-        One example per row, in the rows' order.
+        One example per row, in the rows' order; none of a row that is dropped, several of one that is split.
 
     Raises:
-        DataError: If a row has no target tokens, or none has room, or its prompt is empty and the tokenizer has no
-            token to put there.
+        DataError: If a row has no target tokens, or none has room, its prompt is empty and the tokenizer has no token
+            to put there, or its chat template does not fit.
     """
     if max_tokens is not None and max_tokens < 2:
         raise DataError(f"the model has {max_tokens} positions, and a prompt and its answer need 2; use another model")
+    lengths = Lengths(max_input_tokens, max_target_tokens, max_tokens, long_rows)
     before = leading_tokens(tokenizer)
+    pairs = [row for row in rows if not row.messages and not row.is_text]
+    answered = iter(_pair_tokens(pairs, tokenizer, before))
+    examples: list[Example] = []
+    for row in rows:
+        if row.messages:
+            ids, spans = conversation_tokens(row, tokenizer)
+        elif row.is_text:
+            ids, spans = _text_tokens(row, tokenizer, before)
+        else:
+            ids, spans = next(answered)
+        if row.ends and not _has_end(row, ids[spans[-1][0] : spans[-1][1]], tokenizer):
+            end = spans[-1][1]
+            ids, spans = [*ids[:end], int(tokenizer.eos_token_id)], [*spans[:-1], (spans[-1][0], end + 1)]
+        examples += fitted(row, ids, spans, lengths, before or [tokenizer.bos_token_id])
+    return examples
+
+
+def _pair_tokens(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
+) -> Iterator[tuple[list[int], Spans]]:
+    """Yield the tokens of each prompt with its target, and the range of the target's."""
     contexts = [row.prompt.rstrip() for row in rows]
     context_ids = encode(contexts, tokenizer, before)
     whole_ids = encode([row.prompt + row.target for row in rows], tokenizer, before)
-    examples = []
     for row, context, prompt, whole in zip(rows, contexts, context_ids, whole_ids, strict=True):
         target = whole[len(prompt) :]
         if not context:
             prompt, target = _without_prompt(row, tokenizer, before)
         if not target:
             raise DataError(f"row {row.key}: its target has no tokens of its own; give it an answer or remove the row")
-        if row.ends and not _has_end(row, target, tokenizer):
-            target = [*target, int(tokenizer.eos_token_id)]
-        max_target = max_target_tokens if max_tokens is None else min(max_target_tokens, max_tokens - 1)
-        answer = target[:max_target]
-        max_input = max_input_tokens if max_tokens is None else min(max_input_tokens, max_tokens - len(answer))
-        kept = _cut_left(prompt, max_input, before or [tokenizer.bos_token_id])
-        ids = (*kept, *answer)
-        examples.append(Example(ids, len(kept), row.key, len(kept) < len(prompt), len(answer) < len(target)))
-    return examples
+        yield [*prompt, *target], [(len(prompt), len(prompt) + len(target))]
 
 
-def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special tokens that a tokenizer puts in front of every text by default.
-
-    They are found by encoding a text with and without them. Others stand at the text's end; those are not wanted, as a
-    prompt does not end where its answer begins.
-    """
-    text = "a"
-    with encoding():
-        whole = [int(token) for token in tokenizer(text, padding=False, truncation=False)["input_ids"]]
-    bare = _bare([text], tokenizer)[0]
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    special = set(tokenizer.all_special_ids)
-    length = next((index for index, token in enumerate(whole) if token not in special), 0)
-    return whole[:length]
-
-
-def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> list[list[int]]:
-    """Encode each text behind the special tokens ``before``, which one that begins with the first one does not get."""
-    first = tokenizer.bos_token or tokenizer.eos_token
-    encoded = _bare(texts, tokenizer)
-    for text, ids in zip(texts, encoded, strict=True):
-        has_them = bool(first) and text.startswith(first)
-        if before and not has_them and ids[: len(before)] != list(before):
-            ids[:0] = before
-    return encoded
-
-
-@contextmanager
-def encoding() -> Iterator[None]:
-    """Make one line of what a tokenizer raises: one may fail at the first character that it does not know.
-
-    Raises:
-        DataError: In place of any other error.
-    """
-    try:
-        yield
-    except Exception as error:
-        raise DataError(
-            f"the tokenizer cannot encode a text ({first_line(error)}); put the model's own tokenizer into its folder, "
-            "or give texts that it knows"
-        ) from error
-
-
-def cut_counts(examples: Sequence[Example]) -> dict[str, int]:
-    """Return how many examples were ``cut``, how many of them in their ``prompts``, and in their ``targets``."""
-    return {
-        "cut": sum(example.prompt_cut or example.target_cut for example in examples),
-        "prompts": sum(example.prompt_cut for example in examples),
-        "targets": sum(example.target_cut for example in examples),
-    }
-
-
-def _bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Encode texts without special tokens, whole, whatever cutting and padding the tokenizer was saved with."""
-    if not texts:
-        return []
-    with encoding():
-        batch = tokenizer(
-            list(texts), add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False
-        )
-    return [list(ids) for ids in batch["input_ids"]]
+def _text_tokens(row: Row, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> tuple[list[int], Spans]:
+    """Return the tokens of a text: all are targets but those in front of it, or the first one."""
+    (ids,) = encode([row.target], tokenizer, before)
+    first = len(before) if before and ids[: len(before)] == list(before) else 0
+    if len(ids) + row.ends <= max(first, 1):
+        raise DataError(f"row {row.key}: its text has no token that another stands before; make it longer or remove it")
+    return ids, [(max(first, 1), len(ids))]
 
 
 def _without_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, before: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -164,21 +111,13 @@ def _without_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, before: Sequen
             f"row {row.key}: its prompt is empty and the tokenizer has neither a beginning- nor an end-of-sequence "
             "token to stand in for it; give the row a prompt"
         )
-    target = _bare([row.prompt + row.target], tokenizer)[0]
+    target = bare([row.prompt + row.target], tokenizer)[0]
     return [first], target[1:] if target[:1] == [first] else target
 
 
 def _has_end(row: Row, target: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
     """Tell whether nothing can be put at a target's end: it has the end token, or the tokenizer has none."""
     end, text = tokenizer.eos_token_id, tokenizer.eos_token
+    if row.messages:
+        return end is None or end in target
     return end is None or target[-1] == end or (bool(text) and row.target.rstrip().endswith(text))
-
-
-def _cut_left(prompt: list[int], longest: int, before: Sequence[int | None]) -> list[int]:
-    """Keep the end of a prompt, and its leading special tokens where more than these have room."""
-    if len(prompt) <= longest:
-        return prompt
-    first = len(before) if prompt[: len(before)] == list(before) else 0
-    if first < longest:
-        return [*prompt[:first], *prompt[first - longest :]]
-    return prompt[-longest:]

@@ -5,12 +5,12 @@ from fedproxy.models.checkpoints import (
     check_tokenizer,
     load_model,
     load_tokenizer,
-    placed,
     save_model,
     state_sha256,
 )
 from fedproxy.models.decoder import Decoder
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.streaming import placed
 
 __all__ = [
     "Decoder",

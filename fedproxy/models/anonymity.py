@@ -25,13 +25,37 @@ _TOKENIZER_KEYS = {
 _NEVER_ORIGIN = {"model_type", "architectures", "tokenizer_class", "added_tokens_decoder"}
 """Keys whose values are names of transformers' own classes, or tokens, which tokenizer.json holds as well."""
 _LEAST_NAME = 6
+_LEAST_WORD = 4
+_COMMON = frozenset(
+    {
+        *("asset", "assistant", "base", "chat", "content", "data", "final", "helpful", "instruct", "large", "local"),
+        *("main", "message", "messages", "mini", "model", "models", "preview", "role", "small", "system", "target"),
+        *("test", "tiny", "tool", "tools", "user"),
+    }
+)
+"""Words that a name may have and a chat template has for other reasons."""
 
 
-def without_templates(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that encodes alike and has no chat template, neither a default one nor further ones."""
-    bare = copy.copy(tokenizer)
-    bare.chat_template = None
-    return bare
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that encodes alike and has one chat template, or none, and no further ones."""
+    changed = copy.copy(tokenizer)
+    changed.chat_template = template
+    return changed
+
+
+def named_in(text: str, *paths: str) -> str:
+    """Return what of a text names a model that was loaded from one of ``paths``, or nothing.
+
+    A name counts as a whole, however its parts are joined, and so does each of its words of four letters and more:
+    "SmolLM" of SmolLM2-135M.
+    """
+    spelt = _spelt(text)
+    for name in sorted(origin_names(*paths)):
+        if name in spelt:
+            return name
+    words = {word for path in paths for word in re.findall(r"[a-z]+", path.lower().rsplit("/", 1)[-1])}
+    plain = set(re.findall(r"[a-z]+", text.lower()))
+    return min((word for word in words - _COMMON if len(word) >= _LEAST_WORD and word in plain), default="")
 
 
 def strip_origin(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

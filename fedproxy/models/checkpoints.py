@@ -1,8 +1,6 @@
 """Models and tokenizers on disk: local folders or hub ids in, plain ``from_pretrained`` checkpoints out."""
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.files import whole_folder, write_text
-from fedproxy.models.anonymity import strip_origin, without_templates
+from fedproxy.models.anonymity import strip_origin, with_template
 from fedproxy.models.loading import SPECIAL, check_model, load_tokenizer_files, load_weights
 from fedproxy.models.logit_offset import is_logit_offset, join_from
 from fedproxy.models.quiet import without_bars, without_reports
@@ -22,7 +20,6 @@ __all__ = [
     "check_tokenizer",
     "load_model",
     "load_tokenizer",
-    "placed",
     "save_model",
     "special_ids",
     "state_sha256",
@@ -70,7 +67,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def save_model(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, card: str, anonymous: bool = False
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    card: str,
+    anonymous: bool = False,
+    template: str | None = None,
 ) -> None:
     """Write a plain checkpoint with tokenizer, generation config and model card, whole or not at all.
 
@@ -80,6 +83,7 @@ def save_model(
         folder: Where it is to lie; an older one there is replaced.
         card: Text of ``README.md``.
         anonymous: Leave out all that could name the model's origin: paths, code, chat templates, unknown text.
+        template: The one chat template of an anonymous checkpoint; None for none.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -88,7 +92,7 @@ def save_model(
         with whole_folder(folder) as part:
             with without_bars():
                 model.save_pretrained(part)
-            _save_tokenizer(without_templates(tokenizer) if anonymous else tokenizer, part)
+            _save_tokenizer(with_template(tokenizer, template) if anonymous else tokenizer, part)
             if anonymous:
                 strip_origin(part, model, tokenizer)
             write_text(part / "README.md", card)
@@ -151,27 +155,3 @@ def special_ids(config: Any) -> list[tuple[str, int]]:
         value = getattr(config, name, None)
         found += [(name, token) for token in (value if isinstance(value, list) else [value])]
     return [(name, token) for name, token in found if token is not None and token >= 0]
-
-
-@contextmanager
-def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
-    """Hold a model on ``device`` for the length of the context, then bring it back.
-
-    A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
-    forward passes. One that works on the device already is left as it is.
-    """
-    from fedproxy.models.streaming import fits, streamed  # they look at the decoder, which is built on this module
-
-    home = model.device
-    if home == device:  # as it seems of a model whose blocks another context brings there
-        yield model
-        return
-    if not fits(model, device):
-        with streamed(model, device):
-            yield model
-        return
-    model.to(device)
-    try:
-        yield model
-    finally:
-        model.to(home)

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fedproxy.errors import CheckpointError, one_line
+from fedproxy.errors import CheckpointError, ModelError, one_line
 from fedproxy.files import read_json, write_text
 
 
@@ -40,6 +40,18 @@ class LayerMap:
         """
         shared = len(set(self.proxy_to_target)) < len(self.proxy_to_target)
         return tuple(range(depth)) if shared and len(self.proxy_to_target) == depth else self.proxy_to_target
+
+    def require_target(self, sha256: str) -> None:
+        """Refuse a target whose weights have another hash than those that the map was made from.
+
+        Raises:
+            ModelError: Naming both hashes.
+        """
+        if sha256 != self.target_sha256:
+            raise ModelError(
+                f"fusion: the target's weights ({sha256[:12]}...) are not those that were compressed "
+                f"({self.target_sha256[:12]}...); give the target of that run or compress this one"
+            )
 
     def save(self, path: str | Path) -> None:
         """Write the map as JSON, whole or not at all.

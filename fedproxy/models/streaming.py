@@ -79,3 +79,25 @@ def _replace(modules: Any, bring: Callable[[Tensor], Tensor]) -> list[tuple[dict
 def _restore(homes: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     for store, name, tensor in homes:
         store[name] = tensor
+
+
+@contextmanager
+def placed(model: PreTrainedModel, device: torch.device) -> Iterator[PreTrainedModel]:
+    """Hold a model on ``device`` for the length of the context, then bring it back.
+
+    A model that the device cannot hold stays where it is, and its blocks come to the device one at a time: enough for
+    forward passes. One that works on the device already is left as it is.
+    """
+    home = model.device
+    if home == device:  # as it seems of a model whose blocks another context brings there
+        yield model
+        return
+    if not fits(model, device):
+        with streamed(model, device):
+            yield model
+        return
+    model.to(device)
+    try:
+        yield model
+    finally:
+        model.to(home)

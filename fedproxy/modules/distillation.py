@@ -1,30 +1,19 @@
-"""Distillation of the target into the proxy on public text, before any client sees the proxy."""
+"""The module that trains a proxy to imitate the target on public text."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from fedproxy.data.batching import ShuffledBatches
 from fedproxy.errors import ConfigError, ModelError
-from fedproxy.models.checkpoints import placed
-from fedproxy.models.decoder import Decoder, set_weights
-from fedproxy.models.layer_map import LayerMap
-from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.models.decoder import Decoder
 from fedproxy.modules.divergence import DivergenceName, mean_divergence
 from fedproxy.modules.losses import hidden_distance
 from fedproxy.modules.teacher import Head, Teacher, observe
-from fedproxy.modules.teacher_cache import TeacherCache
-from fedproxy.modules.trainer import adamw, attention, fit, make_trainer
-from fedproxy.strategies.trainable.base import TrainableModel
-from fedproxy.strategies.trainable.lora import Lora
-from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
+from fedproxy.modules.trainer import adamw, attention
 
-_MAX_GRAD_NORM = 1.0
 _LAST_STEPS = 10
 
 
@@ -109,89 +98,6 @@ class DistillationModule(lightning.LightningModule):  # type: ignore[misc]
         return float(torch.stack(self.losses[-_LAST_STEPS:]).double().mean())
 
 
-def distil(
-    proxy: PreTrainedModel,
-    target: PreTrainedModel,
-    batches: Sequence[dict[str, Tensor]],
-    *,
-    settings: DistillationConfig,
-    layer_map: LayerMap,
-    trainer: Mapping[str, Any],
-    generator: torch.Generator,
-    cache: Path | None = None,
-    logs: Path | None = None,
-) -> float:
-    """Distil the target into the proxy, in place.
-
-    Choice: the embedding, the final norm and the head stay as they are, since the plug-in keeps the target's own.
-
-    Args:
-        proxy: The student.
-        target: The teacher; left as it is but frozen. On the trainer's device for the length of the training, as a
-            whole or, where it has no room there, one block at a time.
-        batches: ``input_ids`` and ``attention_mask`` of public text, int64 (batch, length), padded on the right; gone
-            over in a new order per epoch until the steps are done.
-        settings: Steps, learning rate, losses; at least one step.
-        layer_map: The map that the proxy was compressed with.
-        trainer: Options of lightning.Trainer.
-        generator: CPU generator of LoRA's start, the order and dropout.
-        cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
-        logs: Folder of what Lightning's loggers and profilers write.
-
-    Returns:
-        Mean loss of the last ten steps.
-
-    Raises:
-        ConfigError: If ``top_k`` is more than the vocabulary.
-        ModelError: If the two models do not fit each other.
-        CheckpointError: If the cache cannot be written.
-    """
-    check_pair(proxy, target, layer_map.proxy_to_target)
-    check_tokens(proxy, batches)
-    if settings.train == "full":
-        require_float32(proxy, "distillation.train=full", "distillation.train=lora")
-    target.requires_grad_(False).eval()
-    pairs = tuple(enumerate(layer_map.counterparts(len(Decoder.of(target))))) if settings.hidden_weight else ()
-    kept = None
-    if settings.cache_teacher and cache is not None:
-        kept = TeacherCache(
-            cache,
-            target_sha256=layer_map.target_sha256,
-            top_k=settings.top_k,
-            max_bytes=int(settings.cache_gib * 2**30),
-        )
-    adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
-    tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
-    seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM, root=logs)
-    with placed(target, runner.strategy.root_device):
-        teacher = Teacher(
-            target,
-            sorted({other for _, other in pairs}),
-            temperature=settings.temperature,
-            distributions=settings.kl_weight > 0,
-            cache=kept,
-        )
-        module = DistillationModule(
-            proxy,
-            teacher,
-            tuned,
-            lr=settings.lr,
-            pairs=pairs,
-            divergence=settings.divergence,
-            temperature=settings.temperature,
-            kl_weight=settings.kl_weight,
-            hidden_weight=settings.hidden_weight,
-        )
-        proxy.train()
-        fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
-    if adapter is not None:
-        merged = {name: weight.to(proxy.dtype) for name, weight in adapter.merged_weights().items()}
-        set_weights(adapter.detach(), merged)
-    proxy.eval().requires_grad_(False)
-    return module.last_loss
-
-
 @torch.no_grad()
 def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:
     """Return KL(teacher || student) over next tokens, in nats per real token of all batches.
@@ -210,17 +116,6 @@ def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequenc
         total += len(hidden) * float(mean_divergence(hidden, head, said, vocabulary=head.vocabulary))
         tokens += len(hidden)
     return total / tokens
-
-
-def _block_weights(model: PreTrainedModel) -> list[nn.Parameter]:
-    model.requires_grad_(False)
-    return list(Decoder.of(model).blocks.requires_grad_(True).parameters())
-
-
-def _lora(proxy: PreTrainedModel, settings: DistillationConfig, generator: torch.Generator) -> TrainableModel:
-    """Attach LoRA to every linear layer of the blocks."""
-    lora = Lora(r=settings.lora_r, alpha=settings.lora_alpha, modules=(ALL_LINEAR,))
-    return lora.attach(proxy, generator)
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, proxy_to_target: Sequence[int]) -> None:
@@ -277,24 +172,4 @@ def check_tokens(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]
         raise ModelError(
             f"the tokenizer gives the id {largest}, but the target's vocabulary has {known} entries; "
             "put the target's own tokenizer into target.path"
-        )
-
-
-def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Check that two tokenizers give the same tokens the same ids.
-
-    Raises:
-        ModelError: If a token or a special token differs.
-    """
-    mine, theirs = student.get_vocab(), teacher.get_vocab()
-    if mine != theirs:
-        odd = min(token for token in {*mine, *theirs} if mine.get(token) != theirs.get(token))
-        raise ModelError(
-            f"the proxy's tokenizer gives {odd!r} the id {mine.get(odd)}, the target's {theirs.get(odd)}; "
-            "use the tokenizer that the proxy was saved with"
-        )
-    if student.special_tokens_map != teacher.special_tokens_map:
-        raise ModelError(
-            f"the special tokens of the proxy's tokenizer {student.special_tokens_map} are not the target's "
-            f"{teacher.special_tokens_map}; use the tokenizer that the proxy was saved with"
         )

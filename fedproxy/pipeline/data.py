@@ -1,65 +1,202 @@
 """The run's texts: clients' rows, tokenised, and public calibration text that no client owns."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import DataConfig, RunConfig
+from fedproxy.data.assets import resolve
+from fedproxy.data.formats import DataFormat
+from fedproxy.data.records import Columns
 from fedproxy.data.rows import Row
-from fedproxy.data.sources import Columns, count_texts, read_rows, read_texts
+from fedproxy.data.sources import Source, count_texts, read_source, read_texts
+from fedproxy.data.templates import chat_template
 from fedproxy.data.tokenisation import cut_counts, encoding, tokenise
-from fedproxy.errors import DataError
+from fedproxy.errors import ConfigError, DataError, one_line
 from fedproxy.evaluation.harness import render_rows
+from fedproxy.models import load_tokenizer
+from fedproxy.models.anonymity import named_in
 from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.positions import positions
-from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, target_config
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
-CALIBRATION_BATCH = 16
-"""Texts per pass over calibration text."""
 _ROWS_AT_ONCE = 4096
 """Rows whose tokens lie in memory at once while they are counted."""
 
 
-def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
-    """Return every client's rows: tasks rendered as lm-eval renders them, files as they are, sampled, partitioned.
+@dataclass(frozen=True)
+class Dealt:
+    """Who owns which row."""
+
+    clients: dict[str, list[Row]]
+    """Every client's rows, held-out ones among them."""
+    notes: list[str]
+    """In sentences: formats that were found out, held-out rows that were dropped."""
+
+
+def deal(config: DataConfig, *, seed: int) -> Dealt:
+    """Read all sources and deal their rows out.
+
+    Tasks are rendered as lm-eval renders them, files are read in their format; rows are sampled, held out and weighed,
+    then partitioned.
 
     Raises:
-        DataError: If a source or a row cannot be used, or a client would own no row.
+        DataError: If a source or a row cannot be used, or a client would own no row to train on.
     """
     rows: list[Row] = []
+    notes: list[str] = []
     for task in config.tasks:
         found = render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
         rows += _ending(found, config.end_token == "always")
     for name in config.files:
-        rows += _sample(file_rows(config, name), config.rows_per_task, seed=seed, source=name)
-    return config.partition.split(rows, seed)
+        source = _read(config, name)
+        if (config.format.name == "auto" and name not in config.formats) or config.formats.get(name) == "auto":
+            notes.append(f"data.files.{name} was read as {source.form} (data.format.name=auto).")
+        rows += _sample(source.rows, config.rows_per_task, seed=seed, source=name)
+    if config.holdout is not None:
+        rows, said = _held_out(rows, config.holdout, seed)
+        notes += said
+    clients = config.partition.split(_weighed(rows, config.weights, seed), seed)
+    for client, own in clients.items():
+        if all(row.held_out for row in own):
+            raise DataError(
+                f"data.holdout={config.holdout}: all {len(own)} rows of client {client!r} would be held out; hold out "
+                "fewer, or give it more rows"
+            )
+    return Dealt(clients, notes)
+
+
+def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
+    """Return every client's rows; see :func:`deal`."""
+    return deal(config, seed=seed).clients
 
 
 def file_rows(config: DataConfig, name: str) -> list[Row]:
     """Return all rows of one of ``data.files``."""
-    columns = Columns(config.prompt_column, config.target_column, config.label_column)
-    return _ending(read_rows(name, config.files[name], columns=columns), config.end_token != "never")
+    return _read(config, name).rows
+
+
+def _read(config: DataConfig, name: str) -> Source:
+    columns = Columns(config.prompt_column, config.target_column, config.label_column, config.partition.owner_column)
+    named = config.formats.get(name, config.format.name)
+    form = config.format if named == config.format.name else DataFormat.by_name(named)()
+    source = read_source(name, config.files[name], columns=columns, form=form)
+    ends = [config.end_token == "always" or (config.end_token == "auto" and not row.messages) for row in source.rows]
+    return replace(source, rows=[replace(row, ends=end) for row, end in zip(source.rows, ends, strict=True)])
 
 
 def _ending(rows: list[Row], ends: bool) -> list[Row]:
     return [replace(row, ends=True) for row in rows] if ends else rows
 
 
-def tokenised_lengths(
-    clients: Mapping[str, Sequence[Row]], config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, int | None]:
-    """Tokenise all clients' rows as clients will, and return what becomes of them: how many there are, and are cut.
+def _held_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[str]]:
+    """Mark a share or a number of each source's (or named client's) rows as held out, and say in words how many.
+
+    The draw depends on the seed and the rows' keys alone, so that whoever owns the rows, the same are held out. One
+    whose prompt a training row has as well, or the text where there is no prompt, is dropped.
+    """
+    groups: dict[tuple[str, str | None], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.source, row.owner), []).append(row)
+    chosen: set[str] = set()
+    for own in groups.values():
+        count = round(share * len(own)) if share < 1 else int(share)
+        ranked = sorted(own, key=lambda row: derive_seed(seed, "holdout", row.key))
+        chosen.update(row.key for row in ranked[:count])
+    trained = {_asked(row) for row in rows if row.key not in chosen}
+    fresh = [row for row in rows if row.key not in chosen or _asked(row) not in trained]
+    kept = [replace(row, held_out=True) if row.key in chosen else row for row in fresh]
+    dropped = len(rows) - len(kept)
+    if dropped == len(chosen):
+        raise DataError(
+            f"data.holdout={share}: none of {dropped} held-out rows is left, as training rows have the same prompts; "
+            "hold out more, or remove repeated rows"
+        )
+    notes = [f"{len(chosen) - dropped} of {len(kept)} rows are held out: nobody trains on them."]
+    if dropped:
+        notes.append(f"{dropped} further held-out rows were dropped: training rows have the same prompts.")
+    return kept, notes
+
+
+def _asked(row: Row) -> str:
+    return " ".join((row.prompt or row.target).split())
+
+
+def _weighed(rows: Sequence[Row], weights: Mapping[str, float], seed: int) -> list[Row]:
+    """Give training rows the number of times that they stand in an epoch; those that stand in none are left out."""
+    result = list(rows)
+    for source, weight in weights.items():
+        own = [index for index, row in enumerate(result) if row.source == source and not row.held_out]
+        often, part = divmod(weight, 1.0)
+        order = torch.randperm(len(own), generator=generator(seed, "weight", source)).tolist()
+        more = {own[index] for index in order[: round(part * len(own))]}
+        for index in own:
+            result[index] = replace(result[index], copies=int(often) + (index in more))
+    return [row for row in result if row.copies]
+
+
+def target_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    """Return the target's tokenizer, with the chat template that this run's conversations are framed by.
 
     Raises:
-        DataError: If nothing of a row's answer is left, or its end token is asked for and the tokenizer has none.
+        ConfigError: If the template cannot be used.
     """
+    tokenizer = load_tokenizer(resolve(config.target.path) or config.target.path)
+    tokenizer.chat_template = chat_template(config.data.template, tokenizer)
+    return tokenizer
+
+
+def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that would tell clients the target's name.
+
+    Args:
+        config: The recipe.
+        tokenizer: The target's, with the run's template.
+
+    Raises:
+        ConfigError: Naming the word.
+    """
+    word = named_in(str(tokenizer.chat_template), tokenizer.name_or_path, config.target.path)
+    if word and not config.data.template_names_target:
+        raise ConfigError(
+            f"data.template={config.data.template}: the chat template holds {one_line(word, 40)!r}, which names the "
+            "target, and clients would get it; use data.template=chatml, a file without the name, or "
+            "data.template_names_target=true"
+        )
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What becomes of all clients' rows where they are tokenised."""
+
+    examples: dict[str, int]
+    """Examples that each client trains on in an epoch."""
+    lengths: dict[str, int | None]
+    """Rows in all, and how many are cut, split, dropped or lack an end."""
+    template: str | None = None
+    """Chat template that clients need; None where no row is a conversation."""
+
+
+def count_examples(clients: Mapping[str, Sequence[Row]], config: RunConfig) -> Counted:
+    """Tokenise all clients' training rows as clients will, and count.
+
+    Raises:
+        ConfigError: If the chat template cannot be used, or names the target.
+        DataError: If nothing of a row's answer or of a client's rows is left, a row cannot be rendered, or its end
+            token is asked for and the tokenizer has none.
+    """
+    tokenizer = target_tokenizer(config)
+    converse = any(row.messages for own in clients.values() for row in own)
+    if converse:
+        check_template(config, tokenizer)
     if config.data.end_token == "always" and tokenizer.eos_token_id is None:
         raise DataError(
             f"data.end_token=always: the tokenizer of target.path={config.target.path} has no end-of-sequence token; "
@@ -67,26 +204,37 @@ def tokenised_lengths(
         )
     model, data, end = target_config(config), config.data, tokenizer.eos_token_id
     most = positions(model)
-    cut = Counter[str]()
-    for own in clients.values():
-        for start in range(0, len(own), _ROWS_AT_ONCE):
+    cut, counts = Counter[str](), dict[str, int]()
+    for client, own in clients.items():
+        rows = [row for row in own if not row.held_out]
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
             examples = tokenise(
-                own[start : start + _ROWS_AT_ONCE],
+                part,
                 tokenizer,
                 max_input_tokens=data.max_input_tokens,
                 max_target_tokens=data.max_target_tokens,
                 max_tokens=most,
+                long_rows=data.long_rows,
             )
-            cut.update(cut_counts(examples))
+            cut.update(cut_counts(part, examples))
+            copies = {row.key: row.copies for row in part}
+            counts[client] = counts.get(client, 0) + sum(copies[example.key] for example in examples)
+        if not counts[client]:
+            raise DataError(
+                f"data.long_rows=drop: all {len(rows)} rows of client {client!r} are too long; raise "
+                "data.max_input_tokens and data.max_target_tokens, or use data.long_rows=cut"
+            )
     ending = any(row.ends for own in clients.values() for row in own)
     stops = [token for name, token in special_ids(model.get_text_config()) if name == "eos_token_id"]
-    return {
-        "rows": sum(map(len, clients.values())),
+    lengths = {
+        "rows": sum(not row.held_out for own in clients.values() for row in own),
         **cut,
         "positions": most,
         "endless": int(ending and end is None),
         "unstopped": int(ending and end is not None and bool(stops) and end not in stops),
     }
+    return Counted(counts, lengths, str(tokenizer.chat_template) if converse else None)
 
 
 def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[str]:
@@ -100,6 +248,10 @@ def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[st
             f"{found['targets']} (data.max_input_tokens={config.max_input_tokens}, "
             f"data.max_target_tokens={config.max_target_tokens}{room})."
         )
+    if found.get("split"):
+        notes.append(f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows=split).")
+    if found.get("dropped"):
+        notes.append(f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows=drop).")
     if found.get("endless"):
         notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
     if found.get("unstopped"):
@@ -120,9 +272,14 @@ def _sample(rows: Sequence[Row], count: int | None, *, seed: int, source: str) -
 def rows_sha256(clients: Mapping[str, Sequence[Row]]) -> str:
     """Return the hash of all clients' rows, whoever owns them."""
     digest = hashlib.sha256()
-    for key, prompt, target in sorted((row.key, row.prompt, row.target) for own in clients.values() for row in own):
-        digest.update(f"{key}\x00{prompt}\x00{target}\x00".encode())
+    parts = sorted((row.key, row.prompt, row.target, _turns(row)) for own in clients.values() for row in own)
+    for key, prompt, target, turns in parts:
+        digest.update(f"{key}\x00{prompt}\x00{target}\x00{turns}".encode())
     return digest.hexdigest()
+
+
+def _turns(row: Row) -> str:
+    return json.dumps([row.messages, row.tools], sort_keys=True) if row.messages else ""
 
 
 def public_texts(config: CalibrationConfig, owned: Container[str], *, rows: int, seed: int) -> list[str]:
@@ -138,10 +295,15 @@ def public_texts(config: CalibrationConfig, owned: Container[str], *, rows: int,
     return public
 
 
+def rows_read(config: RunConfig) -> tuple[int, int, int]:
+    """Return how many calibration texts compression, healing and distillation read, clients' rows still among them."""
+    distilled = config.distillation.rows if config.distillation.steps else 0
+    return config.compression.calibration.rows, config.healing.rows, distilled
+
+
 def texts_read(config: RunConfig) -> int:
     """Return how many calibration texts making the proxy reads, before clients' rows are left out."""
-    distilled = config.distillation.rows if config.distillation.steps else 0
-    return max(config.compression.calibration.rows, config.healing.rows, distilled)
+    return max(rows_read(config))
 
 
 def held_out_texts(config: CalibrationConfig, owned: Container[str], *, used: int, rows: int, seed: int) -> list[str]:

@@ -25,11 +25,11 @@ from fedproxy.files import read_json
 from fedproxy.models import load_model, load_tokenizer, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
-from fedproxy.pipeline.sharing import evaluation_key, questions_sha256
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.reuse import SharedWork, evaluation_key, questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
@@ -41,7 +41,9 @@ _OF_CLIENTS = ("proxy_tuned", "fused")
 """Models that change with the rounds, and of which clients that are never merged have one each."""
 
 
-def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, Scores]]:
+def evaluate(
+    run: Run, tuned: TunedProxies, rounds: int, shared: SharedWork | None = None
+) -> Iterator[tuple[str, Scores]]:
     """Score the models that the recipe lists, one after another; results of an earlier session are reused.
 
     Yields:
@@ -51,9 +53,9 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
     if not run.config.scored_tasks:
         return
     _drop_outdated(run, rounds)
-    _, tokenizer = run.target()
+    _, tokenizer = run.target
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
-        "target": lambda client: run.target()[0],
+        "target": lambda client: run.target[0],
         "proxy": lambda client: tuned.proxy,
         "proxy_tuned": lambda client: tuned[client].model(),
         "fused": lambda client: load_model(folder_of(run.folder.fused, client), dtype=run.config.target.dtype),
@@ -67,7 +69,7 @@ def evaluate(run: Run, tuned: TunedProxies, rounds: int) -> Iterator[tuple[str, 
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
-                kept = _score(run, label, words, models[name](client), tokenizer, settings)
+                kept = _score(run, label, words, models[name](client), tokenizer, settings, shared)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
@@ -203,11 +205,11 @@ def _scored(run: Run, label: str, settings: Mapping[str, Any]) -> dict[str, str 
     tops = parts.get(model, [])
     weights = {
         name: sha
-        for name, sha in run.facts["files"].items()
+        for name, sha in run.facts.files.items()
         if name.endswith(".safetensors") and any(name.startswith(f"{top.rstrip('/')}/") for top in tops)
     }
     return {
-        "the model": content_sha256({"target": run.facts.get("target_sha256"), **weights}),
+        "the model": content_sha256({"target": run.facts.target_sha256, **weights}),
         "the questions": questions_sha256(settings["tasks"], settings["num_fewshot"]),
         "lm-eval's version": versions().get("lm_eval"),
     }
@@ -244,6 +246,7 @@ def _score(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
+    shared: SharedWork | None,
 ) -> dict[str, Any]:
     """Score one model, say so in ``words``, and keep the scores under ``name``."""
     evaluation = run.config.evaluation
@@ -262,7 +265,6 @@ def _score(
                 progress=advance,
             )
 
-    shared = run.shared
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)

@@ -13,14 +13,9 @@ from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.files import parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
+from fedproxy.pipeline.reads import MAY_CHANGE, flat, lies_below
 from fedproxy.sealed import read_sealed
 from fedproxy.yaml_files import read_mapping
-
-# Keys that may change between a run and its continuation; federation.rounds may also grow.
-_FREE = {
-    *("resume", "accept_changed", "output_dir", "overwrite", "plugins", "engine", "evaluation", "loggers"),
-    *("trainer.devices", "trainer.strategy", "federation.min_clients", "federation.round_timeout_s"),
-}
 
 
 class RunFolder:
@@ -157,7 +152,7 @@ class RunFolder:
     def is_past_compression(self) -> bool:
         """Return whether a run here went on after its proxy was made."""
         facts = read_sealed(self.server / "facts.json") or {}
-        return bool(facts.get("finished") or self.rounds() or self.fused.is_dir())
+        return bool("report" in facts.get("stages", {}) or self.rounds() or self.fused.is_dir())
 
     def fused_folders(self) -> list[Path]:
         """Return the folders of fused models: ``fused`` itself, or one for each client."""
@@ -237,26 +232,12 @@ def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, w
     """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
     before, after = flat(old), flat(new)
     for key in sorted(before.keys() | after.keys()):
-        if any(key == free or key.startswith(f"{free}.") for free in _FREE):
-            continue
         was, now = before.get(key), after.get(key)
-        if key == "federation.rounds" and isinstance(was, int) and isinstance(now, int) and now >= was:
-            continue
-        if was != now:
+        fewer = key == "federation.rounds" and not (isinstance(was, int) and isinstance(now, int) and now >= was)
+        if was != now and (fewer or not lies_below(key, MAY_CHANGE)):
             raise ConfigError(
                 f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or {way_out}"
             )
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested mapping as one level, ``federation.rounds`` to 3 and so on."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -7,25 +7,21 @@ plugins and the same versions. What differs is named; ``accept_changed`` goes on
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedproxy.config import to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.rows import Row
+from fedproxy.data.templates import BUILT_IN
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.files import file_sha256
 from fedproxy.models import state_sha256
+from fedproxy.pipeline.context import Facts, Input, Run
 from fedproxy.pipeline.data import rows_sha256
 from fedproxy.reporting.provenance import versions
 from fedproxy.sealed import content_sha256
 
-if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
-
 Clients = Mapping[str, Sequence[Row]]
-Input = dict[str, Any]
-"""Parts of an input by name: a file, a source, a package; each with what tells it from another."""
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
     *("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template"),
@@ -33,7 +29,6 @@ _TOKENIZER = (
 )
 _PACKAGES = ("fedproxy", "torch", "transformers", "lightning", "peft")
 """Distributions on whose version the bits of a training step depend."""
-_SETTINGS = ("seed", "data", "trainable", "client", "regularizer", "aggregator", "server_optimizer", "realignment")
 _SHOWN = 12
 
 
@@ -41,7 +36,7 @@ class ChangedInputError(CheckpointError):
     """A run would go on with something else than it began with."""
 
 
-def check_inputs(run: "Run", clients: Clients) -> dict[str, Any]:
+def check_inputs(run: Run, clients: Clients) -> dict[str, Any]:
     """Compare what a run is made from with what it began with; nothing is written.
 
     Before there is a proxy nothing depends on it, and everything counts as new.
@@ -51,39 +46,40 @@ def check_inputs(run: "Run", clients: Clients) -> dict[str, Any]:
         clients: Every client's rows, as dealt out now.
 
     Returns:
-        Facts to note: ``inputs``, ``data_sha256``, and ``changes`` where some were accepted, now or before.
+        Facts to note: ``inputs``, ``data_sha256``, ``origin`` where nothing depends on it yet, and ``changes`` where
+        some were accepted, now or before.
 
     Raises:
         ChangedInputError: Naming the input, what of it differs, and the way out.
     """
     now, total = inputs(run, clients), rows_sha256(clients)
     facts: dict[str, Any] = {"inputs": now, "data_sha256": total}
-    before: dict[str, Input] = run.facts.get("inputs", {})
+    before = run.facts.inputs
     if not run.folder.layer_map.is_file() or not before:
-        return facts
+        return {**facts, "origin": now}
     found = {name: said for name in now if (said := _difference(name, before.get(name, {}), now[name]))}
     if "target" in found and _same_weights(run, before["target"], now["target"]):
         del found["target"]
     after = (CheckpointFolder(run.folder.checkpoints).rounds() or [0])[-1]
-    changes = [*run.facts.get("changes", [])]
+    changes = [*run.facts.changes]
     for name, said in found.items():
         if name not in run.config.accept_changed:
             raise ChangedInputError(
                 f"resume=auto: {name} changed since the run in {run.folder.root} began: {said}; put it back, go on "
                 f"with it by accept_changed=[{name}], which the report then says, or choose another output_dir"
             )
-        hashes = (run.facts["data_sha256"], total) if name == "data" else (_sha(before, name), _sha(now, name))
+        hashes = (run.facts.data_sha256, total) if name == "data" else (_sha(before, name), _sha(now, name))
         changes.append({"input": name, "after_round": after, "what": said, "before": hashes[0], "now": hashes[1]})
         run.display.say(f"{name} changed after round {after}, which accept_changed allows: {said}")
     return {**facts, "changes": changes} if changes else facts
 
 
-def same_rows(run: "Run", facts: Mapping[str, Any]) -> bool:
+def same_rows(run: Run, facts: Mapping[str, Any]) -> bool:
     """Return whether the rows are those that the run knows, so that clients must own the same as before."""
-    return run.facts.get("data_sha256") in (None, facts["data_sha256"])
+    return run.facts.data_sha256 in (None, facts["data_sha256"])
 
 
-def inputs(run: "Run", clients: Clients) -> dict[str, Input]:
+def inputs(run: Run, clients: Clients) -> dict[str, Input]:
     """Return what the run is made from, as it is now."""
     config = run.config
     target = resolve(config.target.path)
@@ -93,42 +89,35 @@ def inputs(run: "Run", clients: Clients) -> dict[str, Input]:
     rest = {name: path for name, path in files.items() if name not in own and name.endswith((".json", *_WEIGHTS))}
     return {
         "target": {name: _stamp(path) if name.endswith(_WEIGHTS) else _hash(path) for name, path in rest.items()},
-        "tokenizer": {name: _hash(path) for name, path in own.items()},
+        "tokenizer": {name: _hash(path) for name, path in own.items()} | _template(config.data.template),
         "data": _sources(clients),
         "calibration": _texts(config.compression.calibration.path),
-        "plugins": {module: _module(module) for module in config.plugins},
+        "plugins": plugins(config.plugins),
         "versions": {name: version for name, version in versions().items() if name in _PACKAGES},
     }
 
 
-def run_key(run: "Run") -> str:
-    """Return what tells the rounds of this run from those of another: settings, rows and proxy as it began."""
-    if "key" not in run.facts:
-        settings = to_dict(run.config)
-        proxy = {name: sha for name, sha in run.facts["files"].items() if name.startswith("proxy/")}
-        content = {name: settings[name] for name in _SETTINGS}
-        run.note(key=content_sha256({**content, "proxy": proxy, "rows": run.facts["data_sha256"]}))
-    key: str = run.facts["key"]
-    return key
+def plugins(names: Iterable[str]) -> Input:
+    """Return the hash of every plugin's own code."""
+    return {module: _module(module) for module in names}
 
 
-def change_notes(facts: Mapping[str, Any]) -> list[str]:
+def change_notes(facts: Facts) -> list[str]:
     """Return a sentence on every input that changed and was accepted."""
     return [
         f"{change['input']} changed after round {change['after_round']}, accepted by accept_changed: {change['what']} "
         f"(SHA-256 {change['before']} before, {change['now']} from then on)."
-        for change in facts.get("changes", [])
+        for change in facts.changes
     ]
 
 
-def data_sha256(facts: Mapping[str, Any]) -> str | dict[str, str] | None:
+def data_sha256(facts: Facts) -> str | dict[str, str] | None:
     """Return the hash of the clients' rows, or one for each part of the run where they changed."""
-    changes = [change for change in facts.get("changes", []) if change["input"] == "data"]
+    changes = [change for change in facts.changes if change["input"] == "data"]
     if not changes:
-        found: str | None = facts.get("data_sha256")
-        return found
+        return facts.data_sha256
     parts = {f"until round {change['after_round']}": change["before"] for change in changes}
-    return {**parts, f"from round {changes[-1]['after_round'] + 1}": facts["data_sha256"]}
+    return {**parts, f"from round {changes[-1]['after_round'] + 1}": facts.data_sha256 or ""}
 
 
 def _difference(name: str, before: Input, now: Input) -> str:
@@ -145,13 +134,13 @@ def _difference(name: str, before: Input, now: Input) -> str:
     return "; ".join(said[:3]) + (f" and {len(said) - 3} more" if len(said) > 3 else "")
 
 
-def _same_weights(run: "Run", before: Input, now: Input) -> bool:
+def _same_weights(run: Run, before: Input, now: Input) -> bool:
     """Return whether the target is the same for all that its stamps say; what is not can never be accepted.
 
     Raises:
         ChangedInputError: If its weights are others than those that the proxy was made from.
     """
-    if state_sha256(run.target()[0]) != run.facts["target_sha256"]:
+    if state_sha256(run.target[0]) != run.facts.target_sha256:
         raise ChangedInputError(
             f"resume=auto: the weights of target.path={run.config.target.path} are others than those that the proxy in "
             f"{run.folder.root} was made from ({_difference('target', before, now)}); put the target back, or choose "
@@ -167,6 +156,10 @@ def _sources(clients: Clients) -> Input:
         for row in own:
             rows.setdefault(row.source, []).append(row)
     return {name: {"rows": len(rows[name]), "sha256": rows_sha256({name: rows[name]})} for name in sorted(rows)}
+
+
+def _template(choice: str) -> Input:
+    return {} if choice in BUILT_IN else {"data.template": _hash(Path(choice).expanduser())}
 
 
 def _texts(path: str) -> Input:

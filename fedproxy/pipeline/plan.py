@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedproxy.config import load_config
-from fedproxy.pipeline.evaluation import expanded
+from fedproxy.pipeline.checks import check
 from fedproxy.pipeline.planning.hardware import MEASURE, Hardware
 from fedproxy.pipeline.planning.memory import CLIENT_PROCESS, SERVER_PROCESS, Need, calibration_bytes, needs
 from fedproxy.pipeline.planning.outline import Outline
@@ -146,7 +146,7 @@ def plan(arguments: Sequence[str]) -> Plan:
         ModelError: If the target's shape is not to be had.
     """
     hardware, rest = Hardware.split(arguments)
-    outline = Outline.of(expanded(load_config(rest)))
+    outline = Outline.of(check(load_config(rest), here=False))
     traffic = Traffic.of(outline)
     memory = needs(outline, traffic, RowLength.of(hardware, outline))
     return Plan(outline, hardware, traffic, tuple(memory), Seconds.of(outline, traffic, hardware))

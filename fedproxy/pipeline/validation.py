@@ -1,25 +1,24 @@
 """Validation between rounds: held-out rows that no client owns, scored in the process that holds the models."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig
+from fedproxy.data.conversations import prompt_and_answer
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
 from fedproxy.federation.server.validation import RoundValidation, Scores
-from fedproxy.models import load_model, placed
+from fedproxy.models import placed
 from fedproxy.modules.trainer import autocast_dtype
-from fedproxy.pipeline.data import file_rows
+from fedproxy.pipeline.context import Run
+from fedproxy.pipeline.data import file_rows, target_tokenizer
 from fedproxy.reporting import ValidationReport
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.trainable.base import TrainableModel
-
-if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
 
 
 def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Question]:
@@ -38,7 +37,8 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
     for task in config.data.tasks:
         questions += task_questions(task, settings.rows, owned, seed)
     for name in config.data.files:
-        questions += row_questions(name, file_rows(config.data, name), settings.rows, owned, seed)
+        rows = file_rows(config.data, name)
+        questions += _framed(row_questions(name, rows, settings.rows, owned, seed), rows, config)
     for question in questions:
         if settings.metric not in ("answer_nll", *question.accuracies):
             raise ConfigError(
@@ -48,8 +48,17 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
     return questions
 
 
+def _framed(questions: Sequence[Question], rows: Sequence[Row], config: RunConfig) -> list[Question]:
+    """Return questions with the texts that a model is given and should write where they come from conversations."""
+    by_key = {row.key: row for row in rows}
+    if not any(by_key[question.key].messages for question in questions):
+        return list(questions)
+    tokenizer = target_tokenizer(config)
+    return [replace(one, requests=(prompt_and_answer(by_key[one.key], tokenizer),)) for one in questions]
+
+
 def round_validation(
-    run: "Run", model: TrainableModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
+    run: Run, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question]
 ) -> RoundValidation | None:
     """Return what scores the state between rounds, or None where the recipe asks for nothing."""
     settings = run.config.federation.validation
@@ -66,7 +75,7 @@ def round_validation(
     return RoundValidation(score, settings.every, settings.metric, settings.select == "best")
 
 
-def validation_report(run: "Run") -> ValidationReport | None:
+def validation_report(run: Run) -> ValidationReport | None:
     """Return what the report says of validation: how rounds were scored, and which one's state was fused."""
     settings = run.config.federation.validation
     scored = [record["validation"] for record in run.folder.rounds() if "validation" in record]
@@ -77,19 +86,18 @@ def validation_report(run: "Run") -> ValidationReport | None:
         metric=settings.metric,
         select=settings.select,
         questions=int(scored[-1]["mean"]["n"]),
-        fused_after_round=run.facts.get("fused_after_round"),
+        fused_after_round=run.facts.fused_after_round,
     )
 
 
-def _fused(run: "Run", model: TrainableModel) -> Callable[[], PreTrainedModel]:
+def _fused(run: Run, model: TrainableModel) -> Callable[[], PreTrainedModel]:
     """Return what fuses the proxy as it stands into the target; the plain proxy is loaded once, when first needed."""
     plain: dict[str, Tensor] = {}
 
     def fuse() -> PreTrainedModel:
         if not plain:
-            plain.update(load_model(run.folder.proxy, dtype=run.config.target.dtype).state_dict())
-        target, _ = run.target()
+            plain.update(run.proxy().state_dict())
         after = {**plain, **model.merged_weights()}
-        return run.config.fusion.fuse(target, plain, after, run.layer_map())
+        return run.config.fusion.join(run.fusible_target, plain, after, run.layer_map)
 
     return fuse

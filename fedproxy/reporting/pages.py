@@ -4,11 +4,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedproxy.errors import EvaluationError
-from fedproxy.files import write_text
+from fedproxy.files import write_json, write_text
 from fedproxy.reporting.html import to_html
 from fedproxy.reporting.markdown import to_markdown
 from fedproxy.reporting.pairing import PairedDifference, against_target
 from fedproxy.reporting.run_report import PAGES, RunReport
+
+
+def save_report(report: RunReport, folder: str | Path) -> Path:
+    """Write report.json, then report.md and report.html, each whole or not at all, and return report.json's path.
+
+    Raises:
+        CheckpointError: If the folder cannot be written.
+    """
+    path = write_json(Path(folder) / "report.json", report.to_dict())
+    write_pages(report, folder)
+    return path
 
 
 def write_pages(report: RunReport, folder: str | Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
-from fedproxy.files import plain, read_json, write_json
+from fedproxy.files import plain, read_json
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import MODELS, Value, value_of
 
@@ -232,22 +232,6 @@ class RunReport:
             raise CheckpointError(f"cannot read {file}: there is no such file; give the folder of a finished run")
         data = read_json(file, dict, remedy="run the recipe again with resume=auto to get a whole one")
         return cls.from_dict(data, str(file))
-
-    def save(self, folder: str | Path) -> Path:
-        """Write report.json, then report.md and report.html, each whole or not at all, and return report.json's path.
-
-        Raises:
-            CheckpointError: If the folder cannot be written.
-        """
-        path = write_json(Path(folder) / "report.json", self.to_dict())
-        self.render(folder)
-        return path
-
-    def render(self, folder: str | Path) -> list[Path]:
-        """Write the pages that people read into ``folder`` and return their paths."""
-        from fedproxy.reporting.pages import write_pages  # the pages are built from this module's classes
-
-        return write_pages(self, folder)
 
 
 def report_file(path: str | Path) -> Path:

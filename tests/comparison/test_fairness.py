@@ -6,7 +6,7 @@ from fedproxy.comparison.execution import cells
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.checks import check_components
 
 
 def tiny(*overrides):

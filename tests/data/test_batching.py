@@ -49,18 +49,24 @@ def test_the_short_batch_is_not_always_the_longest_examples():
 
 
 def test_collate_pads_right_and_labels_targets_only():
-    batch = collate([Example((5, 6, 7), 1, "a"), Example((8, 9), 1, "b")], pad_id=0)
+    batch = collate([Example((5, 6, 7), ((1, 3),), "a"), Example((8, 9), ((1, 2),), "b")], pad_id=0)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, 9, -100]]
 
 
+def test_several_targets_of_one_example_are_labelled_each():
+    example = Example((5, 6, 7, 8, 9), ((1, 2), (3, 5)), "a")
+    assert example.target_length == 3
+    assert collate([example], pad_id=0)["labels"].tolist() == [[-100, 6, -100, 8, 9]]
+
+
 def test_a_target_token_equal_to_the_pad_token_keeps_its_label():
-    assert collate([Example((5, 0), 1, "a")], pad_id=0)["labels"].tolist() == [[-100, 0]]
+    assert collate([Example((5, 0), ((1, 2),), "a")], pad_id=0)["labels"].tolist() == [[-100, 0]]
 
 
 def test_loader_gives_a_new_order_each_epoch_and_draws_only_when_read():
-    examples = [Example(tuple(range(1, 3 + index % 5)), 1, str(index)) for index in range(20)]
+    examples = [Example(tuple(range(1, 3 + index % 5)), ((1, 2 + index % 5),), str(index)) for index in range(20)]
     loader = ExampleLoader(examples, 4, pad_id=0, generator=make_generator())
     iter(loader)  # Lightning asks for an iterator to check the type; that must not use up an epoch
     epochs = [[batch["input_ids"].shape for batch in loader] for _ in range(3)]
@@ -74,7 +80,7 @@ def test_loader_gives_a_new_order_each_epoch_and_draws_only_when_read():
 
 def test_processes_split_every_batch_and_count_by_their_tokens(monkeypatch):
     # Example i has i % 3 + 1 target tokens and its own second token.
-    examples = [Example((1, *[20 + index] * (index % 3 + 1)), 1, str(index)) for index in range(7)]
+    examples = [Example((1, *[20 + index] * (index % 3 + 1)), ((1, index % 3 + 2),), str(index)) for index in range(7)]
     parts = []
     for rank in range(2):
         monkeypatch.setattr("fedproxy.data.batching.rank_and_size", lambda rank=rank: (rank, 2))

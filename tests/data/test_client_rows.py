@@ -62,7 +62,7 @@ def test_a_runs_partition_file_gives_the_same_owners(tmp_path):
     save_partition(clients, tmp_path / "partition.json")
     again = PartitionFile(path=str(tmp_path / "partition.json"))
     assert again.split(DATA, 0) == clients
-    assert again.count(7) == 2
+    assert again.count([], {}) == 2
 
 
 def test_rows_and_whole_sources_are_given_by_hand_and_the_rest_is_left_out(tmp_path):

@@ -36,7 +36,7 @@ def test_every_row_has_one_owner_and_the_seed_decides(partition):
     assert owners(clients) == sorted(row.key for row in data)
     assert clients == partition.split(data, 7)
     assert list(clients) == sorted(clients)
-    assert len(clients) == partition.count(2)
+    assert len(clients) == partition.count(["a"], {"b": "b.jsonl"})
 
 
 def test_by_task_gives_one_client_per_source():

@@ -43,13 +43,13 @@ def one(prompt, target, tokenizer=None, longest=(64, 64)):
 def test_prompt_then_target():
     example = one("a b:", " c d")
     assert example.input_ids == ids("a", "Ġb", ":", "Ġc", "Ġd")
-    assert (example.prompt_length, example.target_length, example.key) == (3, 2, "t/train/0")
+    assert (example.spans[0][0], example.target_length, example.key) == (3, 2, "t/train/0")
 
 
 def test_space_at_the_end_of_the_prompt_moves_to_the_target():
     # Encoded apart, "a: " and "c" would end in the lone token "Ġ" that the model never saw before a word.
     assert one("a: ", "c").input_ids == ids("a", ":", "Ġc")
-    assert one("a: ", "c").prompt_length == 2
+    assert one("a: ", "c").spans == ((2, 3),)
 
 
 def test_pair_is_encoded_as_one_text():
@@ -67,7 +67,7 @@ def test_beginning_of_sequence_token_only_where_the_tokenizer_adds_it():
 def test_long_prompt_is_cut_from_the_left_and_long_target_from_the_right():
     example = one("a b c d:", " a b c", longest=(2, 2))
     assert example.input_ids == ids("Ġd", ":", "Ġa", "Ġb")
-    assert example.prompt_length == 2
+    assert example.spans[0][0] == 2
 
 
 def test_cut_prompt_keeps_its_first_token():
@@ -78,7 +78,7 @@ def test_cut_prompt_keeps_its_first_token():
 def test_empty_prompt_is_conditioned_on_the_first_token():
     example = one("", "a b")
     assert example.input_ids == ids("<s>", "a", "Ġb")
-    assert example.prompt_length == 1
+    assert example.spans[0][0] == 1
 
 
 def test_empty_target_names_the_row():
@@ -100,7 +100,7 @@ def test_same_split_as_lm_eval(bos):
     for example, (prompt, target) in zip(examples, pairs, strict=True):
         context, continuation = harness._encode_pair(prompt, target)
         assert list(example.input_ids) == context + continuation
-        assert example.prompt_length == len(context)
+        assert example.spans[0][0] == len(context)
 
 
 def with_template(template, **special):
@@ -187,6 +187,7 @@ def test_a_model_with_room_for_no_answer_is_refused():
 
 
 def test_cut_rows_are_counted_by_what_they_lost():
-    rows = [row("a", " b"), row("a b c", " b"), row("a", " b c d"), row("a b c", " b c d")]
+    texts = [("a", " b"), ("a b c", " b"), ("a", " b c d"), ("a b c", " b c d")]
+    rows = [row(prompt, target, f"t/train/{number}") for number, (prompt, target) in enumerate(texts)]
     examples = tokenise(rows, make_tokenizer(False), max_input_tokens=2, max_target_tokens=2)
-    assert cut_counts(examples) == {"cut": 3, "prompts": 2, "targets": 2}
+    assert cut_counts(rows, examples) == {"cut": 3, "prompts": 2, "targets": 2, "split": 0, "dropped": 0}

@@ -27,7 +27,11 @@ def make_trainable(make_model, family="llama", **options):
 def make_loader(seed=0, count=12, batch_size=4):
     generator = torch.Generator().manual_seed(9)
     examples = [
-        Example(tuple(torch.randint(3, 61, (4 + index % 5,), generator=generator).tolist()), 2, str(index))
+        Example(
+            tuple(torch.randint(3, 61, (4 + index % 5,), generator=generator).tolist()),
+            ((2, 4 + index % 5),),
+            str(index),
+        )
         for index in range(count)
     ]
     return ExampleLoader(examples, batch_size, pad_id=0, generator=torch.Generator().manual_seed(seed))
@@ -118,7 +122,7 @@ def test_strong_conflict_holds_coordinates_back(make_model):
 
 
 def test_accumulated_batches_equal_one_large_batch_of_equal_answers(make_model):
-    examples = [Example((1, 2, 3 + index, 4, 5 + index), 3, str(index)) for index in range(8)]
+    examples = [Example((1, 2, 3 + index, 4, 5 + index), ((3, 5),), str(index)) for index in range(8)]
 
     def loader(size):
         return ExampleLoader(examples, size, pad_id=0, generator=torch.Generator().manual_seed(0))

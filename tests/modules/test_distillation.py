@@ -1,5 +1,4 @@
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +9,12 @@ from fedproxy.models.decoder import Decoder
 from fedproxy.models.layer_map import LayerMap
 from fedproxy.models.streaming import streamed
 from fedproxy.modules import distillation
-from fedproxy.modules.distillation import DistillationModule, check_pair, check_same_tokenizer, distil, mean_kl
+from fedproxy.modules.distillation import DistillationModule, check_pair, mean_kl
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.divergence import DIVERGENCES
 from fedproxy.modules.losses import hidden_distance
 from fedproxy.modules.teacher import Teacher
+from fedproxy.strategies.compression.distilling import distil
 
 FAMILIES = ["llama", "gemma2", "cohere", "opt", "gpt2"]
 PI = (0, 2)
@@ -279,16 +279,3 @@ def test_models_and_text_that_do_not_fit(make_model):
     student.resize_token_embeddings(64)
     with pytest.raises(ModelError, match=r"the proxy's vocabulary has shape \(64, 32\), the target's \(61, 32\)"):
         run(student, teacher)
-
-
-def test_tokenizers_that_differ():
-    def tokenizer(special="<s>", **vocabulary):
-        return SimpleNamespace(get_vocab=lambda: vocabulary, special_tokens_map={"bos_token": special})
-
-    check_same_tokenizer(tokenizer(a=0, b=1), tokenizer(a=0, b=1))
-    with pytest.raises(ModelError, match="gives 'b' the id 1, the target's 2"):
-        check_same_tokenizer(tokenizer(a=0, b=1), tokenizer(a=0, b=2))
-    with pytest.raises(ModelError, match="gives 'c' the id None, the target's 2"):
-        check_same_tokenizer(tokenizer(a=0), tokenizer(a=0, c=2))
-    with pytest.raises(ModelError, match="special tokens"):
-        check_same_tokenizer(tokenizer(a=0), tokenizer("<t>", a=0))

@@ -15,7 +15,7 @@ from fedproxy.modules.causal_lm import CausalLMModule
 NAME = __name__
 VARIABLE = "FEDPROXY_TEST_HOOKS"
 
-_train, _training_step, _write_journal = Site.train, CausalLMModule.training_step, loop._write_journal
+_train, _training_step, _write_journal = Site.train, CausalLMModule.training_step, loop.write_journal
 _current = {"task": ""}
 
 
@@ -63,4 +63,4 @@ def _hooked_journal(journal, records):
     _write_journal(journal, records)
 
 
-Site.train, CausalLMModule.training_step, loop._write_journal = _hooked_train, _hooked_step, _hooked_journal
+Site.train, CausalLMModule.training_step, loop.write_journal = _hooked_train, _hooked_step, _hooked_journal

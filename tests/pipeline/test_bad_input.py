@@ -79,12 +79,6 @@ def test_too_many_clients_per_round_are_refused_before_anything_is_made(run_tiny
     assert not (tmp_path / "out").exists()
 
 
-def test_one_fused_model_per_client_is_refused(run_tiny):
-    rule = ("regularizer.name=none", "aggregator.name=fedsa_lora", "aggregator.fused_b=own")
-    with pytest.raises(ConfigError, match=r"aggregator.fused_b: .*; use aggregator.fused_b=mean"):
-        run_tiny(*QUICK, *rule)
-
-
 def test_missing_data_file(run_tiny, tmp_path):
     with pytest.raises(DataError, match=r"gone.jsonl"):
         run_tiny(*QUICK, *own_data(tmp_path / "gone.jsonl"))

@@ -15,7 +15,7 @@ from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.files import file_sha256
 from fedproxy.models import load_model, state_sha256
 from fedproxy.names import file_stem
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.checks import check_components
 from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.run import run
 from fedproxy.recipe_files import recipe_names

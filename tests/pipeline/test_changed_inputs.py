@@ -16,8 +16,8 @@ from fedproxy.federation.server.checkpoint import CheckpointFolder
 from fedproxy.models import load_model
 from fedproxy.pipeline import inputs
 from fedproxy.pipeline.inputs import ChangedInputError
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting import RunReport
 
 from .test_damaged_files import Lines, flip
@@ -203,7 +203,12 @@ def undamaged(place, tmp_path_factory):
     """The final state of a run that went on without damage."""
     folder = Path(shutil.copytree(place.run, tmp_path_factory.mktemp("whole") / "run"))
     place.go(folder, *MORE)
-    return CheckpointFolder(folder / "checkpoints", run=facts(folder)["key"]).load(3).state
+    return third_state(folder)
+
+
+def third_state(folder):
+    key = json.loads((folder / "checkpoints/round_0003/progress.json").read_text())["run"]
+    return CheckpointFolder(folder / "checkpoints", run=key).load(3).state
 
 
 def facts(folder):
@@ -218,7 +223,7 @@ def test_a_damaged_checkpoint_falls_back_and_ends_in_the_same_bits(place, copy, 
     assert "round_0002" in line
     assert line.endswith("going on after round 1, from the checkpoint before it")
     assert line in report.notes
-    state = CheckpointFolder(copy / "checkpoints", run=facts(copy)["key"]).load(3).state
+    state = third_state(copy)
     assert all(torch.equal(state[name], undamaged[name]) for name in undamaged)
     assert [json.loads(line)["round"] for line in (copy / "rounds.jsonl").read_text().splitlines()] == [1, 2, 3]
 

@@ -25,6 +25,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError, ConfigError, DataError, ModelError
 from fedproxy.models import check_tokenizer, load_model, state_sha256
 from fedproxy.pipeline.data import client_rows
+from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.run import compress_only, run
 from fedproxy.reporting import RunReport
 from fedproxy.strategies.compression.block_influence import BlockInfluence
@@ -121,7 +122,7 @@ def test_fit_goes_on_from_it_and_compress_does_not_take_its_report(compressed):
 
 
 def test_compress_goes_on_with_a_compression_that_was_cut_short(tmp_path, monkeypatch):
-    from fedproxy.pipeline import run as module
+    from fedproxy.pipeline.stages.evaluate import Evaluate
 
     def stop(*_):
         raise DataError("stopped")
@@ -129,7 +130,7 @@ def test_compress_goes_on_with_a_compression_that_was_cut_short(tmp_path, monkey
     compress(tmp_path / "out")
     (tmp_path / "out" / "report.json").unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(module, "measure_fidelity", stop)
+        patch.setattr(Evaluate, "do", stop)
         with pytest.raises(DataError, match="stopped"):
             compress(tmp_path / "out", "resume=auto")
     assert (tmp_path / "out" / "proxy" / "model.safetensors").is_file()  # what was there before stays
@@ -144,6 +145,7 @@ def test_other_compressors_and_another_family_go_through_the_same_door(tmp_path,
     model.save_pretrained(tmp_path / "secret-llm")
     tokenizer.save_pretrained(tmp_path / "secret-llm")
     words = [f"compression.{word}".replace("compression.compression", "compression") for word in compressor.split()]
+    words += ["trainable.modules=[c_attn]"] if "ffn" in compressor else []
     report = compress(tmp_path / "out", f"target.path={tmp_path / 'secret-llm'}", *words)
     assert report.fidelity.kl > 0
     assert len(report.compression.scores) == 6  # taken for the plot, although the rule needs none
@@ -196,7 +198,20 @@ def test_a_model_that_is_not_causal_is_one_line(tmp_path):
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path / "bert")
     tokenizer.save_pretrained(tmp_path / "bert")
     message = r"^BertLMHeadModel is not causal: .* later tokens; give another target.path, a decoder-only causal LM$"
-    refuse(ModelError, message, tmp_path / "out", f"target.path={tmp_path / 'bert'}", "compression.name=none")
+    words = (f"target.path={tmp_path / 'bert'}", "compression.name=none", "trainable.modules=[query]")
+    refuse(ModelError, message, tmp_path / "out", *words)
+
+
+def test_what_fit_would_refuse_compress_refuses_before_it_works(tmp_path, begun):
+    for error, message, words in (
+        (ConfigError, "federation.clients_per_round must be at most the 4", ("federation.clients_per_round=5",)),
+        (ConfigError, "blocks have no linear layer 'no_such'", ("trainable.modules=[no_such]",)),
+        (ConfigError, "trainer.precision=bf16-true converts", ("trainer.precision=bf16-true",)),
+    ):
+        refuse(error, message, tmp_path / "out", *words)
+        with pytest.raises(error, match=message):
+            plan([*SMALL, *words])
+    assert not begun
 
 
 def test_a_family_that_refuses_its_own_configuration_is_one_line(tmp_path):

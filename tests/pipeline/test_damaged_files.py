@@ -12,8 +12,8 @@ from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.names import file_stem
 from fedproxy.pipeline.display import Display
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 from fedproxy.reporting import RunReport
 from fedproxy.reporting.comparison.records import Record
 

@@ -6,7 +6,7 @@ import pytest
 
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
-from fedproxy.pipeline.components import check_components
+from fedproxy.pipeline.checks import check_components
 
 TWO = ("recipe=fedproxy_tiny", "trainer.devices=2")
 

@@ -199,15 +199,16 @@ def test_two_continuations_of_a_fresh_folder_one_runs(tmp_path):
 
 
 def test_a_defect_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
-    from fedproxy.pipeline import run as pipeline
+    from fedproxy.pipeline import begin
+    from fedproxy.pipeline.stages import federate
 
     def defect(*_):
         raise ZeroDivisionError("no such thing")
 
     words = [*SMALL, *TWO, f"output_dir={tmp_path / 'run'}"]
-    for name in ("is_slow", "save_partition", "check_vocabulary"):
+    for module, name in ((begin, "is_slow"), (begin, "save_partition"), (federate, "round_validation")):
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, name, defect)
+            patch.setattr(module, name, defect)
             with pytest.raises(ZeroDivisionError):
                 run(load_config([*words, "resume=auto"]))
         assert RunReport.load(tmp_path / "run").run.error == "ZeroDivisionError: no such thing"

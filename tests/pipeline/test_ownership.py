@@ -20,8 +20,8 @@ from fedproxy.federation.engines.workers import WorkerPool, Workers
 from fedproxy.locks import LOCK_FILE, locked
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.ownership import MARKER, first_foreign
+from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import SharedWork
 
 from .conftest import SMALL
 

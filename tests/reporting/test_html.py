@@ -7,6 +7,7 @@ import pytest
 
 from fedproxy.reporting import RoundReport, RunInfo, RunReport
 from fedproxy.reporting.html import cell, to_html
+from fedproxy.reporting.pages import save_report
 from fedproxy.reporting.plots import draw_plots
 
 from .report_samples import full_report, save_samples
@@ -144,7 +145,7 @@ def test_changes_are_set_apart_by_sign():
 def test_kept_samples_add_the_paired_table_and_the_interval_of_the_headline(tmp_path):
     report = full_report()
     save_samples(tmp_path)
-    report.save(tmp_path)
+    save_report(report, tmp_path)
     page, text = (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
     assert "question by question" in page
     assert re.search(r"difference of \*\*\+\d+\.\d \(95 % interval \+", text)
@@ -152,13 +153,13 @@ def test_kept_samples_add_the_paired_table_and_the_interval_of_the_headline(tmp_
 
 def test_interval_of_other_samples_is_kept_out_of_the_headline(tmp_path):
     save_samples(tmp_path, fused=0.8)
-    full_report().save(tmp_path)
+    save_report(full_report(), tmp_path)
     assert re.search(r"difference of \*\*\+\d+\.\d ± \d", (tmp_path / "report.md").read_text())
 
 
 def test_unusable_samples_become_a_note(tmp_path):
     save_samples(tmp_path)
     (tmp_path / "evaluation" / "proxy.samples.jsonl").write_text("{half")
-    full_report().save(tmp_path)
+    save_report(full_report(), tmp_path)
     assert "Paired differences are left out" in (tmp_path / "report.md").read_text()
     assert "Paired" not in (tmp_path / "report.json").read_text()

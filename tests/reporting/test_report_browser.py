@@ -10,6 +10,7 @@ import zlib
 import pytest
 
 from fedproxy.reporting.comparison.pages import write_comparison
+from fedproxy.reporting.pages import save_report
 
 from .comparison.comparison_samples import make_comparison, make_runs
 from .report_samples import full_report, save_samples
@@ -36,7 +37,7 @@ def page(request, tmp_path_factory):
         runs = make_runs(run)
         return write_comparison(make_comparison(runs), runs, run)[1]
     save_samples(run)
-    full_report().save(run)
+    save_report(full_report(), run)
     return run / "report.html"
 
 

@@ -9,12 +9,13 @@ from fedproxy.command import run_command
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.locks import locked
 from fedproxy.report import USAGE, main
+from fedproxy.reporting.pages import save_report
 
 from .report_samples import full_report, lm_eval_results, save_samples
 
 
 def test_pages_are_made_again_from_the_json(tmp_path, capsys):
-    full_report().save(tmp_path)
+    save_report(full_report(), tmp_path)
     pages = [tmp_path / "report.md", tmp_path / "report.html"]
     before = [page.read_text() for page in pages]
     for page in pages:
@@ -25,7 +26,7 @@ def test_pages_are_made_again_from_the_json(tmp_path, capsys):
 
 
 def test_pages_of_others_are_left_alone(tmp_path):
-    full_report().save(tmp_path / "run")
+    save_report(full_report(), tmp_path / "run")
     (tmp_path / "report.json").write_text((tmp_path / "run" / "report.json").read_text())
     for name in ("report.md", "report.html"):
         (tmp_path / name).write_text("mine")

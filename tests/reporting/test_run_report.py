@@ -7,6 +7,7 @@ import torch
 from fedproxy.errors import CheckpointError
 from fedproxy.files import plain
 from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, with_means
+from fedproxy.reporting.pages import save_report
 
 
 def report(**changes):
@@ -48,7 +49,7 @@ def test_top_level_and_section_keys_are_the_published_ones():
 
 def test_saved_report_loads_equal_from_folder_and_file(tmp_path):
     before = report(compression=CompressionReport((0.5, 0.1), (0,)), notes=("4-bit",))
-    path = before.save(tmp_path / "runs" / "x")
+    path = save_report(before, tmp_path / "runs" / "x")
     assert RunReport.load(path) == before
     assert RunReport.load(path.parent) == before
 
@@ -57,7 +58,7 @@ def test_nan_infinity_and_tensors_become_json(tmp_path):
     line = RoundReport(
         1, ("a", "b"), train_loss=math.nan, weights=torch.tensor([0.25, 0.75]), cosine=torch.tensor([[1, math.inf]] * 2)
     )
-    report(rounds=(line,)).save(tmp_path)
+    save_report(report(rounds=(line,)), tmp_path)
     text = (tmp_path / "report.json").read_text()
     assert "NaN" not in text
     assert "Infinity" not in text
@@ -74,7 +75,7 @@ def test_plain_refuses_what_json_lacks():
 
 def test_failed_run_is_saved_with_its_error(tmp_path):
     failed = RunReport(RunInfo("tiny", "fedproxy", "failed", 1, "2026-01-02T03:04:05Z", error="client b | no rows"))
-    failed.save(tmp_path)
+    save_report(failed, tmp_path)
     assert RunReport.load(tmp_path).run.error == "client b | no rows"
     assert "**This run failed:** client b \\| no rows" in (tmp_path / "report.md").read_text()
 
@@ -129,10 +130,10 @@ def test_unknown_keys_of_a_later_writer_are_ignored():
 def test_unwritable_folder_is_one_line_and_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"cannot write .*report\.json"):
-        report().save(tmp_path / "file")
+        save_report(report(), tmp_path / "file")
     (tmp_path / "report.json").mkdir()  # a rename onto a folder fails after the temporary file was written
     with pytest.raises(CheckpointError, match=r"cannot write .*report\.json"):
-        report().save(tmp_path)
+        save_report(report(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "report.json"]
 
 

@@ -3,6 +3,7 @@
 from fedproxy.reporting import RoundReport, RunInfo, RunReport, ValidationReport
 from fedproxy.reporting.html import to_html
 from fedproxy.reporting.markdown import to_markdown
+from fedproxy.reporting.pages import save_report
 from fedproxy.reporting.plots import draw_plots
 
 RUN = RunInfo("tiny", "fedproxy", "completed", 42, "2026-01-02T03:04:05Z", 12.0)
@@ -24,7 +25,7 @@ def plots(found):
 
 def test_validated_rounds_are_kept_and_others_have_no_key(tmp_path):
     before = report(None, scores(3.0, acc=0.25))
-    before.save(tmp_path)
+    save_report(before, tmp_path)
     assert RunReport.load(tmp_path) == before
     lines = before.to_dict()["rounds"]
     assert "validation" not in lines[0]

@@ -54,9 +54,9 @@ def test_counts_are_floors_with_a_guard():
 
 
 @pytest.mark.parametrize("rule", ["fedavg", "ties", "h_ties", "median"])
-def test_output_in_files_equals_output_in_memory(rule, tmp_path):
+def test_updates_in_files_give_what_those_in_memory_give(rule, tmp_path):
     rng = torch.Generator().manual_seed(1)
-    # whole numbers: sums of zero wait for the majority sign, so that files are patched too
+    # whole numbers: sums of zero wait for the majority sign
     updates = [
         ClientUpdate(
             f"c{k}", {n: torch.randint(-3, 4, (40, 50), generator=rng).to(dtype) for n, dtype in DTYPES.items()}
@@ -68,8 +68,7 @@ def test_output_in_files_equals_output_in_memory(rule, tmp_path):
         update.save(tmp_path / f"{update.client_id}.safetensors")
         files.append(ClientUpdate.load(tmp_path / f"{update.client_id}.safetensors"))
     in_memory = Aggregator.by_name(rule)().aggregate(updates)
-    in_files = Aggregator.by_name(rule)().aggregate(files, output=tmp_path)
-    assert (tmp_path / "delta.safetensors").exists()
+    in_files = Aggregator.by_name(rule)().aggregate(files)
     assert in_files.diagnostics == in_memory.diagnostics
     for name, dtype in DTYPES.items():
         assert in_files.delta[name].dtype == dtype

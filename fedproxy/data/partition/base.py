@@ -48,17 +48,22 @@ class Partition(Component, family="data.partition"):
         """Return each client's rows; every row has one owner."""
 
     @abstractmethod
-    def count(self, sources: int) -> int:
-        """Return how many clients there will be, given how many tasks and files."""
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
+        """Return how many clients there will be, given ``data.tasks`` and ``data.files``."""
+
+    @property
+    def owner_column(self) -> str | None:
+        """Column of data.files that names the client whose row it is, or None."""
+        return None
 
 
 @dataclass(frozen=True)
 class ByTask(Partition, name="by_task"):
     """One client per task or file: the paper's heterogeneous setting."""
 
-    def count(self, sources: int) -> int:
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
         """Return the number of sources."""
-        return sources
+        return len(tasks) + len(files)
 
     def assign(self, rows: Sequence[Row], seed: int) -> Clients:
         """Group rows by their source."""
@@ -72,7 +77,15 @@ class ByTask(Partition, name="by_task"):
 class Pooled(Partition, name="pooled"):
     """One client that owns everything: centralised tuning."""
 
-    def count(self, sources: int) -> int:
+    column: str | None = None
+    """Column of data.files that names whose row it was, so that by_column's held-out rows are held out here, too."""
+
+    @property
+    def owner_column(self) -> str | None:
+        """Return the column."""
+        return self.column
+
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
         """Return 1."""
         return 1
 
@@ -91,7 +104,7 @@ class Iid(Partition, name="iid"):
     def __post_init__(self) -> None:
         self.require("clients", self.clients >= 1, "at least 1")
 
-    def count(self, sources: int) -> int:
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
         """Return the number asked for."""
         return self.clients
 
@@ -117,7 +130,7 @@ class DirichletSkew(Partition, name="dirichlet"):
         self.require("clients", self.clients >= 1, "at least 1")
         self.require("alpha", self.alpha > 0, "positive")
 
-    def count(self, sources: int) -> int:
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
         """Return the number asked for."""
         return self.clients
 

@@ -1,6 +1,6 @@
 """Partitions written by hand: who owns which rows, read from a file like the one that every run leaves."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ class PartitionFile(Partition, name="file"):
     path: str
     """The file."""
 
-    def count(self, sources: int) -> int:
+    def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
         """Return how many clients the file names."""
         return len(self._read())
 

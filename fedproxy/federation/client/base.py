@@ -1,7 +1,9 @@
 """What an engine needs to know of a client: what it is asked, how another process makes it, what its failure says."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any, Protocol
 
 from fedproxy.errors import CheckpointError, one_line
@@ -47,24 +49,33 @@ class RemoteClient:
     file by which they find each other."""
 
 
-def attempt(work: Callable[[], Answer], client_id: str, round_: int, *, logs: str | None) -> Answer:
-    """Do one client's work; whatever goes wrong in it becomes the reason why it is dropped.
+class Attempt(AbstractContextManager["Attempt"]):
+    """One client's work; whatever goes wrong within this context becomes the reason why the client is dropped.
+
+    A file of the run that is damaged or cannot be written (``CheckpointError``) is no client's fault and passes.
 
     Args:
-        work: Trains the client, or lets it answer.
-        client_id: Its name.
+        client_id: Whose work.
         round_: The round, for its log.
         logs: Folder of clients' own logs, where errors are kept whole; None keeps none.
-
-    Raises:
-        CheckpointError: If a file of the run is damaged or cannot be written, which is no client's fault.
     """
-    try:
-        answer = work()
-    except CheckpointError:
-        raise
-    except Exception as error:
-        return Dropped(client_id, told(error, client_id, round_, logs))
-    if answer.client_id == client_id:
-        return answer
-    return Dropped(client_id, f"its update is in the name of client {one_line(repr(answer.client_id), 100)}")
+
+    def __init__(self, client_id: str, round_: int, logs: str | None) -> None:
+        self._client_id, self._round, self._logs = client_id, round_, logs
+        self.answer: Answer = Dropped(client_id, "it gave no answer")
+
+    def answered(self, answer: Answer) -> None:
+        """Take the client's answer, which must be in its own name."""
+        if answer.client_id != self._client_id:
+            other = one_line(repr(answer.client_id), 100)
+            answer = Dropped(self._client_id, f"its update is in the name of client {other}")
+        self.answer = answer
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Keep an error in the client's log."""
+        if not isinstance(error, Exception) or isinstance(error, CheckpointError):
+            return False
+        self.answer = Dropped(self._client_id, told(error, self._client_id, self._round, self._logs))
+        return True

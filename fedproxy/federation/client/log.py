@@ -1,16 +1,18 @@
 """What went wrong at a client: whole in the client's own log, and for the server in words that quote no row."""
 
 import os
+import re
 import traceback
 from pathlib import Path
 
 from fedproxy import errors
-from fedproxy.errors import ClientError, ConfigError, ModelError, one_line
+from fedproxy.errors import LOG_NAME, ClientError, ConfigError, ModelError, one_line, printable_lines
 from fedproxy.files import private_folder
 from fedproxy.names import file_stem
 
 _OURS = (ClientError, ConfigError, ModelError)
 """Errors whose text names keys, files and tensors. Those of data quote rows."""
+_HEADER = re.compile(r"^round \d+, client .*:$", re.MULTILINE)
 _MOST_ENTRY, _MOST_LOG = 1 << 16, 1 << 20
 """Characters that are kept of one failure, and bytes of a log after which it begins anew."""
 
@@ -41,6 +43,27 @@ def shown(log: Path) -> str:
     return "/".join(log.parts[-3:])
 
 
+def last_entry(line: str, root: Path) -> str:
+    """Return the latest failure in the log that a line names, in printable characters; nothing where there is none.
+
+    Args:
+        line: What was told of a client, or of a worker.
+        root: Folder of the run.
+    """
+    named = LOG_NAME.search(line)
+    if named is None:
+        return ""
+    try:
+        with open(root / "checkpoints" / "logs" / Path(named[0]).name, "rb", opener=_readable) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MOST_ENTRY))
+            text = file.read(_MOST_ENTRY).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    entries = [found.start() for found in _HEADER.finditer(text)]
+    entry = text[entries[-1] if entries else 0 :].rstrip()
+    return printable_lines(entry)
+
+
 def _is_ours(error: Exception) -> bool:
     if type(error).__module__ != errors.__name__ or not isinstance(error, _OURS):
         return False
@@ -68,6 +91,10 @@ def _keep(error: Exception, client_id: str, round_: int, logs: str | None) -> st
     except OSError as failed:
         return f"its log cannot be written ({failed.strerror})"
     return f"details in the client's log {shown(path)}"
+
+
+def _readable(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def _private(path: str, flags: int) -> int:

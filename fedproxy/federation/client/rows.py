@@ -20,6 +20,7 @@ class ClientExamples(Mapping[str, list[Example]]):
         max_input_tokens: Most prompt tokens of an example.
         max_target_tokens: Most target tokens of an example.
         max_tokens: Most tokens of an example, the model's positions; None is no bound.
+        long_rows: What becomes of longer rows, see :class:`fedproxy.data.examples.Lengths`.
         keep: How many clients' examples stay in memory.
     """
 
@@ -31,6 +32,7 @@ class ClientExamples(Mapping[str, list[Example]]):
         max_input_tokens: int,
         max_target_tokens: int,
         max_tokens: int | None = None,
+        long_rows: str = "cut",
         keep: int = 16,
     ) -> None:
         self.folder, self.keep = folder, keep
@@ -40,13 +42,16 @@ class ClientExamples(Mapping[str, list[Example]]):
             max_input_tokens=max_input_tokens,
             max_target_tokens=max_target_tokens,
             max_tokens=max_tokens,
+            long_rows=long_rows,
         )
         self._latest: OrderedDict[str, list[Example]] = OrderedDict()
 
     def __getitem__(self, client_id: str) -> list[Example]:
         if client_id not in self._latest:
             rows = read_client_rows(self.folder, client_id)
-            self._latest[client_id] = self._tokenise(rows)
+            copies = {row.key: row.copies for row in rows}
+            examples = self._tokenise(rows)
+            self._latest[client_id] = [example for example in examples for _ in range(copies[example.key])]
             while len(self._latest) > self.keep:
                 self._latest.popitem(last=False)
         self._latest.move_to_end(client_id)

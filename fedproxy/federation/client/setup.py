@@ -38,6 +38,8 @@ class LocalSetup:
     max_target_tokens: int
     trainer: Mapping[str, Any]
     """Options of lightning.Trainer."""
+    long_rows: str = "cut"
+    """What becomes of rows that are too long, see :class:`fedproxy.data.examples.Lengths`."""
     quantization: str = "none"
     """Bits of the frozen weights: none, 8bit or 4bit."""
     logs: str | None = None
@@ -60,6 +62,7 @@ class LocalSetup:
             max_input_tokens=self.max_input_tokens,
             max_target_tokens=self.max_target_tokens,
             max_tokens=positions(model.model.config),
+            long_rows=self.long_rows,
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))

@@ -5,15 +5,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from fedproxy.federation.client.base import Client, RemoteClient, attempt
+from fedproxy.federation.client.base import Attempt, Client, RemoteClient
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
-from fedproxy.messages import Answer, Answers, Dropped, Message, Sites
+from fedproxy.messages import Answers, Dropped, Message, Sites
 from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
@@ -55,8 +54,14 @@ class _Running:
         if timeout_s is not None:
             self._warn_once()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        limits = {} if deadline is None else {"deadline": deadline}
         for client_id in client_ids:
-            yield self._answer(broadcast.addressed_to(client_id), client_id, timeout_s, deadline)
+            tried, sent = Attempt(client_id, broadcast.round, self.logs), broadcast.addressed_to(client_id)
+            if deadline is None or time.monotonic() < deadline:
+                with cpu_threads(self.threads), tried:
+                    tried.answered(self.client.train(sent, client_id, **limits))
+            in_time = deadline is None or timeout_s is None or time.monotonic() < deadline
+            yield tried.answer if in_time else Dropped(client_id, late(timeout_s or 0.0))
 
     def _warn_once(self) -> None:
         if not self._warned:
@@ -68,21 +73,10 @@ class _Running:
 
     def ask(self, messages: Mapping[str, Message]) -> Answers:
         for client_id, message in messages.items():
-            yield self._attempt(partial(self.client.answer, message, client_id), client_id)
-
-    def _answer(self, broadcast: Broadcast, client_id: str, timeout_s: float | None, deadline: float | None) -> Answer:
-        if deadline is None or timeout_s is None:
-            return self._attempt(partial(self.client.train, broadcast, client_id), client_id, broadcast.round)
-        if time.monotonic() < deadline:
-            train = partial(self.client.train, broadcast, client_id, deadline=deadline)
-            answer = self._attempt(train, client_id, broadcast.round)
-            if time.monotonic() < deadline:
-                return answer
-        return Dropped(client_id, late(timeout_s))
-
-    def _attempt(self, work: Callable[[], Answer], client_id: str, round_: int = 0) -> Answer:
-        with cpu_threads(self.threads):
-            return attempt(work, client_id, round_, logs=self.logs)
+            tried = Attempt(client_id, 0, self.logs)
+            with cpu_threads(self.threads), tried:
+                tried.answered(self.client.answer(message, client_id))
+            yield tried.answer
 
     def close(self) -> None:
         pass

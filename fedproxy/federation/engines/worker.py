@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
-from fedproxy.federation.client.base import Client, attempt
+from fedproxy.federation.client.base import Attempt, Client
 from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
 from fedproxy.protocol import Broadcast, ClientUpdate
 
@@ -55,21 +55,16 @@ def main(setup: Path, device: int | None, threads: int) -> None:
 
 def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], logs: str | None) -> Answer:
     """Do a task, and put the file that answers it, if one does, where the task says."""
-
-    def work() -> Answer:
-        message = task["message"]
+    message = task["message"]
+    with Attempt(task["client"], task["round"], logs) as tried:
         if message["kind"] == "train":
-            answer: Answer = client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"])
+            tried.answered(client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"]))
         else:
             tensors = broadcasts.load(task["broadcast"]).extras if "broadcast" in task else {}
-            answer = client.answer(Message.of(message, tensors), task["client"])
-        if "update" not in task:  # of several processes of a client, one writes
-            return answer
-        if isinstance(answer, ClientUpdate):
-            answer.save(task["update"])
-        return answer
-
-    return attempt(work, task["client"], task["round"], logs=logs)
+            tried.answered(client.answer(Message.of(message, tensors), task["client"]))
+        if "update" in task and isinstance(tried.answer, ClientUpdate):  # of several processes of a client, one writes
+            tried.answer.save(task["update"])
+    return tried.answer
 
 
 class _Broadcasts:

@@ -81,18 +81,19 @@ class Federation:
             ClientError: If too few clients send an update that can be used; earlier rounds stay on disk.
             CheckpointError: If the run folder cannot be written.
         """
-        _write_journal(journal, progress.records)
+        write_journal(journal, progress.records)
         while progress.round < rounds:
-            advance = self._round if self.aggregator.aggregates else self._separate_round
-            progress = advance(progress, engine, on_client)
+            turn = self._turn(progress) if self.aggregator.aggregates else self._separate_turn(progress)
+            updates, dropped = self.participation.collect(engine, turn.broadcast, turn.chosen, on_client, turn.take_in)
+            progress = turn.finish(updates, dropped)
             check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
-            _write_journal(journal, progress.records)
+            write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
 
-    def _separate_round(self, before: Progress, engine: Sites, on_client: OnAnswer) -> Progress:
-        """Run a round in which every client goes on from a state of its own and no update meets another's.
+    def _separate_turn(self, before: Progress) -> "_Turn":
+        """Begin a round in which every client goes on from a state of its own and no update meets another's.
 
         Who is dropped keeps the state it had.
         """
@@ -100,26 +101,27 @@ class Federation:
         chosen, states = self._chosen(number), self.files.states.after(before, self.clients)
         common = self._addressed(before, number, chosen, {})
         broadcast = replace(common, each=Mapped(states, lambda _, state: replace(common, state=state)))
-        updates, dropped = self.participation.collect(engine, broadcast, chosen, on_client)
-        trained = time.perf_counter()
-        norms = []
-        for update in updates:
-            own = states.load(update.client_id)
-            context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
-            merged, state, memory = self._step([update], own, context)
-            self.files.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
-            norms += merged.diagnostics["update_norms"]
-        record: Record = {
-            **_taken(number, updates, dropped),
-            "update_norms": norms,
-            "download_bytes": self._sent_bytes(broadcast, chosen),
-            "server_seconds": time.perf_counter() - trained,
-            "seconds": time.perf_counter() - started,
-        }
-        files = self.files.kept(before, number, record["clients"])
-        return replace(
-            before, round=number, records=[*before.records, record], files=files, kept=_kept(before, number, updates)
-        )
+
+        def finish(updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Progress:
+            trained = time.perf_counter()
+            norms = []
+            for update in updates:
+                own = states.load(update.client_id)
+                context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
+                merged, state, memory = self._step([update], own, context)
+                self.files.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
+                norms += merged.diagnostics["update_norms"]
+            record: Record = {
+                **_taken(number, updates, dropped),
+                "update_norms": norms,
+                "download_bytes": self._sent_bytes(broadcast, chosen),
+                "server_seconds": time.perf_counter() - trained,
+                "seconds": time.perf_counter() - started,
+            }
+            files, kept = self.files.kept(before, number, record["clients"]), _kept(before, number, updates)
+            return replace(before, round=number, records=[*before.records, record], files=files, kept=kept)
+
+        return _Turn(broadcast, chosen, lambda update: update, finish)
 
     def _chosen(self, number: int) -> list[str]:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
@@ -137,13 +139,28 @@ class Federation:
         resting = [name for name in state if not self.aggregator.trains(name, number)]
         return {**self.job, "frozen": resting, "parts": [described(part) for part in self.parts]}
 
-    def _round(self, before: Progress, engine: Sites, on_client: OnAnswer) -> Progress:
-        started, number = time.perf_counter(), before.round + 1
-        chosen = self._chosen(number)
-        broadcast = self._broadcast(before, number, chosen)
-        updates, dropped = self.participation.collect(
-            engine, broadcast, chosen, on_client, lambda update: self._taken_in(update, broadcast)
+    def _turn(self, before: Progress) -> "_Turn":
+        """Begin a round whose updates are merged."""
+        started, chosen = time.perf_counter(), self._chosen(before.round + 1)
+        broadcast = self._broadcast(before, before.round + 1, chosen)
+        return _Turn(
+            broadcast,
+            chosen,
+            lambda update: self._taken_in(update, broadcast),
+            lambda updates, dropped: self._merge(before, started, broadcast, chosen, updates, dropped),
         )
+
+    def _merge(
+        self,
+        before: Progress,
+        started: float,
+        broadcast: Broadcast,
+        chosen: Sequence[str],
+        updates: Sequence[ClientUpdate],
+        dropped: Mapping[str, str],
+    ) -> Progress:
+        """Merge a round's updates, move the state by the result, and let every part keep its memory."""
+        number = broadcast.round
         trained = time.perf_counter()
         sent = self._seen(broadcast).state
         start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
@@ -247,6 +264,16 @@ class Federation:
         return factor_mean_error([_Moved(state, update.delta) for update in updates], weights, self.lora_scaling)
 
 
+@dataclass(frozen=True)
+class _Turn:
+    """A round that has begun: what is sent to whom, how an update is taken in, and what becomes of all of them."""
+
+    broadcast: Broadcast
+    chosen: Sequence[str]
+    take_in: Callable[[ClientUpdate], ClientUpdate]
+    finish: Callable[[Sequence[ClientUpdate], Mapping[str, str]], Progress]
+
+
 class _Moved(Mapping[str, Tensor]):
     """A client's own state, computed tensor by tensor when read."""
 
@@ -298,7 +325,7 @@ def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | Non
     return sum(value * weight for value, weight in known) / total if total else None
 
 
-def _write_journal(journal: Path, records: Sequence[Record]) -> None:
+def write_journal(journal: Path, records: Sequence[Record]) -> None:
     """Make the journal hold exactly the finished rounds, as a new file: runs that share rounds share the old one."""
     write_text(journal, "".join(_line(record) for record in records))
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedproxy.models.decoder import positions_limit
-from fedproxy.pipeline.data import CALIBRATION_BATCH
-from fedproxy.pipeline.planning.outline import Outline
+from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, Outline
 from fedproxy.pipeline.planning.speed import RowLength
 from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.protocol import nbytes

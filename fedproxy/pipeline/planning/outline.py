@@ -22,6 +22,9 @@ from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
 from fedproxy.strategies.round_parts.emulator import Emulator, Outlined
 from fedproxy.strategies.trainable.base import TrainableModel
 
+CALIBRATION_BATCH = 16
+"""Texts per pass over calibration text."""
+
 
 @dataclass(frozen=True)
 class Outline:
@@ -72,7 +75,7 @@ class Outline:
     def clients(self) -> int:
         """Clients of the federation."""
         data = self.config.data
-        return data.partition.count(len(data.tasks) + len(data.files))
+        return data.partition.count(data.tasks, data.files)
 
     @property
     def clients_in_round(self) -> int:

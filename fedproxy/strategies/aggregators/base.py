@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +14,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.registry import Component
 from fedproxy.strategies.aggregators.cohort import Block, Cohort, Source
 from fedproxy.strategies.aggregators.passes import merge_tensor
-from fedproxy.strategies.aggregators.sink import FileSink, Sink
+from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
@@ -113,10 +112,6 @@ class Aggregator(Component, family="aggregator"):
     """The result is sum_k c_k Delta_k with coefficients, reported as weights, from inner products of updates alone."""
     reads_survey: ClassVar[bool] = True
     """:meth:`weigh` or :meth:`plan` reads the survey, so that updates are read once more before they are merged."""
-    homogeneous: ClassVar[bool] = True
-    """Updates c times as large give a result c times as large."""
-    keeps_single: ClassVar[bool] = True
-    """A single client's update is returned as it is."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Round parts that the rule needs, by name: ``base_change`` where part of the result goes into every party's frozen
     weights (:attr:`Aggregation.base_change`), ``personal`` where clients keep tensors (:meth:`shares`)."""
@@ -190,7 +185,6 @@ class Aggregator(Component, family="aggregator"):
         memory: Memory | None = None,
         context: RoundContext | None = None,
         *,
-        output: Path | None = None,
         figures: bool = True,
     ) -> Aggregation:
         """Merge the updates of one round, in sorted client order and float32, one tensor at a time.
@@ -199,8 +193,6 @@ class Aggregator(Component, family="aggregator"):
             updates: One per client; left untouched.
             memory: What the previous round's aggregation returned; None in the first round.
             context: Round, seed and state, for rules that need them.
-            output: An existing folder that the merged update and the conflict map are written into, one block at a
-                time, as ``delta.safetensors`` and ``conflict.safetensors``; None keeps them in memory.
             figures: False leaves out diagnostics and conflict map, and the work that only they need.
 
         Raises:
@@ -214,12 +206,10 @@ class Aggregator(Component, family="aggregator"):
                 "aggregate each client alone, or choose another aggregator"
             )
         cohort.require_extras(self.needs_extras, self.name)
-        surveyor = self._surveyor(cohort, output, signs=figures) if figures or self._surveys_first else None
-        survey = Survey({}, {}, 0.0, 1.0)
-        if surveyor is not None and self._surveys_first:
-            survey = surveyor.run()
+        surveyor = self._surveyor(cohort, signs=figures) if figures or self._surveys_first else None
+        survey = surveyor.run() if surveyor is not None and self._surveys_first else Survey({}, {}, 0.0, 1.0)
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
-        sink = _sink(cohort, output, "delta")
+        sink = Sink()
 
         def merge(name: str) -> None:
             merge_tensor(
@@ -254,16 +244,8 @@ class Aggregator(Component, family="aggregator"):
         simple = type(self).plan is Aggregator.plan and type(self).weigh is Aggregator.weigh
         return self.reads_survey and not simple
 
-    def _surveyor(self, cohort: Cohort, output: Path | None, *, signs: bool) -> Surveyor:
-        conflict = _sink(cohort, output if signs else None, "conflict", torch.float32)
-        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, signs=signs, sink=conflict)
-
-
-def _sink(cohort: Cohort, output: Path | None, name: str, dtype: torch.dtype | None = None) -> Sink:
-    if output is None:
-        return Sink()
-    firsts = ((tensor, cohort.read(tensor)[0]) for tensor in cohort.names)
-    return FileSink(output / f"{name}.safetensors", [(n, first.shape, dtype or first.dtype) for n, first in firsts])
+    def _surveyor(self, cohort: Cohort, *, signs: bool) -> Surveyor:
+        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, signs=signs, sink=Sink())
 
 
 def require_finite(merged: Tensors, rule: str, context: RoundContext | None, memory: Memory | None = None) -> None:

@@ -40,7 +40,6 @@ class CAGrad(SpanAggregator, name="cagrad"):
     g0 is the mean update and w minimises g_w . g0 + c ||g0|| ||g_w|| over the simplex.
     """
 
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Liu et al. 2021, arXiv 2110.14048, Alg. 1"
 
     c: float = 0.5

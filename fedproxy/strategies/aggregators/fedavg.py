@@ -50,7 +50,6 @@ class FedAvg(LinearAggregator, name="fedavg"):
 class TaskArithmetic(LinearAggregator, name="task_arithmetic"):
     """scale * sum_k Delta_k (Ilharco et al. 2023, arXiv 2212.04089); every client counts once."""
 
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089"
 
     scale: float = 0.4

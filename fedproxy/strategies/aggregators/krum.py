@@ -24,7 +24,6 @@ from fedproxy.strategies.functional.robust import (
 class ByzantineAggregator(SpanAggregator):
     """Base of the rules that stand up to a known number of hostile clients."""
 
-    keeps_single: ClassVar[bool] = False
     clients_per_byzantine: ClassVar[int] = 2
     """The rule needs this many times ``byzantine`` clients, plus 3."""
 

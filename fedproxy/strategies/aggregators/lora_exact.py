@@ -29,8 +29,6 @@ from fedproxy.strategies.functional.lowrank import mean_residual, refactor, stac
 class ExactLoraAggregator(Aggregator):
     """Base: merges one LoRA module at a time from the clients' whole factors B_k and A_k."""
 
-    homogeneous: ClassVar[bool] = False
-    keeps_single: ClassVar[bool] = False
     space: ClassVar[str] = "product"
 
     weighting: str = "examples"

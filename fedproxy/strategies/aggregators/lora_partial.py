@@ -53,7 +53,6 @@ class FFALora(PartialAggregator, name="ffa_lora"):
     sum p_k B_k A = (sum p_k B_k) A, so the mean of factors is exact. Changes of A that clients send are ignored.
     """
 
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313"
 
     def trains(self, name: str, round_number: int) -> bool:
@@ -68,7 +67,6 @@ class RoLora(PartialAggregator, name="rolora"):
     Changes that clients send of the factor at rest are ignored.
     """
 
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Chen et al. 2024, arXiv 2409.02346"
 
     def trains(self, name: str, round_number: int) -> bool:
@@ -80,20 +78,11 @@ class RoLora(PartialAggregator, name="rolora"):
 class FedSALora(PartialAggregator, name="fedsa_lora"):
     """FedSA-LoRA (Guo et al. 2025, arXiv 2410.01463): A is shared and averaged, every client keeps its own B.
 
-    The server's B is the mean, for the fused model; with ``fused_b: own`` there is one fused model per client, each
-    with the client's own B. Choice: the paper fuses nothing.
+    The server's B is the mean, for the fused model. Choice: the paper fuses nothing.
     """
 
     reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463"
     parts: ClassVar[tuple[str, ...]] = ("personal",)
-
-    fused_b: str = "mean"
-    """Which B is fused into the target: the clients' ``mean``, or each client's ``own``."""
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        self.require("fused_b", self.fused_b in ("mean", "own"), "one of mean, own")
 
     def shares(self, name: str) -> bool:
         """Return True for all but LoRA B."""

@@ -85,7 +85,6 @@ class Consensus(Aggregator, name="consensus"):
     is returned where it matters to at least ``min_clients`` clients, 0 elsewhere.
     """
 
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Wang et al. 2024, arXiv 2405.07813"
     coordinatewise: ClassVar[bool] = True
 

@@ -75,8 +75,6 @@ class GeometricMedian(SpanAggregator, name="geometric_median"):
 class NormBound(SpanAggregator, name="norm_bound"):
     """Mean of updates scaled down to a norm of at most ``bound`` (Sun et al. 2019, arXiv 1911.07963)."""
 
-    homogeneous: ClassVar[bool] = False
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Sun et al. 2019, arXiv 1911.07963"
 
     bound: float = 1.0
@@ -99,8 +97,6 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
     arXiv 2012.10333; v is 0 in the first round and is carried in the memory.
     """
 
-    homogeneous: ClassVar[bool] = False
-    keeps_single: ClassVar[bool] = False
     reference: ClassVar[str] = "Karimireddy et al. 2021, arXiv 2012.10333"
     coordinatewise: ClassVar[bool] = True
     stateful: ClassVar[bool] = True

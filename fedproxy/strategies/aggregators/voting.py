@@ -22,7 +22,6 @@ class VotingAggregator(Aggregator):
     """Base of the rules that sparsify each update and then elect signs as TIES does."""
 
     reads_survey: ClassVar[bool] = False
-    keeps_single: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
 
     scale: float = 1.0

@@ -116,36 +116,53 @@ def heal(
         ModelError: If a block has no single feed-forward layer, or what it gives is not added to the residual stream as
             it is, or states are not finite.
     """
-    from fedproxy.modules.teacher import observe
-
     decoder = Decoder.of(proxy)
     found = gaps(layer_map, len(Decoder.of(target)))
     if not found:
         return ()
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
-    wanted: dict[int, list[Tensor]] = {behind: [] for _, behind in found}
-    for batch in batches:
-        seen = observe(target, _on(batch, target.device), list(wanted))
-        for behind, kept in wanted.items():
-            kept.append(seen[f"block_{behind}"].float().cpu())
+    wanted = _states_behind(target, batches, [behind for _, behind in found])
     healed = []
     for own, behind in found:
-        block = decoder.blocks[own]
-        layer = _out_projection(block, decoder)
-        fit = _Fit(ridge)
-        with _stopping_at(block, layer) as run:
-            for batch, states in zip(batches, wanted.pop(behind), strict=True):
-                entered, given = run(decoder, _on(batch, proxy.device))
-                fit.add(entered, given, states.to(given.device))
-            before, after, change = fit.solve()
-            probe = _on(batches[0], proxy.device)
-            entered, given = run(decoder, probe)
-            layer.get_parameter("weight").add_(change if isinstance(layer, Conv1D) else change.T)
-            _, moved = run(decoder, probe)
-        _check_additive(block, given, moved, entered @ change)
+        before, after = _heal_gap(decoder, own, batches, wanted.pop(behind), ridge)
         healed.append(HealedGap(own, behind - layer_map.proxy_to_target[own], before, after))
     return tuple(healed)
+
+
+def _states_behind(
+    target: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], blocks: Sequence[int]
+) -> dict[int, list[Tensor]]:
+    """Return the target's hidden states behind blocks, one tensor per batch, float32 (tokens, hidden)."""
+    from fedproxy.modules.teacher import observe
+
+    wanted: dict[int, list[Tensor]] = {block: [] for block in blocks}
+    for batch in batches:
+        seen = observe(target, _on(batch, target.device), list(wanted))
+        for block, kept in wanted.items():
+            kept.append(seen[f"block_{block}"].float().cpu())
+    return wanted
+
+
+def _heal_gap(
+    decoder: Decoder, own: int, batches: Sequence[Mapping[str, Tensor]], wanted: Sequence[Tensor], ridge: float
+) -> tuple[float, float]:
+    """Fit the block before one gap, in place, and return the error before and after."""
+    device = decoder.model.device
+    block = decoder.blocks[own]
+    layer = _out_projection(block, decoder)
+    fit = _Fit(ridge)
+    with _stopping_at(block, layer) as run:
+        for batch, states in zip(batches, wanted, strict=True):
+            entered, given = run(decoder, _on(batch, device))
+            fit.add(entered, given, states.to(given.device))
+        before, after, change = fit.solve()
+        probe = _on(batches[0], device)
+        entered, given = run(decoder, probe)
+        layer.get_parameter("weight").add_(change if isinstance(layer, Conv1D) else change.T)
+        _, moved = run(decoder, probe)
+    _check_additive(block, given, moved, entered @ change)
+    return before, after
 
 
 class _Fit:

@@ -77,12 +77,7 @@ class Fusion(Component, family="fusion"):
         Raises:
             ModelError: If the target is not the one that the map was made from, or a weight is missing or misshapen.
         """
-        found = state_sha256(target)
-        if found != layer_map.target_sha256:
-            raise ModelError(
-                f"fusion: the target's weights ({found[:12]}...) are not those that were compressed "
-                f"({layer_map.target_sha256[:12]}...); give the target of that run or compress this one"
-            )
+        layer_map.require_target(state_sha256(target))
         return self.join(target, before, after, layer_map)
 
     def join(

@@ -12,7 +12,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.data.partition.rows import ClientRows, rows_file
 from fedproxy.data.rows import Row
 from fedproxy.errors import ClientError
-from fedproxy.federation.client.base import attempt
+from fedproxy.federation.client.base import Attempt
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client.site import Site
 from fedproxy.federation.engines import Engine
@@ -100,7 +100,9 @@ def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     alone = replace(setup, rows=str(tmp_path)).client(client.model, load_tokenizer(setup.proxy))
     assert alone.train(broadcast.addressed_to("a/b"), "a/b").num_examples == 3
     logs = str(tmp_path / "kept/logs")
-    dropped = attempt(lambda: alone.train(broadcast.addressed_to("c"), "c"), "c", 2, logs=logs)
+    with Attempt("c", broadcast.round, logs) as tried:
+        tried.answered(alone.train(broadcast.addressed_to("c"), "c"))
+    dropped = tried.answer
     assert isinstance(dropped, Dropped)
     log = tmp_path / "kept/logs" / f"{file_stem('c')}.log"
     assert dropped.reason == f"DataError; details in the client's log kept/logs/{log.name}"

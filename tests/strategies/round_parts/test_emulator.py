@@ -79,7 +79,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
     weights = aligned.extras["emulator"]
     assert aligned.bytes - plain.bytes == sum(tensor.numel() * 4 for tensor in weights.values())
     aligned.save(tmp_path / "broadcast.safetensors")
-    examples = {"a": [Example((5, 6, 7, 8), 2, "x"), Example((9, 8, 7), 1, "y")]}
+    examples = {"a": [Example((5, 6, 7, 8), ((2, 4),), "x"), Example((9, 8, 7), ((1, 3),), "y")]}
 
     def train(broadcast, model):
         client = Site(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, store=ServerFiles(tmp_path))

@@ -22,7 +22,10 @@ def make_trainable(make_model, **options):
 def examples():
     rng = torch.Generator().manual_seed(2)
     ids = [tuple(torch.randint(3, 61, (length,), generator=rng).tolist()) for length in (7, 4, 5)]
-    return [Example(row, len(row) - answer, str(k)) for k, (row, answer) in enumerate(zip(ids, (3, 1, 2), strict=True))]
+    return [
+        Example(row, ((len(row) - answer, len(row)),), str(k))
+        for k, (row, answer) in enumerate(zip(ids, (3, 1, 2), strict=True))
+    ]
 
 
 def statistics(trainable, examples, group):
@@ -37,8 +40,9 @@ def test_fisher_is_the_mean_squared_gradient_of_each_rows_log_likelihood(make_mo
     wanted = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for example in examples:
         ids = torch.tensor([example.input_ids])
-        logits = trainable.model(ids).logits[0, example.prompt_length - 1 : -1]
-        nll = F.cross_entropy(logits, ids[0, example.prompt_length :], reduction="sum")
+        [(start, end)] = example.spans
+        logits = trainable.model(ids).logits[0, start - 1 : -1]
+        nll = F.cross_entropy(logits, ids[0, start:end], reduction="sum")
         for name, grad in zip(parameters, torch.autograd.grad(nll, list(parameters.values())), strict=True):
             wanted[name] += grad**2 / 3
     found = statistics(trainable, examples, "fisher")

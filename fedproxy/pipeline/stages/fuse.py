@@ -1,60 +1,86 @@
 """Stage (iii) of a run: what the proxies learned goes back into the target."""
 
 import time
-from collections.abc import Container
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from fedproxy.config import to_dict
-from fedproxy.data.assets import resolve
-from fedproxy.data.partition.rows import ClientRows
+from fedproxy.data.templates import unmarked
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.files import whole_folder
-from fedproxy.models import load_model, load_tokenizer, placed, save_model
+from fedproxy.models import placed, save_model
+from fedproxy.models.anonymity import with_template
 from fedproxy.models.decoder import positions_limit
-from fedproxy.models.logit_offset import require_same_vocabulary
 from fedproxy.modules.text_nll import text_nll
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.reads import FUSE
+from fedproxy.pipeline.stage import Stage
+from fedproxy.pipeline.stages.federate import Federate
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, TunedProxy, final_states, folder_of
+from fedproxy.protocol import Tensors
 from fedproxy.reporting import model_card
 from fedproxy.seeding import derive_seed
 from fedproxy.strategies.fusion.base import Judge
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
-def fuse(run: Run, model: TrainableModel, progress: Progress, clients: ClientRows) -> TunedProxies:
-    """Stage (iii): write ``adapter/`` and ``fused/``, once per round count, and return the tuned proxy.
+class Fuse(Stage):
+    """What the proxies learned goes back into the target: ``adapter/`` and ``fused/``.
 
     Where every client has a state of its own, both folders hold one folder per client.
     """
-    started = time.perf_counter()
-    config = run.config
-    states = final_states(config, progress, ServerFiles(run.folder.checkpoints), clients)
-    done = run.facts.get("fused_after_round") == progress.round and _is_whole(run)
-    if not done:
+
+    name, past = "fuse", "fused"
+    reads, after = FUSE, (Federate,)
+    outputs = ("adapter", "fused")
+
+    def inputs(
+        self, run: Run, tell: Callable[[str], Any], before: Callable[[Stage], Any], *, without: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return what fusion depends on: of a run's rounds, which one's state is fused."""
+        return {**super().inputs(run, tell, before, without=without), "round": run.after_federation[1].round}
+
+    def do(self, run: Run) -> None:
+        """Write what was trained and the fused model, once per round count."""
+        started = time.perf_counter()
+        model, progress = run.after_federation
         run.folder.check_fused()
+        states = _states(run, progress)
         for client, state in states.items():
             if client != MERGED:  # the one model of merged clients comes as federation left it
                 model.load_state(state)
             _save_adapter(model, folder_of(run.folder.adapter, client))
-    trainable = config.trainable.placed(run.layer_map())
+        run.tuned = _tuned(run)
+        for client in states:
+            plug_in(run, run.tuned[client], client)
+        run.note(fused_after_round=progress.round)
+        run.note_seconds("fusion", time.perf_counter() - started)
+
+    def load(self, run: Run) -> None:
+        """Put the tuned proxies into ``run.tuned``."""
+        run.tuned = run.tuned or _tuned(run)
+
+
+def _states(run: Run, progress: Progress) -> Mapping[str, Tensors]:
+    return final_states(run.config, progress, ServerFiles(run.folder.checkpoints), run.clients)
+
+
+def _tuned(run: Run) -> TunedProxies:
+    """Return the tuned proxies, and take the trained model apart for it."""
+    model, progress = run.after_federation
+    states = _states(run, progress)
+    trainable = run.config.trainable.placed(run.layer_map)
     merged = dict(model.merged_weights()) if MERGED in states else None
     proxy = _as_broadcast(run, model)
     known = None if merged is None else TunedProxy(proxy, merged, progress.remembered("emulator"))
-    tuned = TunedProxies(proxy, trainable, states, seed=config.seed, known=known)
-    if done:
-        return tuned
-    for client in states:
-        plug_in(run, tuned[client], client, clients.owned)
-    run.keep("adapter", "fused")
-    run.note(fused_after_round=progress.round)
-    run.note_seconds("fusion", time.perf_counter() - started)
-    return tuned
+    return TunedProxies(proxy, trainable, states, seed=run.config.seed, known=known)
 
 
 def _save_adapter(model: TrainableModel, folder: Path) -> None:
@@ -72,43 +98,36 @@ def _save_adapter(model: TrainableModel, folder: Path) -> None:
         raise CheckpointError(f"{folder} cannot be written: {error}; free disk space, then resume=auto") from error
 
 
-def _is_whole(run: Run) -> bool:
-    if not run.folder.fused.is_dir():
-        return False
-    try:
-        run.verify("adapter", "fused")
-    except CheckpointError as error:
-        run.display.say(f"fused again: {error}")
-        return False
-    return True
-
-
 def _as_broadcast(run: Run, model: TrainableModel) -> PreTrainedModel:
     """Return the proxy as it was before tuning, read again if its frozen weights were moved."""
     proxy, moved = model.detach(), model.frozen_round
-    return load_model(run.folder.proxy, dtype=run.config.target.dtype) if moved else proxy
+    return run.proxy() if moved else proxy
 
 
-def plug_in(run: Run, tuned: TunedProxy, client: str, owned: Container[str]) -> None:
+def plug_in(run: Run, tuned: TunedProxy, client: str) -> None:
     """Fuse one tuned proxy, that of ``client`` or :data:`MERGED`, with the target and write the result."""
-    target, tokenizer = run.target()
-    layer_map = run.layer_map()
+    target, tokenizer = run.fusible_target, run.target[1]
+    layer_map = run.layer_map
     weights = {**tuned.proxy.state_dict(), **tuned.merged}
     fusion = run.config.fusion
     if fusion.judged_texts:
-        fusion = fusion.settle(target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, owned))
+        fusion = fusion.settle(
+            target, tuned.proxy, weights, layer_map, judge(run, fusion.judged_texts, run.clients.owned)
+        )
         chosen = to_dict(fusion)
         run.display.say(f"chosen on public text: fusion scale {chosen.get('scale')}")
-        run.note(fusion={**run.facts.get("fusion", {}), client or "fused": chosen})
-    fused = fusion.fuse(target, tuned.proxy, weights, layer_map)
-    parameters = run.facts["target_parameters"]
+        run.note(fusion={**run.facts.fusion, client or "fused": chosen})
+    fused = fusion.join(target, tuned.proxy, weights, layer_map)
+    parameters = run.facts.target_parameters
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
+    if tokenizer.chat_template is None:  # the target's own stays
+        tokenizer = with_template(tokenizer, unmarked(run.facts.template))
     save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
 
 
 def judge(run: Run, rows: int, owned: Container[str]) -> Judge:
     """Return a function that gives a model's negative log-likelihood on public text, nats per token."""
-    target, tokenizer = run.target()
+    target, tokenizer = run.target
     calibration, seed = run.config.compression.calibration, derive_seed(run.config.seed, "fusion")
     texts = public_texts(calibration, owned, rows=rows, seed=seed)
     batches = text_batches(texts, tokenizer, max_tokens=positions_limit(target, calibration.max_tokens), batch_size=4)
@@ -118,14 +137,3 @@ def judge(run: Run, rows: int, owned: Container[str]) -> Judge:
             return text_nll(model, batches)
 
     return loss
-
-
-def check_vocabulary(run: Run) -> None:
-    """Refuse, before any client trains, a fusion that adds logits over two vocabularies.
-
-    Raises:
-        ModelError: Naming a token that differs.
-    """
-    if run.config.fusion.adds_logits:
-        path = resolve(run.config.target.path) or run.config.target.path
-        require_same_vocabulary(load_tokenizer(path).get_vocab(), load_tokenizer(run.folder.proxy).get_vocab())

@@ -12,44 +12,37 @@ import os
 import platform
 import re
 import shutil
-import sys
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import fedproxy
 from fedproxy import files
-from fedproxy.config import to_dict
+from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
-from fedproxy.evaluation.validation import Question
 from fedproxy.files import plain, private_folder
 from fedproxy.models import state_sha256
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts
+from fedproxy.pipeline.inputs import plugins
+from fedproxy.pipeline.stage import Stage
+from fedproxy.registry import Component
 from fedproxy.reporting.provenance import hardware, versions
 from fedproxy.sealed import read_sealed, write_sealed
 
-if TYPE_CHECKING:
-    from fedproxy.pipeline.stages import Run
-
-T = TypeVar("T")
-_UNSHARED_FILES = {"server/facts.json"}
-_FEDERATION_FILES = ("checkpoints/", "rounds.jsonl")
-_NOT_OF_ROUNDS = (
-    *("recipe", "method", "output_dir", "resume", "overwrite", "plugins", "loggers", "target"),
-    *("compression", "healing", "distillation", "fusion", "evaluation"),
-)
-"""Settings on which the rounds do not depend, or through the proxy alone; plugins count by their files."""
 _KEPT = re.compile(r"[0-9a-f]{32}(?:\.part)?")
 """What a folder of kept work is called: its key."""
+_FOLDERS = {"compress": "proxies", "federate": "federations"}
+"""Stages whose work is kept."""
 _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a model's configuration that say where it came from, and nothing about what it computes."""
 
@@ -64,59 +57,37 @@ class SharedWork:
 
     folder: Path
 
-    def compress(self, run: "Run", owned: Container[str], stage: Callable[[], None]) -> None:
-        """Do stage (i) of a run, or take over what an equal stage made.
-
-        Args:
-            run: The run; its folder ends up with the same files, and its facts with the same entries, either way.
-            owned: Clients' texts, which the stage must not read.
-            stage: Does the work: ``compress`` of :mod:`fedproxy.pipeline.stages`.
-        """
-        last = run.folder.layer_map  # its presence says that all is there
-        key = None if last.is_file() else proxy_key(run, owned)
-        kept = None if key is None else self.folder / "proxies" / key
-        if kept is not None and self._take(kept, run, last=last.relative_to(run.folder.root).as_posix()):
-            run.display.say("compressed: taken from an equal run")
-            return
-        before, facts = _files(run.folder.root), dict(run.facts)
-        stage()
-        if kept is not None:
-            made = {name for name, stamp in _files(run.folder.root).items() if before.get(name) != stamp}
-            learned = {name: value for name, value in run.facts.items() if facts.get(name) != value}
-            self._keep(kept, run.folder.root, made - _UNSHARED_FILES, learned)
-
-    def federate(self, run: "Run", owned: Container[str], questions: Sequence[Question], stage: Callable[[], T]) -> T:
-        """Do stage (ii) of a run, or take over the checkpoints and records of equal rounds.
-
-        Runs that differ in fusion or evaluation alone train once.
-
-        Args:
-            run: The run, with its proxy.
-            owned: Clients' texts, which no server stage must read.
-            questions: What rounds are scored on.
-            stage: Does the rounds that are left, of which there are none after equal ones were taken over:
-                ``federate`` of :mod:`fedproxy.pipeline.stages`.
+    def take(self, stage: Stage, run: Run) -> bool:
+        """Give the run the files and facts that an equal stage left, as if it had made them itself.
 
         Returns:
-            What the stage returns.
+            False where the run has begun the stage, nothing is kept, or a file was changed.
         """
-        mixed = not run.config.federation.rounds or run.facts.get("changes")  # rounds on inputs that changed in between
-        key = None if mixed else federation_key(run, owned, questions)
-        if key is None:
-            return stage()
-        kept = self.folder / "federations" / key
-        begun = run.folder.checkpoints.is_dir() and any(run.folder.checkpoints.iterdir())
-        if not begun and self._take(kept, run, last="checkpoints"):
-            run.display.say("federated: taken from an equal run")
-            return stage()
-        result = stage()
-        made = {name for name in _files(run.folder.root) if name.startswith(_FEDERATION_FILES)}
-        self._keep(kept, run.folder.root, made, {})
-        return result
+        last = run.folder.root / stage.outputs[-1] if stage.outputs else None
+        if last is None or last.is_file() or (last.is_dir() and any(last.iterdir())):
+            return False
+        kept = self._place(stage, run)
+        if kept is None or not self._link(kept, run, last=stage.outputs[-1]):
+            return False
+        run.display.say(f"{stage.past}: taken from an equal run")
+        return True
+
+    def keep(self, stage: Stage, run: Run) -> None:
+        """Leave a finished stage's outputs and facts to equal runs."""
+        kept = self._place(stage, run)
+        if kept is not None:
+            learned = {name: getattr(run.facts, name) for name in stage.learns}
+            self._keep(kept, run.folder.root, _files(run.folder.root, stage.outputs), learned)
+
+    def _place(self, stage: Stage, run: Run) -> Path | None:
+        if stage.name not in _FOLDERS:
+            return None
+        key = key_of(stage, run)
+        return None if key is None else self.folder / _FOLDERS[stage.name] / key
 
     def clear(self) -> None:
         """Delete what is large, the proxies and federations; evaluations stay, and whatever else lies there."""
-        for name in ("proxies", "federations"):
+        for name in _FOLDERS.values():
             for kept in (self.folder / name).glob("*"):
                 if _KEPT.fullmatch(kept.name) and not kept.is_symlink():
                     shutil.rmtree(kept, ignore_errors=True)
@@ -135,12 +106,8 @@ class SharedWork:
         write_sealed(path, dataclasses.asdict(result))
         return result
 
-    def _take(self, kept: Path, run: "Run", *, last: str) -> bool:
-        """Link kept files into the run's folder; ``last``, a file or a folder, appears whole and after all others.
-
-        Returns:
-            False where nothing is kept, or a file was changed.
-        """
+    def _link(self, kept: Path, run: Run, *, last: str) -> bool:
+        """Link kept files into the run's folder; ``last``, a file or a folder, appears whole and after all others."""
         manifest = _whole(kept / "manifest.json")
         if manifest is None or any(file_sha256(kept / name) != sha for name, sha in manifest["files"].items()):
             return False
@@ -171,57 +138,60 @@ class SharedWork:
             raise CheckpointError(f"{kept} cannot be written: {error}; free disk space, then start again") from error
 
 
-def proxy_key(run: "Run", owned: Container[str]) -> str | None:
-    """Return the hash of all that stage (i) depends on, or None where the target cannot be told by its content."""
-    config = run.config
-    target = model_key(*run.target())
-    if target is None:
-        return None
-    calibration, distillation = config.compression.calibration, config.distillation
-    wanted = [calibration.rows, *filter(None, [config.healing.rows, distillation.steps and distillation.rows])]
-    return _hash(
-        {
-            "target": target,
-            "dtype": config.target.dtype,
-            "compression": _named(config.compression),
-            "healing": to_dict(config.healing),
-            "distillation": [to_dict(distillation), config.trainer] if distillation.steps else None,
-            "texts": [public_texts(calibration, owned, rows=rows, seed=config.seed) for rows in wanted],
-            "seed": config.seed,
-            "environment": _environment(run),
-        }
-    )
-
-
-def federation_key(run: "Run", owned: Container[str], questions: Sequence[Question]) -> str | None:
-    """Return the hash of all that the rounds and their scores depend on.
+def key_of(stage: Stage, run: Run) -> str | None:
+    """Return the hash of all that a stage depends on, told by content: names and paths are nothing.
 
     Returns:
-        None where the proxy cannot be told by its content, or the best of several rounds is picked by scores.
+        None where something cannot be told by its content, or the stage's work is of this run alone.
     """
-    config, proxy = run.config, proxy_key(run, owned)
-    validation = config.federation.validation
-    if proxy is None or validation.select == "best":
+    if not stage.may_be_shared(run):
         return None
-    aligned, _ = config.realignment.reads
-    calibration = config.compression.calibration
-    return _hash(
-        {
-            "proxy": proxy,
-            "settings": {name: value for name, value in to_dict(config).items() if name not in _NOT_OF_ROUNDS},
-            "classes": [_class(part) for part in (config.trainable, config.regularizer, config.aggregator)],
-            "server_classes": [_class(part) for part in (config.server_optimizer, config.realignment, config.engine)],
-            "rows": run.facts["data_sha256"],
-            "owners": file_sha256(run.folder.partition),
-            "questions": [[question.requests, question.gold] for question in questions],
-            "fusion": _named(config.fusion) if questions and validation.model == "fused" else None,
-            "texts": public_texts(calibration, owned, rows=aligned, seed=config.seed) if aligned else [],
-        }
-    )
+    target = _target_key(run) if "target" in stage.reads.sources else ""
+    before = {earlier: key_of(earlier(), run) for earlier in stage.after}
+    if target is None or None in before.values():
+        return None
+    tell: dict[str, Callable[[], Any]] = {
+        "target": lambda: target,
+        "tokenizer": lambda: ["the target's", run.facts.template],
+        "calibration": lambda: [_texts(run, rows) for rows in stage.texts(run.config) if rows],
+        "data": lambda: _rows(run),
+        "plugins": lambda: plugins(run.config.plugins),
+        "versions": lambda: _environment(run),
+    }
+    content = stage.inputs(run, lambda name: tell[name](), lambda earlier: before[type(earlier)])
+    return _hash({**content, "classes": _classes(run.config, content["settings"])})
+
+
+def _target_key(run: Run) -> str | None:
+    return model_key(*run.target)
+
+
+def _texts(run: Run, rows: int) -> list[str]:
+    calibration = run.config.compression.calibration
+    return public_texts(calibration, run.clients.owned, rows=rows, seed=run.config.seed)
+
+
+def _rows(run: Run) -> list[Any]:
+    """Return what tells the clients' rows, who owns which, and the questions that rounds are scored on."""
+    asked = [[question.requests, question.gold] for question in run.questions]
+    return [run.facts.data_sha256, file_sha256(run.folder.partition), asked]
+
+
+def _classes(config: RunConfig, settings: Iterable[str]) -> dict[str, str]:
+    """Return the class of every component among the settings: plugins may use one name for two classes."""
+    groups = sorted({key.split(".")[0] for key in settings})
+    found = {group: getattr(config, group) for group in groups}
+    own = {f"parts.{name}": part for name, part in config.parts.items()} if "parts" in found else {}
+    components = {**found, **own}.items()
+    return {
+        name: f"{type(part).__module__}.{type(part).__qualname__}"
+        for name, part in components
+        if isinstance(part, Component)
+    }
 
 
 def evaluation_key(
-    run: "Run", model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+    run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
 ) -> str | None:
     """Return the hash of all that a model's scores depend on.
 
@@ -316,35 +286,26 @@ def sources_sha256() -> str:
     return digest.hexdigest()
 
 
-def _environment(run: "Run") -> dict[str, Any]:
-    plugins = [str(getattr(sys.modules.get(name), "__file__", "") or "") for name in run.config.plugins]
+def _environment(run: Run) -> dict[str, Any]:
     return {
         "versions": versions(),
         "sources": sources_sha256(),
-        "plugins": [file_sha256(Path(path)) for path in plugins],
+        "plugins": plugins(run.config.plugins),
         "device": str(run.device),
         "machine": [platform.machine(), hardware()["cpu"], hardware().get("gpus")],
         "threads": torch.get_num_threads(),
     }
 
 
-def _named(component: Any) -> dict[str, Any]:
-    """Return a component's options and its class: plugins may use one name for two classes."""
-    return {**to_dict(component), "class": _class(component)}
-
-
-def _class(component: Any) -> str:
-    return f"{type(component).__module__}.{type(component).__qualname__}"
-
-
 def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()[:32]
 
 
-def _files(root: Path) -> dict[str, tuple[int, int]]:
-    """Return every file below ``root`` with what changes when it is written anew."""
-    found = {path.relative_to(root).as_posix(): path.stat() for path in root.rglob("*") if path.is_file()}
-    return {name: (status.st_ino, status.st_mtime_ns) for name, status in found.items()}
+def _files(root: Path, names: Iterable[str]) -> set[str]:
+    """Return the path from ``root`` of every file that is one of these, or lies below one."""
+    tops = [root / name for name in names]
+    inside = [path for top in tops for path in (top.rglob("*") if top.is_dir() else [top])]
+    return {path.relative_to(root).as_posix() for path in inside if path.is_file()}
 
 
 def _link(source: Path, target: Path) -> None:

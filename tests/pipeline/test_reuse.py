@@ -2,30 +2,30 @@
 
 import json
 from dataclasses import replace
-from itertools import chain
 
 import pytest
 import torch
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
-from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.models import load_model, load_tokenizer
-from fedproxy.pipeline import sharing
+from fedproxy.pipeline import reuse
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
-from fedproxy.pipeline.run import run
-from fedproxy.pipeline.sharing import (
+from fedproxy.pipeline.reuse import (
     SharedWork,
     evaluation_key,
-    federation_key,
     file_sha256,
+    key_of,
     model_key,
-    proxy_key,
     questions_sha256,
 )
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.run import run
+from fedproxy.pipeline.stages.compress import Compress
+from fedproxy.pipeline.stages.federate import Federate
 from fedproxy.pipeline.validation import held_out
 
 SMALL = (
@@ -148,7 +148,7 @@ def test_rounds_taken_over_can_be_gone_on_from_and_leave_the_shared_ones_as_they
 def test_a_kill_while_rounds_are_taken_over_leaves_none_of_them(trained, tmp_path, monkeypatch):
     _, shared = trained
     run(config(tmp_path / "first", "federation.rounds=1", "evaluation.models=[]"), shared=shared)
-    link, seen = sharing._link, []
+    link, seen = reuse._link, []
 
     def killed(source, target):
         link(source, target)
@@ -157,7 +157,7 @@ def test_a_kill_while_rounds_are_taken_over_leaves_none_of_them(trained, tmp_pat
             raise KeyboardInterrupt
 
     words = (tmp_path / "run", "federation.rounds=1", "evaluation.models=[]", "fusion.mode=delta")
-    monkeypatch.setattr(sharing, "_link", killed)
+    monkeypatch.setattr(reuse, "_link", killed)
     with pytest.raises(KeyboardInterrupt, match="go on"):
         run(config(*words), shared=shared)
     monkeypatch.undo()
@@ -174,21 +174,19 @@ def target():
     return load_model(path), load_tokenizer(path)
 
 
-def key_of(folder, target, *overrides, key=proxy_key):
+def key_for(folder, target, *overrides, stage=Compress):
     own = config(folder, *overrides)
-    current = Run(own, RunFolder(folder), Display())
-    current._target = target
-    current.facts["data_sha256"] = "the same rows"
-    return key(current, OwnedTexts(chain(*client_rows(own.data, seed=own.seed).values())))
-
-
-def rounds_key(current, owned):
-    return federation_key(current, owned, held_out(current.config, client_rows(current.config.data, seed=42)))
+    current, clients = Run(own, RunFolder(folder), Display()), client_rows(own.data, seed=own.seed)
+    current.target = target
+    current.note(data_sha256="the same rows")
+    current.clients = ClientRows(clients, folder / "rows")
+    current.questions = held_out(own, clients)
+    return key_of(stage(), current)
 
 
 def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_path, target):
-    plain = key_of(tmp_path, target)
-    assert key_of(tmp_path / "elsewhere", target, "aggregator.name=ties", "client.lr=0.5", "method=x") == plain
+    plain = key_for(tmp_path, target)
+    assert key_for(tmp_path / "elsewhere", target, "aggregator.name=ties", "client.lr=0.5", "method=x") == plain
     others = [
         ["seed=43"],
         ["compression.ratio=0.34"],
@@ -199,13 +197,13 @@ def test_the_key_of_a_proxy_changes_with_all_that_could_change_the_proxy(tmp_pat
         ["distillation.steps=1", "distillation.rows=32", "distillation.lr=0.5"],
         ["target.dtype=bfloat16"],
     ]
-    keys = [key_of(tmp_path, target, *words) for words in others]
+    keys = [key_for(tmp_path, target, *words) for words in others]
     assert len({plain, *keys}) == 1 + len(others)
 
 
 def test_the_key_of_rounds_changes_with_all_that_they_depend_on(tmp_path, target):
     def key(*overrides):
-        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=rounds_key)
+        return key_for(tmp_path, target, "federation.rounds=1", *overrides, stage=Federate)
 
     plain = key()
     for same in ("fusion.mode=delta", "evaluation.limit=3", "method=x", "output_dir=elsewhere"):
@@ -231,7 +229,7 @@ def test_the_key_of_rounds_changes_with_all_that_they_depend_on(tmp_path, target
 
 def test_rounds_that_are_scored_are_shared_unless_scores_pick_one(tmp_path, target):
     def key(*overrides):
-        return key_of(tmp_path, target, "federation.rounds=1", *overrides, key=rounds_key)
+        return key_for(tmp_path, target, "federation.rounds=1", *overrides, stage=Federate)
 
     assert key(*SCORED, "fusion.mode=delta") == key(*SCORED) != key()
     assert key(*SCORED, "federation.validation.rows=5") != key(*SCORED)

@@ -1,18 +1,22 @@
 """What a run tells when it ends: the report, its notes, and the cards of its models."""
 
 import dataclasses
+import os
 import resource
 import sys
-from typing import Any
 
 import torch
 
 from fedproxy.data.assets import catalog
+from fedproxy.errors import CheckpointError
 from fedproxy.files import write_text
+from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import length_notes
 from fedproxy.pipeline.evaluation import client_scores, evaluation_notes, scores_file
 from fedproxy.pipeline.inputs import change_notes, data_sha256
-from fedproxy.pipeline.stages import Run
+from fedproxy.pipeline.reads import REPORT
+from fedproxy.pipeline.stage import Stage
+from fedproxy.pipeline.stages.evaluate import Evaluate
 from fedproxy.pipeline.tuned import folder_of
 from fedproxy.pipeline.validation import validation_report
 from fedproxy.reporting import (
@@ -27,37 +31,65 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.reporting.pages import save_report
 from fedproxy.sealed import read_sealed
 
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
 
-def report_of(current: Run, scores: dict[str, Any], *, status: str, error: str | None) -> RunReport:
+class Report(Stage):
+    """The report of a run, and the cards of its models. A run whose report is done is finished."""
+
+    name, past = "report", "reported"
+    reads, after = REPORT, (Evaluate,)
+    outputs = ("report.json",)
+
+    def whole(self, run: Run) -> bool:
+        """Return whether the report can be read, into ``run.report``."""
+        if not os.path.lexists(run.folder.report):
+            return False
+        try:
+            run.report = RunReport.load(run.folder.report)
+        except CheckpointError as error:
+            run.display.say(f"the report is made again: {error}")
+            return False
+        return True
+
+    def seal(self, run: Run) -> None:
+        """Note nothing: it is the last, and is read anew."""
+
+    def do(self, run: Run) -> None:
+        """Write it, into ``run.report`` too."""
+        run.report = report_of(run, status="completed")
+        save_report(run.report, run.folder.root)
+        write_cards(run, run.report)
+
+
+def report_of(current: Run, *, status: str, error: str | None = None) -> RunReport:
     """Return a run's report.
 
     Args:
-        current: The run.
-        scores: By model that was scored, as far as it came.
+        current: The run, with its scores as far as they came.
         status: ``completed`` or ``failed``.
         error: Why it failed.
     """
-    config, facts = current.config, current.facts
+    config, facts, scores = current.config, current.facts, current.scores
     rounds = current.folder.rounds()
     evaluations = [read_sealed(scores_file(current.folder, name)) for name in scores]
-    seconds = facts["seconds"]
+    seconds = facts.seconds
     server = sum(seconds.values()) + sum(line["server_seconds"] for line in rounds)
     evaluated = sum(kept["seconds"] for kept in evaluations if kept)
     evaluated += sum(line.get("validation_seconds", 0.0) for line in rounds)
     named = with_means(scores)
-    target, proxy = facts.get("target_parameters"), facts.get("proxy_parameters")
-    disclosed = facts.get("disclosed_parameters", proxy) if config.federation.rounds else 0  # no round, no broadcast
+    target, proxy = facts.target_parameters, facts.proxy_parameters
+    disclosed = facts.disclosed_parameters if config.federation.rounds else 0  # no round, no broadcast
     return RunReport(
         run=RunInfo(
             recipe=config.recipe,
             method=config.method,
             status=status,
             seed=config.seed,
-            started=facts["started"],
+            started=facts.started,
             seconds=sum(seconds.values()) + sum(line["seconds"] for line in rounds) + evaluated,
             error=error,
         ),
@@ -65,8 +97,8 @@ def report_of(current: Run, scores: dict[str, Any], *, status: str, error: str |
         cost=Cost(
             target_parameters=target,
             proxy_parameters=proxy,
-            trainable_parameters=facts.get("trainable_parameters"),
-            upload_bytes=sum(line["upload_bytes"] for line in rounds) + facts.get("collected_bytes", 0),
+            trainable_parameters=facts.trainable_parameters,
+            upload_bytes=sum(line["upload_bytes"] for line in rounds) + facts.collected_bytes,
             download_bytes=sum(line["download_bytes"] for line in rounds),
             client_seconds=sum(line["client_seconds"] for line in rounds),
             server_seconds=server,
@@ -75,9 +107,9 @@ def report_of(current: Run, scores: dict[str, Any], *, status: str, error: str |
         ),
         exposure=Exposure.measure(named, disclosed / target) if target and disclosed is not None else Exposure(),
         rounds=[RoundReport(**{key: line[key] for key in _ROUND_FIELDS if key in line}) for line in rounds],
-        provenance=provenance(facts.get("target_sha256"), data_sha256(facts)),
+        provenance=provenance(facts.target_sha256, data_sha256(facts)),
         compression=_compression(current),
-        fidelity=FidelityReport(**facts["fidelity"]) if facts.get("fidelity") else None,
+        fidelity=FidelityReport(**facts.fidelity) if facts.fidelity else None,
         notes=_notes(current),
         client_scores=client_scores(current.folder, scores),
         validation=validation_report(current),
@@ -100,23 +132,24 @@ def write_cards(current: Run, report: RunReport) -> None:
 
 
 def _compression(current: Run) -> CompressionReport | None:
-    scores = current.facts.get("block_scores")
+    scores = current.facts.block_scores
     if scores is None or not current.folder.layer_map.is_file():
         return None
-    return CompressionReport(scores, current.layer_map().proxy_to_target)
+    return CompressionReport(scores, current.layer_map.proxy_to_target)
 
 
 def _notes(current: Run) -> list[str]:
     asset = catalog().get(current.config.target.path.removeprefix("asset:"))
     notes = [] if asset is None else [f"The target is {asset.about}."]
-    notes += length_notes(current.facts.get("lengths", {}), current.config.data)
+    notes += current.facts.data_notes
+    notes += length_notes(current.facts.lengths, current.config.data)
     if not current.config.scored_tasks:
         key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
         notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
-    notes += [*change_notes(current.facts), *current.facts.get("warnings", [])]
-    for folder, fusion in current.facts.get("fusion", {}).items():
+    notes += [*change_notes(current.facts), *current.facts.warnings]
+    for folder, fusion in current.facts.fusion.items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
     return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
 

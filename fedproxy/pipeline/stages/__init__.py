@@ -1,0 +1,1 @@
+"""The stages of a run, in order: compress, federate, fuse, evaluate, report."""

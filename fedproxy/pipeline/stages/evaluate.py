@@ -1,0 +1,40 @@
+"""Stage (iv): scores of target, proxy, tuned proxy and fused model."""
+
+from fedproxy.pipeline.context import Run
+from fedproxy.pipeline.evaluation import evaluate
+from fedproxy.pipeline.reads import EVALUATE
+from fedproxy.pipeline.reuse import SharedWork
+from fedproxy.pipeline.stage import Stage
+from fedproxy.pipeline.stages.fuse import Fuse
+from fedproxy.pipeline.tuned import TunedProxies
+from fedproxy.reporting import with_means
+
+
+class Evaluate(Stage):
+    """Scores every model that the recipe lists; each is kept as soon as it is known, and reused where it still fits.
+
+    Args:
+        shared: Evaluations of other runs.
+    """
+
+    name, past = "evaluate", "evaluated"
+    reads, after = EVALUATE, (Fuse,)
+    outputs = ("evaluation",)
+
+    def __init__(self, shared: SharedWork | None = None) -> None:
+        self._shared = shared
+
+    def whole(self, run: Run) -> bool:
+        """Leave it to the scores: every model's carry settings and hashes of their own."""
+        return False
+
+    def seal(self, run: Run) -> None:
+        """Leave it to the scores."""
+
+    def do(self, run: Run) -> None:
+        """Score the models, into ``run.scores``."""
+        rounds = run.trained[1].round if run.trained else 0
+        tuned = run.tuned or TunedProxies(run.proxy(), run.config.trainable, {}, seed=run.config.seed)
+        for name, score in evaluate(run, tuned, rounds, self._shared):
+            run.scores[name] = score  # what was scored before an error is kept
+        run.loggers.scores(with_means(run.scores), run.config.federation.rounds)
