@@ -55,7 +55,7 @@ class Site:
         ledger: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.memory, self.logs, self.held_out, self.proxy = memory, logs, held_out or {}, proxy
+        self.memory, self.logs, self.held_out, self.proxy = memory, logs, {} if held_out is None else held_out, proxy
         self.ledger, self.initial, self._proxy_sha256 = ledger, model.state(), ""
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
