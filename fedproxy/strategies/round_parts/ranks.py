@@ -30,7 +30,8 @@ class Ranks(RoundPart, name="ranks"):
     clients: dict[str, int] = field(default_factory=dict, metadata={"server": True})
     """Rank of single clients, by name; all others train ``trainable.r``."""
     memory_gib: dict[str, float] = field(default_factory=dict, metadata={"server": True})
-    """Memory of single clients, by name, in GiB: each trains the highest of ``trainable.r`` and its halves that fits."""
+    """Memory of single clients, by name, in GiB: each trains the highest of ``trainable.r`` and its halves that
+    fits."""
     pad: bool = field(default=False, metadata={"server": True})
     """Fill updates up with zeros to ``trainable.r``, so that any rule can merge them."""
 
