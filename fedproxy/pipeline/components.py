@@ -99,7 +99,7 @@ def _check_trainable(config: RunConfig) -> None:
         key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
         raise ConfigError(
             f"{key} needs one pair of LoRA factors for each matrix, and {trained.key} has none; use "
-            "trainable.name=lora without trainable.parameters"
+            "trainable.name=lora without trainable.parameters and trainable.dora"
         )
     if not rule.aggregates and space == "product":
         raise ConfigError(

@@ -31,7 +31,7 @@ def check_devices(config: RunConfig) -> ClientDevices:
 def _check_sharded(config: RunConfig) -> None:
     """Refuse what needs a whole model on one device."""
     rule, term, trained = config.aggregator, config.regularizer, config.trainable
-    if isinstance(trained, Lora) and trained.parameters:
+    if isinstance(trained, Lora) and (trained.parameters or trained.dora):
         key, why = trained.key, "puts its change into weights as they are used"
     elif "base_change" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "moves the frozen weights"
