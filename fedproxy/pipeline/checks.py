@@ -169,7 +169,7 @@ def _check_trainable(config: RunConfig) -> None:
         key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
         raise ConfigError(
             f"{key} needs one pair of LoRA factors for each matrix, and {trained.key} has none; use "
-            "trainable.name=lora without trainable.parameters"
+            "trainable.name=lora without trainable.parameters and trainable.dora"
         )
     if not rule.aggregates and space == "product":
         raise ConfigError(
@@ -238,7 +238,7 @@ def check_devices(config: RunConfig, *, here: bool = True) -> None:
 def _check_sharded(config: RunConfig) -> None:
     """Refuse what needs a whole model on one device."""
     rule, term, trained = config.aggregator, config.regularizer, config.trainable
-    if isinstance(trained, Lora) and trained.parameters:
+    if isinstance(trained, Lora) and (trained.parameters or trained.dora):
         key, why = trained.key, "puts its change into weights as they are used"
     elif "base_change" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "moves the frozen weights"

@@ -43,7 +43,7 @@ class Federation:
     parts: Sequence[RoundPart]
     """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None
-    """alpha / r of the state's LoRA pairs; None where the state holds none."""
+    """Scale of the state's LoRA pairs; None where the state holds none, or other tensors with them."""
     seed: int
     files: ServerFiles
     """What the server keeps beside its checkpoints."""
