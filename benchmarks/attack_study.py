@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedproxy.config import load_config
-from fedproxy.federation.engines.base import Answers, Engine, RunningEngine
+from fedproxy.federation.engines.base import Answers, Engine, Sites
 from fedproxy.federation.engines.in_process import InProcess
 from fedproxy.pipeline.run import run
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -46,7 +46,7 @@ class AttackedEngine(Engine, name="attacked"):
 class AttackedClients:
     """The running engine."""
 
-    honest: RunningEngine
+    honest: Sites
     attack: AttackedEngine
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.engines import Answer, Dropped, Engine, RunningEngine, UpdateFile
+from fedproxy.federation.engines import Engine
+from fedproxy.messages import Answer, Dropped, Sites, UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
 
@@ -81,9 +82,7 @@ def make_setup(folder: Path, options: dict[str, str]) -> LocalSetup:
     )
 
 
-def measure(
-    engines: dict[str, RunningEngine], broadcast: Broadcast, clients: list[str], rounds: int
-) -> dict[str, object]:
+def measure(engines: dict[str, Sites], broadcast: Broadcast, clients: list[str], rounds: int) -> dict[str, object]:
     """Return seconds per round and ratios; the first turn starts processes and is reported apart."""
     walls: dict[str, list[float]] = {label: [] for label in engines}
     overheads: dict[str, list[float]] = {label: [] for label in engines}

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from fedproxy.config import load_config
-from fedproxy.federation.client_rows import ClientExamples
+from fedproxy.federation.client.rows import ClientExamples
 from fedproxy.models import load_tokenizer
 from fedproxy.pipeline.plan import Plan, plan
 from fedproxy.pipeline.planning.memory import CLIENT_PROCESS, SERVER_PROCESS

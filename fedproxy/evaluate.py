@@ -84,7 +84,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from fedproxy.errors import ConfigError, nearest
+    from fedproxy.errors import ConfigError, first_line, nearest
     from fedproxy.overrides import as_typed
 
     known = [option.name for option in dataclasses.fields(EvaluateArguments)]
@@ -102,7 +102,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         typed = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None) or "arguments"
-        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"{key}: {first_line(error)}") from None
     assert isinstance(typed, EvaluateArguments)
     for key, example in (("model", "model=asset:smollm2-135m"), ("tasks", "tasks=[arc_easy]")):
         if not getattr(typed, key) and not (key == "tasks" and typed.files):

@@ -88,9 +88,10 @@ def write_bytes(path: str | Path, data: bytes, *, private: bool = False) -> Path
     return path
 
 
-def write_json(path: str | Path, value: Any) -> Path:
+def write_json(path: str | Path, value: Any, *, private: bool = False) -> Path:
     """Write ``value`` as indented JSON; see :func:`plain` and :func:`write_text`."""
-    return write_text(path, json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+    text = json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    return write_text(path, text, private=private)
 
 
 def parse_json(text: str | bytes, kind: type[T], *, unique_keys: bool = False) -> T:

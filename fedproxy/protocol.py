@@ -1,8 +1,12 @@
-"""All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
+"""What crosses the wire between server and clients in a round, as safetensors plus JSON and never pickle.
+
+What else the server asks is in :mod:`fedproxy.messages`.
+"""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,48 @@ from fedproxy.files import parse_json
 from fedproxy.seeding import ClientSeeds
 from fedproxy.tensor_files import TensorFile, Tensors, nbytes
 
-__all__ = ["FORMAT", "Broadcast", "ClientUpdate", "TensorFile", "Tensors", "nbytes"]
+__all__ = [
+    "FORMAT",
+    "Broadcast",
+    "ClientUpdate",
+    "Kept",
+    "Mapped",
+    "TensorFile",
+    "Tensors",
+    "is_seal",
+    "nbytes",
+]
 
 FORMAT = "fedproxy-1"
 """What every file on the wire says that it is."""
+_SEAL = re.compile(r"(?:[0-9a-f]{64})?")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a client keeps for itself after a round, as the server knows it: not what it is, but which one."""
+
+    round: int = 0
+    """The last round that counted and after which the client kept something; 0 where there is none."""
+    seal: str = ""
+    """SHA-256 of it, as the client said."""
+
+    @classmethod
+    def of(cls, said: Any) -> "Kept":
+        """Return what plain values say.
+
+        Raises:
+            ClientError: If they say something else.
+        """
+        match said:
+            case {"round": int(number), "seal": str(seal)} if len(said) == 2 and number >= 0 and is_seal(seal):
+                return cls(number, seal)
+        raise ClientError("the message does not say what the client is to go on from; send round and seal")
+
+
+def is_seal(value: object) -> bool:
+    """Return whether a value is a SHA-256 in hexadecimal digits, or empty."""
+    return isinstance(value, str) and _SEAL.fullmatch(value) is not None
 
 
 @dataclass(frozen=True)
@@ -37,13 +79,28 @@ class Broadcast:
     """Where clients are not all sent the same: each one's own broadcast, made when that client is served."""
     all_seeds: Mapping[str, ClientSeeds] = field(default_factory=dict)
     """The seeds of every client's own draws; each client is sent its own ones alone."""
+    all_kept: Mapping[str, Kept] = field(default_factory=dict)
+    """What every client goes on from, where that is something; each client is told its own alone."""
     seeds: ClientSeeds | None = None
     """Seeds of the draws of the client that this is addressed to. They travel beside the file, which all may read."""
+    kept: Kept = Kept()
+    """What the client that this is addressed to goes on from; it forgets what it kept later. Beside the file, too."""
 
     def addressed_to(self, client_id: str) -> "Broadcast":
-        """Return what one client is sent: its own seeds and, where clients are not all sent the same, its own rest."""
+        """Return what one client is sent: its own seeds and memory and, where clients differ, its own rest."""
         own = self if self.each is None else self.each[client_id]
-        return replace(own, each=None, all_seeds={}, seeds=self.seeds_of(client_id))
+        seeds, kept = self.seeds_of(client_id), self.all_kept.get(client_id, self.kept)
+        return replace(own, each=None, all_seeds={}, all_kept={}, seeds=seeds, kept=kept)
+
+    def beside(self) -> dict[str, Any]:
+        """Return as plain values what travels beside the file of a broadcast that is addressed to its client."""
+        seeds = {} if self.seeds is None else {"seeds": asdict(self.seeds)}
+        return {**seeds, "kept": asdict(self.kept)}
+
+    def with_own(self, beside: Mapping[str, Any]) -> "Broadcast":
+        """Return the broadcast that was read from its file, with what :meth:`beside` said."""
+        seeds = ClientSeeds(**beside["seeds"]) if "seeds" in beside else None
+        return replace(self, seeds=seeds, kept=Kept.of(beside["kept"]))
 
     def mapped(self, change: "Callable[[Broadcast], Broadcast]") -> "Broadcast":
         """Return the broadcast changed, and every client's own one likewise."""
@@ -126,6 +183,8 @@ class ClientUpdate:
     """Mean of the regularizer's term over the steps of ``train_loss``."""
     round: int | None = None
     """Round of the broadcast that this update answers; the server merges no other round's."""
+    seal: str = ""
+    """SHA-256 of what the client kept for its next round, for the server to name it by; empty if it kept nothing."""
     wire_bytes: int | None = None
     """Bytes that crossed the wire, where the tensors were decoded since."""
 

@@ -26,9 +26,9 @@ def content_sha256(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain(content), sort_keys=True).encode()).hexdigest()
 
 
-def write_sealed(path: str | Path, content: Mapping[str, Any]) -> Path:
+def write_sealed(path: str | Path, content: Mapping[str, Any], *, private: bool = False) -> Path:
     """Write a JSON object with a hash of itself; see :func:`fedproxy.files.write_json`."""
-    return write_json(path, {**content, _SEAL: content_sha256(content)})
+    return write_json(path, {**content, _SEAL: content_sha256(content)}, private=private)
 
 
 def read_sealed(path: str | Path, *, remedy: str = RESTART) -> dict[str, Any] | None:

@@ -71,7 +71,7 @@ def test_a_key_that_nobody_declares_is_left_alone():
 def test_the_options_of_a_plugin_are_text_as_well(tmp_path, monkeypatch):
     (tmp_path / "plug_overrides.py").write_text(
         "from dataclasses import dataclass\n"
-        "from fedproxy.federation.partition import Partition\n"
+        "from fedproxy.data.partition import Partition\n"
         "@dataclass(frozen=True)\n"
         "class Mine(Partition, name='mine_overrides'):\n"
         "    folder: str = ''\n"

@@ -4,15 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import fedproxy.federation.by_column
-import fedproxy.federation.partition_file  # noqa: F401 (both register a partition)
+import fedproxy.data.partition.by_column  # noqa: F401 (registers a partition)
 from fedproxy.data.formats import DataFormat
+from fedproxy.data.partition import Partition
 from fedproxy.errors import ConfigError, nearest
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.federation.engines import Engine
-from fedproxy.federation.partition import Partition
 from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.modules.optimizers import Optimizer
+from fedproxy.modules.schedules import Decaying, Schedule
 from fedproxy.names import check_names, folded
+from fedproxy.privacy.config import PrivacyConfig
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.compression import Compressor, HealingConfig
 from fedproxy.strategies.fusion import Fusion
@@ -124,20 +126,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """Local training of one client in one round; the optimiser is a fresh AdamW with a constant learning rate."""
+    """Local training of one client in one round; the optimiser starts fresh in each."""
 
     lr: float = 5e-5
-    """Learning rate."""
+    """Learning rate; the highest one where the schedule changes it."""
+    schedule: Schedule = field(default_factory=lambda: Schedule.by_name("constant")())
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer.by_name("adamw")())
     batch_size: int = 16
     """Rows per batch."""
     accumulate: int = 1
     """Batches per optimiser step."""
     epochs: int = 1
     """Passes over the client's rows per round."""
+    max_steps: int | None = None
+    """Most optimiser steps of a client per round; null makes all that epochs has."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    packing: bool = False
+    """Put rows of a batch side by side into few sequences, each row seeing itself alone: less padding, same steps."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -148,9 +156,19 @@ class ClientConfig:
         _require("client.lr", self.lr, self.lr > 0, "positive")
         for key in ("batch_size", "accumulate", "epochs"):
             _require(f"client.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        most = self.max_steps
+        _require("client.max_steps", most, most is None or most >= 1, "at least 1, or null for no limit")
+        if isinstance(self.schedule, Decaying):
+            least = self.schedule.min_lr
+            _require("client.schedule.min_lr", least, least <= self.lr, f"at most client.lr={self.lr:g}")
         _require("client.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         norm = self.max_grad_norm
         _require("client.max_grad_norm", norm, norm is None or norm > 0, "positive, or null")
+
+    def rows_seen(self, rows: int) -> int:
+        """Return how many rows, repeated ones counted again, a client of ``rows`` rows sees in a round, at most."""
+        every = rows * self.epochs
+        return every if self.max_steps is None else min(every, self.max_steps * self.batch_size * self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -312,6 +330,7 @@ class RunConfig:
     realignment: Realignment = field(default_factory=lambda: Realignment.by_name("none")())
     parts: dict[str, RoundPart] = field(default_factory=dict)
     """What else rides with a round, by the round part's name: ``parts.precision.up=int8``."""
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     fusion: Fusion = field(default_factory=lambda: Fusion.by_name("plug_in")())
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: dict[str, Any] = field(
@@ -334,6 +353,8 @@ class RunConfig:
         if member is not None and member not in known:
             raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")
         for name, part in self.parts.items():
+            if not part.optional and name == "privacy":
+                raise ConfigError("parts.privacy comes with the node privacy; use privacy.unit=example or client")
             if not part.optional:
                 raise ConfigError(f"parts.{name} comes with the rule that needs it; remove it")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")

@@ -3,13 +3,14 @@
 from typing import Any
 
 from fedproxy.data.owned_texts import OwnedTexts
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.modules.trainer import is_slow
 from fedproxy.pipeline.checks import check_named_clients, check_public
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes
 from fedproxy.pipeline.inputs import check_inputs, same_rows
+from fedproxy.pipeline.privacy import check_budget
 from fedproxy.pipeline.stages.compress import fidelity_texts
 from fedproxy.pipeline.validation import held_out
 
@@ -50,6 +51,7 @@ def _deal(run: Run) -> tuple[Dealt, dict[str, Any] | None]:
     """
     dealt = deal(run.config.data, seed=run.config.seed)
     check_named_clients(run.config, dealt.clients)
+    check_budget(run.config, {name: len(rows) for name, rows in dealt.clients.items()})
     if run.folder.begins:
         return dealt, None
     inputs = check_inputs(run, dealt.clients)
@@ -63,7 +65,7 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
 
     An older run is deleted here, after all that could speak against the new one was looked at.
     """
-    clients = dealt.clients
+    clients, counted = dealt.clients, count_examples(dealt.clients, run.config)
     if run.folder.replaces:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
         check_public(run.config, _owned(clients))
@@ -71,20 +73,13 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
     save_partition(clients, run.folder.partition)
     unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
     run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)
-    examples = _count_examples(run, dealt)
-    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
-    kept = ClientRows(clients, run.folder.rows, examples)
-    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
-    run.clients = kept
-
-
-def _count_examples(run: Run, dealt: Dealt) -> dict[str, int]:
-    """Say how rows were read, and how many are longer than what the recipe or the model has room for."""
-    counted = count_examples(dealt.clients, run.config)
     run.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, run.config.data)]:
         run.display.say(note)
-    return counted.examples
+    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    kept = ClientRows(clients, run.folder.rows, counted.examples)
+    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    run.clients = kept
 
 
 def _owned(clients: Clients) -> OwnedTexts:

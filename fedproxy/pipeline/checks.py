@@ -23,6 +23,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_questions, expanded
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.pipeline.privacy import check_privacy
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
 from fedproxy.strategies.round_parts.ranks import Ranks
@@ -109,6 +110,7 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
     _check_validation(config)
     check_realignment(config)
     check_devices(config, here=here)
+    check_privacy(config, here=here)
 
 
 def _check_ranks(config: RunConfig) -> None:
@@ -224,6 +226,7 @@ def check_devices(config: RunConfig, *, here: bool = True) -> None:
             f"client.batch_size must be at least the {devices.count} devices that share a batch "
             f"(trainer.devices={config.trainer['devices']}), got {rows}"
         )
+    config.client.optimizer.check(training_device(one_device(config.trainer)).type, devices.strategy)
     if devices.strategy == "fsdp":
         _check_sharded(config)
     if config.client.quantization != "none":

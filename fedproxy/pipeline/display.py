@@ -57,7 +57,11 @@ class Display:
 
     def round(self, record: Mapping[str, Any], rounds: int) -> None:
         """Print a round's line: loss, validation NLL, heterogeneity, conflict, seconds, bytes."""
-        parts = [f"round {record['round']}/{rounds}", f"loss {record['train_loss']:.3f}"]
+        parts = [f"round {record['round']}/{rounds}"]
+        if record["train_loss"] is not None:
+            parts.append(f"loss {record['train_loss']:.3f}")
+        if record.get("privacy", {}).get("epsilon") is not None:
+            parts.append(f"epsilon {record['privacy']['epsilon']:.2f}")
         validated = record.get("validation", {}).get("mean", {})
         if validated.get("answer_nll") is not None:
             parts.append(f"validation {validated['answer_nll']:.3f}")

@@ -42,7 +42,7 @@ _FILES = re.compile(
             rf"fused/(?:[^/]+/)?{_MODEL}",
             r"adapter/(?:[^/]+/)?(?:adapter_config\.json|adapter_model\.safetensors|trained_weights\.safetensors)",
             r"checkpoints/(?:\.part_|round_)\d+/\w+\.(?:safetensors|json)",
-            r"checkpoints/(?:(?:clients|states)/[^/]+|frozen_changes)/round_\d+\.\w+",
+            r"checkpoints/(?:(?:clients|states)/[^/]+|frozen_changes|base_changes)/round_\d+\.\w+",
             r"checkpoints/logs/[^/]+\.log",
             r"evaluation/(?:target|proxy|proxy_tuned|fused)(?:\.[^/]+)?\.(?:scores\.json|samples\.jsonl|json)",
             r"logs/(?:\w+\.json|mlflow\.db[\w-]*|csv/(?:metrics\.csv|hparams\.yaml))",

@@ -10,6 +10,7 @@ from fedproxy.pipeline.planning.memory import CLIENT_PROCESS, SERVER_PROCESS, Ne
 from fedproxy.pipeline.planning.outline import Outline
 from fedproxy.pipeline.planning.speed import RowLength, Seconds, rows_per_client
 from fedproxy.pipeline.planning.traffic import Traffic
+from fedproxy.pipeline.privacy import privacy_lines
 from fedproxy.reporting.formatting import duration, size
 
 Line = tuple[str, str]
@@ -75,7 +76,7 @@ class Plan:
         return max(need.total for need in self.memory if need.role == role and stage in (None, need.stage))
 
     def __str__(self) -> str:
-        lines = [*self._models(), *self._bytes(), *self._memory(), *self._time()]
+        lines = [*self._models(), *self._privacy(), *self._bytes(), *self._memory(), *self._time()]
         return "".join(f"{name:28}{value}\n" for name, value in lines)
 
     def _models(self) -> Iterator[Line]:
@@ -85,6 +86,13 @@ class Plan:
         yield "proxy", f"{self.proxy_parameters:,} parameters ({share:.1f} % of the target), {kept} blocks"
         yield "trained per client", f"{self.trainable_parameters:,} parameters"
         yield "clients", f"{self.traffic.drawn:,} of {self.traffic.clients:,} in each round"
+
+    def _privacy(self) -> Iterator[Line]:
+        rows = rows_per_client(self.outline, self.hardware)
+        if rows is None and self.outline.config.privacy.unit == "client":
+            rows = 1  # a whole client counts as one
+        dealt = None if rows is None else self.outline.named(rows)
+        return privacy_lines(self.outline.config, dealt, self.trainable_parameters)
 
     def _bytes(self) -> Iterator[Line]:
         traffic = self.traffic

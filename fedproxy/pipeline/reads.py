@@ -52,14 +52,14 @@ COMPRESS = Reads(
 FEDERATE = Reads(
     settings=(
         *("seed", "target.dtype", "trainable", "regularizer", "aggregator", "server_optimizer", "realignment"),
-        *("parts", "trainer", "fusion", *_ENGINE),
+        *("parts", "privacy", "trainer", "fusion", *_ENGINE),
         *_below(
             "data",
             "tasks files formats weights template_names_target prompt_column target_column label_column rows_per_task",
         ),
         *_below("data", "format template holdout long_rows max_input_tokens max_target_tokens end_token partition"),
         *_below("client", "lr batch_size accumulate epochs weight_decay max_grad_norm gradient_checkpointing"),
-        *_below("client", "quantization"),
+        *_below("client", "quantization schedule optimizer max_steps packing"),
         *_below("federation", "rounds clients_per_round space validation sampling max_norm_ratio"),
     ),
     sources=("data", "calibration", "plugins", "versions"),

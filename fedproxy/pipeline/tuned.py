@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.config import RunConfig
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.server.checkpoint import Progress
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.names import file_stem
 from fedproxy.protocol import Tensors
@@ -26,12 +26,12 @@ def folder_of(folder: Path, client: str) -> Path:
 
 
 def final_states(
-    config: RunConfig, progress: Progress, store: ClientStore, clients: Mapping[str, object]
+    config: RunConfig, progress: Progress, files: ServerFiles, clients: Mapping[str, object]
 ) -> Mapping[str, Tensors]:
     """Return the trained states of a run: one under :data:`MERGED`, or every client's own, read when asked for."""
     if config.aggregator.aggregates:
         return {MERGED: progress.state}
-    return store.states.after(progress, sorted(clients))
+    return files.states.after(progress, sorted(clients))
 
 
 @dataclass

@@ -7,7 +7,7 @@ from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.round_tables import by_client, mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
-from fedproxy.reporting.scores import MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.svg import INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def draw_plots(report: RunReport) -> list[Plot]:
     rounds = report.rounds
     found = (
         _accuracy(report), _likelihood(report), _loss(rounds), _validation(rounds, "answer_nll"),
-        _validation(rounds, "acc_norm") or _validation(rounds, "acc"),
+        next(filter(None, (_validation(rounds, metric) for metric in ACCURACIES)), None),
         _conflict(rounds), _cosine(rounds), _blocks(report),
     )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]

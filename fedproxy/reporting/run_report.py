@@ -9,8 +9,9 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
+from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
-from fedproxy.reporting.scores import MODELS, Value, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
 PAGES = ("report.md", "report.html")
@@ -72,7 +73,8 @@ class Exposure:
 
         def mean(model: str) -> Value | None:
             metrics = scores.get(model, {}).get("mean")
-            return value_of(metrics, "acc_norm") or value_of(metrics, "acc")
+            metric = next((name for name in ACCURACIES if value_of(metrics, name) is not None), None)
+            return None if metric is None else value_of(metrics, metric)
 
         def gap(owner: str, held: str) -> float | None:
             high, low = mean(owner), mean(held)
@@ -191,11 +193,13 @@ class RunReport:
     """Optional; left out of report.json where None."""
     fidelity: FidelityReport | None = None
     """Optional; left out of report.json where None."""
+    privacy: PrivacyReport | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "fidelity", "notes", "client_scores", "validation"):
+        for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy"):
             if not data[key]:
                 del data[key]
         if data.get("validation") and not data["validation"]["evaluator"]:

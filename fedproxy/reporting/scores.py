@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fedproxy.metric_facts import HEADLINES, headline_of
 from fedproxy.task_means import Metrics, mean_scores
 
+ACCURACIES = ("acc_norm", "acc")
+"""Accuracies, the one that is shown first where there are both."""
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
 """Models of a report, in the order in which a run makes them."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.pairing import PairedDifference, paired_hint, paired_table
+from fedproxy.reporting.privacy import privacy_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import MODELS, Value, headline_metric, task_metric, task_names, value_of
@@ -70,6 +71,7 @@ class View:
     held_out: Table | None = None
     by_source_hint: str = ""
     fidelity: Table | None = None
+    privacy: Table | None = None
 
 
 def build_view(
@@ -121,6 +123,7 @@ def build_view(
         by_source=paired_table(by_source, "source") if by_source else None,
         by_source_hint=paired_hint(by_source) if by_source else "",
         fidelity=_fidelity(report),
+        privacy=privacy_table(report.privacy),
     )
 
 

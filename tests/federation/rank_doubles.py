@@ -12,7 +12,7 @@ from .engines.doubles import honest
 
 
 def remote(folder: Path) -> RemoteClient:
-    return RemoteClient(f"{__name__}:make", {"folder": str(folder)})
+    return RemoteClient(f"{__name__}:make", {"folder": str(folder)}, ranks=2)
 
 
 def make(*, device, folder, rank, rendezvous):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
-from fedproxy.federation.client.client import LocalClient
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows
+from fedproxy.federation.client.site import Site
 from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.models import Decoder
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -47,7 +47,7 @@ def setup(request, tmp_path):
     )
 
 
-def make(setup: LocalSetup, **trainer) -> tuple[LocalClient, Counter]:
+def make(setup: LocalSetup, **trainer) -> tuple[Site, Counter]:
     """A client, and how often its first block's attention ran on which device, and its queries came in which dtype."""
     client = load(device=None, **asdict(replace(setup, trainer={**setup.trainer, **trainer})))
     seen: Counter = Counter()
@@ -60,7 +60,7 @@ def make(setup: LocalSetup, **trainer) -> tuple[LocalClient, Counter]:
     return client, seen
 
 
-def broadcast(client: LocalClient, **job) -> Broadcast:
+def broadcast(client: Site, **job) -> Broadcast:
     """A state in which B is not zero."""
     draw = torch.Generator().manual_seed(3)
     state = {name: 0.1 * torch.randn(t.shape, generator=draw) for name, t in sorted(client.initial.items())}
@@ -112,7 +112,7 @@ def test_gradients_with_checkpointing_are_those_without(setup):
 class Noting:
     """A client that sends with its update where it was trained: the index of the accelerator, -1 for the CPU."""
 
-    def __init__(self, client: LocalClient) -> None:
+    def __init__(self, client: Site) -> None:
         self.client = client
         self.places: set[int] = set()
         Decoder.of(client.model.model).blocks[0].register_forward_hook(self._note)

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.engines import UpdateFile
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.participation import Participation
+from fedproxy.messages import UpdateFile
 from fedproxy.protocol import FORMAT, Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
 

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 
 from fedproxy.errors import CheckpointError, ModelError
-from fedproxy.federation.client.frozen_weights import FrozenChanges
+from fedproxy.strategies.round_parts.base_change import BaseChanges
 from fedproxy.strategies.trainable import Trainable
 
 NAME = "base_model.model.model.layers.1.mlp.down_proj"
@@ -30,11 +30,11 @@ def frozen(trainable):
 
 
 def test_a_model_loaded_later_catches_up_to_the_same_bits(make_model, tmp_path):
-    changes, early, late = FrozenChanges(tmp_path), attach(make_model("llama")), attach(make_model("llama"))
+    changes, early, late = BaseChanges(tmp_path), attach(make_model("llama")), attach(make_model("llama"))
     start = frozen(early).clone()
     for round_ in (1, 2, 3):
         changes.receive(early, round_, change(round_))
-    FrozenChanges(tmp_path).receive(late, 3, change(3))
+    BaseChanges(tmp_path).receive(late, 3, change(3))
     assert torch.equal(frozen(early), frozen(late))
     assert early.frozen_round == late.frozen_round == 3
     exact = start + SCALE * sum(change(k)[B] @ change(k)[A] for k in (1, 2, 3))
@@ -45,15 +45,22 @@ def test_a_model_loaded_later_catches_up_to_the_same_bits(make_model, tmp_path):
 
 def test_a_change_that_was_never_received_is_an_error(make_model, tmp_path):
     with pytest.raises(CheckpointError, match=r"frozen weights in .*round_0001.* cannot be used: No such file"):
-        FrozenChanges(tmp_path).receive(attach(make_model("llama")), 2, change(2))
+        BaseChanges(tmp_path).receive(attach(make_model("llama")), 2, change(2))
 
 
-def test_rewind_forgets_later_rounds(make_model, tmp_path):
-    changes = FrozenChanges(tmp_path)
-    changes.receive(attach(make_model("llama")), 1, change(1))
-    changes.receive(attach(make_model("llama")), 2, change(2))
-    changes.rewind(1)
-    assert [path.name for path in tmp_path.iterdir()] == ["round_0001.safetensors"]
+def test_what_an_earlier_run_received_gives_way_to_what_comes_now(make_model, tmp_path):
+    BaseChanges(tmp_path).receive(attach(make_model("llama")), 1, change(7))
+    model, right = attach(make_model("llama")), attach(make_model("llama"))
+    BaseChanges(tmp_path).receive(model, 1, change(1))
+    right.add_to_frozen(change(1))
+    assert torch.equal(frozen(model), frozen(right))
+    seals = [BaseChanges(tmp_path).files.seal(1)]
+    written = (tmp_path / "round_0001.safetensors").stat().st_mtime_ns
+    BaseChanges(tmp_path).receive(attach(make_model("llama")), 1, change(1))
+    assert (tmp_path / "round_0001.safetensors").stat().st_mtime_ns == written  # the same is left alone
+    BaseChanges(tmp_path).receive(right, 2, change(2))
+    seals.append(BaseChanges(tmp_path).files.seal(2))
+    assert len({"", *seals}) == 3
 
 
 def test_half_precision_weights_are_rounded_once_from_the_exact_sum(make_model):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.participation import Participation
+from fedproxy.messages import Dropped
 
 from .engines.doubles import CLIENTS, STATE, Double, broadcast, honest, remote
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
-from fedproxy.errors import ClientError
+from fedproxy.errors import CheckpointError
+from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.engines import RemoteClient
-from fedproxy.federation.engines.rank_group import RankGroup
-from fedproxy.protocol import Broadcast
+from fedproxy.federation.engines import Engine
+from fedproxy.messages import Collect, Done, Dropped, Rewind
+from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 
 from .engines.doubles import loaded
@@ -64,7 +64,6 @@ def setup(tmp_path_factory):
         max_input_tokens=32,
         max_target_tokens=24,
         trainer={"accelerator": "cpu", "devices": 1},
-        scratch=str(folder / "exchange"),
     )
 
 
@@ -73,11 +72,34 @@ def alone(setup):
     return load(device=None, **asdict(replace(setup, store=setup.store + "_alone")))
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp"])
-def group(request, setup):
+class Group:
+    """A client of several processes, as the one seat of an engine."""
+
+    def __init__(self, remote, folder):
+        self.strategy = remote.options["strategy"]
+        self.pool = Engine.by_name("in_process")().start(lambda: None, remote, folder)
+
+    def train(self, broadcast, client_id):
+        (answer,) = self.pool.run(broadcast, [client_id])
+        return answer
+
+    def answer(self, message, client_id):
+        (answer,) = self.pool.ask({client_id: message})
+        return answer
+
+    def close(self):
+        self.pool.close()
+
+
+def make_group(setup, folder, **trainer):
     """A client of two processes; starting them takes seconds."""
-    trainer = {"accelerator": "cpu", "devices": 2, "strategy": request.param}
-    client = load(device=None, **asdict(replace(setup, trainer=trainer, store=f"{setup.store}_{request.param}")))
+    trainer = {"accelerator": "cpu", "devices": 2, **trainer}
+    return Group(replace(setup, trainer=trainer, store=f"{setup.store}_{trainer['strategy']}").remote([]), folder)
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def group(request, setup, tmp_path_factory):
+    client = make_group(setup, tmp_path_factory.mktemp("exchange"), strategy=request.param)
     yield client
     client.close()
 
@@ -121,17 +143,26 @@ def test_the_same_processes_give_the_same_bits_again(alone, group):
 
 def test_what_a_client_remembers_is_written_once_and_read_by_all(setup, alone, group):
     job = JOBS["scaffold, tensors that rest or stay"]
+    kept = {alone: Kept(), group: Kept()}
     for round_ in (2, 3):
-        one, two = (loaded(client.train(broadcast(alone, job, round_), "ann")) for client in (alone, group))
+        given = broadcast(alone, job, round_)
+        one, two = (loaded(client.train(replace(given, kept=kept[client]), "ann")) for client in kept)
+        kept = {alone: Kept(round_, one.seal), group: Kept(round_, two.seal)}
     assert distance(two.delta, one.delta) < 1e-4
-    store = f"{setup.store}_{group.remote.options['strategy']}"
-    kept, known = (ClientStore(Path(path)).memory.load("ann", before=4) for path in (store, setup.store + "_alone"))
-    assert sorted(kept.parts) == ["control_variates", "personal"]
-    assert all(distance(kept.parts[part], known.parts[part]) < 1e-4 for part in kept.parts)
+    store = f"{setup.store}_{group.strategy}"
+    mine = ClientMemory(Path(store)).load("ann", kept[group])
+    known = ClientMemory(Path(setup.store + "_alone")).load("ann", kept[alone])
+    assert sorted(mine) == ["control_variates", "personal"]
+    assert all(distance(mine[part], known[part]) < 1e-4 for part in known)
+    handed = loaded(group.answer(Collect(kept[group]), "ann"))
+    assert distance(handed.delta, known["personal"]) < 1e-4
+    assert group.answer(Rewind(2, Kept()), "ann") == Done("ann")
+    with pytest.raises(CheckpointError, match=r"client 'ann' in .* cannot be used: No such file"):
+        group.answer(Collect(kept[group]), "ann")
 
 
 def test_statistics_of_the_rows_come_from_the_first_process(alone, group):
-    if group.remote.options["strategy"] == "fsdp":
+    if group.strategy == "fsdp":
         return  # refused before anything starts, see tests/pipeline/test_devices.py
     given = broadcast(alone, {"parts": [{"name": "statistics", "groups": ["fisher"]}]})
     one, two = alone.train(given, "ann"), loaded(group.train(given, "ann"))
@@ -141,9 +172,8 @@ def test_statistics_of_the_rows_come_from_the_first_process(alone, group):
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_gpus_do_what_one_process_does(strategy, setup, alone):
-    trainer = {"accelerator": "gpu", "devices": 2, "strategy": strategy}
-    pair = load(device=None, **asdict(replace(setup, trainer=trainer)))
+def test_two_gpus_do_what_one_process_does(strategy, setup, alone, tmp_path):
+    pair = make_group(setup, tmp_path, accelerator="gpu", strategy=strategy)
     given = broadcast(alone, JOBS["conflict, clipped and accumulated"])
     try:
         first, second = loaded(pair.train(given, "ann")), loaded(pair.train(given, "ann"))
@@ -155,18 +185,17 @@ def test_two_gpus_do_what_one_process_does(strategy, setup, alone):
 
 
 @pytest.mark.slow
-def test_a_process_that_stops_is_given_up_by_the_others(setup, alone):
+def test_a_process_that_stops_is_given_up_by_the_others(setup, alone, tmp_path):
     """The others wait in a step for patience_s; then the client is dropped with their words, and all are ended."""
-    options = {"setup": asdict(setup), "devices": [], "count": 2, "strategy": "ddp", "patience_s": 60.0}
-    group = RankGroup(RemoteClient("fedproxy.federation.engines.rank:load", options), 2, scratch=setup.scratch)
+    remote = replace(setup, trainer={"accelerator": "cpu", "devices": 2}).remote([])
+    group = Group(replace(remote, options={**remote.options, "patience_s": 60.0}, logs=None), tmp_path)
     given = broadcast(alone, {})
     try:
         group.train(given, "ann")
-        stopped = group.pids[1]
+        stopped = group.pool.pids[1]
         os.kill(stopped, signal.SIGSTOP)
         started = time.monotonic()
-        with pytest.raises(ClientError, match=r"^process 1 of 2: RuntimeError; no log is kept"):
-            group.train(given, "ann")
+        assert group.train(given, "ann") == Dropped("ann", "process 1 of 2: RuntimeError; no log is kept")
         assert 50 < time.monotonic() - started < 150
         assert not os.path.exists(f"/proc/{stopped}")
     finally:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from fedproxy.errors import CheckpointError, ClientError
-from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.engines import Dropped
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation
 from fedproxy.federation.server.participation import Participation
+from fedproxy.messages import Dropped
 from fedproxy.names import file_stem
 from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator
@@ -44,7 +44,7 @@ def federation(folder, per_round="all", optimizer="none", min_clients=None, **op
     return Federation(
         clients=["a", "b", "c"], clients_per_round=per_round, aggregator=Aggregator.by_name("none")(),
         server_optimizer=ServerOptimizer.by_name(optimizer)(**options), job={}, lora_scaling=None, seed=0,
-        parts=(), store=ClientStore(folder), participation=Participation(min_clients),
+        parts=(), files=ServerFiles(folder), participation=Participation(min_clients),
     )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def go(tmp_path, rounds, start=None, engine=None, **options):
 
 
 def states(folder, progress):
-    own = ClientStore(folder).states.after(progress, list(Adding.numbers))
+    own = ServerFiles(folder).states.after(progress, list(Adding.numbers))
     return {client: state["layer.weight"].tolist() for client, state in own.items()}
 
 
@@ -117,7 +117,7 @@ def test_server_optimizers_keep_a_memory_per_client_and_resume_is_exact(tmp_path
     again = go(tmp_path / "parts", 4, start=CheckpointFolder(tmp_path / "parts").load_latest(), **options)
     for client in Adding.numbers:
         left, right = (
-            ClientStore(tmp_path / name).states.after(progress, [client]).load(client)
+            ServerFiles(tmp_path / name).states.after(progress, [client]).load(client)
             for name, progress in (("whole", whole), ("parts", again))
         )
         assert left.server_memory
@@ -134,8 +134,8 @@ def test_a_kill_between_the_clients_files_and_the_checkpoint_changes_nothing(tmp
     whole = go(tmp_path / "whole", 3, **options)
     folder, calls = tmp_path / "killed", []
     go(folder, 2, **options)
-    store = ClientStore(folder)
-    save = type(store.states).save
+    files = ServerFiles(folder)
+    save = type(files.states).save
 
     def killed(self, *arguments):
         if len(calls) == written:
@@ -144,7 +144,7 @@ def test_a_kill_between_the_clients_files_and_the_checkpoint_changes_nothing(tmp
         save(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(store.states), "save", killed)
+        patch.setattr(type(files.states), "save", killed)
         patch.setattr(CheckpointFolder, "save", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             go(folder, 3, start=CheckpointFolder(folder).load_latest(), **options)
@@ -153,7 +153,7 @@ def test_a_kill_between_the_clients_files_and_the_checkpoint_changes_nothing(tmp
     assert len(list(folder.glob("states/*/round_0003.safetensors"))) == written
     # what lies there from round 3 is not looked at, rewound or not
     assert states(folder, latest) == states(tmp_path / "whole", CheckpointFolder(tmp_path / "whole").load(2))
-    store.rewind(2)
+    files.rewind(2)
     assert not list(folder.glob("states/*/round_0003.safetensors"))
     assert states(folder, go(folder, 3, start=latest, **options)) == states(tmp_path / "whole", whole)
 
@@ -168,7 +168,7 @@ def test_neither_memory_nor_checkpoints_hold_the_clients_states(tmp_path):
 
 
 def test_there_are_states_of_clients_alone(tmp_path):
-    own = ClientStore(tmp_path).states.after(go(tmp_path, 1), ["a", "b", "c"])
+    own = ServerFiles(tmp_path).states.after(go(tmp_path, 1), ["a", "b", "c"])
     assert "a" in own
     assert "" not in own
     with pytest.raises(KeyError):

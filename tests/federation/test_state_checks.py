@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation
 from fedproxy.federation.server.participation import Participation
 from fedproxy.federation.server.state_checks import largest
@@ -44,7 +44,7 @@ def go(folder, engine, *, rule="fedavg", optimizer="none", ratio=1000.0, rounds=
     federation = Federation(
         clients=clients, clients_per_round="all", aggregator=Aggregator.by_name(rule)(**options),
         server_optimizer=ServerOptimizer.by_name(optimizer)(), job={}, lora_scaling=2.0, seed=0,
-        parts=(), store=ClientStore(folder),
+        parts=(), files=ServerFiles(folder),
         participation=Participation(len(clients), max_norm_ratio=ratio),
     )  # fmt: skip
     start = {NAME: torch.ones(2, 4), PAIR: torch.zeros(4, 2)}

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from fedproxy.command import run_command
-from fedproxy.federation.engines import UpdateFile
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.update_checks import LARGEST_CHANGE, check_update
+from fedproxy.messages import UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 CLIENT = "ann"

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows
 from fedproxy.models import load_model
 from fedproxy.models.quantized import check_quantization, load_quantized
 from fedproxy.protocol import Broadcast

@@ -8,14 +8,14 @@ import signal
 import time
 from pathlib import Path
 
-from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.site import Site
 from fedproxy.federation.server import loop
 from fedproxy.modules.causal_lm import CausalLMModule
 
 NAME = __name__
 VARIABLE = "FEDPROXY_TEST_HOOKS"
 
-_train, _training_step, _write_journal = LocalClient.train, CausalLMModule.training_step, loop._write_journal
+_train, _training_step, _write_journal = Site.train, CausalLMModule.training_step, loop.write_journal
 _current = {"task": ""}
 
 
@@ -63,4 +63,4 @@ def _hooked_journal(journal, records):
     _write_journal(journal, records)
 
 
-LocalClient.train, CausalLMModule.training_step, loop._write_journal = _hooked_train, _hooked_step, _hooked_journal
+Site.train, CausalLMModule.training_step, loop.write_journal = _hooked_train, _hooked_step, _hooked_journal

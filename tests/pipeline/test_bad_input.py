@@ -111,9 +111,9 @@ def test_a_target_that_is_no_decoder(run_tiny, tmp_path):
 
 
 def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny, monkeypatch):
-    from fedproxy.federation.client.client import LocalClient
+    from fedproxy.federation.client.site import Site
 
-    train = LocalClient.train
+    train = Site.train
 
     def fail(self, broadcast, client_id):
         if broadcast.round == 2 and client_id == "tiny_places":
@@ -122,7 +122,7 @@ def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny
 
     _, folder = run_tiny("federation.rounds=1", "evaluation.models=[]")
     with monkeypatch.context() as patch:
-        patch.setattr(LocalClient, "train", fail)
+        patch.setattr(Site, "train", fail)
         log = f"checkpoints/logs/{file_stem('tiny_places')}.log"
         said = f"RuntimeError; details in the client's log {log}"
         message = f"client 'tiny_places' failed in round 2: {said}; that leaves 3 of 4 clients, and"
@@ -144,12 +144,12 @@ def test_no_write_permission(run_tiny, tmp_path):
 
 
 def test_interrupt_says_how_to_go_on(run_tiny, monkeypatch):
-    from fedproxy.federation.client.client import LocalClient
+    from fedproxy.federation.client.site import Site
 
     def interrupt(self, broadcast, client_id):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalClient, "train", interrupt)
+        patch.setattr(Site, "train", interrupt)
         with pytest.raises(KeyboardInterrupt, match="go on with the same command and resume=auto"):
             run_tiny(*QUICK)

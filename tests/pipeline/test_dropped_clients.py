@@ -13,21 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.site import Site
 from fedproxy.names import file_stem
 
 from .conftest import SMALL
 
 
 def test_a_failing_client_is_left_out_and_named_in_log_journal_and_pages(run_tiny, monkeypatch, capsys):
-    train = LocalClient.train
+    train = Site.train
 
     def fail(self, broadcast, client_id, **limits):
         if broadcast.round == 2 and client_id == "tiny_places":
             raise RuntimeError("out of\nmemory")
         return train(self, broadcast, client_id, **limits)
 
-    monkeypatch.setattr(LocalClient, "train", fail)
+    monkeypatch.setattr(Site, "train", fail)
     report, folder = run_tiny("federation.rounds=3", "federation.min_clients=3", "evaluation.models=[]")
     lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
     log = folder / "checkpoints/logs" / f"{file_stem('tiny_places')}.log"
@@ -93,13 +93,13 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_one_hostile_client_neither_ends_nor_poisons_the_run(run_tiny, monkeypatch, rule):
-    train = LocalClient.train
+    train = Site.train
 
     def attack(self, broadcast, client_id, **limits):
         update = train(self, broadcast, client_id, **limits)
         return ATTACKS[rule][broadcast.round - 1][0](update) if client_id == "tiny_places" else update
 
-    monkeypatch.setattr(LocalClient, "train", attack)
+    monkeypatch.setattr(Site, "train", attack)
     brief = ("data.rows_per_task=8", "client.batch_size=4", "evaluation.models=[]")
     report, folder = run_tiny(*RULES[rule], *brief, "federation.rounds=4", "federation.min_clients=3")
     assert report.run.status == "completed"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.site import Site
 from fedproxy.models import load_model, state_sha256
 from fedproxy.names import file_stem
 from fedproxy.pipeline.plan import plan
@@ -116,14 +116,14 @@ def test_the_plan_predicts_the_bytes(local_run):
 
 
 def test_a_failing_client_is_named_and_fused_from_its_last_state(run_tiny, monkeypatch):
-    train = LocalClient.train
+    train = Site.train
 
     def fail(self, broadcast, client_id, **limits):
         if broadcast.round == 2 and client_id == "tiny_sums":
             raise RuntimeError("out of memory")
         return train(self, broadcast, client_id, **limits)
 
-    monkeypatch.setattr(LocalClient, "train", fail)
+    monkeypatch.setattr(Site, "train", fail)
     report, folder = run_tiny(*LOCAL, "federation.min_clients=1", "evaluation.models=[]")
     first, second = (line.dropped for line in report.rounds)
     assert first == {}

@@ -2,7 +2,7 @@
 
 import json
 
-from fedproxy.federation.client_rows import ClientExamples
+from fedproxy.federation.client.rows import ClientExamples
 
 
 def test_only_sampled_clients_are_read_and_the_cache_stays_small(run_tiny, monkeypatch):

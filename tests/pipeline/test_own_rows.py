@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import read_client_rows
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ConfigError, DataError
-from fedproxy.federation.client.client import LocalClient
-from fedproxy.federation.client_rows import read_client_rows
+from fedproxy.federation.client.site import Site
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.data import client_rows
 from fedproxy.pipeline.evaluation import check_comparable
@@ -91,13 +91,13 @@ def test_rows_that_are_cut_are_counted_on_the_console_and_in_the_report(
     text = "".join(json.dumps({"prompt": prompt, "target": target}) + "\n" for prompt, target in rows)
     (tmp_path / "ward.jsonl").write_text(text)
     trained = []
-    train = LocalClient.train
+    train = Site.train
 
     def watch(self, broadcast, client_id, **limits):
         trained.extend(self.examples[client_id])
         return train(self, broadcast, client_id, **limits)
 
-    monkeypatch.setattr(LocalClient, "train", watch)
+    monkeypatch.setattr(Site, "train", watch)
     report, folder = run_tiny("data.tasks=[]", f"data.files.ward={tmp_path / 'ward.jsonl'}", *short_target,
                               "data.max_input_tokens=256")  # fmt: skip
     note = (

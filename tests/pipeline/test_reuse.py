@@ -8,7 +8,7 @@ import torch
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
-from fedproxy.federation.client_rows import ClientRows
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline import reuse
 from fedproxy.pipeline.context import Run

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from fedproxy.config import load_config
-from fedproxy.federation.client_rows import rows_file
+from fedproxy.data.partition.rows import rows_file
 from fedproxy.names import file_stem
 from fedproxy.pipeline.run import compress_only
 

@@ -81,9 +81,9 @@ def test_the_best_rounds_state_is_fused_also_after_an_interrupt(run_tiny, monkey
         validation, "score_questions", lambda *_: {"mean": {"answer_nll": next(losses), "n": 32.0, "acc": 0.5}}
     )
     _, second = run_tiny("federation.rounds=2", *QUICK)
-    from fedproxy.federation.client.client import LocalClient
+    from fedproxy.federation.client.site import Site
 
-    train = LocalClient.train
+    train = Site.train
 
     def interrupted(self, broadcast, client_id):
         if broadcast.round == 4:
@@ -91,7 +91,7 @@ def test_the_best_rounds_state_is_fused_also_after_an_interrupt(run_tiny, monkey
         return train(self, broadcast, client_id)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalClient, "train", interrupted)
+        patch.setattr(Site, "train", interrupted)
         folder = second.parent / "best"
         with pytest.raises(KeyboardInterrupt, match="resume=auto"):
             run_tiny("federation.rounds=4", *BEST, *QUICK, folder=folder)

@@ -6,8 +6,8 @@ A simulation runs all parties as one user, so that this is about what is handed 
 import json
 import shutil
 
-from fedproxy.federation.client.client import LocalClient
-from fedproxy.federation.engines.workers import WorkerPool
+from fedproxy.federation.client.site import Site
+from fedproxy.federation.engines.pool import WorkerPool
 from fedproxy.seeding import derive_seed
 
 SEED = 918273645546372819
@@ -33,20 +33,20 @@ def test_no_file_that_clients_read_holds_the_runs_seed_or_names_the_servers_fold
         content = path.read_bytes()
         assert not [secret for secret in secrets if secret.encode() in content], path
     setup = json.loads(next(path for path in given if path.name == "setup.json").read_text())
-    assert set(setup) == {"factory", "options", "plugins", "devices", "logs"}
+    assert set(setup) == {"factory", "options", "plugins", "devices", "logs", "ranks"}
     assert (folder / "server").stat().st_mode & 0o700 == 0o700
     assert not [path for path in (folder / "server").iterdir() if path.name.startswith("tmp")]  # copies of updates
 
 
 def test_a_row_that_an_error_quotes_reaches_no_file_of_the_server(run_tiny, monkeypatch, capsys):
-    train = LocalClient.train
+    train = Site.train
 
     def fail(self, broadcast, client_id, **limits):
         if client_id == "tiny_places":
             raise ValueError(f"{PRIVATE} is odd")
         return train(self, broadcast, client_id, **limits)
 
-    monkeypatch.setattr(LocalClient, "train", fail)
+    monkeypatch.setattr(Site, "train", fail)
     options = ("federation.rounds=1", "federation.min_clients=3", "evaluation.models=[]", "data.rows_per_task=8")
     report, folder = run_tiny(*options)
     (reason,) = report.rounds[0].dropped.values()

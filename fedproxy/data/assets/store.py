@@ -27,6 +27,7 @@ _CONVERSIONS = {
     "gguf_model": "fedproxy.data.assets.model:convert_gguf",
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
     "glue_tasks": "fedproxy.data.assets.qa:convert_glue",
+    "chat_tasks": "fedproxy.data.assets.chat:convert_chat",
     "open_qa_tasks": "fedproxy.data.assets.open_qa:convert_open_qa",
     "exam_tasks": "fedproxy.data.assets.open_qa:convert_exams",
     "calibration_text": "fedproxy.data.assets.qa:convert_calibration",

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fedproxy.federation.client.client import LocalClient
-from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.client_rows import ClientExamples
-from fedproxy.federation.engines import Client, RemoteClient
-from fedproxy.federation.engines.rank_group import RankGroup
+from fedproxy.federation.client.base import RemoteClient
+from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.federation.client.rows import ClientExamples
+from fedproxy.federation.client.site import Site
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.models.positions import positions
 from fedproxy.models.quantized import load_quantized
@@ -43,23 +42,13 @@ class LocalSetup:
     """What becomes of rows that are too long, see :class:`fedproxy.data.examples.Lengths`."""
     quantization: str = "none"
     """Bits of the frozen weights: none, 8bit or 4bit."""
-    plugins: Sequence[str] = ()
-    """Modules that a client's own processes import."""
-    scratch: str | None = None
-    """Folder for what a client's own processes exchange; None is the system's."""
+    ledger: str | None = None
+    """Folder of the clients' privacy ledgers, beside their data."""
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
-    @property
-    def _logs(self) -> str:
-        """Folder of the clients' own logs, on their side of the run folder."""
-        return str(Path(self.store) / "logs")
-
-    def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Client:
-        """Return a client for this process, which trains on a proxy that is loaded already where it can."""
-        devices = ClientDevices.of(self.trainer)
-        if devices.count > 1:
-            return self._group(devices, 0)
+    def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Site:
+        """Return a site for this process, which trains on a proxy that is loaded already where it can."""
         trainer = one_device(self.trainer)
         if self.quantization != "none":
             model, tokenizer = self.load(training_device(trainer))
@@ -67,8 +56,8 @@ class LocalSetup:
 
     def in_this_process(
         self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
-    ) -> LocalClient:
-        """Return a client that trains on a given proxy with given Trainer options."""
+    ) -> Site:
+        """Return a site that trains on a given proxy with given Trainer options."""
         examples = ClientExamples(
             Path(self.rows),
             tokenizer,
@@ -78,15 +67,31 @@ class LocalSetup:
             long_rows=self.long_rows,
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
-        store = ClientStore(Path(self.store))
+        memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        return LocalClient(model, examples, pad_id=pad, trainer=trainer, store=store, logs=logs)
+        ledger = None if self.ledger is None else Path(self.ledger)
+        return Site(
+            model,
+            examples,
+            pad_id=pad,
+            trainer=trainer,
+            memory=memory,
+            logs=logs,
+            proxy=Path(self.proxy),
+            ledger=ledger,
+        )
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:
         """Return how another process makes this client, on each device, or group of devices, that it may use."""
-        there, count = accelerators(self.trainer), ClientDevices.of(self.trainer).count
-        places = there if count == 1 else tuple(range(len(there) // count))
-        return RemoteClient(f"{__name__}:load", asdict(self), plugins, places, self._logs)
+        there, devices = accelerators(self.trainer), ClientDevices.of(self.trainer)
+        logs = str(Path(self.store) / "logs")
+        if devices.count == 1:
+            return RemoteClient(f"{__name__}:load", asdict(self), plugins, there, logs)
+        options = {"setup": asdict(self), "devices": there, "count": devices.count, "strategy": devices.strategy}
+        groups = tuple(range(len(there) // devices.count))
+        return RemoteClient(
+            "fedproxy.federation.client.ranks:load", options, plugins, groups, logs, ranks=devices.count
+        )
 
     def load(self, device: torch.device) -> tuple[TrainableModel, PreTrainedTokenizerBase]:
         """Load the proxy with what is trained attached, and its tokenizer; the broadcast brings the initial state.
@@ -101,25 +106,14 @@ class LocalSetup:
             proxy = load_quantized(self.proxy, self.quantization, dtype=getattr(torch, self.dtype), device=device)
         return trainable.attach(proxy), load_tokenizer(self.proxy)
 
-    def _group(self, devices: ClientDevices, place: int) -> RankGroup:
-        """Return a client that trains in processes of its own on the ``place``-th group of devices."""
-        own = accelerators(self.trainer)[place * devices.count :][: devices.count]
-        options = {"setup": asdict(self), "devices": own, "count": devices.count, "strategy": devices.strategy}
-        remote = RemoteClient("fedproxy.federation.engines.rank:load", options, self.plugins, logs=self._logs)
-        return RankGroup(remote, devices.count, scratch=self.scratch)
 
-
-def load(*, device: int | None, **options: Any) -> Client:
-    """Load the proxy and return the client that trains on it.
+def load(*, device: int | None, **options: Any) -> Site:
+    """Load the proxy and return the site that trains on it, in one process.
 
     Args:
-        device: Index of the accelerator to train on, or of the group of accelerators where a client has several; None
-            leaves the trainer's choice.
+        device: Index of the accelerator to train on; None leaves the trainer's choice.
         options: Fields of :class:`LocalSetup`.
     """
     setup = LocalSetup(**options)
-    devices = ClientDevices.of(setup.trainer)
-    if devices.count > 1:
-        return setup._group(devices, device or 0)
     trainer = one_device(setup.trainer) if device is None else {**setup.trainer, "devices": [device]}
     return setup.in_this_process(*setup.load(training_device(trainer)), trainer)

@@ -2,21 +2,17 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedproxy.federation.engines.base import (
-    Answers,
-    Attempt,
-    Client,
-    Closing,
-    Dropped,
-    Engine,
-    RemoteClient,
-    late,
-)
-from fedproxy.federation.engines.threads import cpu_threads
+import torch
+
+from fedproxy.federation.client.base import Attempt, Client, RemoteClient
+from fedproxy.federation.engines.base import Engine, late
+from fedproxy.federation.engines.pool import WorkerPool
+from fedproxy.messages import Answers, Dropped, Message, Sites
 from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
@@ -25,6 +21,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class InProcess(Engine, name="in_process"):
     """One resident base model; clients' states are swapped in and out of it.
+
+    A client of several devices has processes of its own, as with ``workers``, one client at a time.
 
     A round's timeout is looked at after each batch of a client's training: what hangs within one batch is not stopped,
     which a run says when it starts.
@@ -37,8 +35,11 @@ class InProcess(Engine, name="in_process"):
     def __post_init__(self) -> None:
         self.require("threads", self.threads is None or self.threads >= 1, "at least 1, or null")
 
-    def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> "_Running":
+    def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> Sites:
         """Load the one client there is."""
+        if remote.ranks > 1:
+            threads = max(1, (self.threads or torch.get_num_threads()) // remote.ranks)
+            return WorkerPool(remote, folder, size=1, threads=threads)
         return _Running(make_client(), self.threads, remote.logs)
 
 
@@ -63,13 +64,35 @@ class _Running:
             yield tried.answer if in_time else Dropped(client_id, late(timeout_s or 0.0))
 
     def _warn_once(self) -> None:
-        if not self._warned and not isinstance(self.client, Closing):  # processes of its own end with the time
+        if not self._warned:
             _log.warning(
                 "federation.round_timeout_s: engine.name=in_process looks at the time after each batch only, so a "
                 "client that hangs within one holds up the run; engine.name=workers stops it"
             )
         self._warned = True
 
+    def ask(self, messages: Mapping[str, Message]) -> Answers:
+        for client_id, message in messages.items():
+            tried = Attempt(client_id, 0, self.logs)
+            with cpu_threads(self.threads), tried:
+                tried.answered(self.client.answer(message, client_id))
+            yield tried.answer
+
     def close(self) -> None:
-        if isinstance(self.client, Closing):
-            self.client.close()
+        pass
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch's operations use ``count`` threads for the length of the context; None changes nothing.
+
+    Sums are split differently for each number, so that it is part of the bits.
+    """
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)

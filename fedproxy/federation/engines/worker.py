@@ -7,10 +7,8 @@ one JSON object per line. Tensors travel in safetensors files whose paths the me
 import importlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,10 +17,9 @@ from typing import Any, TextIO
 import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
-from fedproxy.federation.client.log import told
-from fedproxy.federation.engines.base import Answer, Attempt, Client, Dropped, UpdateFile
-from fedproxy.protocol import Broadcast
-from fedproxy.seeding import ClientSeeds
+from fedproxy.federation.client.base import Attempt, Client
+from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -50,30 +47,24 @@ def main(setup: Path, device: int | None, threads: int) -> None:
             continue
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)
+        elif isinstance(answer, Facts | Sums):
+            _say(channel, task=task["task"], says=answer.plain())
         else:
             _say(channel, task=task["task"])
 
 
 def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], logs: str | None) -> Answer:
-    client_id: str = task["client"]
-    round_ = 0
-    try:
-        broadcast = broadcasts.load(task)
-        round_ = broadcast.round
-        with Attempt(client_id, round_, logs) as tried:
-            tried.answered(client.train(broadcast, client_id))
-        answer = tried.answer
-        if "update" not in task:  # of several processes of a client, one writes
-            return answer
-        if isinstance(answer, UpdateFile):
-            shutil.move(answer.path, task["update"])
-        elif not isinstance(answer, Dropped):
-            answer.save(task["update"])
-    except CheckpointError:
-        raise
-    except Exception as error:
-        return Dropped(client_id, told(error, client_id, round_, logs))
-    return answer
+    """Do a task, and put the file that answers it, if one does, where the task says."""
+    message = task["message"]
+    with Attempt(task["client"], task["round"], logs) as tried:
+        if message["kind"] == "train":
+            tried.answered(client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"]))
+        else:
+            tensors = broadcasts.load(task["broadcast"]).extras if "broadcast" in task else {}
+            tried.answered(client.answer(Message.of(message, tensors), task["client"]))
+        if "update" in task and isinstance(tried.answer, ClientUpdate):  # of several processes of a client, one writes
+            tried.answer.save(task["update"])
+    return tried.answer
 
 
 class _Broadcasts:
@@ -82,11 +73,10 @@ class _Broadcasts:
     def __init__(self) -> None:
         self._path, self._broadcast = "", Broadcast(0, {})
 
-    def load(self, task: Mapping[str, Any]) -> Broadcast:
-        """Return the broadcast of a task, with the seeds of its client."""
-        if task["broadcast"] != self._path:
-            self._path, self._broadcast = task["broadcast"], Broadcast.load(task["broadcast"])
-        return replace(self._broadcast, seeds=ClientSeeds(**task["seeds"])) if "seeds" in task else self._broadcast
+    def load(self, path: str) -> Broadcast:
+        if path != self._path:
+            self._path, self._broadcast = path, Broadcast.load(path)
+        return self._broadcast
 
 
 def _make_client(setup: Mapping[str, Any], device: int | None) -> Client:

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 
 from fedproxy.errors import CheckpointError, ClientError, one_line
-from fedproxy.federation.engines.base import UpdateFile
 from fedproxy.federation.server.expected import Expected
 from fedproxy.files import open_regular
+from fedproxy.messages import UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile, Tensors
 from fedproxy.tensor_files import Layout
 

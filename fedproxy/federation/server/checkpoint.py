@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -13,10 +13,20 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError, one_line
 from fedproxy.files import flush
+from fedproxy.protocol import Kept
 from fedproxy.sealed import RESTART, read_sealed, remove, write_sealed
 from fedproxy.sealed_tensors import check_tensors, save_tensors
 
 _NAME = re.compile(r"round_(\d{4,})")
+
+
+class Counted(TypedDict):
+    """A client's last round that counts and after which it kept something, as its update said."""
+
+    round: int
+    seal: str
+    examples: int
+    tokens: int
 
 
 @dataclass
@@ -31,13 +41,19 @@ class Progress:
     """What the server remembers, by who remembers it: ``aggregator``, ``server_optimizer``, and every round part."""
     records: list[dict[str, Any]] = field(default_factory=list)
     """One line of rounds.jsonl per finished round."""
-    client_files: dict[str, dict[str, str]] = field(default_factory=dict)
-    """Files of the client store without which nobody can go on from here: see
-    :meth:`fedproxy.federation.client.store.ClientStore.kept`."""
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The server's files without which nobody can go on from here: see
+    :meth:`fedproxy.federation.server.files.ServerFiles.kept`."""
+    kept: dict[str, Counted] = field(default_factory=dict)
+    """What clients keep for themselves and go on from, by client."""
 
     def remembered(self, name: str) -> dict[str, Tensor]:
         """Return what one of them remembers; nothing before the first round."""
         return self.memory.get(name, {})
+
+    def kept_by(self, client_id: str) -> Kept:
+        """Return what a client goes on from."""
+        return Kept(self.kept[client_id]["round"], self.kept[client_id]["seal"]) if client_id in self.kept else Kept()
 
 
 class CheckpointFolder:
@@ -48,7 +64,7 @@ class CheckpointFolder:
 
     Args:
         folder: ``runs/<name>/checkpoints``.
-        run: Key of the run (:func:`fedproxy.pipeline.inputs.run_key`); a checkpoint of another one is refused.
+        run: Key of the run's rounds: settings, rows and proxy; a checkpoint of another one is refused.
         keep: How many of the latest checkpoints stay on disk.
     """
 
@@ -81,7 +97,8 @@ class CheckpointFolder:
                 "round": progress.round,
                 "run": self.run,
                 "tensors": hashes,
-                "client_files": progress.client_files,
+                "files": progress.files,
+                "kept": progress.kept,
                 "records": progress.records,
             }
             write_sealed(part / "progress.json", content)
@@ -157,7 +174,7 @@ class CheckpointFolder:
             groups = {group: _group(path, group, seal) for group, seal in content["tensors"].items()}
         except (ValueError, KeyError, CheckpointError) as error:
             raise CheckpointError(f"checkpoint {path} is damaged ({one_line(error).rstrip('; ')})") from error
-        return Progress(round_, groups.pop("state"), groups, content["records"], content["client_files"])
+        return Progress(round_, groups.pop("state"), groups, content["records"], content["files"], content["kept"])
 
     def _path(self, round_: int) -> Path:
         return self.folder / f"round_{round_:04d}"

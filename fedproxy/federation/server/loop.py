@@ -9,15 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.engines.base import RunningEngine
-from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.client_states import ClientState
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Counted, Progress
+from fedproxy.federation.server.files import ClientState, ServerFiles
 from fedproxy.federation.server.participation import OnAnswer, Participation
 from fedproxy.federation.server.sampling import sample_clients
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
+from fedproxy.messages import Sites
 from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
@@ -25,6 +24,7 @@ from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
+from fedproxy.strategies.round_parts.privacy import figures
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -39,14 +39,14 @@ class Federation:
     aggregator: Aggregator
     server_optimizer: ServerOptimizer
     job: Mapping[str, Any]
-    """What clients are asked to do (:class:`fedproxy.federation.client.client.Job`), sent with every broadcast."""
+    """What clients are asked to do (:class:`fedproxy.federation.client.training.Job`), sent with every broadcast."""
     parts: Sequence[RoundPart]
     """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None
     """alpha / r of the state's LoRA pairs; None where the state holds none."""
     seed: int
-    store: ClientStore
-    """The clients' side of the run folder, where rounds that were not used are undone."""
+    files: ServerFiles
+    """What the server keeps beside its checkpoints."""
     space: str = "factors"
     """``factors`` merges LoRA's A and B as they are, ``product`` merges s B A and re-factors it."""
     validation: RoundValidation | None = None
@@ -67,7 +67,7 @@ class Federation:
         self,
         progress: Progress,
         rounds: int,
-        engine: RunningEngine,
+        engine: Sites,
         *,
         checkpoints: CheckpointFolder,
         journal: Path,
@@ -99,8 +99,8 @@ class Federation:
         Who is dropped keeps the state it had.
         """
         started, number = time.perf_counter(), before.round + 1
-        chosen, states = self._chosen(number), self.store.states.after(before, self.clients)
-        common = Broadcast(number, {}, self._job(before.state, number), all_seeds=self._seeds(chosen, number))
+        chosen, states = self._chosen(number), self.files.states.after(before, self.clients)
+        common = self._addressed(before, number, chosen, {})
         broadcast = replace(common, each=Mapped(states, lambda _, state: replace(common, state=state)))
 
         def finish(updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Progress:
@@ -110,7 +110,7 @@ class Federation:
                 own = states.load(update.client_id)
                 context = RoundContext(number, self.seed, own.state, self.lora_scaling or 1.0)
                 merged, state, memory = self._step([update], own, context)
-                self.store.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
+                self.files.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
                 norms += merged.diagnostics["update_norms"]
             record: Record = {
                 **_taken(number, updates, dropped),
@@ -119,16 +119,21 @@ class Federation:
                 "server_seconds": time.perf_counter() - trained,
                 "seconds": time.perf_counter() - started,
             }
-            kept = self.store.kept(before.client_files, number, record["clients"])
-            return replace(before, round=number, records=[*before.records, record], client_files=kept)
+            files, kept = self.files.kept(before, number, record["clients"]), _kept(before, number, updates)
+            return replace(before, round=number, records=[*before.records, record], files=files, kept=kept)
 
         return _Turn(broadcast, chosen, lambda update: update, finish)
 
     def _chosen(self, number: int) -> list[str]:
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
 
-    def _seeds(self, chosen: Sequence[str], number: int) -> dict[str, ClientSeeds]:
-        return {client: ClientSeeds.of(self.seed, number, client, self.client_processes) for client in chosen}
+    def _addressed(
+        self, before: Progress, number: int, chosen: Sequence[str], state: Mapping[str, Tensor]
+    ) -> Broadcast:
+        """Return the broadcast of a state, with what is each client's own: its seeds, and what it goes on from."""
+        seeds = {client: ClientSeeds.of(self.seed, number, client, self.client_processes) for client in chosen}
+        kept = {client: before.kept_by(client) for client in chosen}
+        return Broadcast(number, state, self._job(before.state, number), all_seeds=seeds, all_kept=kept)
 
     def _job(self, state: Mapping[str, Tensor], number: int) -> dict[str, Any]:
         """Return what clients of a round are asked to do, with the tensors that rest and the parts of the round."""
@@ -158,7 +163,6 @@ class Federation:
         """Merge a round's updates, move the state by the result, and let every part keep its memory."""
         number = broadcast.round
         trained = time.perf_counter()
-        self.store.memory.drop(set(chosen).difference(update.client_id for update in updates), number)
         sent = self._seen(broadcast).state
         start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
         merged, state, remembered = self._step(
@@ -179,13 +183,20 @@ class Federation:
             "server_seconds": time.perf_counter() - trained + result.figures.get("server_seconds", 0.0),
             "seconds": time.perf_counter() - started,
         }
-        kept = self.store.kept(before.client_files, number, record["clients"])
-        return Progress(number, {**before.state, **state}, memory, [*before.records, record], kept)
+        if merged.base_change:
+            self.files.changes.files.write(number, merged.base_change)
+        return Progress(
+            number,
+            {**before.state, **state},
+            memory,
+            [*before.records, record],
+            self.files.kept(before, number, ()),
+            _kept(before, number, updates),
+        )
 
     def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""
-        seeds = self._seeds(chosen, number)
-        broadcast = Broadcast(number, before.state, self._job(before.state, number), all_seeds=seeds)
+        broadcast = self._addressed(before, number, chosen, before.state)
         for part in self.parts:
             broadcast = part.send(broadcast, before.remembered(part.name))
         return broadcast
@@ -283,15 +294,32 @@ class _Moved(Mapping[str, Tensor]):
 def _taken(number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
     """Return what a record says of the updates that were taken; losses are means over examples."""
     examples = [update.num_examples for update in updates]
+    private = bool(updates) and all("privacy" in update.extras for update in updates)
     return {
         "round": number,
         "clients": [update.client_id for update in updates],
+        **({"privacy": figures(updates)} if private else {}),
         **({"dropped": dict(dropped)} if dropped else {}),
         "train_loss": _mean([update.train_loss for update in updates], examples),
         "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
         "upload_bytes": sum(update.bytes for update in updates),
         "client_seconds": sum(update.seconds for update in updates),
     }
+
+
+def _kept(before: Progress, number: int, updates: Sequence[ClientUpdate]) -> dict[str, Counted]:
+    """Return what clients go on from after a round: where an update did not count, what it was before."""
+    now: dict[str, Counted] = {
+        update.client_id: {
+            "round": number,
+            "seal": update.seal,
+            "examples": update.num_examples,
+            "tokens": update.num_tokens,
+        }
+        for update in updates
+        if update.seal
+    }
+    return {**before.kept, **now}
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:

@@ -8,10 +8,10 @@ from functools import cached_property
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError, ClientError, one_line
-from fedproxy.federation.engines.base import Answer, Dropped, RunningEngine
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.update_checks import check_update, too_long
+from fedproxy.messages import Answer, Dropped, Sites, UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 OnAnswer = Callable[[int, Answer], None]
@@ -36,7 +36,7 @@ class Participation:
 
     def collect(
         self,
-        engine: RunningEngine,
+        engine: Sites,
         broadcast: Broadcast,
         clients: Sequence[str],
         on_answer: OnAnswer = lambda round_, answer: None,
@@ -85,6 +85,7 @@ class _Round:
         if isinstance(answer, Dropped):
             self.drop(answer)
             return
+        assert isinstance(answer, ClientUpdate | UpdateFile), "training is answered with an update"
         sent = self.broadcast.addressed_to(answer.client_id)  # a fault in it is the server's own
         try:
             expected = self.expected.of(answer.client_id)

@@ -8,7 +8,7 @@ import torch
 
 from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.server.expected import Expected
-from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, is_seal
 from fedproxy.strategies.aggregators.cohort import Source
 
 _MOST_COUNTED = 10**9
@@ -42,6 +42,8 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
         raise ClientError(
             f"the update answers round {_shown(update.round)}, not {broadcast.round}; send no earlier one again"
         )
+    if not is_seal(update.seal):
+        raise ClientError(f"the update's seal must be a SHA-256 or empty, got {_shown(update.seal)}")
     _check_counts(update, broadcast, expected)
     _check_figure(update, "train_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "regularizer_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
@@ -87,9 +89,12 @@ def _check_counts(update: ClientUpdate, broadcast: Broadcast, expected: Expected
         _check_count(update, "num_tokens", 0, _MOST_COUNTED)
         return
     _check_count(update, "num_examples", rows, rows)
-    passes = rows * int(broadcast.job.get("epochs", 1))
-    longest = expected.target_tokens
-    _check_count(update, "num_tokens", passes, _MOST_COUNTED if longest is None else passes * longest)
+    least = most = rows * int(broadcast.job.get("epochs", 1))
+    steps, longest = broadcast.job.get("max_steps"), expected.target_tokens
+    if steps is not None:  # a step has a row at least
+        least = min(least, steps)
+        most = min(most, steps * broadcast.job["batch_size"] * broadcast.job["accumulate"])
+    _check_count(update, "num_tokens", least, _MOST_COUNTED if longest is None else most * longest)
 
 
 def _check_count(update: ClientUpdate, name: str, least: int, most: int) -> None:

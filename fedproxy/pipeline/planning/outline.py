@@ -17,6 +17,7 @@ from fedproxy.models.decoder import parameter_count
 from fedproxy.models.feed_forward import WIDTH_KEYS
 from fedproxy.models.loading import build, load_config
 from fedproxy.modules.devices import ClientDevices
+from fedproxy.pipeline.privacy import privacy_parts
 from fedproxy.seeding import generator
 from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
 from fedproxy.strategies.round_parts.emulator import Emulator, Outlined
@@ -77,6 +78,10 @@ class Outline:
         data = self.config.data
         return data.partition.count(data.tasks, data.files)
 
+    def named(self, rows: int) -> dict[str, int]:
+        """Return clients of so many rows each, by names that stand for theirs."""
+        return {f"{index:09d}": rows for index in range(self.clients)}
+
     @property
     def clients_in_round(self) -> int:
         """Clients that take part in each round."""
@@ -96,7 +101,8 @@ class Outline:
     def rules(self) -> Rules:
         """What decides which parts ride with a round."""
         config = self.config
-        return Rules(config.aggregator, config.regularizer, config.realignment, self.trainable, config.parts.values())
+        added = [*config.parts.values(), *privacy_parts(config, self.named(1), "")]
+        return Rules(config.aggregator, config.regularizer, config.realignment, self.trainable, added)
 
     @cached_property
     def parts(self) -> tuple[RoundPart, ...]:

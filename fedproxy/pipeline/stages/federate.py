@@ -1,7 +1,7 @@
 """Stage (ii): the rounds."""
 
-from collections.abc import Container, Mapping
-from contextlib import closing
+from collections.abc import Container, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,25 +10,27 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
-from fedproxy.federation.client.store import ClientStore
-from fedproxy.federation.client_rows import ClientRows
-from fedproxy.federation.engines import Answer, Dropped
+from fedproxy.federation.server.asking import assemble, rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import assemble
 from fedproxy.federation.server.expected import Expected
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation, write_journal
 from fedproxy.federation.server.participation import Participation
 from fedproxy.interrupts import check_interrupt
+from fedproxy.messages import Answer, Dropped, Sites
 from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
+from fedproxy.models.probing import check_packing
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
 from fedproxy.pipeline.display import Bar
+from fedproxy.pipeline.privacy import ledger_folder, privacy_parts
 from fedproxy.pipeline.reads import FEDERATE, MAY_CHANGE
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.compress import Compress
@@ -73,9 +75,10 @@ class Federate(Stage):
 
     def whole(self, run: Run) -> bool:
         """Return whether the last checkpoint that is whole has all rounds."""
-        rounds = _Rounds.begin(run)
-        self._rounds = rounds if rounds.progress.round else None  # an equal run may have some
-        return rounds.progress.round == run.config.federation.rounds
+        if run.config.federation.rounds and not checkpoints(run).rounds():
+            return False  # an equal run may have some
+        self._rounds = _Rounds.begin(run)
+        return self._rounds.progress.round == run.config.federation.rounds
 
     def seal(self, run: Run) -> None:
         """Leave it to the checkpoints, which carry hashes of their own."""
@@ -87,16 +90,12 @@ class Federate(Stage):
         left = config.federation.rounds - rounds.progress.round
         if not left:
             return
-        setup = _local_setup(run, rounds.trainable)
-        engine = config.engine.start(
-            lambda: setup.client(rounds.model, rounds.tokenizer), setup.remote(config.plugins), run.folder.exchange
-        )
         clients = left * federation.clients_in_round
-        with closing(engine), run.display.warnings(), run.display.bar("clients", clients) as bar:
+        with run.display.warnings(), run.display.bar("clients", clients) as bar, rounds.closed_on_error():
             rounds.progress = federation.run(
                 rounds.progress,
                 config.federation.rounds,
-                engine,
+                rounds.sites,
                 checkpoints=checkpoints(run),
                 journal=run.folder.journal,
                 on_round=partial(_on_round, run),
@@ -106,7 +105,8 @@ class Federate(Stage):
     def load(self, run: Run) -> None:
         """Put the proxy in its final state, or that of the best round, into ``run.trained``."""
         rounds = self._rounds or _Rounds.begin(run)
-        run.trained = rounds.model, rounds.finished(run)
+        with closing(rounds.sites):
+            run.trained = rounds.model, rounds.finished(run)
 
 
 def checkpoints(run: Run) -> CheckpointFolder:
@@ -127,8 +127,8 @@ class _Rounds:
 
     federation: Federation
     model: TrainableModel
-    tokenizer: PreTrainedTokenizerBase
-    trainable: Trainable
+    sites: Sites
+    """The clients, who stay until the run has their last tensors."""
     aligns: Aligner | None
     progress: Progress
 
@@ -137,23 +137,39 @@ class _Rounds:
         """Go on from the last whole checkpoint, or from the proxy as it was made."""
         config = run.config
         proxy, tokenizer = run.proxy(), load_tokenizer(run.folder.proxy)
+        if config.client.packing:
+            check_packing(proxy)
         trainable = config.trainable.placed(run.layer_map)
         model = trainable.attach(proxy, generator(config.seed, "trainable"))
-        saved, store = checkpoints(run), ClientStore(run.folder.checkpoints)
+        setup = _local_setup(run, trainable)
+        sites = config.engine.start(
+            lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
+        )
+        saved, files = checkpoints(run), ServerFiles(run.folder.checkpoints)
 
         def check(progress: Progress) -> None:
             _check_state(progress.state, model, saved)
-            store.check(progress.client_files)
+            files.check(progress.files)
+            rewind(sites, progress, sorted(run.clients))
 
         progress = saved.load_latest(check, run.warn) or Progress(0, model.state())
         if progress.round:
             run.display.say(f"going on after round {progress.round}")
-        store.rewind(progress.round)
+        files.rewind(progress.round)
         write_journal(run.folder.journal, progress.records)
         run.note(trainable_parameters=model.num_parameters)
         run.loggers.rounds(progress.records)
         aligns = aligner(run, model, run.clients.owned)
-        return cls(_federation(run, model, tokenizer, store, aligns), model, tokenizer, trainable, aligns, progress)
+        return cls(_federation(run, model, tokenizer, files, aligns), model, sites, aligns, progress)
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Let the clients go where something ends the rounds early."""
+        try:
+            yield
+        except BaseException:
+            self.sites.close()
+            raise
 
     def finished(self, run: Run) -> Progress:
         """Bring the model to its final state and return the progress that this is."""
@@ -165,7 +181,9 @@ class _Rounds:
         if self.aligns is not None:
             self.aligns.restore()
         if federation.aggregator.aggregates:
-            handed = assemble(self.model, progress, federation.aggregator, federation.store, federation.clients)
+            handed = assemble(
+                self.model, progress, federation.aggregator, federation.files, self.sites, folder=run.folder.server
+            )
             run.note(collected_bytes=handed)
         return progress
 
@@ -174,12 +192,13 @@ def _federation(
     run: Run,
     model: TrainableModel,
     tokenizer: PreTrainedTokenizerBase,
-    store: ClientStore,
+    files: ServerFiles,
     aligns: Aligner | None,
 ) -> Federation:
     """Return the server's side of the rounds, as the recipe has it."""
     config, clients = run.config, run.clients
-    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, config.parts.values())
+    added = [*config.parts.values(), *privacy_parts(config, clients, checkpoints(run).run)]
+    rules = Rules(config.aggregator, config.regularizer, config.realignment, model, added)
     parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
     return Federation(
         clients=sorted(clients),
@@ -190,14 +209,19 @@ def _federation(
         parts=parts,
         lora_scaling=config.trainable.lora_scaling,
         seed=config.seed,
-        store=store,
+        files=files,
         space=config.federation.space,
         validation=round_validation(run, model, tokenizer, run.questions),
         participation=Participation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(parts, model, rows=clients, target_tokens=_most_targets(config, clients)),
+            Expected.from_parts(
+                parts,
+                model,
+                rows=None if config.privacy.on else clients,  # counts are withheld
+                target_tokens=_most_targets(config, clients),
+            ),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -223,7 +247,7 @@ def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {**settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer), "rounds": config.federation.rounds}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
@@ -244,8 +268,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         long_rows=config.data.long_rows,
         trainer=config.trainer,
         quantization=config.client.quantization,
-        plugins=config.plugins,
-        scratch=str(run.folder.exchange.absolute()),
+        ledger=str(ledger_folder(config, run.folder.rows).absolute()) if config.privacy.on else None,
         logs=str(run.folder.trainer_logs.absolute()),
     )
 

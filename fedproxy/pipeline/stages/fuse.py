@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 from fedproxy.config import to_dict
 from fedproxy.data.templates import unmarked
 from fedproxy.errors import CheckpointError
-from fedproxy.federation.client.store import ClientStore
 from fedproxy.federation.server.checkpoint import Progress
+from fedproxy.federation.server.files import ServerFiles
 from fedproxy.files import whole_folder
 from fedproxy.models import placed, save_model
 from fedproxy.models.anonymity import with_template
@@ -65,11 +65,12 @@ class Fuse(Stage):
 
     def load(self, run: Run) -> None:
         """Put the tuned proxies into ``run.tuned``."""
-        run.tuned = run.tuned or _tuned(run)
+        if run.tuned is None:
+            run.tuned = _tuned(run)
 
 
 def _states(run: Run, progress: Progress) -> Mapping[str, Tensors]:
-    return final_states(run.config, progress, ClientStore(run.folder.checkpoints), run.clients)
+    return final_states(run.config, progress, ServerFiles(run.folder.checkpoints), run.clients)
 
 
 def _tuned(run: Run) -> TunedProxies:

@@ -17,6 +17,7 @@ from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import length_notes
 from fedproxy.pipeline.evaluation import client_scores, evaluation_notes, scores_file
 from fedproxy.pipeline.inputs import change_notes, data_sha256
+from fedproxy.pipeline.privacy import privacy_report
 from fedproxy.pipeline.reads import REPORT
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.evaluate import Evaluate
@@ -123,6 +124,7 @@ def report_of(current: Run, *, status: str, error: str | None = None) -> RunRepo
         notes=_notes(current),
         client_scores=client_scores(current.folder, scores),
         validation=validation_report(current),
+        privacy=privacy_report(config, rounds),
     )
 
 

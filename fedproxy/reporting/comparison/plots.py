@@ -13,6 +13,7 @@ from fedproxy.reporting.comparison.tables import sent
 from fedproxy.reporting.plots import draw_plots
 from fedproxy.reporting.round_tables import mean_of
 from fedproxy.reporting.run_report import RoundReport
+from fedproxy.reporting.scores import ACCURACIES
 from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot
     """Return mean accuracy per round on validation rows, where the recipes ask for it."""
     asked = (record.report.validation for records in runs.values() for record in records)
     models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
-    for metric in ("acc_norm", "acc"):
+    for metric in ACCURACIES:
         curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
         drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:

@@ -7,6 +7,7 @@ The parts of a run form a chain. The server's :meth:`RoundPart.send` runs in the
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
 from torch import Generator, Tensor, device
@@ -94,11 +95,17 @@ class ClientRound:
     kept: dict[str, Tensors] = field(default_factory=dict)
     """What each part keeps for this client's next round, by part."""
     lr: float = 1.0
-    """Learning rate."""
+    """Learning rate; after training the mean over its steps."""
     seed: int = 0
     """Seed of this client's own draws in this round (:class:`fedproxy.seeding.ClientSeeds`)."""
     steps: int = 0
     """Optimiser steps done; known after training."""
+    ledger: Path | None = None
+    """Folder of privacy ledgers beside this client's data."""
+    privacy: Any = None
+    """What the part ``privacy`` charged for this round, and where its noise comes from."""
+    training: Any = None
+    """How rows are sampled and noised (:class:`fedproxy.privacy.dp_sgd.PrivateTraining`); None trains as usual."""
     writes: bool = True
     """False in further processes that train the same client: they compute what the first one sends."""
 
@@ -209,8 +216,7 @@ def described(part: RoundPart) -> dict[str, Any]:
 
 def made(node: Mapping[str, Any]) -> RoundPart:
     """Return the part that :func:`described` described."""
-    options = {key: value for key, value in node.items() if key != "name"}
-    return RoundPart.by_name(node["name"])(**options)
+    return RoundPart.made(node)
 
 
 def chain(parts: Sequence[RoundPart]) -> tuple[RoundPart, ...]:

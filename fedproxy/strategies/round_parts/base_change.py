@@ -1,13 +1,49 @@
 """What a rule moves into every party's frozen weights: FLoRA's stacked factors, FedEx-LoRA's residual."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from fedproxy.protocol import Broadcast, Tensors
+from fedproxy.protocol import Broadcast, TensorFile, Tensors
+from fedproxy.round_files import RoundFiles
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX
 from fedproxy.strategies.round_parts.base import ClientRound, Forms, RoundPart, RoundResult
+from fedproxy.strategies.trainable.base import TrainableModel
+
+
+class BaseChanges:
+    """The changes that one party has received so far, in files.
+
+    A model that was loaded later (another process, a run that goes on) catches up from them and has the same bits.
+
+    Args:
+        folder: Holds them; made when something is received.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.files = RoundFiles(folder)
+        """Where they lie."""
+        self._received = 0
+
+    def receive(self, model: TrainableModel, round_: int, change: Tensors) -> None:
+        """Keep the change of round ``round_``, and bring a model's frozen weights to that round.
+
+        Args:
+            model: Its frozen weights may already hold the changes of earlier rounds.
+            round_: The round that the change is from.
+            change: LoRA factors whose product times s is added.
+
+        Raises:
+            CheckpointError: If the model lacks the change of an earlier round, and its file is missing or damaged.
+        """
+        if round_ != self._received:
+            self.files.keep(round_, change)
+            self._received = round_
+        for number in range(model.frozen_round + 1, round_ + 1):
+            model.add_to_frozen(TensorFile(self.files.verified(number)))
+            model.frozen_round = number
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import RemoteClient, UpdateFile
+from fedproxy.federation.engines import RemoteClient
+from fedproxy.messages import UpdateFile
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}

@@ -1,7 +1,9 @@
 """Workers that lie: what they say and leave is bounded, and none of it ends a round or holds it up."""
 
+import hashlib
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -9,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine, RemoteClient
-from fedproxy.federation.engines.rank_group import RankGroup
+from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Broadcast
+from fedproxy.messages import Dropped
+from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 
 from .doubles import CLIENTS, STATE, broadcast, honest
@@ -60,8 +61,8 @@ def folder(tmp_path, monkeypatch):
     return words
 
 
-def remote(folder):
-    return RemoteClient("none:needed", {"folder": str(folder)}, logs=str(folder / "logs"))
+def remote(folder, ranks=1):
+    return RemoteClient("none:needed", {"folder": str(folder)}, logs=str(folder / "logs"), ranks=ranks)
 
 
 @pytest.fixture
@@ -72,8 +73,13 @@ def pool(folder, tmp_path):
     pool.close()
 
 
+def seal(client):
+    return hashlib.sha256(client.encode()).hexdigest()
+
+
 def collect(pool, *clients, **terms):
-    sent = Broadcast(3, STATE, job={"lr": 0.5}, all_seeds={c: ClientSeeds.of(77, 3, c) for c in CLIENTS})
+    seeds, kept = {c: ClientSeeds.of(77, 3, c) for c in CLIENTS}, {c: Kept(2, seal(c)) for c in CLIENTS}
+    sent = Broadcast(3, STATE, job={"lr": 0.5}, all_seeds=seeds, all_kept=kept)
     updates, dropped = Participation(min_clients=1, **terms).collect(pool, sent, clients or CLIENTS)
     for update in updates:
         expected = honest(update.client_id, 3).delta
@@ -109,7 +115,7 @@ def test_what_lies_in_an_updates_place_is_no_trap(pool, folder, word, reason):
 
 
 def test_a_worker_that_closes_its_output_is_killed(pool, folder, monkeypatch):
-    monkeypatch.setattr("fedproxy.federation.engines.worker_process._ENDING_S", 0.2)
+    monkeypatch.setattr("fedproxy.federation.engines.process._ENDING_S", 0.2)
     (folder / "bob").write_text("closed")
     assert collect(pool)[1] == {"bob": "its worker was killed, since it had closed its output (2 tries)"}
 
@@ -122,7 +128,7 @@ def test_a_folder_that_cannot_be_deleted_ends_no_run(pool, folder):
 
 def test_a_worker_that_does_not_read_holds_nobody_up(pool, folder):
     collect(pool)
-    process = pool._slots[0].process
+    process = pool._seats[0].processes[0]
     os.kill(process.pid, 19)  # SIGSTOP
     started = time.monotonic()
     for _ in range(200):
@@ -131,14 +137,16 @@ def test_a_worker_that_does_not_read_holds_nobody_up(pool, folder):
     assert process.ended() == "killed by SIGKILL"
 
 
-def test_every_worker_is_told_the_seeds_of_its_own_client_alone(pool, folder):
+def test_every_worker_is_told_what_is_its_own_clients_alone(pool, folder):
     collect(pool)
     told = [json.loads(line) for line in (folder / "told").read_text().splitlines()]
     assert len(told) == len(CLIENTS)
     for task in told:
         seeds = ClientSeeds.of(77, 3, task["client"])
-        assert task["seeds"] == {"batches": seeds.batches, "dropout": list(seeds.dropout), "parts": seeds.parts}
-        assert set(task) == {"task", "client", "broadcast", "update", "seeds"}
+        own = {"batches": seeds.batches, "dropout": list(seeds.dropout), "parts": seeds.parts}
+        kept = {"round": 2, "seal": seal(task["client"])}
+        assert task["message"] == {"kind": "train", "seeds": own, "kept": kept}
+        assert set(task) == {"task", "client", "round", "broadcast", "update", "message"}
 
 
 def test_logs_of_workers_are_private_and_no_trap(folder, tmp_path):
@@ -158,20 +166,19 @@ def test_logs_of_workers_are_private_and_no_trap(folder, tmp_path):
 
 @pytest.mark.parametrize(("word", "how"), LIES)
 def test_a_process_of_several_that_lies_drops_the_client(folder, tmp_path, word, how):
-    group = RankGroup(remote(folder), 2, scratch=str(tmp_path / "exchange"))
+    pool = Engine.by_name("in_process")().start(lambda: None, remote(folder, 2), tmp_path / "exchange")
     (folder / "bob").write_text(word)
     try:
-        with pytest.raises(ClientError, match=r"^its process [12] of 2 .* \(2 tries\)$") as caught:
-            group.train(broadcast(3), "bob", deadline=time.monotonic() + 60)
-        assert (how if word != "ready again" else "said the same twice") in str(caught.value)
+        ids, dropped = collect(pool, "ann", "bob", round_timeout_s=60.0)
     finally:
-        group.close()
+        pool.close()
+    assert ids == ["ann"]
+    assert re.fullmatch(rf"its process [12] of 2 {re.escape(how)}.* \(2 tries\)", dropped["bob"])
 
 
 def test_a_flood_does_not_push_a_deadline_away(folder, tmp_path):
-    group = RankGroup(remote(folder), 1, scratch=str(tmp_path / "exchange"))
+    engine = Engine.by_name("in_process")().start(lambda: None, remote(folder, 2), tmp_path / "exchange")
     (folder / "bob").write_text("flood")
-    engine = Engine.by_name("in_process")().start(lambda: group, remote(folder), tmp_path)
     try:
         (answer,) = engine.run(broadcast(3), ["bob"], timeout_s=20.0)
     finally:

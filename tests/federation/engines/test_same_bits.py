@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.partition.rows import ClientRows, rows_file
 from fedproxy.data.rows import Row
 from fedproxy.errors import ClientError
-from fedproxy.federation.client.client import LocalClient
+from fedproxy.federation.client.base import Attempt
 from fedproxy.federation.client.setup import LocalSetup, load
-from fedproxy.federation.client_rows import ClientRows, rows_file
-from fedproxy.federation.engines import Dropped, Engine
-from fedproxy.federation.engines.base import Attempt
+from fedproxy.federation.client.site import Site
+from fedproxy.federation.engines import Engine
+from fedproxy.messages import Dropped
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -53,7 +54,7 @@ def setup(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def client(setup) -> LocalClient:
+def client(setup) -> Site:
     return load(device=None, **asdict(setup))
 
 
@@ -98,7 +99,8 @@ def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
     shutil.copy(rows_file(Path(setup.rows), "a/b"), tmp_path)  # no other client's file is there
     alone = replace(setup, rows=str(tmp_path)).client(client.model, load_tokenizer(setup.proxy))
     assert alone.train(broadcast.addressed_to("a/b"), "a/b").num_examples == 3
-    with Attempt("c", broadcast.round, str(tmp_path / "kept/logs")) as tried:
+    logs = str(tmp_path / "kept/logs")
+    with Attempt("c", broadcast.round, logs) as tried:
         tried.answered(alone.train(broadcast.addressed_to("c"), "c"))
     dropped = tried.answer
     assert isinstance(dropped, Dropped)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedproxy.errors import ClientError
-from fedproxy.federation.engines import Dropped, Engine, UpdateFile
+from fedproxy.federation.engines import Engine
+from fedproxy.messages import Dropped, UpdateFile
 
 from .doubles import CLIENTS, broadcast, remote
 
@@ -45,7 +46,7 @@ def starts(folder):
 
 
 def allow(pool, seconds):
-    object.__setattr__(pool.options, "start_timeout_s", seconds)
+    pool.limits.start_s = seconds
 
 
 def with_second_worker(pool, folder, word):
@@ -77,7 +78,7 @@ def test_a_worker_that_hangs_while_it_starts_is_replaced(make_pool, tmp_path, ca
     pool = make_pool(workers=2)
     stuck = with_second_worker(pool, tmp_path, "hang once")
     allow(pool, 60.0)
-    next(slot for slot in pool._slots if slot.process.pid == stuck).since -= 61.0  # a minute passes
+    next(seat for seat in pool._seats if seat.processes[0].pid == stuck).since -= 61.0  # a minute passes
     while len(starts(tmp_path)) < 3:
         assert_all_answered(answers(pool))
     assert stuck not in pool.pids
@@ -138,7 +139,7 @@ def test_a_worker_killed_while_idle_costs_its_next_client_no_try(make_pool, tmp_
     assert_all_answered(answers(pool))
     (idle,) = pool.pids
     os.kill(idle, signal.SIGKILL)
-    while pool._slots[0].process.alive:
+    while pool._seats[0].processes[0].alive:
         time.sleep(0.01)
     (tmp_path / "ann").write_text("die once")  # the first of its two tries
     assert_all_answered(answers(pool))

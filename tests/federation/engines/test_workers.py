@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError, ConfigError
-from fedproxy.federation.engines import Dropped, Engine, RemoteClient
+from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.participation import Participation
+from fedproxy.messages import Dropped
 from fedproxy.protocol import Broadcast, Mapped
 
 from .doubles import CLIENTS, broadcast, honest, loaded, remote
@@ -142,16 +143,16 @@ def test_figures_and_headers_that_crash_a_reader_drop_their_clients(pool, words)
 
 
 def test_a_time_limit_may_be_months(pool, words):
-    object.__setattr__(pool.options, "client_timeout_s", 3e6)  # more than a single wait may last
+    pool.limits.client_s = 3e6  # more than a single wait may last
     try:
         for update in answers(pool, timeout_s=1e12).values():
             assert_honest(update)
     finally:
-        object.__setattr__(pool.options, "client_timeout_s", None)
+        pool.limits.client_s = None
 
 
 def test_a_single_wait_that_ends_is_followed_by_another(pool, words, monkeypatch):
-    monkeypatch.setattr("fedproxy.federation.engines.workers.LONGEST_WAIT_S", 0.01)
+    monkeypatch.setattr("fedproxy.federation.engines.pool.LONGEST_WAIT_S", 0.01)
     (words / "ann").write_text("slow")  # .3 s
     for update in answers(pool, timeout_s=1e12).values():
         assert_honest(update)
@@ -160,11 +161,11 @@ def test_a_single_wait_that_ends_is_followed_by_another(pool, words, monkeypatch
 def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
     (words / "ann").write_text("hang once")
     (words / "bob").write_text("hang")
-    object.__setattr__(pool.options, "client_timeout_s", 5.0)
+    pool.limits.client_s = 5.0
     try:
         got = answers(pool)
     finally:
-        object.__setattr__(pool.options, "client_timeout_s", None)
+        pool.limits.client_s = None
     assert_honest(got["ann"])
     assert len(pids(words, "ann")) == 2
     assert got["bob"].reason == "its worker hung: no update within engine.client_timeout_s of 5 s (2 tries)"
@@ -210,9 +211,13 @@ def test_workers_that_cannot_start_are_one_line(tmp_path, factory, message):
 
 
 def test_devices_get_one_worker_each(tmp_path):
-    assert Workers().count([0, 1, 2]) == 3
-    assert Workers(threads=10**6).count([]) == 1
-    assert Workers(workers=5).count([0]) == 5
+    def count(places, ranks=1, **options):
+        return Workers(**options).count(RemoteClient("none:needed", devices=places, ranks=ranks))
+
+    assert count([0, 1, 2]) == 3
+    assert count([], threads=10**6) == 1
+    assert count([], ranks=10**6) == 1
+    assert count([0], workers=5) == 5
 
 
 def test_options_are_checked():

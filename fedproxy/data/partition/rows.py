@@ -1,0 +1,117 @@
+"""Every client's rows in a file of its own: written where they are dealt out, read by that client alone."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import Field, asdict, fields
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.data.rows import Row
+from fedproxy.errors import DataError, one_line
+from fedproxy.files import open_regular, parse_json, private_folder, write_text
+from fedproxy.names import file_stem
+
+_FIRST = ("prompt", "target", "source", "key", "label", "ends")
+
+
+def rows_file(folder: Path, client_id: str) -> Path:
+    """Return where a client's rows lie; see :func:`fedproxy.names.file_stem`."""
+    return folder / f"{file_stem(client_id)}.jsonl"
+
+
+def held_out_file(folder: Path, client_id: str) -> Path:
+    """Return where a client's held-out rows lie, if it has any."""
+    return folder / f"{file_stem(client_id)}.held_out.jsonl"
+
+
+def read_client_rows(folder: Path, client_id: str, *, held_out: bool = False) -> list[Row]:
+    """Read one client's rows, from its own file alone.
+
+    Args:
+        folder: The folder of all clients' rows.
+        client_id: The client.
+        held_out: Read the rows that it does not train on, of which there may be none.
+
+    Raises:
+        DataError: If the file is missing or damaged.
+    """
+    path = held_out_file(folder, client_id) if held_out else rows_file(folder, client_id)
+    if held_out and not path.exists():
+        return []
+    try:
+        with TextIOWrapper(open_regular(path), encoding="utf-8") as file:
+            return [_row(parse_json(line, dict)) for line in file]
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path} with the rows of client {client_id!r} cannot be read ({one_line(error, 80)}); "
+            "resume=auto writes it again"
+        ) from error
+
+
+def _row(values: dict[str, Any]) -> Row:
+    for name in ("messages", "tools"):
+        if name in values:
+            values[name] = tuple(values[name])
+    return Row(**values)
+
+
+def _line(row: Row) -> str:
+    """Return a row as JSON; of its later fields only those that say something, so that older rows keep their bytes."""
+    values = asdict(row)
+    told = {item.name: values[item.name] for item in fields(row) if item.name in _FIRST or not _is_default(item, row)}
+    return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _is_default(item: Field[Any], row: Row) -> bool:
+    return bool(getattr(row, item.name) == item.default)
+
+
+class ClientRows(Mapping[str, int]):
+    """Clients' rows, written to disk and not read again here: names with numbers of rows, and a hash of every row.
+
+    Args:
+        clients: Each client's rows, held-out ones among them; they are written out and not kept.
+        folder: Where the files lie, one per client, and one for its held-out rows where it has any.
+        examples: Examples that each client trains on in an epoch; None is one for each of its rows.
+
+    Raises:
+        CheckpointError: If a file cannot be written.
+    """
+
+    def __init__(
+        self, clients: Mapping[str, Sequence[Row]], folder: Path, examples: Mapping[str, int] | None = None
+    ) -> None:
+        trained = {name: [row for row in rows if not row.held_out] for name, rows in clients.items()}
+        counted = examples or {name: sum(row.copies for row in rows) for name, rows in trained.items()}
+        self._sizes = {name: counted[name] for name in clients}
+        self._folder = folder
+        self.converse = any(row.messages for rows in clients.values() for row in rows)
+        """Whether there are conversations, which a chat template frames."""
+        self.has_texts = any(row.is_text for rows in clients.values() for row in rows)
+        """Whether there are texts without a prompt."""
+        self.owned = OwnedTexts(row for rows in clients.values() for row in rows)
+        """Tells whether a text is a client's."""
+        private_folder(folder)
+        for name, rows in clients.items():
+            write_text(rows_file(folder, name), "".join(map(_line, trained[name])))
+            if len(trained[name]) < len(rows):
+                write_text(held_out_file(folder, name), "".join(_line(row) for row in rows if row.held_out))
+
+    def held_out(self, client_id: str) -> list[Row]:
+        """Read the rows that a client does not train on; it is the client who scores models on them.
+
+        Raises:
+            DataError: If its file is damaged.
+        """
+        return read_client_rows(self._folder, client_id, held_out=True)
+
+    def __getitem__(self, client_id: str) -> int:
+        return self._sizes[client_id]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)

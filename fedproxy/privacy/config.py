@@ -1,0 +1,105 @@
+"""What a recipe promises about its clients' privacy: the node ``privacy``."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fedproxy.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """Differential privacy of what clients send, with a budget that clients keep a ledger of."""
+
+    unit: Literal["none", "example", "client"] = "none"
+    """What is protected: nothing, one row of a client (DP-SGD), or a whole client (clipped updates with noise)."""
+    epsilon: float | None = None
+    """Budget over all rounds, and over all runs that count in one ledger; null sets no bound."""
+    delta: float | None = None
+    """Chance by which the promise may fail, in (0, 1): well below one over the number of rows or clients."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise in units of ``clip``; null takes the least that keeps the budget."""
+    clip: float | None = 1.0
+    """Largest L2 norm of what one unit adds: a row's gradient or a client's update; null does not clip."""
+    accountant: Literal["pld", "rdp"] = "pld"
+    """How epsilon is computed (dp-accounting): privacy loss distributions, or Rényi divergences, quicker and looser."""
+    sampling: Literal["auto", "poisson", "without_replacement", "none"] = "auto"
+    """Draw that the accountant may count on: of rows ``poisson``; of clients ``none``, as the server knows who is
+    drawn, or ``without_replacement`` with noise at the server, if the draw stays secret."""
+    noise_at: Literal["client", "server"] = "client"
+    """Who adds the noise of unit client: each client to its own update, or a server that all trust to their sum."""
+    physical_batch: int | None = None
+    """Rows whose gradients are held at once, for unit example; null is client.batch_size."""
+    ledger: str | None = None
+    """Folder of the clients' ledgers; null is beside their data: the folder of data.files, or else the run's own."""
+    test_seed: int | None = None
+    """Draws noise that can be repeated and foreseen, for tests; null draws from a secret of each client."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.unit == "none":
+            for key in ("epsilon", "delta", "noise_multiplier", "ledger", "test_seed"):
+                if getattr(self, key) is not None:
+                    raise ConfigError(f"privacy.unit must be example or client where privacy.{key} is set, got none")
+            return
+        self._check_numbers()
+        self._check_sampling()
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is clipped, noised or withheld."""
+        return self.unit != "none" and not (self.noise_multiplier == 0 and self.clip is None)
+
+    @property
+    def counted_sampling(self) -> str:
+        """The draw that is accounted for: poisson, without_replacement or none."""
+        if self.sampling != "auto":
+            return self.sampling
+        return "poisson" if self.unit == "example" else "none"
+
+    def _check_numbers(self) -> None:
+        for key in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, key)
+            if value is not None and not math.isfinite(value):
+                raise ConfigError(f"privacy.{key} must be finite, got {value}")
+        if self.epsilon is None and self.noise_multiplier is None:
+            raise ConfigError(f"privacy.epsilon or privacy.noise_multiplier must be set with privacy.unit={self.unit}")
+        self._require("epsilon", self.epsilon is None or self.epsilon > 0, "positive, or null")
+        self._require("noise_multiplier", self.noise_multiplier is None or self.noise_multiplier >= 0, "at least 0")
+        self._require("clip", self.clip is None or self.clip > 0, "positive, or null")
+        if self.clip is None and self.noise_multiplier != 0:
+            raise ConfigError("privacy.clip must be a number where there is noise, got null; noise is in units of it")
+        if self.noise_multiplier == 0 and self.epsilon is not None:
+            raise ConfigError(
+                "privacy.noise_multiplier must be above 0 to keep privacy.epsilon, got 0; remove one of them"
+            )
+        if self.delta is None and self.noise_multiplier != 0:
+            raise ConfigError(
+                "privacy.delta must be set, as epsilon alone is no promise here: a number well below one over the "
+                f"number of {'rows' if self.unit == 'example' else 'clients'}, such as 1e-5; got null"
+            )
+        self._require("delta", self.delta is None or 0 < self.delta < 1, "in (0, 1)")
+        self._require("physical_batch", self.physical_batch is None or self.physical_batch >= 1, "at least 1, or null")
+
+    def _check_sampling(self) -> None:
+        allowed = ("auto", "poisson") if self.unit == "example" else ("auto", "none", "without_replacement")
+        if self.sampling not in allowed:
+            raise ConfigError(
+                f"privacy.sampling must be one of {', '.join(allowed)} with privacy.unit={self.unit}, got "
+                f"{self.sampling!r}"
+            )
+        if self.unit == "example" and self.noise_at == "server":
+            raise ConfigError("privacy.noise_at must be client with privacy.unit=example, got 'server'")
+        if self.sampling != "without_replacement":
+            return
+        if self.noise_at == "client":
+            raise ConfigError(
+                "privacy.sampling must be none where clients add the noise, got 'without_replacement': the server sees "
+                "who was drawn; use privacy.noise_at=server"
+            )
+        if self.accountant != "rdp":
+            raise ConfigError("privacy.accountant must be rdp with privacy.sampling=without_replacement, got 'pld'")
+
+    def _require(self, key: str, ok: bool, rule: str) -> None:
+        if not ok:
+            raise ConfigError(f"privacy.{key} must be {rule}, got {getattr(self, key)!r}")

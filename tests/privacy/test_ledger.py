@@ -1,0 +1,116 @@
+import json
+import multiprocessing
+import stat
+
+import pytest
+
+from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.privacy.accounting import Release, spent
+from fedproxy.privacy.ledger import Ledger, Terms
+from fedproxy.sealed import write_sealed
+
+DELTA = 1e-5
+
+
+def terms(**changes):
+    options = {"run": "one", "unit": "client", "epsilon": 8.0, "delta": DELTA, "accountant": "rdp"}
+    return Terms(**{**options, "planned": Release(0.0), "rounds": 4, **changes})
+
+
+def test_a_plan_is_spent_to_its_budget_and_not_beyond(tmp_path):
+    ledger = Ledger(tmp_path / "ledger", "a")
+    charges = [ledger.charge(terms(), number, f"key {number}") for number in range(1, 5)]
+    noise = {charge.release.noise_multiplier for charge in charges}
+    assert len(noise) == 1  # one noise for the whole run
+    assert [charge.releases for charge in charges] == [1, 2, 3, 4]
+    assert charges[-1].epsilon == spent([Release(noise.pop(), steps=4)], DELTA, "rdp")
+    assert 7.98 < charges[-1].epsilon <= 8.0
+    assert charges[0].epsilon < charges[1].epsilon < charges[2].epsilon
+    with pytest.raises(ClientError, match=r"privacy.epsilon=8 would be exceeded: .* holds 8 .* raise privacy.epsilon"):
+        ledger.charge(terms(), 5, "key 5")
+    assert len(ledger.releases()) == 4  # what was refused is not charged
+
+
+def test_the_same_release_again_costs_nothing_and_another_of_the_same_round_does(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    first = ledger.charge(terms(), 1, "key")
+    again = Ledger(tmp_path, "a").charge(terms(), 1, "key")
+    assert again == first
+    assert ledger.charge(terms(), 1, "other state").releases == 2
+
+
+def test_a_second_run_on_the_same_rows_gets_what_is_left(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    first = ledger.charge(terms(epsilon=4.0, rounds=1), 1, "key")
+    with pytest.raises(ClientError, match=r"privacy.epsilon must be above the 4 that was spent .* got 3; raise"):
+        ledger.charge(terms(run="two", epsilon=3.0), 1, "two 1")
+    later = ledger.charge(terms(run="two", epsilon=8.0, rounds=1), 1, "two 1")
+    assert later.epsilon == spent([first.release, later.release], DELTA, "rdp")
+    assert 7.98 < later.epsilon <= 8.0
+    with pytest.raises(ClientError, match=r"would be exceeded: .* with the 4 planned rounds it would be"):
+        ledger.charge(terms(run="three", planned=Release(3.0)), 1, "three 1")
+
+
+def test_rows_dealt_out_anew_count_what_their_earlier_owners_spent(tmp_path):
+    for client, noise in (("a", 3.0), ("b", 2.0)):
+        Ledger(tmp_path, client).charge(terms(planned=Release(noise), rounds=1), 1, client)
+    charge = Ledger(tmp_path, "c").charge(terms(run="two", planned=Release(4.0), rounds=1), 1, "c")
+    assert charge.epsilon == spent([Release(2.0), Release(4.0)], DELTA, "rdp")  # b spent more than a
+    same_run = Ledger(tmp_path, "d").charge(terms(planned=Release(4.0), rounds=1), 1, "d")
+    assert same_run.epsilon == spent([Release(4.0), Release(4.0)], DELTA, "rdp")  # of run two alone
+
+
+def test_a_run_that_goes_on_may_not_lower_its_noise(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    ledger.charge(terms(planned=Release(4.0)), 1, "key 1")
+    with pytest.raises(ClientError, match=r"privacy.noise_multiplier must be at least 4, .* got 3; a run that goes on"):
+        ledger.charge(terms(planned=Release(3.0)), 2, "key 2")
+    assert ledger.charge(terms(planned=Release(5.0)), 2, "key 2").release.noise_multiplier == 5.0
+
+
+def test_units_do_not_mix(tmp_path):
+    Ledger(tmp_path, "a").charge(terms(planned=Release(4.0)), 1, "key")
+    with pytest.raises(ClientError, match=r"privacy.unit must be client as in the earlier releases .* got example"):
+        Ledger(tmp_path, "a").charge(terms(run="two", unit="example", planned=Release(4.0)), 1, "other")
+
+
+def test_a_ledger_that_was_taken_away_is_missed(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    charge = ledger.charge(terms(), 1, "key 1")
+    ledger.path.unlink()
+    with pytest.raises(ClientError, match=r"holds 0 releases of client 'a', which has made 1; put back a copy"):
+        ledger.charge(terms(), 2, "key 2", known=charge.releases)
+
+
+def test_a_damaged_ledger_is_refused_and_a_whole_one_is_private(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    ledger.charge(terms(), 1, "key 1")
+    assert stat.S_IMODE(ledger.path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o700
+    content = json.loads(ledger.path.read_text())
+    content["entries"] = []
+    ledger.path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"is damaged: .* put back a copy of it: without it nobody knows"):
+        ledger.charge(terms(), 2, "key 2")
+    write_sealed(ledger.path, {"format": "fedproxy-ledger-9"})
+    with pytest.raises(CheckpointError, match=r"is not a ledger of format fedproxy-ledger-1"):
+        ledger.charge(terms(), 2, "key 2")
+
+
+def _charge(folder, number):
+    Ledger(folder, "a").charge(terms(planned=Release(50.0), rounds=8), number, str(number))
+
+
+def test_processes_at_once_are_all_counted(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_charge, args=(tmp_path, number)) for number in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(Ledger(tmp_path, "a").releases()) == 4
+
+
+def test_without_noise_there_is_no_epsilon(tmp_path):
+    free = terms(epsilon=None, delta=None, planned=Release(0.0))
+    assert Ledger(tmp_path, "a").charge(free, 1, "key").epsilon == float("inf")
