@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from fedproxy.evaluation.generation import generate
+from fedproxy.models import Decoder
+from fedproxy.models.logit_offset import LogitOffsetModel
 
 END = 2
 
@@ -78,3 +80,15 @@ def test_progress_counts_prompts(make_model):
     generate(make_model("llama"), random_prompts(5), [2] * 5, ends=[], batch_tokens=40, progress=told.append)
     assert told[-1] == 5
     assert told == sorted(told)
+
+
+def test_three_models_whose_logits_are_added_generate_in_batches(make_model):
+    target = make_model("llama", layers=4)
+    untuned, tuned = Decoder.of(target).subset((0, 3)), Decoder.of(target).subset((0, 3))
+    with torch.no_grad():
+        for parameter in Decoder.of(tuned).blocks.parameters():
+            parameter.mul_(1.1)
+    model, prompts = LogitOffsetModel(target, tuned, untuned), random_prompts(8)
+    found, together = generate(model, prompts, [5] * 8, ends=[END], batch_tokens=200)
+    assert together
+    assert found == one_by_one(model, prompts, [5] * 8)

@@ -33,7 +33,7 @@ class Evaluate(Stage):
 
     def do(self, run: Run) -> None:
         """Score the models, into ``run.scores``."""
-        if not run.config.scored_tasks:
+        if not run.config.asks:
             return
         if run.tuned is None:  # nothing was trained
             run.tuned = TunedProxies(run.proxy(), run.config.trainable, {}, seed=run.config.seed)
