@@ -26,6 +26,7 @@ __all__ = [
     "Done",
     "Dropped",
     "Kept",
+    "Keys",
     "Mapped",
     "Message",
     "Rewind",
@@ -260,6 +261,8 @@ class Message:
                 return Rewind(number, Kept.of(kept), changes)
             case {"kind": "collect", "kept": kept}:
                 return Collect(Kept.of(kept))
+            case {"kind": "keys", "run": str(run), "round": int(number), "attempt": int(attempt)}:
+                return Keys(run, number, attempt)
         raise ClientError("the message is none that a client of this version answers; use the same version")
 
 
@@ -275,6 +278,20 @@ class Rewind(Message):
     """What the client kept and goes on from."""
     changes: str = ""
     """Seal of the changes of the frozen weights that were sent up to this round; empty where there were none."""
+
+
+@dataclass(frozen=True)
+class Keys(Message):
+    """Send your signed key share for a secure sum; an update whose ``delta`` it is answers."""
+
+    kind: ClassVar[str] = "keys"
+    by_file: ClassVar[bool] = True
+
+    run: str
+    """Tells the run's sums from another's."""
+    round: int
+    attempt: int
+    """How often the round was begun before."""
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ from fedproxy.errors import ClientError
 from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.training import Job, client_seeds, tune
 from fedproxy.names import file_stem
+from fedproxy.privacy.keys import Occasion
+from fedproxy.privacy.registration import identity_of
 from fedproxy.processes import rank_and_size
-from fedproxy.protocol import Broadcast, ClientUpdate, Collect, Done, Message, Rewind
+from fedproxy.protocol import Broadcast, ClientUpdate, Collect, Done, Keys, Message, Rewind
 from fedproxy.strategies.round_parts import ClientRound, made
+from fedproxy.strategies.round_parts.secure_sum import share_tensor
 from fedproxy.strategies.trainable.base import TrainableModel
 
 
@@ -30,6 +33,7 @@ class Site:
         memory: What clients keep between rounds; only rules that need it use it.
         logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
         ledger: Folder of the clients' privacy ledgers, beside their data.
+        signing: Folder of the clients' signing secrets and of the keys that they have pinned.
     """
 
     def __init__(
@@ -42,9 +46,10 @@ class Site:
         memory: ClientMemory,
         logs: Path | None = None,
         ledger: Path | None = None,
+        signing: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.memory, self.logs, self.ledger = memory, logs, ledger
+        self.memory, self.logs, self.ledger, self.signing = memory, logs, ledger, signing
         self.initial = model.state()
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
@@ -80,6 +85,11 @@ class Site:
                 if rank_and_size()[0] == 0:
                     self.memory.rewind(client_id, message)
                 return Done(client_id)
+            case Keys(run, number, attempt):
+                if self.signing is None:
+                    raise ClientError(f"client {client_id!r} has no signing key; register it")
+                share = identity_of(self.signing, client_id).share(Occasion(run, number, attempt))
+                return ClientUpdate(client_id, {"share": share_tensor(share)}, round=number)
             case Collect(kept):
                 own = self.memory.load(client_id, kept).get("personal", {})
                 return ClientUpdate(client_id, {name: own[name] for name in own}, round=kept.round)
@@ -103,5 +113,6 @@ class Site:
             lr=job.lr,
             seed=seed,
             ledger=self.ledger,
+            signing=self.signing,
             writes=writes,
         )
