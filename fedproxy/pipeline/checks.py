@@ -106,6 +106,7 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
         parts=config.parts.values(),
         client_statistics=STATISTICS,
         clients=clients,
+        secure_aggregation=config.privacy.secure_aggregation,
     )
     _check_ranks(config)
     _check_trainable(config)

@@ -44,6 +44,8 @@ class LocalSetup:
     """Bits of the frozen weights: none, 8bit or 4bit."""
     ledger: str | None = None
     """Folder of the clients' privacy ledgers, beside their data."""
+    signing: str | None = None
+    """Folder of the clients' signing secrets and of the keys that they have pinned."""
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
@@ -73,7 +75,7 @@ class LocalSetup:
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        ledger = None if self.ledger is None else Path(self.ledger)
+        ledger, signing = (None if folder is None else Path(folder) for folder in (self.ledger, self.signing))
         return Site(
             model,
             trained,
@@ -84,6 +86,7 @@ class LocalSetup:
             held_out=held_out,
             proxy=Path(self.proxy),
             ledger=ledger,
+            signing=signing,
         )
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:

@@ -271,7 +271,8 @@ class _MergedWeights(Mapping[str, Tensor]):
         if _ADAPTER not in layer.lora_magnitude_vector:
             return merged
         factor = layer.lora_magnitude_vector[_ADAPTER].weight.float() / _lengths(_rows(layer, merged))
-        return merged * (factor if layer.fan_in_fan_out else factor[:, None])
+        scaled: Tensor = merged * (factor if layer.fan_in_fan_out else factor[:, None])
+        return scaled
 
 
 def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
@@ -280,7 +281,8 @@ def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
 
 
 def _lengths(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths
 
 
 def _with_experts(layer: ParamWrapper) -> Tensor:
