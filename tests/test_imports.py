@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "fedproxy"
 FOUNDATION = (
     *("errors", "registry", "protocol", "processes", "seeding", "files", "names", "task_means", "interrupts", "locks"),
-    *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files", "round_files"),
+    *("overrides", "yaml_files", "sealed", "sealed_tensors", "tensor_files", "messages", "round_files"),
 )
 STRATEGIES = (*FOUNDATION, "models", "strategies", "modules", "data")
 ALLOWED = {
@@ -20,7 +20,8 @@ ALLOWED = {
     "modules": STRATEGIES,
     "models": (*FOUNDATION, "models"),
     "data": (*FOUNDATION, "data", "models"),
-    "federation": (*STRATEGIES, "federation"),
+    "federation": (*STRATEGIES, "federation", "sites.wire"),
+    "sites/wire": (*FOUNDATION, "sites.wire"),
     "evaluation": (*STRATEGIES, "evaluation"),
     "reporting": (*FOUNDATION, "reporting"),
     "config": (*STRATEGIES, "federation", "config", "recipe_files"),
@@ -123,7 +124,10 @@ def test_every_read_of_a_model_is_told_not_to_run_its_code():
         assert any(word.startswith(("trust_remote_code=False", "None=_source(")) for word in given), ast.unparse(call)
 
 
-@pytest.mark.parametrize("command", ["fit", "compare", "compress", "assets", "recipes", "evaluate", "report"])
+COMMANDS = ("fit", "compare", "compress", "assets", "recipes", "evaluate", "report", "site", "hub")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_at_once_with_examples(command):
     started = time.perf_counter()
     done = subprocess.run(
