@@ -36,6 +36,7 @@ from fedproxy.pipeline.inputs import ChangedInputError, check_inputs, same_rows
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.outcome import report_of, write_cards
 from fedproxy.pipeline.sharing import SharedWork
+from fedproxy.pipeline.site_clients import clients_at_sites
 from fedproxy.pipeline.stages import Run, compress, federate
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.pipeline.validation import held_out
@@ -212,6 +213,8 @@ def fetch_assets(config: RunConfig) -> None:
 
 def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
     """Deal out the rows, and draw validation questions from what no client owns; nothing reads the rows again here."""
+    if current.config.engine.at_sites:
+        return clients_at_sites(current), []
     dealt, inputs = _deal(current)
     questions = held_out(current.config, dealt)
     return _claim(current, dealt, inputs), questions
@@ -219,6 +222,8 @@ def _clients_and_questions(current: Run) -> tuple[ClientRows, list[Question]]:
 
 def _clients_and_texts(current: Run) -> tuple[ClientRows, list[str]]:
     """Deal out the rows, and read the public texts for fidelity, where a continued run has not measured it."""
+    if current.config.engine.at_sites:
+        return clients_at_sites(current), fidelity_texts(current.config, OwnedTexts(()))
     (dealt, inputs), texts = _deal(current), list[str]()
     if current.folder.begins or current.facts.get("fidelity") is None:
         texts = fidelity_texts(current.config, _owned(dealt))  # before the work: too little would throw it away

@@ -212,7 +212,7 @@ def federation_key(run: "Run", owned: Container[str], questions: Sequence[Questi
             "classes": [_class(part) for part in (config.trainable, config.regularizer, config.aggregator)],
             "server_classes": [_class(part) for part in (config.server_optimizer, config.realignment, config.engine)],
             "rows": run.facts["data_sha256"],
-            "owners": file_sha256(run.folder.partition),
+            "owners": file_sha256(run.folder.partition) if run.folder.partition.exists() else "",
             "questions": [[question.requests, question.gold] for question in questions],
             "fusion": _named(config.fusion) if questions and validation.model == "fused" else None,
             "texts": public_texts(calibration, owned, rows=aligned, seed=config.seed) if aligned else [],

@@ -12,6 +12,7 @@ from fedproxy.sites.site_rows import SiteRows
 from .fake_courier import FakeCourier
 
 TASKS = ("tiny_colors", "tiny_sums", "tiny_opposites", "tiny_places")
+AT_SITES = ["engine.name=flower", "data.partition.name=sites", "data.partition.clients=4"]
 SMALL = ["recipe=fedproxy_tiny", "data.rows_per_task=24", "federation.rounds=2", "evaluation.tasks=[]"]
 
 
@@ -63,6 +64,6 @@ def trained(tmp_path, name, *words):
 def test_sites_end_in_the_bytes_of_one_process(words, sites, tmp_path):
     here = trained(tmp_path, "here", "engine.name=in_process", "engine.threads=1", *words)
     sites(statistics=True)
-    there = trained(tmp_path, "there", "engine.name=flower", *words)
+    there = trained(tmp_path, "there", *AT_SITES, *words)
     assert here.keys() == there.keys()
     assert all(here[name].equal(there[name]) for name in here)

@@ -55,6 +55,13 @@ class ClientRows(Mapping[str, int]):
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
             write_text(rows_file(folder, name), "".join(lines))
 
+    @classmethod
+    def elsewhere(cls, sizes: Mapping[str, int]) -> "ClientRows":
+        """Return clients whose rows lie at real sites: names and numbers of rows are all that is known of them."""
+        rows = cls.__new__(cls)
+        rows._sizes, rows.owned = dict(sizes), OwnedTexts(())
+        return rows
+
     def __getitem__(self, client_id: str) -> int:
         return self._sizes[client_id]
 

@@ -2,9 +2,12 @@
 
 import re
 import secrets
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from fedproxy.errors import CheckpointError, ClientError, ConfigError, nearest
 from fedproxy.federation.client.base import Client, RemoteClient
@@ -25,6 +28,8 @@ class Flower(Engine, name="flower"):
     The loop, its checkpoints and its checks are those of every engine; Flower is the courier alone. Devices, workers
     and trainer options are each site's own. A site that is late, refuses or goes away is dropped by name and reason.
     """
+
+    at_sites: ClassVar[bool] = True
 
     hub: str = "hub"
     """Folder of the hub on this machine."""
@@ -48,6 +53,22 @@ class Flower(Engine, name="flower"):
         self.require("attempts", self.attempts >= 1, "at least 1")
         self.require("largest_mb", self.largest_mb >= 1, "at least 1")
 
+    def clients(self) -> Mapping[str, int]:
+        """Ask all sites for their clients; see :class:`fedproxy.federation.engines.base.Engine`.
+
+        Raises:
+            ClientError: If the hub is not up, or a site does not answer or refuses; the message names it.
+        """
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            closing(self._reach(secrets.token_hex(16), Path(folder))) as sites,
+        ):
+            try:
+                sites.greet()
+            except CourierError as error:
+                raise ClientError(f"engine.name=flower: {error}") from error
+            return sites.rows
+
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> RemoteSites:
         """Say hello to all sites and bring them the proxy.
 
@@ -66,7 +87,7 @@ class Flower(Engine, name="flower"):
             options["quantization"],
             list(remote.plugins),
         )
-        sites = self.reach(folder)
+        sites = self._reach(_run_id(folder), folder / "sites")
         try:
             sites.bring(setup, proxy, send=self.proxy == "send")
         except CourierError as error:
@@ -77,11 +98,8 @@ class Flower(Engine, name="flower"):
             raise
         return sites
 
-    def reach(self, folder: Path) -> RemoteSites:
+    def _reach(self, run: str, folder: Path) -> RemoteSites:
         """Return the sites, not yet greeted.
-
-        Args:
-            folder: Scratch folder of the run.
 
         Raises:
             ConfigError: If the hub has not registered a site that is asked for.
@@ -93,8 +111,8 @@ class Flower(Engine, name="flower"):
             which = f"no site {unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "no site"
             raise ConfigError(f"engine.sites: the hub in engine.hub={self.hub} has registered {which}")
         terms = Terms(self.wait_s, self.attempts, self.part_mb << 20, self.largest_mb << 20)
-        link = Link(lambda: FlowerCourier(hub), terms, folder / "sites")
-        return RemoteSites(link, _run_id(folder), self.sites or known, folder / "sites")
+        link = Link(lambda: FlowerCourier(hub), terms, folder)
+        return RemoteSites(link, run, self.sites or known, folder)
 
 
 def _run_id(folder: Path) -> str:
