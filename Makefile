@@ -4,17 +4,23 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test check test-slow clean
+.PHONY: demo demo-sites extras test check test-slow clean
 
 # The CPU build of PyTorch is enough for the demo and the tests; install your own torch into $(VENV) first to use another.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
 	touch $@
 
 demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, federate, fuse, evaluate, report
 	$(BIN)/python -m fedproxy.fit recipe=fedproxy_llama resume=auto
+
+demo-sites: $(VENV)/.installed  ## A hub and two sites on this machine, each with folders, keys and processes of its own; needs nginx
+	$(BIN)/python -m fedproxy.sites.demo
+
+extras: $(VENV)/.installed  ## All extras resolve together with the constraints
+	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[flower,mlflow,wandb,tensorboard,quantization,dev]'
 
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'

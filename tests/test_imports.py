@@ -88,7 +88,10 @@ def test_every_read_of_a_model_is_told_not_to_run_its_code():
         assert any(word.startswith(("trust_remote_code=False", "None=_source(")) for word in given), ast.unparse(call)
 
 
-@pytest.mark.parametrize("command", ["fit", "compare", "compress", "assets", "recipes", "evaluate", "report"])
+COMMANDS = ("fit", "compare", "compress", "assets", "recipes", "evaluate", "report", "site", "hub")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_answers_at_once_with_examples(command):
     started = time.perf_counter()
     done = subprocess.run(

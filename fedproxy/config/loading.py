@@ -173,7 +173,7 @@ def _configure(schema: type[Any], files: Sequence[Mapping[str, Any]], arguments:
     for layer in (*files, given):
         _drop_foreign_options(merged, layer, components)
         merged = _merged(merged, layer)
-    return _build(schema, resolve(merged), "")
+    return build(schema, resolve(merged), "")
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -210,7 +210,7 @@ def _lookup(node: Any, path: str) -> Any:
     return node
 
 
-def _build(cls: type[Any], node: Any, path: str) -> Any:
+def build(cls: type[Any], node: Any, path: str) -> Any:
     """Build a dataclass from plain values: nested dataclasses and components one by one, leaves by :func:`typed`."""
     if not isinstance(node, Mapping):
         line = f"{path} must be a mapping of options, got {one_line(repr(node), 80)}"
@@ -232,7 +232,7 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
         if name in node:
             values[name] = _value(hint, node[name], key)
         elif required and dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), {}, key)
+            values[name] = build(typing.cast(type, hint), {}, key)
         elif required:
             raise ConfigError(f"{key} is missing; give it in the recipe or as {key}=VALUE")
     return cls(**values)
@@ -241,7 +241,7 @@ def _build(cls: type[Any], node: Any, path: str) -> Any:
 def _value(hint: Any, value: Any, key: str) -> Any:
     """Return one plain value as what a field of this type holds."""
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key)
+        return build(typing.cast(type, hint), value, key)
     if typing.get_origin(hint) is dict and _is_family(typing.get_args(hint)[1]):
         return _build_members(typing.get_args(hint)[1], value, key)
     return typed(hint, value, key)
@@ -262,7 +262,7 @@ def _build_members(family: type[Component], node: Any, path: str) -> dict[str, A
             )
         if name not in family.names():
             raise ConfigError(f"{_join(path, name)}: unknown {family.family}{nearest(str(name), family.names())}")
-        made[str(name)] = _build(family, {**options, "name": name}, _join(path, name))
+        made[str(name)] = build(family, {**options, "name": name}, _join(path, name))
     return made
 
 

@@ -94,7 +94,15 @@ class DataConfig:
     partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
 
     def __post_init__(self) -> None:
-        _require("data.tasks", self.tasks, bool(self.tasks or self.files), "non-empty unless data.files names a source")
+        own = self.partition.name == "sites"
+        given = bool(self.tasks or self.files) or own
+        _require("data.tasks", self.tasks, given, "non-empty unless data.files names a source")
+        if own and self.files:
+            raise ConfigError("data.files must be empty with data.partition.name=sites: the rows lie at the sites")
+        if own and self.holdout is not None:
+            raise ConfigError(
+                "data.holdout must be null with data.partition.name=sites: each site's file says what it holds back"
+            )
         check_names(self.files, "data.files")
         _require_different("data.tasks", self.tasks)
         both = sorted({folded(task) for task in self.tasks} & {folded(name) for name in self.files})

@@ -5,10 +5,11 @@ from typing import Any
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, save_partition
 from fedproxy.data.partition.rows import ClientRows
+from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import is_slow
 from fedproxy.pipeline.checks import check_named_clients, check_public
 from fedproxy.pipeline.context import Run
-from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes
+from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes, template_of
 from fedproxy.pipeline.inputs import check_inputs, same_rows
 from fedproxy.pipeline.privacy import check_budget
 from fedproxy.pipeline.stages.compress import fidelity_texts
@@ -20,9 +21,13 @@ def begin(run: Run) -> None:
 
     Nothing reads all clients' rows again here.
     """
-    dealt, inputs = _deal(run)
-    run.questions = held_out(run.config, dealt.clients)
-    _claim(run, dealt, inputs)
+    if run.config.engine.at_sites:
+        run.questions = held_out(run.config, {})
+        _meet(run)
+    else:
+        dealt, inputs = _deal(run)
+        run.questions = held_out(run.config, dealt.clients)
+        _claim(run, dealt, inputs)
     if is_slow(run.config.trainer, run.device):
         run.display.say(
             f"trainer.precision={run.config.trainer['precision']} is many times slower than 32-true here: this CPU "
@@ -36,11 +41,41 @@ def begin_compression(run: Run) -> list[str]:
     Returns:
         Public texts to measure its fidelity on; none where that was done.
     """
+    if run.config.engine.at_sites:
+        _meet(run)
+        return fidelity_texts(run.config, run.clients.owned)
     (dealt, inputs), texts = _deal(run), list[str]()
     if run.folder.begins or run.facts.fidelity is None:
         texts = fidelity_texts(run.config, _owned(dealt.clients))  # before the work: too little would throw it away
     _claim(run, dealt, inputs)
     return texts
+
+
+def _meet(run: Run) -> None:
+    """Ask real sites for their clients, whose rows stay there, and begin to write.
+
+    Raises:
+        ClientError: If a site does not answer, or refuses.
+        ConfigError: If there are other clients than the recipe says, or their chat template cannot be used.
+    """
+    config, clients = run.config, run.config.engine.clients()
+    wanted = config.data.partition.count(config.data.tasks, config.data.files)
+    if len(clients) != wanted:
+        raise ConfigError(
+            f"data.partition.clients={wanted}, and the sites hold {len(clients)} ({', '.join(clients)}); set it to that"
+        )
+    check_named_clients(config, clients)
+    check_budget(config, clients)
+    template = template_of(config) if clients.converse else None
+    inputs = None if run.folder.begins else check_inputs(run, {})
+    if run.folder.replaces:
+        _ = run.target  # an older run is deleted only if this one's target can be loaded
+    run.folder.claim(config)
+    unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
+    run.note(**(check_inputs(run, {}) if inputs is None else inputs), stages=unfinished)
+    run.note(lengths={"rows": sum(clients.values())}, template=template)
+    run.display.say(f"{len(clients)} clients at their sites ({_sizes(clients)} rows)")
+    run.clients = clients
 
 
 def _deal(run: Run) -> tuple[Dealt, dict[str, Any] | None]:

@@ -108,12 +108,30 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
         clients=clients,
         secure_aggregation=config.privacy.secure_aggregation,
     )
+    _check_sites(config)
     _check_ranks(config)
     _check_trainable(config)
     _check_validation(config)
     check_realignment(config)
     check_devices(config, here=here)
     check_privacy(config, here=here)
+
+
+def _check_sites(config: RunConfig) -> None:
+    """Refuse rows at sites without an engine that reaches them, and the other way round."""
+    own, engine = config.data.partition.name == "sites", config.engine
+    if own and not engine.at_sites:
+        raise ConfigError(f"data.partition.name=sites needs engine.name=flower, got {engine.name}")
+    if engine.at_sites and not own:
+        raise ConfigError(
+            f"engine.name={engine.name}: sites have rows of their own and none are dealt out; use "
+            f"data.partition.name=sites, got {config.data.partition.name}"
+        )
+    if own and config.federation.validation.every and config.federation.validation.evaluator is None:
+        raise ConfigError(
+            "federation.validation.every must be 0 with data.partition.name=sites: the server has no held-out rows; "
+            "name a federation.validation.evaluator to score rounds on other questions"
+        )
 
 
 def _check_ranks(config: RunConfig) -> None:

@@ -193,6 +193,17 @@ def check_template(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> Non
         )
 
 
+def template_of(config: RunConfig) -> str:
+    """Return the chat template that clients with conversations need.
+
+    Raises:
+        ConfigError: If it cannot be used, or names the target.
+    """
+    tokenizer = target_tokenizer(config)
+    check_template(config, tokenizer)
+    return str(tokenizer.chat_template)
+
+
 @dataclass(frozen=True)
 class Counted:
     """What becomes of all clients' rows where they are tokenised."""

@@ -34,6 +34,15 @@ def register_all(folder: Path, clients: Iterable[str]) -> None:
     write_sealed(folder / _REGISTRY, {"clients": {**_pinned(folder), **pinned}})
 
 
+def pin(folder: Path, keys: Mapping[str, str]) -> None:
+    """Register other clients' public keys, given as hexadecimal digits; what was pinned for them before goes.
+
+    Raises:
+        CheckpointError: If the folder cannot be used.
+    """
+    write_sealed(folder / _REGISTRY, {"clients": {**_pinned(folder), **keys}})
+
+
 def identity_of(folder: Path, client_id: str) -> Identity:
     """Return a client's identity.
 

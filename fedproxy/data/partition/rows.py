@@ -86,7 +86,7 @@ class ClientRows(Mapping[str, int]):
         trained = {name: [row for row in rows if not row.held_out] for name, rows in clients.items()}
         counted = examples or {name: sum(row.copies for row in rows) for name, rows in trained.items()}
         self._sizes = {name: counted[name] for name in clients}
-        self._folder = folder
+        self._folder: Path | None = folder
         self.converse = any(row.messages for rows in clients.values() for row in rows)
         """Whether there are conversations, which a chat template frames."""
         self.has_texts = any(row.is_text for rows in clients.values() for row in rows)
@@ -105,7 +105,15 @@ class ClientRows(Mapping[str, int]):
         Raises:
             DataError: If its file is damaged.
         """
-        return read_client_rows(self._folder, client_id, held_out=True)
+        return [] if self._folder is None else read_client_rows(self._folder, client_id, held_out=True)
+
+    @classmethod
+    def elsewhere(cls, sizes: Mapping[str, int], *, converse: bool = False) -> "ClientRows":
+        """Return clients whose rows lie at real sites: names, numbers of rows and this word are all that is known."""
+        rows = cls.__new__(cls)
+        rows._sizes, rows._folder, rows.owned = dict(sizes), None, OwnedTexts(())
+        rows.converse, rows.has_texts = converse, False
+        return rows
 
     def __getitem__(self, client_id: str) -> int:
         return self._sizes[client_id]

@@ -4,7 +4,9 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
+from fedproxy.data.partition.rows import ClientRows
 from fedproxy.federation.client.base import Client, RemoteClient
 from fedproxy.messages import Sites
 from fedproxy.registry import Component
@@ -13,6 +15,17 @@ from fedproxy.registry import Component
 @dataclass(frozen=True)
 class Engine(Component, family="engine"):
     """Runs a round's clients."""
+
+    at_sites: ClassVar[bool] = False
+    """Whether clients are real sites with rows of their own, so that the server deals none out."""
+
+    def clients(self) -> ClientRows:
+        """Return clients at real sites with their numbers of rows.
+
+        Raises:
+            ClientError: If a site does not answer.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> Sites:

@@ -14,14 +14,14 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
-from fedproxy.federation.server.asking import assemble, rewind
+from fedproxy.federation.server.asking import assemble, greet, introduced, rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation, write_journal
 from fedproxy.federation.server.participation import Participation
 from fedproxy.interrupts import check_interrupt
-from fedproxy.messages import Answer, Dropped, Sites
+from fedproxy.messages import Answer, Dropped, Facts, Sites
 from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
@@ -73,7 +73,7 @@ class Federate(Stage):
         """Return whether equal rounds give the same: not if inputs changed in between, or scores count."""
         config = run.config.federation
         scored = config.validation.select == "best" or config.validation.evaluator is not None
-        return bool(config.rounds) and not run.facts.changes and not scored
+        return bool(config.rounds) and not run.facts.changes and not scored and not run.config.engine.at_sites
 
     def whole(self, run: Run) -> bool:
         """Return whether the last checkpoint that is whole has all rounds."""
@@ -162,7 +162,8 @@ class _Rounds:
         run.note(trainable_parameters=model.num_parameters)
         run.loggers.rounds(progress.records)
         aligns = aligner(run, model, run.clients.owned)
-        return cls(_federation(run, model, tokenizer, files, aligns), model, sites, aligns, progress)
+        facts = greet(sites, sorted(run.clients)) if config.engine.at_sites else {}
+        return cls(_federation(run, model, tokenizer, files, aligns, facts), model, sites, aligns, progress)
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -196,6 +197,7 @@ def _federation(
     tokenizer: PreTrainedTokenizerBase,
     files: ServerFiles,
     aligns: Aligner | None,
+    facts: Mapping[str, Facts],
 ) -> Federation:
     """Return the server's side of the rounds, as the recipe has it."""
     config, clients = run.config, run.clients
@@ -218,7 +220,7 @@ def _federation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            _expected(run, parts, model),
+            _expected(run, parts, model, facts),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
@@ -226,13 +228,18 @@ def _federation(
     )
 
 
-def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel) -> Expected:
-    """Return what the server knows of updates: no counts where they are withheld, no values where they are masked."""
+def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel, facts: Mapping[str, Facts]) -> Expected:
+    """Return what the server knows of updates: no counts where they are withheld, no values where they are masked.
+
+    Of rows that lie at real sites it knows what they said of them.
+    """
     privacy, clients = run.config.privacy, run.clients
     hidden = privacy.secure_aggregation
-    rows = None if privacy.on or hidden else clients
+    withheld = privacy.on or hidden
+    rows = None if withheld or facts else clients
     expected = Expected.from_parts(parts, model, rows=rows, target_tokens=_most_targets(run.config, clients))
-    return replace(expected, hidden=hidden)
+    told = expected if withheld or not facts else introduced(expected, facts)
+    return replace(told, hidden=hidden)
 
 
 def _on_round(run: Run, record: Mapping[str, Any]) -> None:
@@ -264,7 +271,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         run.display.say(devices.describe(config.client.batch_size))
     run.folder.clear_exchange()  # what a killed run left
     signing = run.folder.rows / SIGNING
-    if config.privacy.secure_aggregation:
+    if config.privacy.secure_aggregation and not config.engine.at_sites:
         register_all(signing, run.clients)
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
@@ -286,7 +293,8 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
 def _most_targets(config: RunConfig, clients: ClientRows) -> int:
     """Return how many target tokens an example may have: of a conversation or a text all may be."""
     data = config.data
-    return data.max_target_tokens + (data.max_input_tokens if clients.converse or clients.has_texts else 0)
+    whole = clients.converse or clients.has_texts or config.engine.at_sites
+    return data.max_target_tokens + (data.max_input_tokens if whole else 0)
 
 
 def _check_state(state: Mapping[str, Tensor], model: TrainableModel, checkpoints: CheckpointFolder) -> None:

@@ -1,0 +1,45 @@
+"""Words of the commands ``hub`` and ``site``: what to do, a file, and ``key=value``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedproxy.config.values import typed
+from fedproxy.errors import ConfigError, nearest, one_line
+from fedproxy.yaml_files import parse_yaml
+
+
+def worded(arguments: Sequence[str], command: str, verbs: Sequence[str]) -> tuple[str, Path, list[str]]:
+    """Return what to do, the file, and the words that are left.
+
+    Raises:
+        ConfigError: If it is nothing that the command does, or there is no file.
+    """
+    example = f"write, for example, python -m fedproxy.{command} up {command}.yaml"
+    if not arguments or arguments[0] not in verbs:
+        given = one_line(repr(arguments[0]), 40) if arguments else "nothing"
+        hint = nearest(arguments[0], verbs) if arguments else f"; known: {', '.join(verbs)}"
+        raise ConfigError(f"{command}: {given} is nothing that it does{hint}; {example}")
+    if len(arguments) < 2 or "=" in arguments[1] or not arguments[1].endswith((".yaml", ".yml")):
+        raise ConfigError(f"{command} {arguments[0]} needs a .yaml file; {example}")
+    return arguments[0], Path(arguments[1]), list(arguments[2:])
+
+
+def options(words: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
+    """Return ``key=value`` words with their values as the types that they have.
+
+    Raises:
+        ConfigError: Naming the first word that cannot be used.
+    """
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or key not in known:
+            raise ConfigError(f"{one_line(repr(word), 60)} is not an option here{nearest(key, known)}")
+        hint: Any = list[str] if known[key] is list else known[key]
+        try:
+            value = text if hint is str else parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {one_line(text, 40)} cannot be read ({error})") from None
+        found[key] = typed(hint, [value] if hint == list[str] and isinstance(value, str) else value, key)
+    return found

@@ -1,0 +1,117 @@
+"""The Unix socket between Flower's relay and a site's own process: whatever comes in is bounded and not believed."""
+
+import logging
+import os
+import pwd
+import shutil
+import socket
+import struct
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from fedproxy.errors import ConfigError, one_line
+from fedproxy.sites.resident import MOST_PART, Reply
+from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, receive, send
+from fedproxy.wire.messages import LONGEST_S, refusal
+
+_log = logging.getLogger(__name__)
+_MOST_AT_ONCE = 4
+_READ_S = 300.0
+"""Seconds that a message may take to come in."""
+_LONGEST_PATH = 100
+"""Most characters of a socket's path: the system takes no more."""
+
+
+class Service:
+    """Serves one socket.
+
+    Args:
+        serve: What answers a message.
+        folder: Folder that holds the socket; only this user, and the relay's, can look into it.
+        relay_user: User that the relay runs as, where that is another one.
+
+    Raises:
+        ConfigError: If the socket cannot be made.
+    """
+
+    def __init__(self, serve: Callable[[Head, Path], Reply], folder: Path, relay_user: str = "") -> None:
+        self._serve, self.path = serve, folder.absolute() / "site.sock"
+        if len(str(self.path)) > _LONGEST_PATH:
+            raise ConfigError(f"folder: {folder} has too long a path for a socket; choose a shorter one")
+        self._may = {os.geteuid()}
+        self._scratch = Path(tempfile.mkdtemp(prefix="messages_", dir=folder.parent))
+        self._slots = threading.BoundedSemaphore(_MOST_AT_ONCE)
+        self._ended = False
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(mode=0o700)
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.bind(str(self.path))
+            os.chmod(self.path, 0o600)
+            if relay_user:
+                self._let_in(pwd.getpwnam(relay_user), folder)
+            self._socket.listen(_MOST_AT_ONCE)
+        except (OSError, KeyError) as error:
+            raise ConfigError(f"{self.path} cannot be made ({one_line(error)}); free the path") from error
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no more messages."""
+        self._ended = True
+        self._socket.close()
+        self.path.unlink(missing_ok=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+    def _let_in(self, user: "pwd.struct_passwd", folder: Path) -> None:
+        self._may.add(user.pw_uid)
+        os.chown(folder, -1, user.pw_gid)
+        os.chmod(folder, 0o710)
+        os.chown(self.path, user.pw_uid, -1)
+
+    def _accept(self) -> None:
+        while not self._ended:
+            try:
+                opened, _ = self._socket.accept()
+            except OSError:
+                return
+            if not self._slots.acquire(blocking=False):
+                opened.close()  # a relay has one message at a time
+                continue
+            threading.Thread(target=self._answer, args=(opened,), daemon=True).start()
+
+    def _answer(self, opened: socket.socket) -> None:
+        payload = self._scratch / f"{threading.get_ident()}"
+        try:
+            with opened:
+                if _user_of(opened) not in self._may:
+                    return
+                opened.settimeout(_READ_S)
+                with opened.makefile("rwb") as stream:
+                    try:
+                        head = receive(stream, payload, most=MOST_PART)
+                    except BrokenFrameError as error:
+                        _log.warning("the relay sent what is no message (%s)", error)
+                        send(stream, refusal("not_ours"), NOTHING)
+                        return
+                    except OSError as error:
+                        send(stream, refusal("full" if error.errno else "failed", error.strerror or ""), NOTHING)
+                        return
+                    opened.settimeout(LONGEST_S)
+                    send(stream, *self._serve(head, payload))
+        except OSError as error:
+            _log.warning("the relay went away (%s)", one_line(error))
+        finally:
+            with suppress(OSError):
+                payload.unlink()
+            self._slots.release()
+
+
+def _user_of(opened: socket.socket) -> int:
+    if not hasattr(socket, "SO_PEERCRED"):
+        return os.geteuid()  # the socket's permissions alone decide
+    credentials = opened.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])

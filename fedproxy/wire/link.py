@@ -1,0 +1,285 @@
+"""The server's side of the wire: asks sites, waits for them within limits, and sends and fetches files in parts."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedproxy.errors import ClientError
+from fedproxy.wire.bundle import Bundle
+from fedproxy.wire.courier import LOST, Courier, CourierError, Node
+from fedproxy.wire.frames import NOTHING, Head, Source, sha256
+from fedproxy.wire.inbox import Inbox, Piece
+from fedproxy.wire.messages import told
+
+_log = logging.getLogger(__name__)
+MARGIN_S = 120.0
+"""Seconds beyond its own limit that a site has to answer: the courier's polling, its own retries, a slow line."""
+_STEP_S = 300.0
+"""Seconds that a part of a file may take."""
+_AGAIN = ("site_down", "busy", "damaged")
+"""Refusals after which a site is asked again."""
+_LOOK_S, _PAUSE_S, _AGAIN_S = 2.0, 0.25, 2.0
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How patient a link is."""
+
+    wait_s: float = 120.0
+    """Seconds that a site may be away before it is given up."""
+    attempts: int = 2
+    """How often a message is sent whose site or relay died."""
+    part_bytes: int = 128 << 20
+    """Largest part of a file."""
+    most_bytes: int = 8 << 30
+    """Largest file that a site may send."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of asking one site."""
+
+    site: str
+    head: Head
+    file: Path
+    """The bytes that came with it; to be used before the next answer is asked for."""
+    lost: str | None = None
+    """Why there is no answer, in words."""
+
+
+@dataclass
+class _Asked:
+    """One site that has still to answer."""
+
+    line: Head
+    payload: Source
+    message: str | None = None
+    tries: int = 0
+    away_since: float | None = None
+    not_before: float = 0.0
+    refused: str = ""
+
+
+class Link:
+    """Talks to sites through a courier, which is opened anew when it breaks.
+
+    Args:
+        connect: Opens the courier.
+        terms: How patient it is.
+        folder: Where parts and files lie on their way.
+    """
+
+    def __init__(self, connect: Callable[[], Courier], terms: Terms, folder: Path) -> None:
+        self._connect, self.terms, self.folder = connect, terms, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._courier: Courier | None = None
+        self._nodes: Mapping[str, Node] = {}
+        self._looked = 0.0
+
+    def close(self) -> None:
+        """Let go of the courier."""
+        courier, self._courier = self._courier, None
+        if courier is not None:
+            courier.close()
+
+    def ask(
+        self,
+        lines: Mapping[str, Head],
+        seconds: float,
+        payloads: Mapping[str, Source] | None = None,
+        *,
+        most: int = 0,
+        margin_s: float = MARGIN_S,
+    ) -> Iterator[Answer]:
+        """Send each site its line and its bytes, and yield what comes of it, as it comes.
+
+        Args:
+            lines: What to say, by site.
+            seconds: How long a site may take.
+            payloads: Bytes that go with the lines, by site; those that several sites are sent are uploaded once.
+            most: Most bytes that may come back with an answer.
+            margin_s: How much longer it may take until a site has said so.
+
+        Raises:
+            CourierError: If the courier cannot be opened again.
+        """
+        now, file = time.monotonic(), self.folder / "answer"
+        sent = payloads or {}
+        left = {site: _Asked(line, sent.get(site, NOTHING)) for site, line in lines.items()}
+        limit = now + seconds + margin_s + self.terms.wait_s
+        while left:
+            try:
+                self._look()
+                yield from self._give_up(left, limit)
+                self._push(left, seconds + margin_s)
+                yield from self._pull(left, file, most)
+            except CourierError as error:
+                self._reconnect(error)
+                for asked in left.values():
+                    asked.message = None
+            time.sleep(_PAUSE_S)
+
+    def send(self, run: str, bundle: Bundle, have: Mapping[str, int], *, all_of_it: bool) -> dict[str, str]:
+        """Send a bundle to sites in parts, each uploaded once for all that lack it.
+
+        Args:
+            run: The run's name.
+            bundle: What to send.
+            have: Bytes that each site holds of it.
+            all_of_it: Whether its last part goes too, or is kept for the message that needs the bundle.
+
+        Returns:
+            Sites that did not take it, with why.
+        """
+        have, lost = dict(have), dict[str, str]()
+        end = bundle.size if all_of_it else self._last(bundle)
+        while lacking := {site: there for site, there in have.items() if there < end}:
+            offset = min(lacking.values())
+            to = [site for site, there in lacking.items() if there == offset]
+            part = bundle.part(offset, self.terms.part_bytes)
+            line = {"kind": "put", "run": run, "piece": _piece(bundle, offset, part)}
+            for answer in self.ask(dict.fromkeys(to, line), _STEP_S, dict.fromkeys(to, part)):
+                there = answer.head.get("have")
+                if answer.lost is not None or type(there) is not int or not offset < there <= bundle.size:
+                    lost[answer.site] = answer.lost or "it takes no part of what it is sent"
+                    del have[answer.site]
+                else:
+                    have[answer.site] = there
+        return lost
+
+    def last_part(self, bundle: Bundle) -> tuple[dict[str, Any], Source]:
+        """Return what the message says that brings a bundle's last part, and the part."""
+        offset = self._last(bundle)
+        part = bundle.part(offset, self.terms.part_bytes)
+        return _piece(bundle, offset, part), part
+
+    def fetch(self, run: str, answer: Answer) -> Path:
+        """Return the whole file of which an answer brought the first part; the rest is asked for now.
+
+        Raises:
+            ClientError: If the site does not send the file that it announced.
+        """
+        piece = Piece.parse(answer.head.get("piece"), most=self.terms.most_bytes)
+        inbox = Inbox(self.folder / "inbox")
+        inbox.drop(piece.file)
+        have = inbox.add(piece, answer.file)
+        while have < piece.total:
+            line = {"kind": "get", "run": run, "file": piece.file, "offset": have, "length": self.terms.part_bytes}
+            for part in self.ask({answer.site: line}, _STEP_S, most=self.terms.part_bytes):
+                if part.lost is not None:
+                    raise ClientError(part.lost)
+                before, following = have, Piece.parse(part.head.get("piece"), most=self.terms.most_bytes)
+                if following.file != piece.file:
+                    raise ClientError("it sends another file than it announced")
+                have = inbox.add(following, part.file)
+                if have <= before:
+                    raise ClientError("it sends nothing of what it announced")
+        whole = inbox.whole(piece.file)
+        if whole is None:
+            raise ClientError("it announced another file than it sent")
+        return whole
+
+    def _last(self, bundle: Bundle) -> int:
+        size = self.terms.part_bytes
+        return max(0, (bundle.size - 1) // size * size)
+
+    def _opened(self) -> Courier:
+        if self._courier is None:
+            self._courier = self._connect()
+        return self._courier
+
+    def _reconnect(self, error: CourierError) -> None:
+        """Open the courier again.
+
+        Raises:
+            CourierError: If it cannot be opened within the time that a site may be away.
+        """
+        _log.warning("courier: %s; connecting again", error)
+        until = time.monotonic() + self.terms.wait_s
+        while True:
+            self.close()
+            try:
+                self._look(force=True)
+                return
+            except CourierError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_AGAIN_S)
+
+    def _look(self, *, force: bool = False) -> None:
+        now = time.monotonic()
+        if force or now - self._looked > _LOOK_S:
+            self._nodes = {node.name: node for node in self._opened().nodes() if node.name}
+            self._looked = now
+
+    def _give_up(self, left: dict[str, _Asked], limit: float) -> Iterator[Answer]:
+        """Yield the sites that are not waited for any more."""
+        now = time.monotonic()
+        for site, asked in list(left.items()):
+            node = self._nodes.get(site)
+            away = node is None or not node.online  # those that are away may not even be listed
+            if not away and not asked.refused:
+                asked.away_since = None
+            elif asked.away_since is None:
+                asked.away_since = now
+            why = ""
+            if asked.away_since is not None and now - asked.away_since > self.terms.wait_s and not asked.message:
+                why = asked.refused or f"it was not online within engine.wait_s of {self.terms.wait_s:g} s"
+            elif now > limit:
+                why = "it did not answer in time"
+            if why:
+                del left[site]
+                yield self._lost(site, why)
+
+    def _push(self, left: Mapping[str, _Asked], ttl_s: float) -> None:
+        """Send the messages of those that are online, all of the same bytes at once."""
+        now, groups = time.monotonic(), dict[int, list[str]]()
+        for site, asked in left.items():
+            node = self._nodes.get(site)
+            if asked.message is None and node is not None and node.online and now >= asked.not_before:
+                groups.setdefault(id(asked.payload), []).append(site)
+        for sites in groups.values():
+            lines = {self._nodes[site].id: left[site].line for site in sites}
+            sent = self._opened().push(lines, left[sites[0]].payload, ttl_s)
+            for site in sites:
+                asked = left[site]
+                asked.message, asked.tries = sent[self._nodes[site].id], asked.tries + (not asked.refused)
+
+    def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Answer]:
+        """Look for replies one at a time, so that never more than one lies in memory."""
+        for site, asked in list(left.items()):
+            if asked.message is None:
+                continue
+            reply = self._opened().pull(asked.message, file, most=most)
+            if reply.state == "none":
+                continue
+            asked.message = None
+            if reply.state == "error":
+                why = LOST.get(reply.code)
+                if why is None or asked.tries >= self.terms.attempts:
+                    del left[site]
+                    tried = f" ({asked.tries} tries)" if asked.tries > 1 else ""
+                    yield self._lost(site, f"{why or f'the courier reports error {reply.code}'}{tried}")
+                else:
+                    _log.warning("site %r: %s; its message is sent again", site, why)
+                    asked.not_before, asked.refused = time.monotonic() + _AGAIN_S, ""
+            elif reply.head.get("error") in _AGAIN and "have" not in reply.head:
+                asked.refused, asked.not_before = told(reply.head) or "", time.monotonic() + _AGAIN_S
+                asked.away_since = asked.away_since or time.monotonic()
+                if time.monotonic() - asked.away_since > self.terms.wait_s:
+                    del left[site]
+                    yield self._lost(site, asked.refused)
+            else:
+                del left[site]
+                lost = None if "have" in reply.head else told(reply.head)
+                yield Answer(site, reply.head, file, lost)
+
+    def _lost(self, site: str, why: str) -> Answer:
+        return Answer(site, {}, self.folder / "answer", why)
+
+
+def _piece(bundle: Bundle, offset: int, part: Source) -> dict[str, Any]:
+    return {"file": bundle.sha256, "total": bundle.size, "offset": offset, "part": sha256(part)}

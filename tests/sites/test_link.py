@@ -1,0 +1,142 @@
+"""Asking sites: who is away is given up in time, a lost message is sent again, a broken line is opened anew."""
+
+import time
+
+import pytest
+
+from fedproxy.wire import link as wire
+from fedproxy.wire.bundle import Bundle
+from fedproxy.wire.courier import CourierError
+from fedproxy.wire.frames import NOTHING, Bytes
+from fedproxy.wire.inbox import Inbox, Piece
+from fedproxy.wire.link import Link, Terms
+
+from .fake_courier import FakeCourier
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    for name, seconds in {"_LOOK_S": 0.0, "_PAUSE_S": 0.0, "_AGAIN_S": 0.0, "MARGIN_S": 0.3}.items():
+        monkeypatch.setattr(wire, name, seconds)
+
+
+def echo(head, payload):
+    return {"got": payload.stat().st_size}, NOTHING
+
+
+def opened(tmp_path, sites, **terms):
+    courier = FakeCourier(sites, tmp_path / "line")
+    return courier, Link(lambda: courier, Terms(**{"wait_s": 0.3, **terms}), tmp_path / "link")
+
+
+def asked(link, *sites, seconds=0.2, **more):
+    answers = link.ask({site: {"kind": "x"} for site in sites}, seconds, margin_s=0.2, **more)
+    return {answer.site: answer.lost or answer.head for answer in answers}
+
+
+def test_sites_answer_and_shared_bytes_go_up_once(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo})
+    payload = Bytes(b"abc")
+    assert asked(link, "a", "b", payloads={"a": payload, "b": payload}) == {"a": {"got": 3}, "b": {"got": 3}}
+    assert courier.bytes["pushed"] == 3
+
+
+def test_a_site_that_is_not_named_receives_nothing(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo})
+    asked(link, "a")
+    assert {name for name, *_ in courier.sent} == {"a"}
+
+
+def test_a_site_that_stays_away_is_given_up_and_the_others_are_not_held_up(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo})
+    courier.offline.add("b")
+    began = time.monotonic()
+    found = asked(link, "a", "b", "nobody")
+    assert found["a"] == {"got": 0}
+    assert found["b"] == found["nobody"] == "it was not online within engine.wait_s of 0.3 s"
+    assert time.monotonic() - began < 5
+
+
+def test_a_site_that_never_answers_is_given_up(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo})
+    courier.silent.add("a")
+    assert asked(link, "a") == {"a": "it did not answer in time"}
+
+
+def test_a_lost_message_is_sent_again_as_often_as_the_terms_say(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo}, attempts=2)
+    courier.errors = {"a": [5], "b": [8, 5]}
+    assert asked(link, "a", "b", seconds=5) == {"a": {"got": 0}, "b": "it went away (2 tries)"}
+
+
+def test_an_error_that_nobody_knows_is_named_and_not_tried_again(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo})
+    courier.errors = {"a": [2]}
+    assert asked(link, "a") == {"a": "the courier reports error 2"}
+
+
+def test_a_site_whose_own_process_is_down_is_asked_again(tmp_path):
+    answers = [{"error": "site_down"}, {"error": "busy"}, {"ok": 1}]
+    _, link = opened(tmp_path, {"a": lambda head, payload: (answers.pop(0), NOTHING)}, wait_s=10)
+    assert asked(link, "a", seconds=10) == {"a": {"ok": 1}}
+
+
+def test_a_site_whose_own_process_stays_down_is_given_up_with_the_way_out(tmp_path):
+    _, link = opened(tmp_path, {"a": lambda head, payload: ({"error": "site_down"}, NOTHING)})
+    assert "start python -m fedproxy.site up there" in asked(link, "a")["a"]
+
+
+def test_a_line_that_breaks_is_opened_again_and_nothing_is_lost(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo}, wait_s=30)
+    asked(link, "a")
+    courier.breaks = 2
+    assert asked(link, "a", "b", seconds=10) == {"a": {"got": 0}, "b": {"got": 0}}
+    assert courier.closed
+
+
+def test_a_line_that_cannot_be_opened_again_ends_the_run(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo})
+    courier.breaks = 10**9
+    with pytest.raises(CourierError, match="the line is cut"):
+        asked(link, "a")
+
+
+def test_a_file_reaches_all_sites_in_parts_that_each_go_up_once(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 40)
+    bundle = Bundle({"f": tmp_path / "file"})
+    inboxes = {name: Inbox(tmp_path / name) for name in "abc"}
+
+    def taking(inbox):
+        return lambda head, payload: ({"have": inbox.add(Piece.parse(head["piece"], most=1 << 20), payload)}, NOTHING)
+
+    courier, link = opened(tmp_path, {name: taking(inbox) for name, inbox in inboxes.items()}, part_bytes=1000)
+    assert link.send("0" * 32, bundle, dict.fromkeys("ab", 0), all_of_it=True) == {}
+    assert courier.bytes["pushed"] == bundle.size
+    assert courier.largest == 1000
+    whole = b"".join(bundle.read(0, bundle.size))
+    assert all(inboxes[name].whole(bundle.sha256).read_bytes() == whole for name in "ab")
+    assert inboxes["c"].have(bundle.sha256) == 0
+    pushed = courier.bytes["pushed"]
+    have = {name: inbox.have(bundle.sha256) for name, inbox in inboxes.items()}
+    link.send("0" * 32, bundle, {name: have[name] for name in "ab"}, all_of_it=True)
+    assert courier.bytes["pushed"] == pushed  # a second run sends none of it
+
+
+def test_a_transfer_goes_on_after_parts_were_lost(tmp_path):
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 40)
+    bundle, inbox = Bundle({"f": tmp_path / "file"}), Inbox(tmp_path / "a")
+
+    def take(head, payload):
+        return {"have": inbox.add(Piece.parse(head["piece"], most=1 << 20), payload)}, NOTHING
+
+    courier, link = opened(tmp_path, {"a": take}, part_bytes=1000, attempts=4, wait_s=10)
+    courier.errors = {"a": ["after", 5, 8]}
+    assert link.send("0" * 32, bundle, {"a": 0}, all_of_it=True) == {}
+    assert inbox.whole(bundle.sha256)
+
+
+def test_a_site_that_takes_no_part_is_told_by_name(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 5000)
+    _, link = opened(tmp_path, {"a": lambda head, payload: ({"error": "full"}, NOTHING)}, part_bytes=1000)
+    lost = link.send("0" * 32, Bundle({"f": tmp_path / "file"}), {"a": 0}, all_of_it=True)
+    assert lost == {"a": "its disk is full"}

@@ -1,0 +1,261 @@
+"""A site's own process: what it is asked is checked against its policy, and what it says quotes no row."""
+
+import json
+import os
+import socket
+import stat
+
+import pytest
+import torch
+
+import fedproxy
+from fedproxy.errors import ClientError, ConfigError, DataError
+from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.sites.policy import NotAllowedError, Policy
+from fedproxy.sites.resident import Resident
+from fedproxy.sites.service import Service
+from fedproxy.sites.site_config import SitePlace
+from fedproxy.sites.site_rows import SiteRows
+from fedproxy.sites.site_run import Answered, SiteRun
+from fedproxy.wire.bundle import Bundle
+from fedproxy.wire.frames import NOTHING, receive, send
+from fedproxy.wire.messages import PROTOCOL, Setup, Train
+
+RUN = "ab" * 16
+SECRET = "Mrs Miller, born 1950"
+SETUP = {
+    "proxy": "a" * 64, "proxy_bytes": 10, "dtype": "float32", "trainable": {"name": "lora", "r": 2},
+    "max_input_tokens": 8, "max_target_tokens": 8, "long_rows": "cut", "quantization": "none", "plugins": [],
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path):
+    def make(text="", rows=4):
+        lines = (json.dumps({"prompt": f"{SECRET} {k}?", "target": f"answer {k}"}) for k in range(rows))
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+        (tmp_path / "site.yaml").write_text(f"name: ward\nclients: {{ward: {{files: {{rows: rows.jsonl}}}}}}\n{text}")
+        return SitePlace.read(tmp_path / "site.yaml")
+
+    return make
+
+
+@pytest.fixture
+def nothing(tmp_path):
+    (tmp_path / "payload").write_bytes(b"")
+    return tmp_path / "payload"
+
+
+def resident_of(place):
+    return Resident(place, SiteRows(place.rows(), place.folder / "rows"))
+
+
+def hello(**changes):
+    line = {"kind": "hello", "run": RUN, "protocol": PROTOCOL, "version": fedproxy.__version__, "setup": SETUP}
+    return {**line, **changes}
+
+
+def test_hello_says_names_counts_and_nothing_of_a_row(place, nothing):
+    head, payload = resident_of(place()).serve(hello(), nothing)
+    assert head["greeting"]["clients"] == {"ward": 4}
+    assert head["greeting"]["have"] == 0
+    assert payload.size == 0
+    assert "Miller" not in json.dumps(head)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "line"),
+    [
+        ({"version": "0.0.1"}, "version", "0.0.1 at the server"),
+        ({"protocol": 2}, "version", "at the server"),
+        ({"setup": {**SETUP, "trainable": {"name": "blocks"}}}, "refused", "policy.trainables allows lora, not blocks"),
+        ({"setup": {**SETUP, "plugins": ["os"]}}, "refused", "policy.plugins does not list os"),
+        ({"setup": {**SETUP, "proxy_bytes": 1 << 40}}, "refused", "policy.largest_mib is 2048"),
+        ({"setup": {**SETUP, "proxy": "../../x"}}, "failed", "proxy cannot be"),
+        ({"run": "../x"}, "failed", "of which run"),
+        ({"kind": "shell"}, "unknown", "does not know this kind"),
+        ({"kind": "get", "file": "x"}, "unknown", "say hello first"),
+        ({"kind": "train"}, "unknown", "say hello first"),
+        ({"kind": "put", "piece": {}}, "damaged", "does not say which file"),
+    ],
+)
+def test_what_the_policy_does_not_allow_or_nobody_knows_is_refused_in_one_line(change, error, line, place, nothing):
+    head, payload = resident_of(place()).serve(hello(**change), nothing)
+    assert head["error"] == error
+    assert line in head["why"]
+    assert payload.size == 0
+
+
+def test_every_message_is_in_the_owners_journal(place, nothing):
+    resident = resident_of(place())
+    resident.serve(hello(), nothing)
+    resident.serve(hello(kind="shell\x1b[2J"), nothing)
+    lines = [json.loads(line) for line in (place().folder / "journal.jsonl").read_text().splitlines()]
+    assert [line["kind"] for line in lines] == ["hello", "shell"]
+    assert lines[0]["outcome"] == "done"
+
+
+def test_rows_that_changed_since_the_run_began_end_it_for_this_site(place, nothing):
+    resident_of(place()).serve(hello(), nothing)
+    head, _ = resident_of(place(rows=5)).serve(hello(), nothing)
+    assert head == {"error": "changed"}
+    head, _ = resident_of(place(rows=4)).serve(hello(), nothing)
+    assert "greeting" in head
+
+
+def test_an_error_that_quotes_a_row_reaches_the_server_as_its_kind_alone(place, nothing, monkeypatch):
+    def fail(*_):
+        raise ValueError(f"cannot tokenise {SECRET}")
+
+    monkeypatch.setattr(Setup, "parse", fail)
+    head, _ = resident_of(place()).serve(hello(), nothing)
+    assert head == {"error": "failed", "why": "ValueError"}
+
+
+def test_a_full_disk_is_told_as_such(place, nothing, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedproxy.wire.inbox.Inbox.have", fail)
+    head, _ = resident_of(place()).serve(hello(), nothing)
+    assert head["error"] == "full"
+
+
+def test_what_a_run_keeps_stays_for_the_latest_runs_alone(place, nothing):
+    resident = resident_of(place("keep_runs: 2\n"))
+    for number in range(4):
+        resident.serve(hello(run=f"{number:032x}"), nothing)
+    assert len(list((place().folder / "runs").iterdir())) == 2
+
+
+JOB = {"epochs": 1, "parts": []}
+
+
+@pytest.mark.parametrize(
+    ("rules", "round_", "job", "line"),
+    [
+        ({"most_rounds": 2}, 3, JOB, "policy.most_rounds is 2, this is round 3"),
+        ({"most_epochs": 2}, 1, {"epochs": 3}, "policy.most_epochs is 2, the round asks for 3"),
+        ({}, 1, {"epochs": "1"}, "policy.most_epochs"),
+        ({}, 1, {}, "policy.most_epochs"),
+        ({"most_clip": 1.0}, 1, JOB, "policy.most_clip is 1.0"),
+        ({"most_clip": 1.0}, 1, {"epochs": 1, "parts": [{"name": "clip_noise", "clip": 2.0}]}, "policy.most_clip"),
+        (
+            {"most_clip": 1.0, "least_noise": 0.5},
+            1,
+            {"epochs": 1, "parts": [{"name": "clip_noise", "clip": 1.0, "noise": 0.1}]},
+            "policy.least_noise is 0.5",
+        ),
+    ],
+)
+def test_a_round_that_asks_for_more_is_refused_by_rule(rules, round_, job, line):
+    with pytest.raises(NotAllowedError, match=line):
+        Policy(**rules).check_round(round_, job)
+
+
+def test_a_round_within_the_rules_is_allowed():
+    parts = [{"name": "clip_noise", "clip": 0.5, "noise": 1.0}]
+    Policy(most_clip=1.0, least_noise=0.5).check_round(100, {"epochs": 3, "parts": parts})
+
+
+def test_losses_and_statistics_leave_only_where_they_may():
+    update = ClientUpdate("ward", {"a": torch.ones(1)}, 3, 4, train_loss=0.5, seconds=2.0)
+    assert Policy().allowed(update) is update
+    counts = Policy(figures="counts").allowed(update)
+    assert (counts.train_loss, counts.seconds, counts.num_examples) == (None, 0.0, 3)
+    with pytest.raises(NotAllowedError, match=r"policy.statistics does not let 'fisher' leave"):
+        Policy().allowed(ClientUpdate("ward", {}, extras={"fisher": {}}))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("policy: {most_rounds: 0}", "policy.most_rounds must be at least 1"),
+        ("policy: {least_noise: 1}", "policy.least_noise must be"),
+        ("policy: {figures: all}", "policy.figures must be one of losses, counts"),
+        ("policy: {epochs: 3}", "policy.epochs: unknown key"),
+        ("workers: 0", "workers must be"),
+        ("node_port: 70000", "node_port must be from 1 to 65535"),
+        ("server: {address: 3}", "server.address must be a text"),
+    ],
+)
+def test_a_site_file_that_cannot_be_meant_is_refused_with_its_key(text, line, place):
+    with pytest.raises(ConfigError, match=f"site file .*site.yaml: {line}"):
+        place(text)
+
+
+def test_a_client_with_too_few_rows_takes_no_part(place):
+    site = place()
+    with pytest.raises(DataError, match=r"client 'ward' has fewer rows than policy.least_rows=5"):
+        SiteRows(site.rows(), site.folder / "rows", least=5)
+
+
+def test_the_same_question_is_answered_the_same_without_training_again(place, tmp_path):
+    site = place()
+    run = SiteRun(tmp_path / "run", site.config, SiteRows(site.rows(), site.folder / "rows"))
+    answered = Answered.find(run.folder / "answers", "key")
+    answered.begin()
+    (answered.folder / "00000").write_bytes(b"update")
+    answered.answers = {"ward": {"file": "00000"}}
+    answered.finish()
+    again = Answered.find(run.folder / "answers", "key")
+    assert again.is_whole
+    assert again.bundle.sha256 == answered.bundle.sha256
+    assert run.answered(again.bundle.sha256).size == again.bundle.size
+    for key in ("b", "c"):
+        Answered.find(run.folder / "answers", key).begin()
+    Answered.find(run.folder / "answers", "d").begin()
+    assert not Answered.find(run.folder / "answers", "key").is_whole  # the latest stay
+
+
+def talk(service, data):
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.settimeout(10)
+        opened.connect(str(service.path))
+        try:
+            opened.sendall(data)
+            opened.shutdown(socket.SHUT_WR)
+            return opened.makefile("rb").readline()
+        except OSError:
+            return b""  # it was thrown out while it still spoke
+
+
+@pytest.fixture
+def service(tmp_path):
+    made = Service(lambda head, path: ({"got": head, "bytes": path.stat().st_size}, NOTHING), tmp_path / "socket")
+    yield made
+    made.close()
+
+
+def test_the_socket_is_the_owners_alone(service):
+    assert stat.S_IMODE(os.stat(service.path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(service.path.parent).st_mode) == 0o700
+
+
+def test_a_message_is_answered_and_what_is_none_is_refused(service):
+    assert json.loads(talk(service, b'{"kind":"x","size":2}\nab')) == {"got": {"kind": "x"}, "bytes": 2, "size": 0}
+    for bad in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"size":99999999999}\n', b'{"size":5}\nab', b"\x00" * 3_000_000):
+        assert json.loads(talk(service, bad) or '{"error":"not_ours","size":0}')["error"] == "not_ours"
+    assert json.loads(talk(service, b'{"size":0}\n'))["bytes"] == 0
+
+
+def test_a_round_trip_through_the_socket_keeps_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 100_000)
+    bundle = Bundle({"a": tmp_path / "a"})
+    service = Service(lambda head, path: ({"ok": 1}, bundle.part(0, bundle.size)), tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as opened, opened.makefile("rwb") as stream:
+        opened.connect(str(service.path))
+        send(stream, {"kind": "get"})
+        assert receive(stream, tmp_path / "got", most=1 << 20) == {"ok": 1}
+    assert (tmp_path / "got").read_bytes() == b"".join(bundle.read(0, bundle.size))
+    service.close()
+
+
+def test_a_broadcast_of_another_round_than_its_task_is_refused(place, tmp_path, nothing):
+    site = place()
+    run = SiteRun(tmp_path / "run", site.config, SiteRows(site.rows(), site.folder / "rows"))
+    Broadcast(2, {"a": torch.ones(1)}, {"epochs": 1}).save(tmp_path / "sent")
+    (tmp_path / "bundle").write_bytes(b"".join(Bundle({"0": tmp_path / "sent"}).read(0, 1 << 20)))
+    task = Train(1, {"ward": {}}, {"ward": 0}, "a" * 64, 1.0)
+    with pytest.raises(ClientError, match="of another round than the task"):
+        run.train(task, tmp_path / "bundle")

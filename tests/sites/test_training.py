@@ -1,0 +1,136 @@
+"""Two sites, each with its own process's worth of state, end a run with the same bytes as one process."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from fedproxy.config import load_config
+from fedproxy.errors import ClientError
+from fedproxy.pipeline.run import run
+from fedproxy.sites.resident import Resident
+from fedproxy.sites.site_config import SitePlace
+from fedproxy.sites.site_rows import SiteRows
+
+from .fake_courier import FakeCourier
+
+TASKS = ("tiny_colors", "tiny_sums", "tiny_opposites", "tiny_places")
+AT_SITES = ["engine.name=flower", "data.partition.name=sites", "data.partition.clients=4"]
+SMALL = ["recipe=fedproxy_tiny", "data.rows_per_task=24", "federation.rounds=2", "evaluation.tasks=[]"]
+
+
+def site(folder, name, tasks, **policy):
+    folder.mkdir(parents=True)
+    rules = "".join(f"  {key}: {value}\n" for key, value in {"least_rows": 1, **policy}.items())
+    clients = "".join(f"  {task}: {{tasks: [{task}], rows_per_task: 24}}\n" for task in tasks)
+    text = f"name: {name}\nworkers: 1\ntrainer: {{accelerator: cpu, devices: 1, precision: 32-true}}\n"
+    (folder / "site.yaml").write_text(f"{text}clients:\n{clients}policy:\n{rules}")
+    place = SitePlace.read(folder / "site.yaml")
+    return Resident(place, SiteRows(place.rows(), place.folder / "rows", least=place.config.policy.least_rows))
+
+
+@pytest.fixture
+def sites(tmp_path, monkeypatch):
+    made = {}
+
+    def make(courier=FakeCourier, **policy):
+        for name, tasks in {"ward_a": TASKS[:2], "ward_b": TASKS[2:]}.items():
+            made[name] = site(tmp_path / name, name, tasks, **policy)
+        courier = courier({name: resident.serve for name, resident in made.items()}, tmp_path / "line")
+        monkeypatch.setattr("fedproxy.federation.engines.flower.FlowerCourier", lambda hub: courier)
+        monkeypatch.setattr("fedproxy.federation.engines.flower.registered", lambda hub: sorted(made))
+        return courier
+
+    yield make
+    for resident in made.values():
+        resident.close()
+
+
+class Sniffed(FakeCourier):
+    """Keeps every byte that passes."""
+
+    def __init__(self, sites, folder):
+        super().__init__({name: self.listening(serve) for name, serve in sites.items()}, folder)
+        self.down, self.up = bytearray(), bytearray()
+
+    def listening(self, serve):
+        def heard(head, payload):
+            self.down += json.dumps(head).encode() + payload.read_bytes()
+            answer, source = serve(head, payload)
+            self.up += json.dumps(answer).encode() + b"".join(source.pieces())
+            return answer, source
+
+        return heard
+
+
+def trained(tmp_path, name, *words):
+    config = load_config([*SMALL, *words, f"output_dir={tmp_path / name}"])
+    run(config)
+    return load_file(sorted((tmp_path / name / "checkpoints").glob("round_*"))[-1] / "state.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["aggregator.name=fedavg", "regularizer.name=scaffold"],
+        ["aggregator.name=fedsa_lora", "regularizer.name=none"],
+        ["parts.precision.up=int8"],
+        ["aggregator.name=none", "regularizer.name=none"],
+    ],
+    ids=["h_ties", "scaffold", "fedsa_lora", "int8", "own_states"],
+)
+def test_sites_end_in_the_bytes_of_one_process(words, sites, tmp_path):
+    here = trained(tmp_path, "here", "engine.name=in_process", "engine.threads=1", *words)
+    sites(statistics=True)
+    there = trained(tmp_path, "there", *AT_SITES, *words)
+    assert here.keys() == there.keys()
+    assert all(here[name].equal(there[name]) for name in here)
+
+
+@pytest.mark.slow
+def test_no_byte_on_the_line_names_the_target_or_quotes_a_row_also_when_a_client_fails(sites, tmp_path):
+    courier = sites(courier=Sniffed)
+    rows = [json.loads(line) for line in next((tmp_path / "ward_a/site/rows").iterdir()).read_text().splitlines()]
+    broken = tmp_path / "ward_a/site/rows"
+    words = ("federation.min_clients=1", f"output_dir={tmp_path / 'run'}")
+    first = sorted(broken.iterdir())[0]
+    first.write_text(json.dumps({"prompt": rows[0]["prompt"], "oops": 1}) + "\n")  # an error that quotes a row
+    run(load_config([*SMALL, *AT_SITES, *words]))
+    layer_map = json.loads((tmp_path / "run/server/layer_map.json").read_text())
+    forbidden = ["tiny-llama", "asset:", str(tmp_path), "layer_map", layer_map["target_sha256"], "server/"]
+    assert len(courier.down) > 100_000
+    assert not [text for text in forbidden if text.encode() in courier.down]
+    texts = [row[key].strip() for row in rows for key in ("prompt", "target") if len(row[key].strip()) > 12]
+    assert len(texts) > 20
+    assert not [text for text in texts if text.encode() in courier.up]
+    dropped = json.loads((tmp_path / "run/rounds.jsonl").read_text().splitlines()[0])["dropped"]
+    assert len(dropped) == 1
+
+
+@pytest.mark.slow
+def test_what_a_policy_refuses_is_named_in_the_runs_error(sites, tmp_path):
+    sites(most_epochs=1)
+    with pytest.raises(ClientError, match=r"site 'ward_a': its policy does not allow it: policy.most_epochs is 1"):
+        run(load_config([*SMALL, *AT_SITES, "client.epochs=2", f"output_dir={tmp_path / 'run'}"]))
+
+
+@pytest.mark.slow
+def test_a_site_whose_answer_was_lost_is_asked_again_and_does_not_train_again(sites, tmp_path):
+    here = trained(tmp_path, "here", "engine.name=in_process", "engine.threads=1")
+    courier = sites()
+    courier.errors = {"ward_b": []}
+    asked = courier.push
+
+    def push(to, payload, ttl_s):
+        if any(line["kind"] == "train" for line in to.values()) and not courier.errors.get("done"):
+            courier.errors = {"ward_b": ["after"], "done": [0]}
+        return asked(to, payload, ttl_s)
+
+    courier.push = push
+    there = trained(tmp_path, "there", *AT_SITES)
+    assert all(here[name].equal(there[name]) for name in here)
+    journal = [json.loads(line) for line in (tmp_path / "ward_b/site/journal.jsonl").read_text().splitlines()]
+    assert [line["round"] for line in journal if line["kind"] == "train"] == [1, 1, 2]
+    assert [line["seconds"] < 1 for line in journal if line["kind"] == "train"][1]
