@@ -1,6 +1,10 @@
 """A federation over Flower on loopback, with TLS and node authentication on: what it promises, seen to hold."""
 
+import json
 import os
+import re
+import shlex
+import shutil
 import ssl
 import time
 import urllib.error
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .loopback import Command, Loopback, run, skip_where_it_cannot_run
+from .loopback import FLOWER, Command, Loopback, free_port, run, skip_where_it_cannot_run
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
 SITES = {"ward_a": ("tiny_colors", "tiny_sums"), "ward_b": ("tiny_opposites", "tiny_places")}
@@ -97,6 +101,51 @@ def test_all_four_kinds_of_process_are_killed_and_the_bytes_are_those_of_one_pro
     ours, theirs = state(federation.folder / "there", 4), state(here, 4)
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+ALONE = ("aggregator.name=fedavg", "regularizer.name=none")
+
+
+def commands_of(page):
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python -m fedproxy")]
+
+
+def test_every_command_of_the_deployment_page_does_what_it_says(tmp_path):
+    skip_where_it_cannot_run()
+    port, up = free_port(), []
+    page = Path(__file__).parent.parent.parent / "docs/deploy.md"
+    try:
+        for module, *words in commands_of(page):
+            words = [word.replace("hub.example:8443", f"localhost:{port}") for word in words]
+            words = [word.replace("hub.example", "localhost") for word in words]
+            if words[0] == "up":
+                up.append(Command(tmp_path, module.removeprefix("fedproxy."), *words).until("is up"))
+                continue
+            if words[:2] == ["init", "hub.yaml"]:
+                words += [f"port={port}", f"superlink_port={free_port()}"]
+            elif words[0] == "init":
+                words += [f"node_port={free_port()}"]
+            elif words[0] == "check":
+                shutil.copy(tmp_path / "hub/keys/ca.crt", tmp_path / "ward_a/keys/ca.crt")
+                rows = [json.dumps({"prompt": f"{k} plus one is", "target": f"{k + 1}"}) for k in range(40)]
+                (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+            elif module == "fedproxy.fit":
+                words = [
+                    word.replace("=fedproxy_llama", "=fedproxy_tiny").replace("clients=2", "clients=1")
+                    for word in words
+                ]
+                words += ["federation.rounds=1", "evaluation.tasks=[]"]
+            code, said = run(tmp_path, module, *words)
+            assert code == 0, (module, words, said)
+            if words[0] == "init":
+                file = tmp_path / words[1]
+                file.write_text(
+                    file.read_text().replace("accelerator: auto", "accelerator: cpu") + f"flower: {FLOWER}\n"
+                )
+    finally:
+        for command in reversed(up):
+            command.end()
 
 
 def test_nothing_is_left_when_all_have_ended(federation):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from fedproxy.pipeline.components import check_components
 from peft import PeftModel
 
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
+from fedproxy.pipeline.checks import check_components
 from fedproxy.strategies.trainable.fused_lora import FusedLoraLinear
 
 from .test_trainable import IDS, attach, lora, make_gpt2, make_llama

@@ -89,7 +89,7 @@ class Flower(Engine, name="flower"):
             options["quantization"],
             list(remote.plugins),
         )
-        sites = self._reach(_run_id(folder), folder / "sites")
+        sites = self._reach(_run_id(folder), folder / "tmp_sites")
         try:
             sites.bring(setup, proxy, send=self.proxy == "send")
         except CourierError as error:
