@@ -87,7 +87,8 @@ def test_tasks_and_rows_are_scored_beside_each_other(run_tiny, wards):
     assert {sample["task"] for sample in load_samples(folder, "fused")} == {"tiny_sums", "ward-a", "ward-b"}
     page = (folder / "report.md").read_text()
     assert (
-        "Per cent, ± one standard error over the questions, then the difference to target in points. What is no" in page
+        "Per cent, ± one standard error over the questions, then the difference to target in points. Metrics that are no shares are"
+        in page
     )
 
 
