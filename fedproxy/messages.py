@@ -163,6 +163,8 @@ class Message:
                 return Rewind(number, Kept.of(kept), changes)
             case {"kind": "collect", "kept": kept}:
                 return Collect(Kept.of(kept))
+            case {"kind": "keys", "run": str(run), "round": int(number), "attempt": int(attempt)}:
+                return Keys(run, number, attempt)
             case {"kind": "evaluate", "kept": kept} if tensors:
                 return Evaluate(Kept.of(kept), tensors)
         raise ClientError("the message is none that a client of this version answers; use the same version")
@@ -205,6 +207,23 @@ class Collect(Message):
 
     kept: Kept
     """With which the client's last round that counts left it."""
+
+    def answered(self, client_id: str, says: Any, file: Path) -> UpdateFile:
+        """Return the file."""
+        return UpdateFile(client_id, file)
+
+
+@dataclass(frozen=True)
+class Keys(Message):
+    """Send your signed key share for a secure sum; an update whose ``delta`` it is answers."""
+
+    kind: ClassVar[str] = "keys"
+
+    run: str
+    """Tells the run's sums from another's."""
+    round: int
+    attempt: int
+    """How often the round was begun before."""
 
     def answered(self, client_id: str, says: Any, file: Path) -> UpdateFile:
         """Return the file."""

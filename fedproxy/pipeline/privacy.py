@@ -17,6 +17,7 @@ from fedproxy.privacy.ledger import FOLDER
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.strategies.round_parts import RoundPart
 from fedproxy.strategies.round_parts.privacy import Privacy
+from fedproxy.strategies.round_parts.secure_sum import SecureSum
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "None")
 """trainer.precision with which rows' gradients can be told apart; None is Lightning's default, 32-true."""
@@ -46,19 +47,28 @@ def check_privacy(config: RunConfig, *, here: bool = True) -> None:
         ConfigError: One line that names key, rule and way out.
     """
     privacy = config.privacy
-    if not privacy.on:
+    if not privacy.on and not privacy.secure_aggregation:
         return
     for package in ("dp_accounting", "cryptography") if here else ():
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
-                f"privacy.unit={privacy.unit} needs the package {package.replace('_', '-')}; run pip install "
-                "'fedproxy[privacy]'"
+                f"privacy needs the package {package.replace('_', '-')}; run pip install 'fedproxy[privacy]'"
             )
     if privacy.unit == "example" and config.client.packing:
         raise ConfigError(
             "client.packing: privacy.unit=example clips each row's own gradient, which rows side by side do not have; "
             "use client.packing=false"
         )
+    if privacy.secure_aggregation:
+        _check_secure(config)
+    if privacy.on:
+        _check_let_out(config)
+        (_check_clients if privacy.unit == "client" else _check_examples)(config)
+
+
+def _check_let_out(config: RunConfig) -> None:
+    """Refuse what would leave clients beside their updates, unaccounted for."""
+    privacy = config.privacy
     parts = {*config.aggregator.parts, *config.regularizer.parts}
     if "statistics" in parts:
         raise ConfigError(
@@ -79,10 +89,35 @@ def check_privacy(config: RunConfig, *, here: bool = True) -> None:
             f"data.holdout must be null with privacy.unit={privacy.unit}, got {config.data.holdout}: scores on "
             "clients' held-out rows are not accounted for"
         )
-    if privacy.unit == "client":
-        _check_clients(config)
-    else:
-        _check_examples(config)
+
+
+def _check_secure(config: RunConfig) -> None:
+    """Refuse what needs, or would let out, single updates where the server is to learn their sum alone."""
+    rule, space = config.aggregator, config.federation.space
+    if single := {"statistics", "personal", "base_change"} & {*rule.parts, *config.regularizer.parts}:
+        raise ConfigError(
+            f"privacy.secure_aggregation hides what aggregator {rule.name!r} asks of each client ({min(single)}); use "
+            "aggregator.name=fedavg"
+        )
+    if space == "product":
+        raise ConfigError(
+            "federation.space must be factors with privacy.secure_aggregation, got 'product': products of a sum are "
+            "not the sum of products"
+        )
+    if other := {"precision", "ranks"} & set(config.parts):
+        raise ConfigError(
+            f"parts.{min(other)} changes the form of single updates, which privacy.secure_aggregation adds up as they "
+            "are; remove it"
+        )
+    if getattr(rule, "weighting", "uniform") == "tokens":
+        raise ConfigError(
+            "aggregator.weighting must be examples or uniform with privacy.secure_aggregation, got 'tokens': clients "
+            "weigh their own updates, and nobody knows the most tokens of one"
+        )
+    clients = config.data.partition.count(config.data.tasks, config.data.files)
+    drawn = config.federation.clients_per_round
+    if (clients if drawn == "all" else int(drawn)) < 2:
+        raise ConfigError("privacy.secure_aggregation needs at least 2 clients in a round, got 1: their sum is theirs")
 
 
 def _check_clients(config: RunConfig) -> None:
@@ -175,14 +210,20 @@ def _promise(config: RunConfig, planned: Release) -> Promise:
 
 
 def privacy_parts(config: RunConfig, rows: Mapping[str, int], run: str) -> list[RoundPart]:
-    """Return the round part that the node asks for; none without privacy.
+    """Return the round parts that the node asks for; none without privacy.
 
     Args:
         config: The recipe.
         rows: Each client's number of rows.
         run: Tells this run's rounds from another's.
     """
-    return [_part(config, rows, run)] if config.privacy.on else []
+    privacy = config.privacy
+    parts: list[RoundPart] = [_part(config, rows, run)] if privacy.on else []
+    if privacy.secure_aggregation:
+        alike = privacy.on or getattr(config.aggregator, "weighting", "uniform") == "uniform"
+        most = 1 if alike else max(rows.values())
+        parts.append(SecureSum(run=run, largest=privacy.largest, most=most))
+    return parts
 
 
 def _part(config: RunConfig, rows: Mapping[str, int], run: str) -> Privacy:

@@ -32,11 +32,20 @@ class PrivacyConfig:
     """Rows whose gradients are held at once, for unit example; null is client.batch_size."""
     ledger: str | None = None
     """Folder of the clients' ledgers; null is beside their data: the folder of data.files, or else the run's own."""
+    secure_aggregation: bool = False
+    """Whether the server learns the sum of a round's updates alone, with any unit; for linear rules."""
+    largest: float = 1.0
+    """Largest magnitude of a number of an update in a secure sum, which has 31 bits for all clients' together."""
     test_seed: int | None = None
     """Draws noise that can be repeated and foreseen, for tests; null draws from a secret of each client."""
 
     def __post_init__(self) -> None:
         """Check the options."""
+        self._require("largest", 0 < self.largest < math.inf, "positive")
+        if self.secure_aggregation and self.noise_at == "server":
+            raise ConfigError(
+                "privacy.noise_at must be client with privacy.secure_aggregation, got 'server': it sees no update"
+            )
         if self.unit == "none":
             for key in ("epsilon", "delta", "noise_multiplier", "ledger", "test_seed"):
                 if getattr(self, key) is not None:

@@ -1,24 +1,22 @@
 """What the server asks clients beside training: who they are, and how states do on the rows that they hold back."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch.nn.functional import log_softmax
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.batching import IGNORED, collate
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
-from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ClientError
-from fedproxy.federation.client.base import RemoteClient
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.engines import Engine
 from fedproxy.federation.server.asking import greet, introduced, score
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.messages import Collect, Done, Dropped, Evaluate, Facts, Hello, Message, Rewind, Sums
-from fedproxy.models import load_tokenizer
 from fedproxy.protocol import Broadcast, Kept
 
 PROXY = "asset:tiny-llama"
@@ -32,17 +30,11 @@ def rows(count, offset=0):
     ]
 
 
-def with_held_out(*, device, **options):
-    """A site of which ann holds back 20 rows, more than one forward pass takes, and bob none."""
-    site = load(device=device, **options)
-    site.held_out = {"ann": tokenise(rows(20, 7), load_tokenizer(resolve(PROXY)), **LENGTHS)}
-    return site
-
-
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
-    ClientRows({"ann": rows(5), "bob": rows(1)}, folder / "rows")
+    held_out = [replace(row, key=f"{row.key}/held_out", held_out=True) for row in rows(20, 7)]
+    ClientRows({"ann": [*rows(5), *held_out], "bob": rows(1)}, folder / "rows")
     return LocalSetup(
         proxy=str(resolve(PROXY)),
         dtype="float32",
@@ -56,7 +48,7 @@ def setup(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def site(setup):
-    return with_held_out(device=None, **asdict(setup))
+    return load(device=None, **asdict(setup))
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +61,7 @@ def states(site):
 
 
 def test_both_engines_carry_the_same_facts_and_sums(setup, site, states, tmp_path):
-    remote = RemoteClient(f"{__name__}:with_held_out", asdict(setup))
+    remote = setup.remote([])
     asked = {"ann": Evaluate(Kept(), states), "bob": Evaluate(Kept(), states)}
     found = {}
     for name, options in (("in_process", {"threads": 1}), ("workers", {"workers": 1})):
@@ -94,10 +86,12 @@ def test_sums_are_those_of_the_plain_forward_pass(site, states):
     site.model.load_state(states["after"])
     total, tokens, means = 0.0, 0, []
     for example in site.held_out["ann"]:
-        ids = torch.tensor([example.input_ids])
+        batch = collate([example], 0)
         with torch.no_grad():
-            logits = site.model.model(input_ids=ids).logits[0, :-1].double()
-        nll = -log_softmax(logits, -1)[range(len(logits)), ids[0, 1:]][example.prompt_length - 1 :]
+            logits = site.model.model(input_ids=batch["input_ids"]).logits[0, :-1].double()
+        labels = batch["labels"][0, 1:]
+        answer = labels != IGNORED
+        nll = -log_softmax(logits[answer], -1)[range(int(answer.sum())), labels[answer]]
         total, tokens, means = total + float(nll.sum()), tokens + len(nll), [*means, float(nll.mean())]
     assert found["after"]["answer_nll"] == (pytest.approx(total, rel=1e-5), tokens)
     assert found["after"]["row_nll"] == (pytest.approx(sum(means), rel=1e-5), 20)

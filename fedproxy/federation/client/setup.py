@@ -44,6 +44,8 @@ class LocalSetup:
     """Bits of the frozen weights: none, 8bit or 4bit."""
     ledger: str | None = None
     """Folder of the clients' privacy ledgers, beside their data."""
+    signing: str | None = None
+    """Folder of the clients' signing secrets and of the keys that they have pinned."""
     logs: str | None = None
     """Folder for what Lightning's loggers and profilers write; None is the working directory."""
 
@@ -58,27 +60,33 @@ class LocalSetup:
         self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
     ) -> Site:
         """Return a site that trains on a given proxy with given Trainer options."""
-        examples = ClientExamples(
-            Path(self.rows),
-            tokenizer,
-            max_input_tokens=self.max_input_tokens,
-            max_target_tokens=self.max_target_tokens,
-            max_tokens=positions(model.model.config),
-            long_rows=self.long_rows,
+        trained, held_out = (
+            ClientExamples(
+                Path(self.rows),
+                tokenizer,
+                max_input_tokens=self.max_input_tokens,
+                max_target_tokens=self.max_target_tokens,
+                max_tokens=positions(model.model.config),
+                long_rows=self.long_rows,
+                held_out=held_out,
+            )
+            for held_out in (False, True)
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))
         logs = None if self.logs is None else Path(self.logs)
-        ledger = None if self.ledger is None else Path(self.ledger)
+        ledger, signing = (None if folder is None else Path(folder) for folder in (self.ledger, self.signing))
         return Site(
             model,
-            examples,
+            trained,
             pad_id=pad,
             trainer=trainer,
             memory=memory,
             logs=logs,
+            held_out=held_out,
             proxy=Path(self.proxy),
             ledger=ledger,
+            signing=signing,
         )
 
     def remote(self, plugins: Sequence[str]) -> RemoteClient:

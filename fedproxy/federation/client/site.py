@@ -14,12 +14,15 @@ from fedproxy.errors import ClientError
 from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.scoring import answer_sums
 from fedproxy.federation.client.training import Job, client_seeds, tune
-from fedproxy.messages import Collect, Done, Evaluate, Facts, Hello, Message, Rewind, Sums
+from fedproxy.messages import Collect, Done, Evaluate, Facts, Hello, Keys, Message, Rewind, Sums
 from fedproxy.names import file_stem
+from fedproxy.privacy.keys import Occasion
+from fedproxy.privacy.registration import identity_of
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.sealed import content_sha256, tree_sha256
 from fedproxy.strategies.round_parts import ClientRound, made
+from fedproxy.strategies.round_parts.secure_sum import share_tensor
 from fedproxy.strategies.trainable.base import TrainableModel
 
 _PACKAGES = ("fedproxy", "torch", "transformers", "lightning", "peft")
@@ -39,6 +42,7 @@ class Site:
         held_out: Each client's tokenised rows that it holds back from training.
         proxy: Folder that the model was loaded from, which the server may compare with its own.
         ledger: Folder of the clients' privacy ledgers, beside their data.
+        signing: Folder of the clients' signing secrets and of the keys that they have pinned.
     """
 
     def __init__(
@@ -53,10 +57,11 @@ class Site:
         held_out: Mapping[str, Sequence[Example]] | None = None,
         proxy: Path | None = None,
         ledger: Path | None = None,
+        signing: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.memory, self.logs, self.held_out, self.proxy = memory, logs, held_out or {}, proxy
-        self.ledger, self.initial, self._proxy_sha256 = ledger, model.state(), ""
+        self.memory, self.logs, self.held_out, self.proxy = memory, logs, {} if held_out is None else held_out, proxy
+        self.ledger, self.signing, self.initial, self._proxy_sha256 = ledger, signing, model.state(), ""
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
@@ -93,6 +98,11 @@ class Site:
                 if rank_and_size()[0] == 0:
                     self.memory.rewind(client_id, message)
                 return Done(client_id)
+            case Keys(run, number, attempt):
+                if self.signing is None:
+                    raise ClientError(f"client {client_id!r} has no signing key; register it")
+                share = identity_of(self.signing, client_id).share(Occasion(run, number, attempt))
+                return ClientUpdate(client_id, {"share": share_tensor(share)}, round=number)
             case Collect(kept):
                 own = self.memory.load(client_id, kept).get("personal", {})
                 return ClientUpdate(client_id, {name: own[name] for name in own}, round=kept.round)
@@ -152,5 +162,6 @@ class Site:
             lr=job.lr,
             seed=seed,
             ledger=self.ledger,
+            signing=self.signing,
             writes=writes,
         )

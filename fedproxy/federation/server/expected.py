@@ -22,6 +22,8 @@ class Expected:
     """Names, shapes and dtypes of the update itself; None takes those of the broadcast state."""
     extras: Mapping[str, Group] = field(default_factory=dict)
     """Groups that every update carries; there may be no others."""
+    hidden: bool = False
+    """Whether updates are masked, so that their values say nothing."""
     own: "Mapping[str, Expected]" = field(default_factory=dict)
     """What is expected of single clients whose updates have another form, by name."""
 

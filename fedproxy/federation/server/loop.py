@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
+from fedproxy.errors import ClientError
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Counted, Progress
 from fedproxy.federation.server.files import ClientState, ServerFiles
 from fedproxy.federation.server.participation import OnAnswer, Participation
 from fedproxy.federation.server.sampling import sample_clients
+from fedproxy.federation.server.secure_rounds import key_shares, left
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
@@ -25,6 +27,7 @@ from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
 from fedproxy.strategies.round_parts.privacy import figures
+from fedproxy.strategies.round_parts.secure_sum import SecureSum, with_shares
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 Record = dict[str, Any]
@@ -43,7 +46,7 @@ class Federation:
     parts: Sequence[RoundPart]
     """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None
-    """alpha / r of the state's LoRA pairs; None where the state holds none."""
+    """Scale of the state's LoRA pairs; None where the state holds none, or other tensors with them."""
     seed: int
     files: ServerFiles
     """What the server keeps beside its checkpoints."""
@@ -84,14 +87,37 @@ class Federation:
         """
         write_journal(journal, progress.records)
         while progress.round < rounds:
-            turn = self._turn(progress) if self.aggregator.aggregates else self._separate_turn(progress)
-            updates, dropped = self.participation.collect(engine, turn.broadcast, turn.chosen, on_client, turn.take_in)
-            progress = turn.finish(updates, dropped)
+            if self._secure is None:
+                turn = self._turn(progress) if self.aggregator.aggregates else self._separate_turn(progress)
+                updates, gone = self.participation.collect(engine, turn.broadcast, turn.chosen, on_client, turn.take_in)
+                progress = turn.finish(updates, gone)
+            else:
+                progress = self._secure_round(progress, self._secure, engine, on_client)
             check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
             write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
+
+    @property
+    def _secure(self) -> SecureSum | None:
+        return next((part for part in self.parts if isinstance(part, SecureSum)), None)
+
+    def _secure_round(self, before: Progress, secure: SecureSum, engine: Sites, on_client: OnAnswer) -> Progress:
+        """Run one round of a secure sum, which is repeated without the clients that are missing."""
+        number, missing = before.round + 1, dict[str, str]()
+        asked = self._chosen(number)
+        least, folder = self.participation.min_clients, self.participation.folder
+        for attempt in range(len(asked)):
+            clients = left(asked, missing, least, number)
+            shares, gone = key_shares(engine, clients, secure.run, number, attempt, folder)
+            if not gone:
+                turn = self._turn(before, clients, lambda sent, at=attempt, own=shares: with_shares(sent, own, at))  # type: ignore[misc]
+                updates, gone = self.participation.collect(engine, turn.broadcast, clients, on_client, turn.take_in)
+                if not gone:
+                    return turn.finish(updates, missing)
+            missing |= gone
+        raise ClientError(f"round {number} has no client left; fix the clients, then resume=auto")
 
     def _separate_turn(self, before: Progress) -> "_Turn":
         """Begin a round in which every client goes on from a state of its own and no update meets another's.
@@ -140,10 +166,21 @@ class Federation:
         resting = [name for name in state if not self.aggregator.trains(name, number)]
         return {**self.job, "frozen": resting, "parts": [described(part) for part in self.parts]}
 
-    def _turn(self, before: Progress) -> "_Turn":
-        """Begin a round whose updates are merged."""
-        started, chosen = time.perf_counter(), self._chosen(before.round + 1)
-        broadcast = self._broadcast(before, before.round + 1, chosen)
+    def _turn(
+        self,
+        before: Progress,
+        clients: Sequence[str] | None = None,
+        added: Callable[[Broadcast], Broadcast] = lambda broadcast: broadcast,
+    ) -> "_Turn":
+        """Begin a round whose updates are merged.
+
+        Args:
+            before: The progress that it goes on from.
+            clients: Who takes part; drawn by default.
+            added: Adds to the broadcast what all clients of the round need of each other.
+        """
+        started, chosen = time.perf_counter(), self._chosen(before.round + 1) if clients is None else clients
+        broadcast = added(self._broadcast(before, before.round + 1, chosen))
         return _Turn(
             broadcast,
             chosen,
@@ -165,17 +202,18 @@ class Federation:
         trained = time.perf_counter()
         sent = self._seen(broadcast).state
         start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
+        received, updates = updates, self._summed(updates)
         merged, state, remembered = self._step(
             updates, start, RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
         )
         memory = {"aggregator": dict(merged.memory), "server_optimizer": remembered}
-        result = RoundResult(number, len(self.clients), broadcast, updates, merged)
+        result = RoundResult(number, len(self.clients), broadcast, updates, merged, received=received)
         for part in self.parts:
             memory[part.name] = dict(part.collect(before.remembered(part.name), result))
         record: Record = {
-            **_taken(number, updates, dropped),
-            **merged.diagnostics,
-            "conflict_by_layer": merged.conflict_by_layer(),
+            **_taken(number, received, dropped),
+            **(merged.diagnostics if updates is received else {}),  # a sum differs from nobody
+            "conflict_by_layer": merged.conflict_by_layer() if updates is received else None,
             "factor_mean_error": self._factor_error(before.state, updates),
             "realignment_loss": None,
             **result.figures,
@@ -191,8 +229,12 @@ class Federation:
             memory,
             [*before.records, record],
             self.files.kept(before, number, ()),
-            _kept(before, number, updates),
+            _kept(before, number, received),
         )
+
+    def _summed(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """Return the updates, or where they are masked what they are together."""
+        return updates if self._secure is None else [self._secure.summed(updates)]
 
     def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""

@@ -1,6 +1,6 @@
 """Stage (ii): the rounds."""
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,10 +35,12 @@ from fedproxy.pipeline.reads import FEDERATE, MAY_CHANGE
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
+from fedproxy.privacy.registration import FOLDER as SIGNING
+from fedproxy.privacy.registration import register_all
 from fedproxy.sealed import content_sha256
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
-from fedproxy.strategies.round_parts import Rules, parts_of
+from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
 from fedproxy.strategies.round_parts.emulator import Aligner, Emulator
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
@@ -216,17 +218,21 @@ def _federation(
             config.federation.min_clients,
             config.federation.round_timeout_s,
             config.federation.max_norm_ratio,
-            Expected.from_parts(
-                parts,
-                model,
-                rows=None if config.privacy.on else clients,  # counts are withheld
-                target_tokens=_most_targets(config, clients),
-            ),
+            _expected(run, parts, model),
             folder=run.folder.server,
         ),
         client_processes=ClientDevices.of(config.trainer).count,
         rows=clients if config.federation.sampling == "weighted" else None,
     )
+
+
+def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel) -> Expected:
+    """Return what the server knows of updates: no counts where they are withheld, no values where they are masked."""
+    privacy, clients = run.config.privacy, run.clients
+    hidden = privacy.secure_aggregation
+    rows = None if privacy.on or hidden else clients
+    expected = Expected.from_parts(parts, model, rows=rows, target_tokens=_most_targets(run.config, clients))
+    return replace(expected, hidden=hidden)
 
 
 def _on_round(run: Run, record: Mapping[str, Any]) -> None:
@@ -257,6 +263,9 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
     if devices.count > 1:
         run.display.say(devices.describe(config.client.batch_size))
     run.folder.clear_exchange()  # what a killed run left
+    signing = run.folder.rows / SIGNING
+    if config.privacy.secure_aggregation:
+        register_all(signing, run.clients)
     return LocalSetup(
         proxy=str(run.folder.proxy.absolute()),
         dtype=config.target.dtype,
@@ -269,6 +278,7 @@ def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:
         trainer=config.trainer,
         quantization=config.client.quantization,
         ledger=str(ledger_folder(config, run.folder.rows).absolute()) if config.privacy.on else None,
+        signing=str(signing.absolute()) if config.privacy.secure_aggregation else None,
         logs=str(run.folder.trainer_logs.absolute()),
     )
 

@@ -102,6 +102,8 @@ class ClientRound:
     """Optimiser steps done; known after training."""
     ledger: Path | None = None
     """Folder of privacy ledgers beside this client's data."""
+    signing: Path | None = None
+    """Folder of this client's signing secret and of the keys that it has pinned."""
     privacy: Any = None
     """What the part ``privacy`` charged for this round, and where its noise comes from."""
     training: Any = None
@@ -124,10 +126,12 @@ class RoundResult:
     broadcast: Broadcast
     """What was sent."""
     updates: Sequence[ClientUpdate]
-    """In sorted client order."""
+    """In sorted client order; a secure sum is one update."""
     aggregation: Aggregation
     figures: dict[str, Any] = field(default_factory=dict)
     """Further figures of the round's record; parts add theirs."""
+    received: Sequence[ClientUpdate] = ()
+    """What each client sent, where ``updates`` is their sum alone."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Privacy(RoundPart, name="privacy"):
             ClientError: If a client's release has less noise than its earlier ones.
         """
         kept = {name: memory[name] for name in memory}
-        for update in result.updates:
+        for update in result.received or result.updates:
             row = update.extras[self.name]["release"][None]
             before = kept.get(update.client_id)
             if before is not None and float(row[0, 0]) < float(before[:, 0].max()) * (1 - 1e-9):
