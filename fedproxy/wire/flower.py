@@ -207,7 +207,9 @@ def registered(hub: Path) -> list[str]:
 
 def _relay_of(hub: Path) -> tuple[socket.socket, BufferedRWPair]:
     """Start a relay and return the connection that it opens."""
-    link = read_json(hub / LINK, dict, error=CourierError, remedy="name the folder of a hub under engine.hub")
+    if not (hub / LINK).is_file():
+        raise CourierError(f"the hub in {hub} is not up; start python -m fedproxy.hub up, then resume=auto")
+    link = read_json(hub / LINK, dict, error=CourierError, remedy="start the hub again")
     flower = Flower(Path(link["home"]), link["flower"])
     token = secrets.token_hex(16)
     place = private_folder(Path(link["sockets"])) / f"{token}.sock"

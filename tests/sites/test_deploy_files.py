@@ -1,0 +1,69 @@
+"""Files for containers and systemd: what they publish, what they start, and that they start what exists."""
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+DEPLOY = Path(__file__).parent.parent.parent / "deploy"
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def test_the_hub_alone_publishes_a_port_and_sites_cannot_reach_each_other():
+    services = COMPOSE["services"]
+    assert {name for name, service in services.items() if "ports" in service} == {"hub"}
+    assert services["hub"]["ports"] == ["8443:8443"]
+    networks = [set(services[name]["networks"]) for name in ("ward_a", "ward_b")]
+    assert networks[0].isdisjoint(networks[1])
+    assert all(service["cap_drop"] == ["ALL"] and service["read_only"] for service in services.values())
+
+
+def test_no_two_parties_share_a_volume():
+    mounted = [volume.partition(":")[0] for service in COMPOSE["services"].values() for volume in service["volumes"]]
+    assert len(mounted) == len(set(mounted))
+
+
+def test_compose_takes_the_file():
+    if not shutil.which("docker") or subprocess.run(["docker", "compose", "version"], capture_output=True).returncode:
+        pytest.skip("docker compose is not installed")
+    done = subprocess.run(["docker", "compose", "-f", DEPLOY / "compose.yaml", "config", "-q"], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("who", ["hub", "site"])
+def test_images_run_as_an_ordinary_user_and_start_a_command_that_exists(who):
+    text = (DEPLOY / f"Dockerfile.{who}").read_text().replace("\\\n", " ")
+    lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
+    assert {word for word, _ in lines} <= {
+        "FROM",
+        "RUN",
+        "WORKDIR",
+        "COPY",
+        "USER",
+        "VOLUME",
+        "EXPOSE",
+        "ENTRYPOINT",
+        "CMD",
+    }
+    found = dict(lines)
+    assert found["USER"] == "fedproxy"
+    assert json.loads(found["ENTRYPOINT"]) == ["python", "-m", f"fedproxy.{who}"]
+    assert json.loads(found["CMD"]) == ["up", f"{who}.yaml"]
+    assert ("EXPOSE" in found) == (who == "hub")
+    assert (DEPLOY.parent / f"fedproxy/{who}.py").exists()
+
+
+@pytest.mark.parametrize("who", ["hub", "site"])
+def test_units_start_again_for_ever_and_not_at_once(who):
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read(DEPLOY / f"fedproxy-{who}.service")
+    assert unit["Service"]["Restart"] == "always"
+    assert int(unit["Service"]["RestartSec"]) >= 10  # a SuperNode's last life is counted for a minute
+    assert unit["Unit"]["StartLimitIntervalSec"] == "0"
+    assert re.search(rf"-m fedproxy\.{who} up {who}\.yaml$", unit["Service"]["ExecStart"])
