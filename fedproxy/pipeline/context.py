@@ -67,6 +67,8 @@ class Facts:
     trainable_parameters: int | None = None
     collected_bytes: int = 0
     """Bytes of clients' own tensors, handed in after the last round."""
+    at_sites: dict[str, Any] | None = None
+    """What models score on rows that clients at real sites hold back."""
     fused_after_round: int | None = None
     fusion: dict[str, Any] = field(default_factory=dict)
     """Options of fusion that were chosen on public text, by folder."""

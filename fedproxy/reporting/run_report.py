@@ -9,6 +9,7 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
+from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
@@ -195,11 +196,13 @@ class RunReport:
     """Optional; left out of report.json where None."""
     privacy: PrivacyReport | None = None
     """Optional; left out of report.json where None."""
+    at_sites: SiteScores | None = None
+    """Optional; left out of report.json where None."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
         data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
-        for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy"):
+        for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy", "at_sites"):
             if not data[key]:
                 del data[key]
         if data.get("validation") and not data["validation"]["evaluator"]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
+from fedproxy.reporting.at_sites import site_table
 from fedproxy.reporting.pairing import PairedDifference, paired_hint, paired_table
 from fedproxy.reporting.privacy import privacy_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
@@ -72,6 +73,7 @@ class View:
     by_source_hint: str = ""
     fidelity: Table | None = None
     privacy: Table | None = None
+    at_sites: Table | None = None
 
 
 def build_view(
@@ -124,6 +126,7 @@ def build_view(
         by_source_hint=paired_hint(by_source) if by_source else "",
         fidelity=_fidelity(report),
         privacy=privacy_table(report.privacy),
+        at_sites=site_table(report.at_sites),
     )
 
 

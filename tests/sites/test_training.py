@@ -6,7 +6,11 @@ import pytest
 from safetensors.torch import load_file
 
 from fedproxy.config import load_config
+from fedproxy.data.partition.rows import read_client_rows
+from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ClientError
+from fedproxy.federation.client.scoring import answer_sums
+from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.run import run
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.site_config import SitePlace
@@ -15,14 +19,15 @@ from fedproxy.sites.site_rows import SiteRows
 from .fake_courier import FakeCourier
 
 TASKS = ("tiny_colors", "tiny_sums", "tiny_opposites", "tiny_places")
+OWNERS = [("ward_a", TASKS[0]), ("ward_a", TASKS[1]), ("ward_b", TASKS[2]), ("ward_b", TASKS[3])]
 AT_SITES = ["engine.name=flower", "data.partition.name=sites", "data.partition.clients=4"]
 SMALL = ["recipe=fedproxy_tiny", "data.rows_per_task=24", "federation.rounds=2", "evaluation.tasks=[]"]
 
 
-def site(folder, name, tasks, **policy):
+def site(folder, name, tasks, *, holdout="null", **policy):
     folder.mkdir(parents=True)
     rules = "".join(f"  {key}: {value}\n" for key, value in {"least_rows": 1, **policy}.items())
-    clients = "".join(f"  {task}: {{tasks: [{task}], rows_per_task: 24}}\n" for task in tasks)
+    clients = "".join(f"  {task}: {{tasks: [{task}], rows_per_task: 24, holdout: {holdout}}}\n" for task in tasks)
     text = f"name: {name}\nworkers: 1\ntrainer: {{accelerator: cpu, devices: 1, precision: 32-true}}\n"
     (folder / "site.yaml").write_text(f"{text}clients:\n{clients}policy:\n{rules}")
     place = SitePlace.read(folder / "site.yaml")
@@ -33,9 +38,9 @@ def site(folder, name, tasks, **policy):
 def sites(tmp_path, monkeypatch):
     made = {}
 
-    def make(courier=FakeCourier, **policy):
+    def make(courier=FakeCourier, **options):
         for name, tasks in {"ward_a": TASKS[:2], "ward_b": TASKS[2:]}.items():
-            made[name] = site(tmp_path / name, name, tasks, **policy)
+            made[name] = site(tmp_path / name, name, tasks, **options)
         courier = courier({name: resident.serve for name, resident in made.items()}, tmp_path / "line")
         monkeypatch.setattr("fedproxy.federation.engines.flower.FlowerCourier", lambda hub: courier)
         monkeypatch.setattr("fedproxy.federation.engines.flower.registered", lambda hub: sorted(made))
@@ -107,6 +112,36 @@ def test_no_byte_on_the_line_names_the_target_or_quotes_a_row_also_when_a_client
     assert not [text for text in texts if text.encode() in courier.up]
     dropped = json.loads((tmp_path / "run/rounds.jsonl").read_text().splitlines()[0])["dropped"]
     assert len(dropped) == 1
+
+
+@pytest.mark.slow
+def test_final_scores_come_from_rows_that_sites_hold_back_as_sums_and_counts(sites, tmp_path):
+    courier = sites(courier=Sniffed, holdout=0.25, least_held_out=5)
+    done = run(load_config([*SMALL, *AT_SITES, f"output_dir={tmp_path / 'run'}"]))
+    found = done.at_sites
+    assert (found.clients, found.rows, found.after_round, found.missing) == (4, 24, 2, {})
+    assert found.scores["proxy_tuned"]["answer_nll"] < found.scores["proxy"]["answer_nll"]
+    held_out = [read_client_rows(tmp_path / ward / "site/rows", task, held_out=True) for ward, task in OWNERS]
+    assert [len(rows) for rows in held_out] == [6] * 4
+    proxy, tokenizer = load_model(tmp_path / "run/proxy", dtype="float32"), load_tokenizer(tmp_path / "run/proxy")
+    rows = [row for own in held_out for row in own]
+    examples = tokenise(rows, tokenizer, max_input_tokens=256, max_target_tokens=64)
+    total, count = answer_sums(proxy, examples, 0, {"accelerator": "cpu"})["answer_nll"]
+    assert found.scores["proxy"]["answer_nll"] == pytest.approx(total / count, rel=1e-5)
+    assert "## At sites" in (tmp_path / "run/report.md").read_text()
+    asked = len([line for _, line, _ in courier.sent if line == "ask"])
+    again = run(load_config([*SMALL, *AT_SITES, f"output_dir={tmp_path / 'run'}", "resume=auto", "evaluation.seed=7"]))
+    assert again.at_sites == found
+    assert asked
+
+
+@pytest.mark.slow
+def test_a_site_that_sums_up_too_few_rows_says_so_and_the_report_names_it(sites, tmp_path):
+    sites(holdout=0.25, least_held_out=7)
+    done = run(load_config([*SMALL, *AT_SITES, "federation.rounds=1", f"output_dir={tmp_path / 'run'}"]))
+    assert (done.at_sites.clients, done.at_sites.scores) == (0, {})
+    assert all("policy.least_held_out is 7" in why for why in done.at_sites.missing.values())
+    assert sum("policy.least_held_out is 7" in note for note in done.notes) == 4
 
 
 @pytest.mark.slow

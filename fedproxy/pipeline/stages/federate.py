@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
-from fedproxy.federation.server.asking import assemble, greet, introduced, rewind
+from fedproxy.federation.server.asking import assemble, greet, introduced, rewind, score
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
@@ -37,6 +37,8 @@ from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.privacy.registration import FOLDER as SIGNING
 from fedproxy.privacy.registration import register_all
+from fedproxy.protocol import Tensors
+from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.sealed import content_sha256
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
@@ -108,7 +110,9 @@ class Federate(Stage):
         """Put the proxy in its final state, or that of the best round, into ``run.trained``."""
         rounds = self._rounds or _Rounds.begin(run)
         with closing(rounds.sites):
-            run.trained = rounds.model, rounds.finished(run)
+            progress = rounds.finished(run)
+            run.trained = rounds.model, progress
+            rounds.score_at_sites(run, progress)
 
 
 def checkpoints(run: Run) -> CheckpointFolder:
@@ -133,6 +137,10 @@ class _Rounds:
     """The clients, who stay until the run has their last tensors."""
     aligns: Aligner | None
     progress: Progress
+    facts: Mapping[str, Facts]
+    """What clients at real sites said of themselves; empty in a simulation."""
+    initial: Tensors
+    """The state that the rounds began with."""
 
     @classmethod
     def begin(cls, run: Run) -> "_Rounds":
@@ -143,6 +151,7 @@ class _Rounds:
             check_packing(proxy)
         trainable = config.trainable.placed(run.layer_map)
         model = trainable.attach(proxy, generator(config.seed, "trainable"))
+        initial = model.state() if config.engine.at_sites else {}
         setup = _local_setup(run, trainable)
         sites = config.engine.start(
             lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
@@ -163,7 +172,8 @@ class _Rounds:
         run.loggers.rounds(progress.records)
         aligns = aligner(run, model, run.clients.owned)
         facts = greet(sites, sorted(run.clients)) if config.engine.at_sites else {}
-        return cls(_federation(run, model, tokenizer, files, aligns, facts), model, sites, aligns, progress)
+        federation = _federation(run, model, tokenizer, files, aligns, facts)
+        return cls(federation, model, sites, aligns, progress, facts, initial)
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -189,6 +199,34 @@ class _Rounds:
             )
             run.note(collected_bytes=handed)
         return progress
+
+    def score_at_sites(self, run: Run, progress: Progress) -> None:
+        """Have clients at real sites score the proxy on rows that they hold back, where that is one model for all.
+
+        Under privacy nobody is asked: such scores are not accounted for.
+        """
+        rule, privacy = self.federation.aggregator, run.config.privacy
+        own = sorted(client for client, said in self.facts.items() if said.held_out)
+        moved = not rule.aggregates or "base_change" in rule.parts or self.aligns is not None
+        known = run.facts.at_sites
+        if not own or moved or privacy.on or privacy.secure_aggregation:
+            return
+        if known is not None and known["after_round"] == progress.round:
+            return
+        tuned = {name: tensor for name, tensor in progress.state.items() if rule.shares(name)}
+        sums, missing = score(self.sites, progress, {"proxy": self.initial, "proxy_tuned": tuned}, own)
+        means = {
+            state: {metric: total / count for metric, (total, count) in found.items()} for state, found in sums.items()
+        }
+        answered = [client for client in own if client not in missing]
+        found = SiteScores(
+            clients=len(answered),
+            rows=sum(self.facts[client].held_out for client in answered),
+            after_round=progress.round,
+            scores={state: found for state, found in means.items() if found},
+            missing=missing,
+        )
+        run.note(at_sites=asdict(found))
 
 
 def _federation(

@@ -35,6 +35,7 @@ from fedproxy.reporting import (
     provenance,
     with_means,
 )
+from fedproxy.reporting.at_sites import SiteScores, site_notes
 from fedproxy.reporting.pages import save_report
 from fedproxy.sealed import read_sealed
 
@@ -125,6 +126,7 @@ def report_of(current: Run, *, status: str, error: str | None = None) -> RunRepo
         client_scores=client_scores(current.folder, scores),
         validation=validation_report(current),
         privacy=privacy_report(config, rounds),
+        at_sites=None if facts.at_sites is None else SiteScores(**facts.at_sites),
     )
 
 
@@ -161,6 +163,8 @@ def _notes(current: Run) -> list[str]:
     if not current.config.aggregator.aggregates:
         notes.append("No client was merged with another: scores are means over the clients' own models.")
     notes += [*change_notes(current.facts), *current.facts.warnings]
+    if current.facts.at_sites is not None:
+        notes += site_notes(SiteScores(**current.facts.at_sites))
     for folder, fusion in current.facts.fusion.items():
         notes.append(f"{folder}: fusion chosen on public text without training: scale {fusion.get('scale')}.")
     return [*notes, *evaluation_notes(current.folder, current.config.evaluation.models)]
