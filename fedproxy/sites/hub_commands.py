@@ -17,6 +17,7 @@ from fedproxy.sites.hub_config import HubPlace
 from fedproxy.sites.keys import check_public_key, expires, make_authority, make_certificate
 from fedproxy.sites.probe import is_port_free, probe
 from fedproxy.sites.programs import Program
+from fedproxy.sites.sockets import socket_folder
 from fedproxy.wire.flower import LINK
 
 _log = logging.getLogger("fedproxy.hub")
@@ -96,13 +97,14 @@ def up(path: Path, *, say: Say, until: Callable[[], bool] = lambda: False) -> No
             wanted = key == "superlink_port" or config.front_door == "nginx"
             if wanted and not is_port_free(getattr(config, key)):
                 raise ConfigError(f"{key}={getattr(config, key)} is in use by another program; choose another")
-        programs = _programs(place)
+        sockets = socket_folder(place.folder / "sockets")
+        programs = _programs(place, sockets)
         try:
             for program in programs:
                 program.start()
             _wait_until_up(place, programs)
             _register_all(place)
-            write_json(place.folder / LINK, _link(place))
+            write_json(place.folder / LINK, _link(place, sockets))
             say(f"hub is up: {config.hosts[0]}:{config.port}, {len(_known(place))} sites registered")
             _watch(place, programs, say, until)
         finally:
@@ -110,7 +112,7 @@ def up(path: Path, *, say: Say, until: Callable[[], bool] = lambda: False) -> No
                 (place.folder / LINK).unlink()
             for program in reversed(programs):
                 program.end()
-            shutil.rmtree(place.sockets, ignore_errors=True)
+            shutil.rmtree(sockets, ignore_errors=True)
     say("hub has ended")
 
 
@@ -134,11 +136,10 @@ def is_up(place: HubPlace) -> bool:
     return (place.folder / LINK).exists() and not is_port_free(place.config.superlink_port)
 
 
-def _programs(place: HubPlace) -> list[Program]:
+def _programs(place: HubPlace, sockets: Path) -> list[Program]:
     flower, logs = place.flower, place.folder / "logs"
     flower.write_connection(place.config.superlink_port, place.keys / "ca.crt")
-    private_folder(place.sockets)
-    environment = flower.environment(FEDPROXY_HUB_SOCKETS=str(place.sockets.absolute()))
+    environment = flower.environment(FEDPROXY_HUB_SOCKETS=str(sockets))
     command = flower.superlink(
         place.keys.absolute(), place.config.superlink_port, place.folder.absolute() / "superlink.db"
     )
@@ -184,11 +185,11 @@ def _own_address(place: HubPlace) -> str:
     return f"{'127.0.0.1' if own in ('0.0.0.0', '::') else own}:{place.config.port}"
 
 
-def _link(place: HubPlace) -> dict[str, str]:
+def _link(place: HubPlace, sockets: Path) -> dict[str, str]:
     return {
         "home": str(place.flower.home.absolute()),
         "flower": place.config.flower,
-        "sockets": str(place.sockets.absolute()),
+        "sockets": str(sockets),
     }
 
 

@@ -87,11 +87,6 @@ class HubPlace:
         return self.folder / SITES
 
     @property
-    def sockets(self) -> Path:
-        """Folder where runs wait for their relays."""
-        return self.folder / "sockets"
-
-    @property
     def flower(self) -> Flower:
         """Flower's commands."""
         return Flower(self.folder / "flower", self.config.flower)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.sites.resident import MOST_PART, Reply
+from fedproxy.sites.sockets import socket_folder
 from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, receive, send
 from fedproxy.wire.messages import LONGEST_S, refusal
 
@@ -21,8 +22,6 @@ _log = logging.getLogger(__name__)
 _MOST_AT_ONCE = 4
 _READ_S = 300.0
 """Seconds that a message may take to come in."""
-_LONGEST_PATH = 100
-"""Most characters of a socket's path: the system takes no more."""
 
 
 class Service:
@@ -38,24 +37,22 @@ class Service:
     """
 
     def __init__(self, serve: Callable[[Head, Path], Reply], folder: Path, relay_user: str = "") -> None:
-        self._serve, self.path = serve, folder.absolute() / "site.sock"
-        if len(str(self.path)) > _LONGEST_PATH:
-            raise ConfigError(f"folder: {folder} has too long a path for a socket; choose a shorter one")
+        self._serve = serve
         self._may = {os.geteuid()}
         self._scratch = Path(tempfile.mkdtemp(prefix="messages_", dir=folder.parent))
         self._slots = threading.BoundedSemaphore(_MOST_AT_ONCE)
         self._ended = False
         try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(mode=0o700)
+            place = socket_folder(folder)
+            self.path = place / "site.sock"
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.bind(str(self.path))
             os.chmod(self.path, 0o600)
             if relay_user:
-                self._let_in(pwd.getpwnam(relay_user), folder)
+                self._let_in(pwd.getpwnam(relay_user), place)
             self._socket.listen(_MOST_AT_ONCE)
         except (OSError, KeyError) as error:
-            raise ConfigError(f"{self.path} cannot be made ({one_line(error)}); free the path") from error
+            raise ConfigError(f"{folder} cannot be made ({one_line(error)}); free the path") from error
         self._thread = threading.Thread(target=self._accept, daemon=True)
         self._thread.start()
 
@@ -63,8 +60,8 @@ class Service:
         """Take no more messages."""
         self._ended = True
         self._socket.close()
-        self.path.unlink(missing_ok=True)
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        for folder in (self.path.parent, self._scratch):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _let_in(self, user: "pwd.struct_passwd", folder: Path) -> None:
         self._may.add(user.pw_uid)

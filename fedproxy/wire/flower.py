@@ -212,7 +212,7 @@ def _relay_of(hub: Path) -> tuple[socket.socket, BufferedRWPair]:
     link = read_json(hub / LINK, dict, error=CourierError, remedy="start the hub again")
     flower = Flower(Path(link["home"]), link["flower"])
     token = secrets.token_hex(16)
-    place = private_folder(Path(link["sockets"])) / f"{token}.sock"
+    place = Path(link["sockets"]) / f"{token}.sock"
     with socket.socket(socket.AF_UNIX) as listening:
         try:
             listening.bind(str(place))

@@ -227,6 +227,17 @@ def service(tmp_path):
     made.close()
 
 
+def test_a_folder_with_a_long_path_gets_its_socket_elsewhere(tmp_path):
+    folder = tmp_path / ("long" * 20)
+    folder.mkdir()
+    service = Service(lambda head, path: ({"ok": 1}, NOTHING), folder / "socket")
+    assert json.loads(talk(service, b'{"size":0}\n'))["ok"] == 1
+    place = service.path.parent
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    service.close()
+    assert not place.exists()
+
+
 def test_the_socket_is_the_owners_alone(service):
     assert stat.S_IMODE(os.stat(service.path).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(service.path.parent).st_mode) == 0o700
