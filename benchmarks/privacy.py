@@ -12,6 +12,7 @@ import json
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedproxy.data.assets import resolve
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.examples import Example
+from fedproxy.files import flush
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, sampling_of
 from fedproxy.privacy.noise import SecretStream
+from fedproxy.privacy.secure_sum import encode, masked
+from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.trainable import Trainable
 
 BATCH, LR = 16, 1e-3
@@ -115,6 +119,23 @@ def memory(options: argparse.Namespace) -> dict[str, float]:
     return {**{f"{side}_mib": value for side, value in peak.items()}, "memory": peak["private"] / peak["plain"]}
 
 
+def secure_sum(options: argparse.Namespace) -> dict[str, float]:
+    """Return the seconds of saving an update of many numbers, plain, and of what masking it takes besides, in turns."""
+    numbers = {"w": 0.01 * torch.randn(options.numbers, generator=torch.Generator().manual_seed(0))}
+    keys = {f"peer {index}": bytes([index]) * 32 for index in range(1, options.clients)}
+    plain, hidden = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "update.safetensors"
+        for _ in range(options.turns):
+            for seconds, secure in ((plain, False), (hidden, True)):
+                started = time.perf_counter()
+                sent = masked(encode(numbers, 1.0, options.clients), "a", keys) if secure else numbers
+                ClientUpdate("a", sent, round=1).save(path)
+                flush([path])
+                seconds.append(time.perf_counter() - started)
+    return {"plain_s": min(plain), "secure_s": min(hidden), "ratio": min(hidden) / min(plain)}
+
+
 def one(options: argparse.Namespace) -> None:
     """Train an epoch of one side and print the most memory that was resident, MiB."""
     sides(attached(options.blocks), examples(options.rows))[options.side]()
@@ -124,18 +145,23 @@ def one(options: argparse.Namespace) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["dp_sgd", "one"])
+    parser.add_argument("what", choices=["dp_sgd", "secure_sum", "one"])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--blocks", type=int, default=22, help="blocks of the proxy, the first ones of the target")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--numbers", type=int, default=40_000_000)
+    parser.add_argument("--clients", type=int, default=4, help="clients of the sum; each pair has a mask")
     parser.add_argument("--side", default="plain")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     if options.what == "one":
         one(options)
         return
-    figures = {**speed(options), **memory(options)}
-    print(json.dumps(figures, indent=1))
+    figures = secure_sum(options) if options.what == "secure_sum" else speed(options)
+    print(json.dumps(figures), flush=True)
+    if options.what == "dp_sgd":
+        figures |= memory(options)
+        print(json.dumps(figures))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 

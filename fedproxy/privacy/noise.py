@@ -36,7 +36,7 @@ class SecretStream:
         """Return new uniform 64-bit words."""
         nonce = bytes(8) + self._draws.to_bytes(8, "little")  # a block counter from zero, then the draw's number
         self._draws += 1
-        return np.frombuffer(keystream(self._key, nonce, 8 * count), dtype="<u8")
+        return np.frombuffer(Stream(self._key, nonce).next(8 * count), dtype="<u8")
 
     def normal(self, count: int) -> Tensor:
         """Return standard normal numbers, float64 (count), by Box and Muller (1958)."""
@@ -87,19 +87,25 @@ def derived_key(secret: bytes, *purpose: str) -> bytes:
     return key
 
 
-def keystream(key: bytes, nonce: bytes, count: int) -> bytearray:
-    """Return ``count`` bytes of ChaCha20's key stream.
+class Stream:
+    """ChaCha20's key stream, byte after byte.
 
     Args:
-        key: 32 bytes.
-        nonce: 16 bytes: the block counter and the nonce, both little-endian.
-        count: How many, below 2^38.
+        key: 32 bytes; a key has one stream.
+        nonce: 16 bytes: the block counter, 32 bits, and 96 bits by which streams of a key differ, little-endian.
     """
-    ciphers = _primitives("ciphers")
-    stream = bytearray(count)
-    buffer = bytearray(count)
-    ciphers.Cipher(ciphers.algorithms.ChaCha20(key, nonce), mode=None).encryptor().update_into(stream, buffer)
-    return buffer
+
+    def __init__(self, key: bytes, nonce: bytes = bytes(16)) -> None:
+        ciphers = _primitives("ciphers")
+        self._encryptor = ciphers.Cipher(ciphers.algorithms.ChaCha20(key, nonce), mode=None).encryptor()
+        self._zeros = self._buffer = bytearray()
+
+    def next(self, count: int) -> memoryview:
+        """Return the next ``count`` bytes, of a buffer that the next call overwrites."""
+        if len(self._buffer) < count:
+            self._zeros, self._buffer = bytearray(count), bytearray(count)
+        self._encryptor.update_into(memoryview(self._zeros)[:count], self._buffer)
+        return memoryview(self._buffer)[:count]
 
 
 def _primitives(name: str) -> Any:

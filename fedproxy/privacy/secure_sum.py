@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from fedproxy.errors import ClientError
-from fedproxy.privacy.noise import keystream
+from fedproxy.privacy.noise import Stream
 from fedproxy.protocol import Tensors
 
-_CHUNK = 1 << 20
-"""Numbers that are masked at once: their masks stay in a core's cache."""
-_BLOCK = 64
-"""Bytes of a block of ChaCha20."""
+_CHUNK = 1 << 18
+"""Numbers that are rounded or masked at once: 1 MiB stays in a core's cache."""
 
 
 def step_of(largest: float, clients: int) -> float:
@@ -45,17 +43,21 @@ def encode(tensors: Tensors, largest: float, clients: int) -> dict[str, Tensor]:
     Raises:
         ClientError: If a number is larger, or not finite.
     """
-    step = step_of(largest, clients)
-    found = {}
+    scale, found = 1 / step_of(largest, clients), {}
+    buffer = torch.empty(_CHUNK)
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu()
-        most = float(tensor.abs().max()) if tensor.numel() else 0.0
+        flat = tensors[name].detach().float().cpu().reshape(-1)
+        low, high = (float(bound) for bound in flat.aminmax()) if len(flat) else (0.0, 0.0)
+        most = max(-low, high)
         if not most <= largest:  # NaN too
             raise ClientError(
                 f"tensor {name!r} has a magnitude of {most:.3g}, and a secure sum takes at most {largest:g}; raise "
                 "privacy.largest or lower client.lr"
             )
-        found[name] = (tensor / step).round_().to(torch.int32)
+        codes = torch.empty(len(flat), dtype=torch.int32)
+        for part, code in zip(torch.split(flat, _CHUNK), torch.split(codes, _CHUNK), strict=True):
+            code.copy_(torch.mul(part, scale, out=buffer[: len(part)]).round_())
+        found[name] = codes.view(tensors[name].shape)
     return found
 
 
@@ -66,10 +68,10 @@ def decode(total: Mapping[str, Tensor], largest: float, clients: int) -> dict[st
 
 
 def masked(values: Mapping[str, Tensor], own: str, keys: Mapping[str, bytes]) -> dict[str, Tensor]:
-    """Return a client's numbers under its masks.
+    """Put a client's numbers under its masks, in place, and return them.
 
     Args:
-        values: int32 by name.
+        values: int32 by name, contiguous.
         own: The client.
         keys: By every other client of the sum, the key that both have.
 
@@ -78,19 +80,14 @@ def masked(values: Mapping[str, Tensor], own: str, keys: Mapping[str, bytes]) ->
     """
     if not keys:
         raise ClientError("a secure sum of one client hides nothing; take part with others")
-    result, place = {}, 0
-    signs = {other: 1 if own < other else -1 for other in sorted(keys)}
+    streams = [(Stream(key), np.add if own < other else np.subtract) for other, key in sorted(keys.items())]
     for name in sorted(values):
-        flat = values[name].reshape(-1).clone()
-        numbers = flat.numpy().view(np.uint32)
+        numbers = values[name].view(-1).numpy().view(np.uint32)
         for start in range(0, len(numbers), _CHUNK):
             part = numbers[start : start + _CHUNK]
-            for other, sign in signs.items():
-                mask = _mask(keys[other], place, len(part))
-                (np.add if sign > 0 else np.subtract)(part, mask, out=part)
-            place += -(-4 * len(part) // _BLOCK)
-        result[name] = flat.view(values[name].shape)
-    return result
+            for stream, put in streams:
+                put(part, np.frombuffer(stream.next(4 * len(part)), dtype="<u4"), out=part)
+    return dict(values)
 
 
 def added(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -100,9 +97,3 @@ def added(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         for name, tensor in total.items():
             tensor.add_(update[name])  # int32 wraps
     return total
-
-
-def _mask(key: bytes, block: int, count: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint32]]":
-    """Return ``count`` uniform 32-bit numbers from the ``block``-th block of a key's stream on."""
-    nonce = block.to_bytes(8, "little") + bytes(8)
-    return np.frombuffer(keystream(key, nonce, 4 * count), dtype="<u4")

@@ -82,7 +82,7 @@ def test_masks_of_another_sum_are_others():
 
 
 def test_tensors_do_not_share_masks():
-    """Two equal tensors, one longer than a block and no multiple of it: no mask is used twice."""
+    """Two equal tensors whose length is no multiple of a block: no mask is used twice."""
     values = {"x": torch.zeros(1001, dtype=torch.int32), "y": torch.zeros(1001, dtype=torch.int32)}
     found = masked(values, "a", keys_of("a"))
     words = torch.cat([found["x"], found["y"]])

@@ -17,7 +17,7 @@ class ClipNoise(RoundPart, name="clip_noise"):
 
     The Gaussian mechanism at client level (McMahan et al. 2018, arXiv 1710.06963), with the noise at the client. The
     draws come from the run's seed, the round and the client, so that a run can be repeated: they hide nothing from a
-    server that knows the seed, and nothing is accounted for here.
+    server that knows the seed, and nothing is accounted for here: the node ``privacy`` does both.
     """
 
     order: ClassVar[int] = 80

@@ -33,7 +33,7 @@ class Privacy(RoundPart, name="privacy"):
     is made of what was released already. Losses, row and token counts are withheld.
     """
 
-    order: ClassVar[int] = 5
+    order: ClassVar[int] = 8
 
     unit: str = "client"
     """What is protected: ``example`` or ``client``."""
