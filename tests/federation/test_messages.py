@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 from fedproxy.data.assets import resolve
+from fedproxy.data.batching import IGNORED, collate
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import tokenise
@@ -94,10 +95,12 @@ def test_sums_are_those_of_the_plain_forward_pass(site, states):
     site.model.load_state(states["after"])
     total, tokens, means = 0.0, 0, []
     for example in site.held_out["ann"]:
-        ids = torch.tensor([example.input_ids])
+        batch = collate([example], 0)
         with torch.no_grad():
-            logits = site.model.model(input_ids=ids).logits[0, :-1].double()
-        nll = -log_softmax(logits, -1)[range(len(logits)), ids[0, 1:]][example.prompt_length - 1 :]
+            logits = site.model.model(input_ids=batch["input_ids"]).logits[0, :-1].double()
+        labels = batch["labels"][0, 1:]
+        answer = labels != IGNORED
+        nll = -log_softmax(logits[answer], -1)[range(int(answer.sum())), labels[answer]]
         total, tokens, means = total + float(nll.sum()), tokens + len(nll), [*means, float(nll.mean())]
     assert found["after"]["answer_nll"] == (pytest.approx(total, rel=1e-5), tokens)
     assert found["after"]["row_nll"] == (pytest.approx(sum(means), rel=1e-5), 20)

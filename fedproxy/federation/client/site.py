@@ -53,7 +53,7 @@ class Site:
         proxy: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.memory, self.logs, self.held_out, self.proxy = memory, logs, held_out or {}, proxy
+        self.memory, self.logs, self.held_out, self.proxy = memory, logs, {} if held_out is None else held_out, proxy
         self.initial, self._proxy_sha256 = model.state(), ""
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
