@@ -20,7 +20,7 @@ from typing import Any
 
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.files import parse_json, private_folder, read_json
-from fedproxy.wire.courier import NONE_YET, CourierError, Node, Reply
+from fedproxy.wire.courier import NONE_YET, TOO_LARGE, CourierError, Node, Reply
 from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, Source, receive, send
 
 VERSIONS = ">=1.42,<1.44"
@@ -174,7 +174,8 @@ class FlowerCourier:
 
     def pull(self, message: str, payload: Path, *, most: int) -> Reply:
         """Look for a reply; see :class:`fedproxy.wire.courier.Courier`."""
-        said = self._ask({"op": "pull", "id": message}, answer=payload, most=most)
+        line = {"op": "pull", "id": message, "most": most, "too_large": TOO_LARGE}
+        said = self._ask(line, answer=payload, most=most)
         match said:
             case {"state": "reply", "head": dict(head)}:
                 return Reply("reply", head)

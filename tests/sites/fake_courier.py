@@ -4,7 +4,7 @@ import itertools
 import time
 from collections import Counter
 
-from fedproxy.wire.courier import NONE_YET, CourierError, Node, Reply
+from fedproxy.wire.courier import NONE_YET, TOO_LARGE, CourierError, Node, Reply
 
 
 class FakeCourier:
@@ -57,7 +57,8 @@ class FakeCourier:
         if name in self.silent:
             return NONE_YET
         head, source = self.sites[name](dict(line), path)
-        assert source.size <= most
+        if source.size > most:
+            return Reply("error", {}, TOO_LARGE)
         with open(payload, "wb") as file:
             for piece in source.pieces():
                 file.write(piece)

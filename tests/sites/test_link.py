@@ -72,7 +72,7 @@ def test_a_lost_message_is_sent_again_as_often_as_the_terms_say(tmp_path):
 def test_an_error_that_nobody_knows_is_named_and_not_tried_again(tmp_path):
     courier, link = opened(tmp_path, {"a": echo})
     courier.errors = {"a": [2]}
-    assert asked(link, "a") == {"a": "the courier reports error 2"}
+    assert asked(link, "a") == {"a": "its relay failed"}
 
 
 def test_a_site_whose_own_process_is_down_is_asked_again(tmp_path):

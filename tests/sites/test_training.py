@@ -169,3 +169,14 @@ def test_a_site_whose_answer_was_lost_is_asked_again_and_does_not_train_again(si
     journal = [json.loads(line) for line in (tmp_path / "ward_b/site/journal.jsonl").read_text().splitlines()]
     assert [line["round"] for line in journal if line["kind"] == "train"] == [1, 1, 2]
     assert [line["seconds"] < 1 for line in journal if line["kind"] == "train"][1]
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_takes_its_sites_back_with_it(sites, tmp_path):
+    words = ["aggregator.name=fedavg", "regularizer.name=scaffold"]
+    here = trained(tmp_path, "here", "engine.name=in_process", "engine.threads=1", *words)
+    sites(statistics=True)
+    first = [*AT_SITES, *words, f"output_dir={tmp_path / 'there'}"]
+    run(load_config([*SMALL, "federation.rounds=1", *first]))
+    there = trained(tmp_path, "there", *AT_SITES, *words, "resume=auto")
+    assert all(here[name].equal(there[name]) for name in here)

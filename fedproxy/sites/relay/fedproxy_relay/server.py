@@ -65,7 +65,12 @@ def _pull(grid: Grid, asked: dict, payload: bytes) -> tuple[dict, bytes]:
     for reply in grid.pull_messages([asked["id"]]):
         if reply.has_error():
             return {"state": "error", "code": int(reply.error.code)}, b""
-        head, data = unpacked(reply.content)
+        try:
+            head, data = unpacked(reply.content)
+        except ValueError:  # of no relay of ours
+            return {"state": "error", "code": 2}, b""
+        if len(data) > asked["most"]:
+            return {"state": "error", "code": asked["too_large"]}, b""
         return {"state": "reply", "head": head}, data
     return {"state": "none"}, b""
 
