@@ -10,10 +10,12 @@ import torch
 
 import fedproxy
 from fedproxy.errors import ClientError, ConfigError, DataError
+from fedproxy.privacy.registration import FOLDER, registered
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.sites.policy import NotAllowedError, Policy
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.service import Service
+from fedproxy.sites.signing import register_site
 from fedproxy.sites.site_config import SitePlace
 from fedproxy.sites.site_rows import SiteRows
 from fedproxy.sites.site_run import Answered, SiteRun
@@ -61,6 +63,46 @@ def test_hello_says_names_counts_and_nothing_of_a_row(place, nothing):
     assert head["greeting"]["have"] == 0
     assert payload.size == 0
     assert "Miller" not in json.dumps(head)
+
+
+def test_a_client_reads_its_own_format_and_holds_rows_back(tmp_path, nothing):
+    turns = [{"role": "user", "content": f"{SECRET}?"}, {"role": "assistant", "content": "well"}]
+    lines = [json.dumps({"messages": [{**turns[0], "content": f"{SECRET} {k}?"}, turns[1]]}) for k in range(10)]
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    options = "{files: {talks: talks.jsonl}, format: {name: chat}, holdout: 0.3}"
+    (tmp_path / "site.yaml").write_text(f"name: ward\nclients: {{ward: {options}}}\n")
+    site = resident_of(SitePlace.read(tmp_path / "site.yaml"))
+    head, _ = site.serve(hello(), nothing)
+    assert head["greeting"]["clients"] == {"ward": 7}
+    assert head["greeting"]["converse"] is True
+    before = site.rows.sha256
+    assert resident_of(SitePlace.read(tmp_path / "site.yaml")).rows.sha256 == before
+    (tmp_path / "site.yaml").write_text(f"name: ward\nclients: {{ward: {options.replace('0.3', '0.2')}}}\n")
+    assert resident_of(SitePlace.read(tmp_path / "site.yaml")).rows.sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("peers: {other: abc}", "peers.other must be the 64 digits"),
+        ("clients: {ward: {files: {rows: rows.jsonl}, format: {name: chatt}}}", "did you mean 'chat'"),
+        ("clients: {ward: {files: {rows: rows.jsonl}, end_token: perhaps}}", "end_token"),
+    ],
+)
+def test_what_a_site_file_cannot_say_is_named(text, line, tmp_path):
+    clients = "" if "clients" in text else "clients: {ward: {tasks: [a]}}\n"
+    (tmp_path / "site.yaml").write_text(f"name: ward\n{clients}{text}\n")
+    with pytest.raises(ConfigError, match=line):
+        SitePlace.read(tmp_path / "site.yaml")
+
+
+def test_a_site_pins_its_peers_keys_and_shows_its_own(place):
+    site = place(f"peers: {{other: {'ab' * 32}}}")
+    shown = register_site(site)
+    assert shown == register_site(site)
+    assert registered(site.folder / FOLDER) == {"other": b"\xab" * 32, "ward": bytes.fromhex(shown["ward"])}
+    with pytest.raises(ConfigError, match=r"peers.ward is a client of this site"):
+        register_site(place(f"peers: {{ward: {'ab' * 32}}}"))
 
 
 @pytest.mark.parametrize(

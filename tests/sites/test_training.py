@@ -13,6 +13,7 @@ from fedproxy.federation.client.scoring import answer_sums
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline.run import run
 from fedproxy.sites.resident import Resident
+from fedproxy.sites.signing import register_site
 from fedproxy.sites.site_config import SitePlace
 from fedproxy.sites.site_rows import SiteRows
 
@@ -112,6 +113,20 @@ def test_no_byte_on_the_line_names_the_target_or_quotes_a_row_also_when_a_client
     assert not [text for text in texts if text.encode() in courier.up]
     dropped = json.loads((tmp_path / "run/rounds.jsonl").read_text().splitlines()[0])["dropped"]
     assert len(dropped) == 1
+
+
+@pytest.mark.slow
+def test_secure_sums_are_of_sites_that_pinned_each_others_keys(sites, tmp_path):
+    words = ["aggregator.name=fedavg", "regularizer.name=none", "privacy.secure_aggregation=true"]
+    here = trained(tmp_path, "here", "engine.name=in_process", "engine.threads=1", *words)
+    sites(statistics=True)
+    files = [tmp_path / ward / "site.yaml" for ward in ("ward_a", "ward_b")]
+    keys = [dict(register_site(SitePlace.read(file))) for file in files]
+    for file, theirs in zip(files, reversed(keys), strict=True):
+        file.write_text(f"{file.read_text()}peers: {json.dumps(theirs)}\n")
+        register_site(SitePlace.read(file))
+    there = trained(tmp_path, "there", *AT_SITES, *words)
+    assert all(here[name].equal(there[name]) for name in here)
 
 
 @pytest.mark.slow
