@@ -205,6 +205,8 @@ def test_losses_and_statistics_leave_only_where_they_may():
     assert Policy().allowed(update) is update
     counts = Policy(figures="counts").allowed(update)
     assert (counts.train_loss, counts.seconds, counts.num_examples) == (None, 0.0, 3)
+    charged = ClientUpdate("ward", {}, extras={"privacy": {"release": torch.ones(3)}})
+    assert Policy().allowed(charged) is charged
     with pytest.raises(NotAllowedError, match=r"policy.statistics does not let 'fisher' leave"):
         Policy().allowed(ClientUpdate("ward", {}, extras={"fisher": {}}))
 
