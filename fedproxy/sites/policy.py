@@ -8,7 +8,6 @@ from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate
 from fedproxy.wire.messages import Setup
 
-
 _ACCOUNTS = ("privacy", "secure_sum")
 """Groups beside an update that say nothing of a row: what its privacy ledger was charged, and a masked weight."""
 

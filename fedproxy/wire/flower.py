@@ -201,7 +201,13 @@ class FlowerCourier:
 
 
 def registered(hub: Path) -> list[str]:
-    """Return the names of the sites that are registered at a hub, online or not."""
+    """Return the names of the sites that are registered at a hub, online or not.
+
+    Raises:
+        ConfigError: If it is no hub's folder.
+    """
+    if not hub.is_dir():
+        raise ConfigError(f"engine.hub={hub} is no hub's folder; run python -m fedproxy.hub init, or name it")
     notes = (read_json(note, dict, remedy="register the site again") for note in (hub / SITES).glob("*.json"))
     return sorted(str(note.get("name")) for note in notes)
 

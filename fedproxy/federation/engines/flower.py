@@ -108,8 +108,6 @@ class Flower(Engine, name="flower"):
         """
         hub = Path(self.hub)
         known = registered(hub)
-        if not known and not hub.is_dir():
-            raise ConfigError(f"engine.hub={self.hub} is no hub's folder; run python -m fedproxy.hub init, or name it")
         unknown = sorted(set(self.sites).difference(known))
         if unknown or not known:
             which = f"no site {unknown[0]!r}{nearest(unknown[0], known)}" if unknown else "no site"
