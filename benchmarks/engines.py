@@ -23,7 +23,8 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.data.rows import Row
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.engines import Engine
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Sites, UpdateFile
+from fedproxy.messages import Answer, Dropped, Sites, UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
 
 DEFAULTS = {"model": "asset:smollm2-135m", "rounds": "5", "clients": "8", "rows": "32", "words": "60"}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.config import RunConfig
+from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.registry import Component
 from fedproxy.strategies.round_parts import RoundPart
 
@@ -69,6 +70,14 @@ def page() -> str:
         member = RoundPart.by_name(name)
         if member.optional:
             sections.append(f"`parts.{name}`: {first_line(member)}\n\n{table(leaves(member, f'parts.{name}.'))}")
+    sections.append(
+        "## `evaluation.evaluators`\n\nWhat models are asked: `evaluation.evaluators.own_data.max_new_tokens=32`. "
+        "A member without options here takes its settings from `evaluation` itself.\n"
+    )
+    for name in Evaluator.names():
+        rows = leaves(Evaluator.by_name(name), f"evaluation.evaluators.{name}.")
+        about = f"`evaluation.evaluators.{name}`: {first_line(Evaluator.by_name(name))}\n"
+        sections.append(about + (f"\n{table(rows)}" if rows else ""))
     return "\n".join(sections)
 
 

@@ -1,4 +1,4 @@
-"""`python -m fedproxy.evaluate`: score a model on lm-eval tasks."""
+"""`python -m fedproxy.evaluate`: score a model on lm-eval tasks and on held-out rows of one's own."""
 
 import dataclasses
 import json
@@ -15,17 +15,24 @@ if TYPE_CHECKING:
     from fedproxy.evaluation.harness import EvaluationResult
 
 USAGE = """
-usage: python -m fedproxy.evaluate model=MODEL tasks=[TASK,...] [key=value ...]
+usage: python -m fedproxy.evaluate model=MODEL tasks=[TASK,...] files.NAME=FILE [key=value ...]
 
-Scores a causal language model with lm-eval and writes scores.json, samples.jsonl and lm-eval's own results.json.
+Scores a causal language model with lm-eval, and on rows of your own, and writes scores.json, samples.jsonl and
+lm-eval's own results.json.
 
   model         a from_pretrained folder, asset:NAME (fetched if missing) or a hub id
-  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, tiny-qa),
-                and says how to write a task file of your own, my_task.yaml
+  tasks         lm-eval task names; docs/evaluation.md lists those with local data (assets qa, glue, open-qa, exams,
+                tiny-qa), and says how to write a task file of your own, my_task.yaml
+  include_path  folder of task files, whose tasks, tags and groups have their own names  (null)
+  files.NAME    held-out rows with a prompt and a target each: answer NLL, and generated answers
+  max_new_tokens  most tokens of an answer to these rows; 0 generates none (64)
   limit         only the first questions of each task; null is all       (null)
   num_fewshot   solved examples before each question                     (0)
   split         test or validation; null is lm-eval's choice             (null)
   seed          seed of the few-shot sampler                             (1234)
+  apply_chat_template  ask tasks through the tokenizer's chat template   (false)
+  fewshot_as_multiturn  with it, solved examples as turns                (false)
+  system_instruction  what the system says before a task's question      (null)
   dtype         float32, bfloat16 or float16                             (float32)
   device        cpu, cuda, cuda:1, mps; null takes a GPU if there is one (null)
   batch_size    sequences per forward where no prefix can be shared      (16)
@@ -36,6 +43,7 @@ Scores a causal language model with lm-eval and writes scores.json, samples.json
 examples:
   python -m fedproxy.evaluate model=asset:smollm2-135m tasks=[arc_easy,openbookqa] limit=100
   python -m fedproxy.evaluate model=runs/demo/fused tasks=[csqa] num_fewshot=5 output_dir=runs/demo/csqa_5shot
+  python -m fedproxy.evaluate model=runs/demo/fused files.ward=held_out.jsonl max_new_tokens=32
 """
 
 
@@ -48,10 +56,16 @@ class EvaluateArguments:
 
     model: str = ""
     tasks: list[str] = field(default_factory=list)
+    include_path: str | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    max_new_tokens: int = 64
     limit: int | None = None
     num_fewshot: int = 0
     split: str | None = None
     seed: int = 1234
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
     dtype: str = "float32"
     device: str | None = None
     batch_size: int = 16
@@ -70,7 +84,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    from fedproxy.errors import ConfigError, nearest
+    from fedproxy.errors import ConfigError, first_line, nearest
     from fedproxy.overrides import as_typed
 
     known = [option.name for option in dataclasses.fields(EvaluateArguments)]
@@ -78,7 +92,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         key, equals, _ = argument.partition("=")
         if not equals:
             raise ConfigError(f"{argument!r} is no key=value argument; write, for example, limit=100")
-        if key not in known:
+        if key.partition(".")[0] not in known:
             raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
     words = [as_typed(argument, EvaluateArguments) for argument in arguments]
     try:
@@ -88,11 +102,15 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         typed = OmegaConf.to_object(merged)
     except (OmegaConfBaseException, YAMLError) as error:
         key = getattr(error, "full_key", None) or "arguments"
-        raise ConfigError(f"{key}: {str(error).strip().splitlines()[0]}") from None
+        raise ConfigError(f"{key}: {first_line(error)}") from None
     assert isinstance(typed, EvaluateArguments)
     for key, example in (("model", "model=asset:smollm2-135m"), ("tasks", "tasks=[arc_easy]")):
-        if not getattr(typed, key):
+        if not getattr(typed, key) and not (key == "tasks" and typed.files):
             raise ConfigError(f"{key} is missing; write, for example, {example}")
+    if typed.fewshot_as_multiturn and not typed.apply_chat_template:
+        raise ConfigError("fewshot_as_multiturn needs apply_chat_template=true; add it")
+    if typed.max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens must be at least 0, got {typed.max_new_tokens}")
     return typed
 
 
@@ -150,29 +168,36 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
     from fedproxy.data.assets import fetch, resolve
+    from fedproxy.data.sources import read_rows
+    from fedproxy.evaluation.chat import ChatFormat
     from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
+    from fedproxy.evaluation.own_data import OwnDataSettings, own_data_notes, score_rows
+    from fedproxy.evaluation.results import merged
+    from fedproxy.evaluation.task_loading import expand
     from fedproxy.models import check_model, load_model, load_tokenizer
 
+    rows = {name: read_rows(name, file, split="test") for name, file in options.files.items()}
+    own = OwnDataSettings(max_new_tokens=options.max_new_tokens)
     for asset in missing_assets(options.tasks):
         fetch(asset)
-    split, limit, shots = options.split, options.limit, options.num_fewshot
-    check_tasks(options.tasks, limit, shots, split=split)  # type: ignore[arg-type]
+    tasks = expand(options.tasks, options.include_path)
+    chat = ChatFormat(options.apply_chat_template, options.fewshot_as_multiturn, options.system_instruction)
+    asked: dict[str, Any] = {name: getattr(options, name) for name in ("limit", "num_fewshot", "seed", "split")}
+    if tasks:
+        check_tasks(tasks, options.limit, options.num_fewshot, split=asked["split"])
     path = str(resolve(options.model) or options.model)
-    tokenizer = load_tokenizer(path)
-    asked: dict[str, Any] = {"limit": limit, "num_fewshot": shots, "seed": options.seed, "split": split}
-    for note in prompt_notes(check_model(path), tokenizer, options.tasks, **asked):  # before the weights are loaded
+    tokenizer, shape = load_tokenizer(path), check_model(path)
+    notes = prompt_notes(shape, tokenizer, tasks, chat=chat, **asked) if tasks else []
+    for note in [*notes, *(own_data_notes(rows, own, shape, tokenizer) if rows else [])]:  # before weights are loaded
         print(f"note: {note}", file=sys.stderr)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(path, dtype=options.dtype).to(torch.device(device))
-    return evaluate_model(
-        model,
-        tokenizer,
-        options.tasks,
-        batch_size=options.batch_size,
-        batch_tokens=options.batch_tokens,
-        progress=True,
-        **asked,
-    )
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, results = load_model(path, dtype=options.dtype).to(device), []
+    if tasks:
+        asked |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
+        results.append(evaluate_model(model, tokenizer, tasks, chat=chat, progress=True, **asked))
+    if rows:
+        results.append(score_rows(model, tokenizer, rows, own, batch_tokens=options.batch_tokens))
+    return merged(results)
 
 
 def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path) -> None:
@@ -186,14 +211,20 @@ def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path)
     write_json(folder / _FILES[2], result.lm_eval)
 
 
+_FURTHER = ("exact_match", "f1", "em", "rouge_l")
+
+
 def score_table(result: "EvaluationResult") -> str:
-    """Return the accuracies in percent with standard errors and the answer NLL in nats per token, a line per task."""
-    lines = [f"{'task':<16} {'n':>6} {'acc':>14} {'acc_norm':>14} {'answer NLL':>11}"]
+    """Return shares in percent with standard errors and the answer NLL in nats per token, a line per task."""
+    further = [name for name in _FURTHER if any(name in scores for scores in result.scores.values())]
+    heads = "".join(f" {name:>14}" for name in further)
+    lines = [f"{'task':<16} {'n':>6} {'acc':>14} {'acc_norm':>14} {'answer NLL':>11}{heads}"]
     rows: list[tuple[str, Mapping[str, float | None]]] = [*result.scores.items(), ("mean", result.mean)]
     for name, scores in rows:
         nll = scores.get("answer_nll")
         cells = [_percent(scores, "acc"), _percent(scores, "acc_norm"), "-" if nll is None else f"{nll:.3f}"]
-        lines.append(f"{name:<16} {scores.get('n') or 0:>6.0f} {cells[0]:>14} {cells[1]:>14} {cells[2]:>11}")
+        more = "".join(f" {_percent(scores, metric):>14}" for metric in further)
+        lines.append(f"{name:<16} {scores.get('n') or 0:>6.0f} {cells[0]:>14} {cells[1]:>14} {cells[2]:>11}{more}")
     return "\n".join(lines)
 
 

@@ -1,11 +1,14 @@
-"""All that crosses the wire between server and clients, as safetensors plus JSON and never pickle."""
+"""What crosses the wire between server and clients in a round, as safetensors plus JSON and never pickle.
+
+What else the server asks is in :mod:`fedproxy.messages`.
+"""
 
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -18,22 +21,12 @@ from fedproxy.tensor_files import TensorFile, Tensors, nbytes
 
 __all__ = [
     "FORMAT",
-    "Answer",
-    "Answers",
     "Broadcast",
     "ClientUpdate",
-    "Collect",
-    "Done",
-    "Dropped",
     "Kept",
-    "Keys",
     "Mapped",
-    "Message",
-    "Rewind",
-    "Sites",
     "TensorFile",
     "Tensors",
-    "UpdateFile",
     "is_seal",
     "nbytes",
 ]
@@ -235,132 +228,6 @@ class ClientUpdate:
         if self.wire_bytes is not None:
             return self.wire_bytes
         return nbytes(self.delta) + sum(nbytes(group) for group in self.extras.values())
-
-
-@dataclass(frozen=True)
-class Message:
-    """What the server asks of one client beside training; :class:`Broadcast` asks for that."""
-
-    kind: ClassVar[str]
-    by_file: ClassVar[bool] = False
-    """Whether tensors answer it."""
-
-    def plain(self) -> dict[str, Any]:
-        """Return the message as plain values."""
-        return {"kind": self.kind, **asdict(self)}
-
-    @staticmethod
-    def of(said: Any) -> "Message":
-        """Return the message that plain values are.
-
-        Raises:
-            ClientError: If they are none.
-        """
-        match said:
-            case {"kind": "rewind", "round": int(number), "kept": kept, "changes": str(changes)} if is_seal(changes):
-                return Rewind(number, Kept.of(kept), changes)
-            case {"kind": "collect", "kept": kept}:
-                return Collect(Kept.of(kept))
-            case {"kind": "keys", "run": str(run), "round": int(number), "attempt": int(attempt)}:
-                return Keys(run, number, attempt)
-        raise ClientError("the message is none that a client of this version answers; use the same version")
-
-
-@dataclass(frozen=True)
-class Rewind(Message):
-    """Go back to where you were after a round: check what you kept then, and forget what came later."""
-
-    kind: ClassVar[str] = "rewind"
-
-    round: int
-    """The round after which the run goes on."""
-    kept: Kept
-    """What the client kept and goes on from."""
-    changes: str = ""
-    """Seal of the changes of the frozen weights that were sent up to this round; empty where there were none."""
-
-
-@dataclass(frozen=True)
-class Keys(Message):
-    """Send your signed key share for a secure sum; an update whose ``delta`` it is answers."""
-
-    kind: ClassVar[str] = "keys"
-    by_file: ClassVar[bool] = True
-
-    run: str
-    """Tells the run's sums from another's."""
-    round: int
-    attempt: int
-    """How often the round was begun before."""
-
-
-@dataclass(frozen=True)
-class Collect(Message):
-    """Hand in your personal tensors, once, after the last round; an update whose ``delta`` they are answers."""
-
-    kind: ClassVar[str] = "collect"
-    by_file: ClassVar[bool] = True
-
-    kept: Kept
-    """With which the client's last round that counts left it."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A client has done what a message asked, and there is nothing to send."""
-
-    client_id: str
-
-
-@dataclass(frozen=True)
-class UpdateFile:
-    """An update as it came: a file that nobody has looked into; :mod:`fedproxy.federation.server.admission` does."""
-
-    client_id: str
-    """Who was asked for it."""
-    path: Path
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A client that takes no part in the round's result, and why."""
-
-    client_id: str
-    reason: str
-    """One line."""
-
-
-Answer = ClientUpdate | UpdateFile | Done | Dropped
-Answers = Generator[Answer, None, None]
-"""What clients answer; closing it stops those that still run."""
-
-
-class Sites(Protocol):
-    """How the server reaches clients, wherever they are; a running engine is one."""
-
-    def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
-        """Run the clients of one round; answers come in the order in which clients finish, one for each client.
-
-        Files of updates stay until the next round begins or the sites are closed.
-
-        Args:
-            broadcast: What every client starts from; each is sent what ``broadcast.addressed_to`` gives for it.
-            client_ids: The round's clients.
-            timeout_s: Seconds after which clients that have not finished are dropped; None waits for all.
-        """
-        ...
-
-    def ask(self, messages: Mapping[str, Message]) -> Answers:
-        """Send each client its message; answers come as in :meth:`run`.
-
-        Raises:
-            CheckpointError: If what a client kept is damaged or missing, in a simulation.
-        """
-        ...
-
-    def close(self) -> None:
-        """Free what is held."""
-        ...
 
 
 def _save(

@@ -2,7 +2,7 @@
 
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -60,6 +60,16 @@ class Component:
         except KeyError:
             hint = nearest(name, cls._members)
             raise ConfigError(f"{cls.family}.name: unknown {cls.family} {name!r}{hint}") from None
+
+    @classmethod
+    def made(cls, node: Mapping[str, Any]) -> Self:
+        """Return the member that plain values describe: its name and its options.
+
+        Raises:
+            ConfigError: If the family has no such member, or an option is out of range.
+        """
+        options = {key: value for key, value in node.items() if key != "name"}
+        return cls.by_name(node["name"])(**options)
 
     def require(self, option: str, ok: bool, rule: str) -> None:
         """Raise a one-line ConfigError about ``option`` unless ``ok``; for use in ``__post_init__``."""

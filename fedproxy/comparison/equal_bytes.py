@@ -24,8 +24,8 @@ class ByteBudget:
 def byte_budget(runs: Runs, choice: str, *, pooled: Container[str] = ()) -> ByteBudget | None:
     """Return the budget of one method, and the rounds that it pays for.
 
-    The learning rate is constant and every round starts from a checkpoint, so that a run of t rounds is the first t
-    rounds of a longer one: fewer or more rounds are the same training, stopped at another time.
+    Where the learning rate is constant, a run of t rounds is the first t rounds of a longer one; a schedule over all
+    rounds goes over the rounds that are run.
 
     Args:
         runs: Method to its records.

@@ -196,9 +196,9 @@ def _failed(cell: Cell, error: str, display: Display) -> Outcome:
 
 
 def examples_seen(folder: RunFolder, config: RunConfig, report: RunReport) -> int | None:
-    """Return how many rows training saw: those of every round's clients, as often as an epoch passes them."""
+    """Return how many rows training saw: those of every round's clients, as often as a round passes them."""
     owners = folder.owners()
     if owners is None:
         return None
     rows = {name: len(keys) for name, keys in owners.items()}
-    return config.client.epochs * sum(rows[name] for line in report.rounds for name in line.clients)
+    return sum(config.client.rows_seen(rows[name]) for line in report.rounds for name in line.clients)

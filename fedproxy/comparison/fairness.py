@@ -38,6 +38,10 @@ def check_fair(configs: Configs, *, budget: str = "equal") -> None:
         _require_equal("data.partition", (next(iter(split)), split[next(iter(split))]), (label, split[label]))
     if budget == "equal":
         _check_budget({label: passes(config) for label, config in configs.items()})
+        bounds = {label: _bound(config) for label, config in configs.items() if passes(config)}
+        for label in bounds:
+            first = next(iter(bounds))
+            _require_equal("client.max_steps", (first, bounds[first]), (label, bounds[label]))
 
 
 def passes(config: RunConfig) -> float:
@@ -46,6 +50,13 @@ def passes(config: RunConfig) -> float:
     drawn = config.federation.clients_per_round
     share = 1.0 if drawn == "all" else int(drawn) / clients
     return config.federation.rounds * config.client.epochs * share
+
+
+def _bound(config: RunConfig) -> str | None:
+    """Return in words how many rows a client sees in a round at most; None where steps are not bounded."""
+    client = config.client
+    rows = client.batch_size * client.accumulate
+    return None if client.max_steps is None else f"{client.max_steps} steps of {rows} rows"
 
 
 def settings_that_differ(configs: Configs) -> dict[str, dict[str, Any]]:

@@ -8,8 +8,11 @@ import fedproxy.data.partition.by_column  # noqa: F401 (registers a partition)
 from fedproxy.data.formats import DataFormat
 from fedproxy.data.partition import Partition
 from fedproxy.errors import ConfigError, nearest
+from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.federation.engines import Engine
 from fedproxy.modules.distillation_config import DistillationConfig
+from fedproxy.modules.optimizers import Optimizer
+from fedproxy.modules.schedules import Decaying, Schedule
 from fedproxy.names import check_names, folded
 from fedproxy.privacy.config import PrivacyConfig
 from fedproxy.strategies.aggregators import Aggregator
@@ -123,20 +126,26 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ClientConfig:
-    """Local training of one client in one round; the optimiser is a fresh AdamW with a constant learning rate."""
+    """Local training of one client in one round; the optimiser starts fresh in each."""
 
     lr: float = 5e-5
-    """Learning rate."""
+    """Learning rate; the highest one where the schedule changes it."""
+    schedule: Schedule = field(default_factory=lambda: Schedule.by_name("constant")())
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer.by_name("adamw")())
     batch_size: int = 16
     """Rows per batch."""
     accumulate: int = 1
     """Batches per optimiser step."""
     epochs: int = 1
     """Passes over the client's rows per round."""
+    max_steps: int | None = None
+    """Most optimiser steps of a client per round; null makes all that epochs has."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     max_grad_norm: float | None = 1.0
     """Gradients are clipped to this norm; null does not clip."""
+    packing: bool = False
+    """Put rows of a batch side by side into few sequences, each row seeing itself alone: less padding, same steps."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations: less memory, about a third slower."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -147,9 +156,19 @@ class ClientConfig:
         _require("client.lr", self.lr, self.lr > 0, "positive")
         for key in ("batch_size", "accumulate", "epochs"):
             _require(f"client.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
+        most = self.max_steps
+        _require("client.max_steps", most, most is None or most >= 1, "at least 1, or null for no limit")
+        if isinstance(self.schedule, Decaying):
+            least = self.schedule.min_lr
+            _require("client.schedule.min_lr", least, least <= self.lr, f"at most client.lr={self.lr:g}")
         _require("client.weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         norm = self.max_grad_norm
         _require("client.max_grad_norm", norm, norm is None or norm > 0, "positive, or null")
+
+    def rows_seen(self, rows: int) -> int:
+        """Return how many rows, repeated ones counted again, a client of ``rows`` rows sees in a round, at most."""
+        every = rows * self.epochs
+        return every if self.max_steps is None else min(every, self.max_steps * self.batch_size * self.accumulate)
 
 
 @dataclass(frozen=True)
@@ -166,12 +185,22 @@ class ValidationConfig:
     """Mean over tasks by which rounds are compared; answer_nll moves where accuracy on few rows does not."""
     select: Literal["last", "best"] = "last"
     """Which round's state is fused and scored at the end."""
+    evaluator: str | None = None
+    """Evaluator of ``evaluation`` that scores rounds instead, on what it asks at the end: to look at, never to choose a
+    round by. Null scores held-out training rows."""
 
     def __post_init__(self) -> None:
         _require("federation.validation.every", self.every, self.every >= 0, "at least 0")
         _require("federation.validation.rows", self.rows, self.rows >= 1, "at least 1")
         ok = self.select == "last" or self.every > 0
         _require("federation.validation.every", self.every, ok, "at least 1 with select=best")
+        ok = self.evaluator is None or self.select == "last"
+        _require(
+            "federation.validation.select",
+            self.select,
+            ok,
+            "last where an evaluator scores rounds: it asks what the final scores are of",
+        )
 
 
 @dataclass(frozen=True)
@@ -215,10 +244,12 @@ class FederationConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is scored with lm-eval at the end of a run."""
+    """What is scored at the end of a run: tasks of lm-eval, held-out rows, and what evaluators of one's own ask."""
 
     tasks: list[str] | None = None
-    """lm-eval tasks; null takes data.tasks. An empty list scores nothing."""
+    """lm-eval tasks; null takes data.tasks. An empty list asks none."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Held-out rows that nobody trains on, name to file, folder or hub id, in the form of data.files."""
     models: list[str] = field(default_factory=lambda: list(MODELS))
     """Which models are scored: target, proxy, proxy_tuned, fused. An empty list scores nothing."""
     limit: int | None = None
@@ -229,6 +260,17 @@ class EvaluationConfig:
     """Tokens per forward pass, padding included."""
     seed: int = 1234
     """Seed of the few-shot sampler."""
+    include_path: str | None = None
+    """Folder with task files of one's own (lm-eval's YAML); tasks may then be named as they name themselves."""
+    apply_chat_template: bool = False
+    """Ask tasks through the tokenizer's chat template, as instruct models are used."""
+    fewshot_as_multiturn: bool = False
+    """With it: each solved example is a user's and an assistant's turn."""
+    system_instruction: str | None = None
+    """What the system says before each question of a task."""
+    evaluators: dict[str, Evaluator] = field(default_factory=dict)
+    """Options of evaluators, by name: ``evaluation.evaluators.own_data.max_new_tokens=32``. lm_eval (for tasks) and
+    own_data (for held-out rows) are there without being named; another one is where it is."""
 
     def __post_init__(self) -> None:
         for name in self.models:
@@ -239,6 +281,17 @@ class EvaluationConfig:
         _require("evaluation.limit", self.limit, self.limit is None or self.limit >= 1, "at least 1, or null for all")
         _require("evaluation.num_fewshot", self.num_fewshot, self.num_fewshot >= 0, "at least 0")
         _require("evaluation.batch_tokens", self.batch_tokens, self.batch_tokens >= 1, "at least 1")
+        check_names(self.files, "evaluation.files")
+        taken = sorted(name for name in self.files if folded(name) == "mean")
+        _require("evaluation.files", taken, not taken, "named otherwise: the mean over sources has this name")
+        ok = self.apply_chat_template or not self.fewshot_as_multiturn
+        _require("evaluation.fewshot_as_multiturn", True, ok, "false unless evaluation.apply_chat_template is true")
+
+    @property
+    def members(self) -> dict[str, Evaluator]:
+        """All evaluators that take part where they have something to ask, by name."""
+        there = {name: Evaluator.by_name(name)() for name in Evaluator.names() if Evaluator.by_name(name).always}
+        return {**there, **self.evaluators}
 
 
 @dataclass(frozen=True)
@@ -296,6 +349,9 @@ class RunConfig:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require_different("loggers", self.loggers)
+        member, known = self.federation.validation.evaluator, self.evaluation.members
+        if member is not None and member not in known:
+            raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")
         for name, part in self.parts.items():
             if not part.optional and name == "privacy":
                 raise ConfigError("parts.privacy comes with the node privacy; use privacy.unit=example or client")
@@ -312,3 +368,10 @@ class RunConfig:
     def scored_tasks(self) -> list[str]:
         """The same, and none where no model is scored."""
         return self.evaluation_tasks if self.evaluation.models else []
+
+    @property
+    def asks(self) -> bool:
+        """Whether a model is scored on anything."""
+        own = any(not member.always for member in self.evaluation.members.values())
+        rows = self.evaluation.files or self.data.holdout is not None
+        return bool(self.evaluation.models and (self.evaluation_tasks or rows or own))

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fedproxy.data.examples import IGNORED
+from fedproxy.data.packing import pack
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError
 from fedproxy.processes import rank_and_size
-
-IGNORED = -100
-"""Label of tokens that no loss is taken on, as in PyTorch and transformers."""
 
 
 def batches(
@@ -78,20 +77,28 @@ class ExampleLoader:
         batch_size: Examples of a batch.
         pad_id: Token that fills up short examples.
         generator: CPU generator of the order; each epoch advances it.
+        packing: Put rows of a batch side by side where that saves padding. Batches are of the same rows either way.
 
     Raises:
         ClientError: If there are no examples.
     """
 
     def __init__(
-        self, examples: Sequence[Example], batch_size: int, *, pad_id: int, generator: torch.Generator
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        pad_id: int,
+        generator: torch.Generator,
+        packing: bool = False,
     ) -> None:
         if not examples:
             raise ClientError("a client has no training rows; give it rows or leave it out of the federation")
         self.examples = examples
         self.batch_size = batch_size
         self.pad_id = pad_id
-        self.generator = generator
+        self.generator, self.packing = generator, packing
+        self._tokens: list[int] = []
 
     def __len__(self) -> int:
         """Batches of one epoch."""
@@ -102,7 +109,12 @@ class ExampleLoader:
         rank, processes = rank_and_size()
         for chosen in batches(lengths, self.batch_size, self.generator):
             whole = [self.examples[index] for index in chosen]
-            yield collate(whole, self.pad_id) if processes == 1 else self._part(whole, rank, processes)
+            self._tokens.append(sum(example.target_length for example in whole))
+            yield self._joined(whole) if processes == 1 else self._part(whole, rank, processes)
+
+    def tokens_of(self, batches: int) -> int:
+        """Return the target tokens of the first batches that were handed out, of all processes together."""
+        return sum(self._tokens[:batches])
 
     def _part(self, whole: list[Example], rank: int, processes: int) -> dict[str, Tensor]:
         """Return one process's part of a batch: neighbours in length go to different processes."""
@@ -110,12 +122,11 @@ class ExampleLoader:
         tokens = sum(example.target_length for example in own)
         share = processes * tokens / sum(example.target_length for example in whole)
         # A process without examples runs one that counts nothing: the others wait for it in every step.
-        return {**collate(own or whole[:1], self.pad_id), "share": torch.tensor(share)}
+        return {**self._joined(own or whole[:1]), "share": torch.tensor(share)}
 
-    @property
-    def num_tokens(self) -> int:
-        """Target tokens of one epoch."""
-        return sum(example.target_length for example in self.examples)
+    def _joined(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        packed = pack(examples, self.pad_id) if self.packing else None
+        return collate(examples, self.pad_id) if packed is None else packed
 
 
 class ShuffledBatches:

@@ -8,6 +8,9 @@ from fedproxy.data.rows import Row
 
 Spans = list[tuple[int, int]]
 
+IGNORED = -100
+"""Label of tokens that no loss is taken on, as in PyTorch and transformers."""
+
 
 @dataclass(frozen=True)
 class Example:

@@ -1,4 +1,4 @@
-"""lm-eval in process: scores a model, renders training rows, and checks what a recipe asks for.
+"""lm-eval in process: scores a model, and checks what a recipe asks for.
 
 lm-eval is imported when it is first needed, so that importing this module stays cheap. Prompts, targets and metrics are
 always lm-eval's own; for the tasks of :func:`task_names` the documents come from the local cache.
@@ -6,12 +6,12 @@ always lm-eval's own; for the tasks of :func:`task_names` the documents come fro
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedproxy.data.rows import Row
+from fedproxy.evaluation.chat import PLAIN, ChatFormat
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, missing_assets, task_names
 from fedproxy.evaluation.prompt_limits import positions, prompt_limits
@@ -25,13 +25,10 @@ from fedproxy.evaluation.results import (
 )
 from fedproxy.evaluation.task_checks import (
     check_metrics,
-    check_rows,
     check_settings,
     check_task,
-    check_training_task,
 )
-from fedproxy.evaluation.task_loading import expand, load_one, load_task, needed_splits
-from fedproxy.seeding import generator
+from fedproxy.evaluation.task_loading import expand, load_task, needed_splits
 from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
@@ -40,12 +37,10 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "EvaluationResult",
-    "check_data_tasks",
     "check_tasks",
     "evaluate_model",
     "missing_assets",
     "prompt_notes",
-    "render_rows",
     "task_names",
 ]
 
@@ -68,6 +63,7 @@ def evaluate_model(
     seed: int = 0,
     split: Split | None = None,
     autocast: torch.dtype | None = None,
+    chat: ChatFormat = PLAIN,
     progress: bool | Progress = False,
 ) -> EvaluationResult:
     """Score a causal language model on lm-eval tasks.
@@ -84,6 +80,7 @@ def evaluate_model(
         seed: Seed of the few-shot sampler.
         split: Score on ``test`` or ``validation``; None is lm-eval's choice (test where there is one).
         autocast: Dtype of the matrix products before the head; None is the weights' own.
+        chat: How a question becomes a prompt.
         progress: True shows a bar, a function is called with (done, total).
 
     Raises:
@@ -94,45 +91,59 @@ def evaluate_model(
     from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
 
     check_tasks(tasks, limit=limit, num_fewshot=num_fewshot, split=split)
+    chat.check(tokenizer)
     start, training = time.perf_counter(), model.training
     loaded = {task.name: task for task in _loaded(tasks, split, num_fewshot)}
-    notes: list[str] = []
+    asked = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
     with quiet(), _bar(progress) as report:
-        lm = PrefixSharingLM(
-            model,
-            tokenizer,
-            batch_size=batch_size,
-            batch_tokens=batch_tokens,
-            autocast=autocast,
-            on_progress=report,
-        )
+        sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
+        lm = PrefixSharingLM(model, tokenizer, **sizes, autocast=autocast, on_progress=report)
         try:
-            for task in loaded.values():
-                limits = prompt_limits(task, tokenizer, lm.max_length, limit=limit, num_fewshot=num_fewshot, seed=seed)
-                task.prepare(num_fewshot, seed, limits.answer_tokens)
-                notes += limits.notes
+            notes = [note for task in loaded.values() for note in _prepare(task, tokenizer, lm, asked, chat)]
             raw = evaluate(
                 lm=lm,
                 task_dict={"tasks": {name: task.task for name, task in loaded.items()}},
                 limit=limit,
+                **chat.options(),
                 bootstrap_iters=1 if all(task.only_means for task in loaded.values()) else 0,
             )
         finally:
             model.train(training)
+    return _result(raw, loaded, lm, {**asked, "split": split, **chat.noted()}, notes, time.perf_counter() - start)
+
+
+def _prepare(
+    task: LoadedTask, tokenizer: "PreTrainedTokenizerBase", lm: Any, asked: dict[str, Any], chat: ChatFormat
+) -> tuple[str, ...]:
+    """Set a task's solved examples and its longest answer, and return what a model has no room for."""
+    limits = prompt_limits(task, tokenizer, lm.max_length, **asked, chat=chat)
+    task.prepare(asked["num_fewshot"], asked["seed"], limits.answer_tokens)
+    return limits.notes
+
+
+def _result(
+    raw: dict[str, Any],
+    loaded: Mapping[str, LoadedTask],
+    lm: Any,
+    settings: dict[str, Any],
+    notes: list[str],
+    seconds: float,
+) -> EvaluationResult:
+    """Return what lm-eval found, with scores of ours."""
+    if lm.obstacle is not None:
+        notes.append(f"Every sequence is run alone, as lm-eval does it: {lm.obstacle}.")
+    settings |= {"sharing": lm.sharing}
     logged = raw.pop("samples")
     samples = {name: question_samples(task, logged[name], lm.answer_tokens) for name, task in loaded.items()}
     for name, results in raw["results"].items():
         results |= missing_stderrs(results, samples[name])
     scores = {name: task_scores(raw["results"][name], samples[name]) for name in loaded}
-    if lm.obstacle is not None:
-        notes.append(f"Every sequence is run alone, as lm-eval does it: {lm.obstacle}.")
-    settings = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed, "split": split, "sharing": lm.sharing}
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
         samples=[sample for name in loaded for sample in samples[name]],
         lm_eval=plain_results(raw, settings, loaded),
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         notes=notes,
     )
 
@@ -146,18 +157,22 @@ def prompt_notes(
     num_fewshot: int = 0,
     seed: int = 0,
     split: Split | None = None,
+    chat: ChatFormat = PLAIN,
 ) -> list[str]:
     """Return what an evaluation will have to cut, in a sentence each, from a model's configuration alone.
 
     Raises:
         EvaluationError: If a task cannot be asked of such a model.
     """
+    chat.check(tokenizer)
     with quiet():
         most = positions(config, tokenizer)
         return [
             note
             for task in _loaded(tasks, split, num_fewshot)
-            for note in prompt_limits(task, tokenizer, most, limit=limit, num_fewshot=num_fewshot, seed=seed).notes
+            for note in prompt_limits(
+                task, tokenizer, most, limit=limit, num_fewshot=num_fewshot, seed=seed, chat=chat
+            ).notes
         ]
 
 
@@ -184,45 +199,6 @@ def check_tasks(
     check_settings(single, limit, num_fewshot, split)
     for name in single:
         check_task(name, limit, num_fewshot, split)
-
-
-def check_data_tasks(names: Sequence[str]) -> None:
-    """Raise one clear line unless clients can own training rows of every task; local tasks are not loaded.
-
-    Raises:
-        EvaluationError: If a task is unknown, has no train split, or is not multiple choice.
-    """
-    for name in expand(names):
-        check_training_task(name)
-
-
-def render_rows(task: str, split: str = "train", limit: int | None = None, seed: int | None = None) -> list[Row]:
-    """Return training rows as the lm-eval task of that name renders its questions, so that tuning and scoring agree.
-
-    The prompt is the context of the gold choice and the target its continuation, exactly as lm-eval would request
-    them: usually the question and delimiter plus answer text; for winogrande, whose context depends on the choice,
-    the sentence up to the filled blank and its rest.
-
-    Args:
-        task: Task name, multiple choice.
-        split: ``train``, ``validation`` or ``test``.
-        limit: At most this many rows; None is all.
-        seed: Draw the rows with this seed, without replacement; None takes the first ones.
-
-    Raises:
-        EvaluationError: If the task or the split has no data, or the task is not multiple choice.
-    """
-    check_rows(task, split, limit)
-    with quiet():
-        loaded = load_one(task, None, (split,))
-        loaded.check_rows(split)
-        docs = loaded.docs(split)
-        order = range(len(docs)) if seed is None else _permutation(len(docs), seed, loaded.name, split)
-        return [loaded.row(docs[index], split, index) for index in order[:limit]]
-
-
-def _permutation(rows: int, seed: int, task: str, split: str) -> list[int]:
-    return [int(i) for i in torch.randperm(rows, generator=generator(seed, "rows", task, split))]
 
 
 @contextlib.contextmanager

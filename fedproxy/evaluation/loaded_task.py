@@ -8,6 +8,7 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation.offline_tasks import Split
 from fedproxy.evaluation.solved_examples import choose_examples, example_count
+from fedproxy.metric_facts import HEADLINES
 
 LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """Names under which lm-eval's tasks give the most tokens of a generated answer, the first one counts."""
@@ -54,9 +55,10 @@ class LoadedTask:
         return bool(self.task.OUTPUT_TYPE == "multiple_choice")
 
     @property
-    def has_accuracy(self) -> bool:
-        """Whether every document is answered right or wrong: what methods are compared by."""
-        return not {"acc", "acc_norm"}.isdisjoint(self.task.aggregation())
+    def headlines(self) -> set[str]:
+        """The metrics by which methods can be compared."""
+        likely = {"answer_nll"} if self.multiple_choice else set()
+        return likely | set(HEADLINES) & set(self.task.aggregation())
 
     @property
     def only_means(self) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,11 @@ class OfflineTask:
     def asset(self) -> str:
         """Name of the asset that the files belong to."""
         return next(iter(self.declared.values())).partition("/")[0]
+
+    @property
+    def multiple_choice(self) -> bool:
+        """Whether its questions have choices: those of all assets but one do."""
+        return self.asset != "open-qa"
 
     @property
     def own(self) -> bool:
@@ -85,7 +90,15 @@ class OfflineTask:
 def offline_tasks() -> dict[str, OfflineTask]:
     """Return every task file of ours, by task name."""
     files = sorted(path for path in _TASKS.glob("*.yaml") if not path.name.startswith("_"))
-    return {path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in files}
+    found = {path.stem: OfflineTask(path.stem, path.read_text(encoding="utf-8")) for path in files}
+    return found | {task.name: task for task in _mmlu()}
+
+
+def _mmlu() -> Iterator[OfflineTask]:
+    """Yield mmlu's 57 subjects: one of our files for all, as each of lm-eval's files names its subject."""
+    text = (_TASKS / "_mmlu.yaml").read_text(encoding="utf-8")
+    for path in sorted((lm_eval_folder() / "tasks/mmlu/default").glob("mmlu_*.yaml")):
+        yield OfflineTask(path.stem, text.replace("SUBJECT", path.stem.removeprefix("mmlu_")))
 
 
 def task_names() -> tuple[str, ...]:

@@ -49,6 +49,18 @@ def load_own(name: str, split: Split | None) -> LoadedTask:
     return _load(name, yaml.safe_dump(config, sort_keys=False), stamp, split)
 
 
+def read_task_file(path: Path) -> dict[str, Any]:
+    """Return what a task file says, without what it includes.
+
+    Raises:
+        EvaluationError: If it cannot be read, is too large, or is no YAML of plain values.
+    """
+    try:
+        return _read(path)
+    except EvaluationError as error:
+        raise EvaluationError(f"task file {path}: {error}") from None
+
+
 def own_sha256(name: str) -> str:
     """Return the hash of all that a task file asks: its text, what it includes, and its data files."""
     return "".join(file_sha256(path) for path in _resolved(name)[1])

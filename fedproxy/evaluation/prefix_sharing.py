@@ -73,6 +73,10 @@ class PrefixSharingLM(PromptTokens):
         """Whether prefixes are shared with this model, as far as requests have shown; ``obstacle`` says why not."""
         return self.obstacle is None
 
+    def loglikelihood_of_tokens(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """Return the log-likelihood, in nats, of each continuation after its context, both as tokens."""
+        return [value for value, _ in self._loglikelihood_tokens([(None, *pair) for pair in pairs])]
+
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fedproxy.errors import EvaluationError, first_line
+from fedproxy.evaluation.chat import PLAIN, ChatFormat
 from fedproxy.evaluation.loaded_task import LENGTH_KEYS, LoadedTask
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def prompt_limits(
     limit: int | None,
     num_fewshot: int,
     seed: int,
+    chat: ChatFormat = PLAIN,
 ) -> Limits:
     """Write a task's prompts as its evaluation will, and return what does not fit into ``most`` positions.
 
@@ -58,7 +60,7 @@ def prompt_limits(
         notes.append(f"{task.name} is asked without solved examples: its own definition fixes their number at 0.")
     elif num_fewshot and task.examples_are_scored:
         notes.append(f"{task.name} has no other rows: its solved examples are scored questions, none before itself.")
-    asked = _requests(task, limit, num_fewshot, seed)
+    asked = _requests(task, tokenizer, limit, num_fewshot, seed, chat)
     kinds = {instance.request_type for instance in asked}
     way_out = "lower num_fewshot" if task.shots(num_fewshot) else "use a model with more positions"
     room = None
@@ -77,11 +79,18 @@ def prompt_limits(
     return Limits(tuple(notes), room)
 
 
-def _requests(task: LoadedTask, limit: int | None, num_fewshot: int, seed: int) -> Sequence[Any]:
+def _requests(
+    task: LoadedTask,
+    tokenizer: "PreTrainedTokenizerBase",
+    limit: int | None,
+    num_fewshot: int,
+    seed: int,
+    chat: ChatFormat,
+) -> Sequence[Any]:
     """Return lm-eval's requests of a task, with the examples that its evaluation draws."""
     task.prepare(num_fewshot, seed)
     try:
-        task.task.build_all_requests(limit=limit, rank=0, world_size=1)
+        task.task.build_all_requests(limit=limit, rank=0, world_size=1, **chat.request_options(tokenizer))
     except Exception as error:  # templates and functions of a task raise whatever they like on a row
         raise EvaluationError(
             f"task {task.name!r}: a prompt cannot be written ({type(error).__name__}: {first_line(error)}); correct "

@@ -11,6 +11,7 @@ import torch
 
 from fedproxy.evaluation.answer_metrics import choice_margin, score_answers
 from fedproxy.evaluation.loaded_task import LoadedTask
+from fedproxy.task_means import mean_scores
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,37 @@ class EvaluationResult:
     samples: list[dict[str, Any]]
     """By question: task, doc_id, hashes, gold, log-likelihood per choice, acc, acc_norm, gold-answer NLL."""
     lm_eval: dict[str, Any]
-    """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json."""
+    """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json. Other
+    evaluators say in the same form what two evaluations must share to be compared."""
     seconds: float
     """Wall time, loading of tasks included."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the scores should know: prompts that were cut, prefixes that could not be shared."""
+
+
+def merged(results: Sequence[EvaluationResult]) -> EvaluationResult:
+    """Return the results of several evaluators of one model as one."""
+    if len(results) == 1:
+        return results[0]
+    scores = {task: metrics for result in results for task, metrics in result.scores.items()}
+    return EvaluationResult(
+        scores=scores,
+        mean=mean_scores(scores),
+        samples=[sample for result in results for sample in result.samples],
+        lm_eval=merged_details([result.lm_eval for result in results]),
+        seconds=sum(result.seconds for result in results),
+        notes=[note for result in results for note in result.notes],
+    )
+
+
+def merged_details(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of several results files as one: mappings by task join, of all else the last one's stays."""
+    details: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            known = details.get(key)
+            details[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+    return details
 
 
 def question_samples(
@@ -77,10 +104,22 @@ def task_scores(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]
         metric, _, kind = key.partition(",")
         if kind and isinstance(value, (int, float)) and not isinstance(value, bool):
             scores[metric if kind == "none" else f"{metric}:{kind}"] = float(value)
+    scores |= {name: value for name, value in _first_filter(results, samples).items() if name not in scores}
     scores["n"] = len(samples)
     if samples and all("gold" in sample for sample in samples):
         scores |= score_answers([(s["loglikelihoods"], s["gold"], s["answer_tokens"]) for s in samples])
     return scores
+
+
+def _first_filter(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the metrics of a task's first filter, whose answers the samples have, under their plain names."""
+    found: dict[str, float] = {}
+    for key, value in results.items():
+        metric, _, kind = key.partition(",")
+        known = kind and isinstance(value, int | float) and metric.removesuffix("_stderr") in samples[0]
+        if known and metric not in found:
+            found[metric] = float(value)
+    return found
 
 
 def plain_results(raw: dict[str, Any], settings: dict[str, Any], tasks: Mapping[str, LoadedTask]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What evaluation settings must satisfy; each broken rule is told in one line before a model is loaded."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from fedproxy.errors import EvaluationError, nearest
 from fedproxy.evaluation.offline_tasks import Split, count_rows, offline_tasks, task_names
@@ -38,7 +38,8 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
     """
     needs = needed_splits(name, split, num_fewshot)
     task = offline_tasks().get(name)
-    if task is not None and task.has(needs):
+    known = not num_fewshot or "train" in needs
+    if task is not None and task.has(needs) and known:
         rows = {part: count_rows(path) for part in needs if (path := task.file(part)) is not None}
         # lm-eval draws one more where it leaves the question out, as it does without a test split.
         examples = rows["train"] - int(needs[0] == "validation") if num_fewshot else None
@@ -52,24 +53,20 @@ def check_task(name: str, limit: int | None, num_fewshot: int, split: Split | No
 def check_training_task(name: str) -> None:
     """Raise an EvaluationError unless clients can own rows of the task: it is multiple choice and has a train split."""
     task = offline_tasks().get(name)
-    if task is None or not task.has(("train",)):  # ours are all multiple choice
+    if task is None or not task.multiple_choice or not task.has(("train",)):
         load_one(name, None, ("train",)).check_rows("train")
 
 
-def check_accuracy(names: Iterable[str]) -> None:
-    """Raise an EvaluationError unless every task has an accuracy, by which methods can be compared.
+def headlines(name: str) -> set[str]:
+    """Return the metrics of a task by which methods can be compared; one without a file of ours is loaded for it.
 
-    Tasks with a file of ours all have one; any other is loaded through the hub.
+    Raises:
+        EvaluationError: If it is unknown or cannot be loaded.
     """
-    for name in names:
-        if name in offline_tasks():
-            continue
-        for loaded in load_task(name, None, ()):
-            if not loaded.has_accuracy:
-                raise EvaluationError(
-                    f"evaluation.tasks: {loaded.name} has neither acc nor acc_norm, and only multiple-choice tasks can "
-                    "be compared; leave it out"
-                )
+    task = offline_tasks().get(name)
+    if task is not None and task.multiple_choice:
+        return {"acc", "answer_nll"}
+    return set.intersection(*(loaded.headlines for loaded in load_task(name, None, needed_splits(name, None, 0))))
 
 
 def check_rows(name: str, split: str, limit: int | None) -> None:

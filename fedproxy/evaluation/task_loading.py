@@ -15,23 +15,35 @@ from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import OfflineTask, Split, offline_tasks
 from fedproxy.evaluation.own_tasks import is_task_file, load_own
 from fedproxy.evaluation.quiet import quiet
+from fedproxy.evaluation.task_folders import named_files
 
 
 def needed_splits(name: str, split: Split | None, num_fewshot: int) -> tuple[str, ...]:
-    """Return the splits that an evaluation reads: the scored one first, then train for solved examples."""
+    """Return the splits that an evaluation reads: the scored one first, then train for solved examples.
+
+    A task of ours that declares no train split draws them elsewhere.
+    """
     offline = offline_tasks().get(name)
     scored = offline.scored_split(split) if offline else split or "test"
-    return (scored, "train") if num_fewshot else (scored,)
+    return (scored, "train") if num_fewshot and (offline is None or "train" in offline.declared) else (scored,)
 
 
-def expand(names: Iterable[str]) -> list[str]:
+def expand(names: Iterable[str], include_path: str | None = None) -> list[str]:
     """Return the names with every tag of lm-eval, and every group that only lists names, replaced by its tasks.
 
+    Args:
+        names: Names of tasks, tags, groups and task files.
+        include_path: Folder of task files, whose names come first; None is none.
+
     Raises:
-        EvaluationError: If lm-eval knows none of that name.
+        EvaluationError: If lm-eval knows none of that name, or the folder cannot be used.
     """
-    single = offline_tasks()
-    return [task for name in names for task in ([name] if name in single or is_task_file(name) else members(name))]
+    own = {} if include_path is None else named_files(include_path)
+    return [task for name in names for task in own.get(name) or _single(name)]
+
+
+def _single(name: str) -> list[str]:
+    return [name] if name in offline_tasks() or is_task_file(name) else members(name)
 
 
 def load_one(name: str, split: Split | None, needs: Iterable[str]) -> LoadedTask:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from fedproxy.errors import FedProxyError, ModelError, first_line
+from fedproxy.errors import ConfigError, FedProxyError, ModelError, first_line
 from fedproxy.models.checkpoints import special_ids, without_reports
 from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.models.skipping import skipping
@@ -78,6 +78,41 @@ def _own_generation_config_aside(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
+
+
+def check_packing(model: PreTrainedModel) -> None:
+    """Check on a few tokens that rows side by side in one sequence, told apart by positions, are as each alone.
+
+    Recurrent layers carry a state over, and some families take a token's place from the sequence. A window shorter than
+    the rows is part of the check where a family has one.
+
+    Args:
+        model: The model, in evaluation mode.
+
+    Raises:
+        ConfigError: If it computes otherwise, or takes no positions.
+    """
+    kind, (first, second, *_) = type(model).__name__, _probe(model)
+    parts, remedy = (first[:-2], second), "set client.packing=false"
+    alone = [_logits_alone(model, part, kind, remedy) for part in parts]
+    places = torch.cat([torch.arange(len(part), device=model.device) for part in parts])
+    try:
+        with _running(kind, remedy), _short_windows(model):
+            ids = torch.cat(parts)[None]
+            both = model(input_ids=ids, attention_mask=None, position_ids=places[None], use_cache=False).logits.float()
+    except ModelError as error:
+        raise ConfigError(f"client.packing: {error}") from error
+    gap = max(_gap(*pair) for pair in zip(both.split([len(p) for p in parts], dim=1), alone, strict=True))
+    if not gap <= _allowed(model, _OTHER_WORK):
+        raise ConfigError(
+            f"client.packing: {kind} does not keep rows apart that share a sequence (logits differ by {gap:.2g}); "
+            f"{remedy}"
+        )
+
+
+def _logits_alone(model: PreTrainedModel, ids: Tensor, kind: str, remedy: str) -> Tensor:
+    with _running(kind, remedy), _short_windows(model):
+        return _logits(model, ids[None])
 
 
 def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedproxy.data.batching import IGNORED
+from fedproxy.data.examples import IGNORED
 
 
 def answer_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,8 @@ def answer_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Ten
 
     Args:
         model: A causal language model.
-        batch: ``input_ids``, ``labels`` (-100 where no loss is taken) and optionally ``attention_mask``, each int64
+        batch: ``input_ids``, ``labels`` (-100 where no loss is taken) and optionally ``attention_mask``, or the
+            ``position_ids`` of rows that share a sequence (:func:`fedproxy.data.packing.pack`), each int64
             (batch, length).
 
     Returns:
@@ -44,8 +45,10 @@ def answer_logits(model: PreTrainedModel, batch: dict[str, Tensor]) -> tuple[Ten
 
     head = model.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(gather)
+    given = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+    mask = _needed_mask(batch)
     try:
-        logits = model(input_ids=batch["input_ids"], attention_mask=_needed_mask(batch), use_cache=False).logits
+        logits = model(input_ids=batch["input_ids"], attention_mask=mask, use_cache=False, **given).logits
     finally:
         if handle is not None:
             handle.remove()

@@ -1,12 +1,14 @@
 """A client's training: task loss on answer tokens plus a regularizer against the round's broadcast."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ClientError, ConfigError
@@ -14,7 +16,8 @@ from fedproxy.models.sharding import is_sharded, local_parts, part_like
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity
-from fedproxy.modules.trainer import adamw, attention
+from fedproxy.modules.optimizers import AdamW, Optimizer
+from fedproxy.modules.trainer import attention
 from fedproxy.processes import rank_and_size
 
 if TYPE_CHECKING:
@@ -26,12 +29,14 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
 
     The loss of a step is the mean negative log-likelihood per answer token of the batch, in nats, plus
     ``regularizer.loss(parameters, anchor, conflict)``, whose gradient is added directly where the strategy allows.
-    AdamW runs with a constant learning rate and no warm-up.
+    The learning rate is constant without a schedule.
 
     Args:
         model: The proxy, with adapters attached.
         lr: Learning rate, > 0.
-        weight_decay: Decoupled weight decay, >= 0.
+        schedule: Gives the part of ``lr`` for each optimiser step of the fit, counted from 0; None is all of it.
+        optimizer: What steps the parameters; AdamW by default.
+        weight_decay: Weight decay, >= 0.
         parameters: Trainable parameters by state name, as a ``TrainableModel`` gives them; the model's own
             trainable parameters by default.
         regularizer: Client-side term, or None.
@@ -49,6 +54,8 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         model: PreTrainedModel,
         *,
         lr: float,
+        schedule: Callable[[int], float] | None = None,
+        optimizer: Optimizer | None = None,
         weight_decay: float = 0.0,
         parameters: Mapping[str, nn.Parameter] | None = None,
         regularizer: "Regularizer | None" = None,
@@ -63,6 +70,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
             raise ConfigError(f"client.weight_decay must be >= 0, got {weight_decay}")
         self.model = model
         self.lr, self.weight_decay = lr, weight_decay
+        self.schedule, self.optimizer = schedule, optimizer or AdamW()
         own = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
         self.tuned = dict(own if parameters is None else parameters)
         if not self.tuned:
@@ -138,9 +146,14 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self.log("val/accuracy", self.val_accuracy)
         self.log("val/perplexity", self.val_perplexity)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Return AdamW with PyTorch's betas and eps and a constant learning rate."""
-        return adamw(self.trainer, list(self.tuned.values()), lr=self.lr, weight_decay=self.weight_decay)
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Return the optimiser and, where there is a schedule, what sets its rate before each step."""
+        tuned = list(self.tuned.values())
+        optimizer = self.optimizer.make(self.trainer, tuned, lr=self.lr, weight_decay=self.weight_decay)
+        if self.schedule is None:
+            return optimizer
+        scheduler = LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def cpu(self) -> "CausalLMModule":
         """Move to the CPU, as Lightning asks after a fit; sharded and quantised weights stay where they were made."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedproxy.data.batching import IGNORED
+from fedproxy.data.examples import IGNORED
 from fedproxy.errors import DataError
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll

@@ -24,7 +24,7 @@ from fedproxy.interrupts import interruption
 _ELSEWHERE = {
     "max_epochs": "client.epochs",
     "min_epochs": "client.epochs",
-    "max_steps": "client.epochs",
+    "max_steps": "client.max_steps",
     "min_steps": "client.epochs",
     "max_time": "federation.round_timeout_s",
     "limit_train_batches": "data.rows_per_task",

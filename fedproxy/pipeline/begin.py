@@ -65,7 +65,7 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
 
     An older run is deleted here, after all that could speak against the new one was looked at.
     """
-    clients = dealt.clients
+    clients, counted = dealt.clients, count_examples(dealt.clients, run.config)
     if run.folder.replaces:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
         check_public(run.config, _owned(clients))
@@ -73,20 +73,13 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
     save_partition(clients, run.folder.partition)
     unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
     run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)
-    examples = _count_examples(run, dealt)
-    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
-    kept = ClientRows(clients, run.folder.rows, examples)
-    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
-    run.clients = kept
-
-
-def _count_examples(run: Run, dealt: Dealt) -> dict[str, int]:
-    """Say how rows were read, and how many are longer than what the recipe or the model has room for."""
-    counted = count_examples(dealt.clients, run.config)
     run.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, run.config.data)]:
         run.display.say(note)
-    return counted.examples
+    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    kept = ClientRows(clients, run.folder.rows, counted.examples)
+    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    run.clients = kept
 
 
 def _owned(clients: Clients) -> OwnedTexts:

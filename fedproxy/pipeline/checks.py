@@ -23,6 +23,7 @@ from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_questions, expanded
 from fedproxy.pipeline.loggers import check_loggers
 from fedproxy.pipeline.planning.outline import target_config
+from fedproxy.pipeline.planning.ranks import with_ranks_that_fit
 from fedproxy.pipeline.privacy import check_privacy
 from fedproxy.strategies.capabilities import check_capabilities
 from fedproxy.strategies.compression.healing import NEEDS_GAPS
@@ -52,6 +53,7 @@ def check(named: RunConfig, display: Display | None = None, *, here: bool = True
     """
     config = expanded(named)
     check_components(config, here=here)
+    config = with_ranks_that_fit(config)
     if not here:
         check_shapes(config)
         return config
@@ -168,7 +170,7 @@ def _check_trainable(config: RunConfig) -> None:
         key = f"aggregator.name={rule.name}" if rule.space != "any" else "federation.space=product"
         raise ConfigError(
             f"{key} needs one pair of LoRA factors for each matrix, and {trained.key} has none; use "
-            "trainable.name=lora without trainable.parameters"
+            "trainable.name=lora without trainable.parameters and trainable.dora"
         )
     if not rule.aggregates and space == "product":
         raise ConfigError(
@@ -227,6 +229,7 @@ def check_devices(config: RunConfig, *, here: bool = True) -> None:
             f"client.batch_size must be at least the {devices.count} devices that share a batch "
             f"(trainer.devices={config.trainer['devices']}), got {rows}"
         )
+    config.client.optimizer.check(training_device(one_device(config.trainer)).type, devices.strategy)
     if devices.strategy == "fsdp":
         _check_sharded(config)
     if config.client.quantization != "none":
@@ -236,7 +239,7 @@ def check_devices(config: RunConfig, *, here: bool = True) -> None:
 def _check_sharded(config: RunConfig) -> None:
     """Refuse what needs a whole model on one device."""
     rule, term, trained = config.aggregator, config.regularizer, config.trainable
-    if isinstance(trained, Lora) and trained.parameters:
+    if isinstance(trained, Lora) and (trained.parameters or trained.dora):
         key, why = trained.key, "puts its change into weights as they are used"
     elif "base_change" in rule.parts:
         key, why = f"aggregator.name={rule.name}", "moves the frozen weights"

@@ -112,6 +112,8 @@ class Run:
     scores: dict[str, Any] = field(default_factory=dict)
     """By model, as far as evaluation came."""
     report: RunReport | None = None
+    target_key: str | None = None
+    """Hash of the target's content, weights and tokenizer, where it was taken."""
 
     def __post_init__(self) -> None:
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
@@ -133,12 +135,6 @@ class Run:
         """What federation left."""
         assert self.trained is not None
         return self.trained
-
-    @property
-    def after_fusion(self) -> TunedProxies:
-        """What fusion left."""
-        assert self.tuned is not None
-        return self.tuned
 
     @property
     def finished(self) -> RunReport:

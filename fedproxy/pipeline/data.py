@@ -19,7 +19,7 @@ from fedproxy.data.sources import Source, count_texts, read_source, read_texts
 from fedproxy.data.templates import chat_template
 from fedproxy.data.tokenisation import cut_counts, encoding, tokenise
 from fedproxy.errors import ConfigError, DataError, one_line
-from fedproxy.evaluation.harness import render_rows
+from fedproxy.evaluation.task_rows import render_rows
 from fedproxy.models import load_tokenizer
 from fedproxy.models.anonymity import named_in
 from fedproxy.models.checkpoints import special_ids
@@ -57,7 +57,7 @@ def deal(config: DataConfig, *, seed: int) -> Dealt:
         found = render_rows(task, "train", limit=config.rows_per_task, seed=derive_seed(seed, "rows", task))
         rows += _ending(found, config.end_token == "always")
     for name in config.files:
-        source = _read(config, name)
+        source = _read(config, name, config.files[name])
         if (config.format.name == "auto" and name not in config.formats) or config.formats.get(name) == "auto":
             notes.append(f"data.files.{name} was read as {source.form} (data.format.name=auto).")
         rows += _sample(source.rows, config.rows_per_task, seed=seed, source=name)
@@ -81,14 +81,34 @@ def client_rows(config: DataConfig, *, seed: int) -> dict[str, list[Row]]:
 
 def file_rows(config: DataConfig, name: str) -> list[Row]:
     """Return all rows of one of ``data.files``."""
-    return _read(config, name).rows
+    return _read(config, name, config.files[name]).rows
 
 
-def _read(config: DataConfig, name: str) -> Source:
+def evaluation_rows(config: RunConfig) -> dict[str, list[Row]]:
+    """Return the held-out rows of ``evaluation.files``, by name; they are read as those of ``data.files``.
+
+    Raises:
+        DataError: If a file or a row cannot be used.
+        ConfigError: If a file is trained on.
+    """
+    trained = {str(resolve(path) or path): name for name, path in config.data.files.items()}
+    found = {}
+    for name, path in config.evaluation.files.items():
+        other = trained.get(str(resolve(path) or path))
+        if other is not None:
+            raise ConfigError(
+                f"evaluation.files.{name} is data.files.{other}, which clients train on; give rows that nobody does"
+            )
+        plain = replace(config.data, label_column=None)
+        found[name] = _read(plain, name, path).rows
+    return found
+
+
+def _read(config: DataConfig, name: str, path: str) -> Source:
     columns = Columns(config.prompt_column, config.target_column, config.label_column, config.partition.owner_column)
     named = config.formats.get(name, config.format.name)
     form = config.format if named == config.format.name else DataFormat.by_name(named)()
-    source = read_source(name, config.files[name], columns=columns, form=form)
+    source = read_source(name, path, columns=columns, form=form)
     ends = [config.end_token == "always" or (config.end_token == "auto" and not row.messages) for row in source.rows]
     return replace(source, rows=[replace(row, ends=end) for row, end in zip(source.rows, ends, strict=True)])
 

@@ -8,24 +8,24 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import resolve
+from fedproxy.data.assets import fetch
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.evaluation.harness import (
-    EvaluationResult,
-    check_data_tasks,
-    check_tasks,
-    evaluate_model,
-    prompt_notes,
-)
+from fedproxy.evaluation.evaluators import Evaluator
+from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.means import mean_over_models
-from fedproxy.evaluation.own_tasks import is_task_file, own_sha256
-from fedproxy.evaluation.task_checks import check_accuracy
+from fedproxy.evaluation.own_data import scores_of_rows
+from fedproxy.evaluation.results import EvaluationResult, merged, merged_details
+from fedproxy.evaluation.task_checks import headlines
 from fedproxy.evaluation.task_loading import expand
+from fedproxy.evaluation.task_rows import check_data_tasks
 from fedproxy.files import read_json
-from fedproxy.models import load_model, load_tokenizer, placed
+from fedproxy.metric_facts import HEADLINES, facts, headline_of
+from fedproxy.models import load_model, placed
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
+from fedproxy.pipeline.asked import HELD_OUT, asked_of, asking, held_out_rows, with_rows
 from fedproxy.pipeline.context import Run
+from fedproxy.pipeline.data import target_tokenizer
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
@@ -50,10 +50,11 @@ def evaluate(
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
         tuned models are means over clients.
     """
-    if not run.config.scored_tasks:
+    if not run.config.asks:
         return
-    _drop_outdated(run, rounds)
-    _, tokenizer = run.target
+    whom = _Asked(run, separate=tuned.separate)
+    _drop_outdated(run, whom, rounds)
+    tokenizer = target_tokenizer(run.config)
     models: Mapping[str, Callable[[str], PreTrainedModel]] = {
         "target": lambda client: run.target[0],
         "proxy": lambda client: tuned.proxy,
@@ -62,26 +63,45 @@ def evaluate(
     }
     for name in run.config.evaluation.models:
         of_clients = name in _OF_CLIENTS
-        settings = evaluation_settings(run.config, rounds if of_clients else 0)
         parts = {}
         for client in tuned if of_clients else [MERGED]:
-            label = _label(name, client)
+            label, asked = _label(name, client), whom.of(client)
+            settings = evaluation_settings(run.config, asked, rounds if of_clients else 0)
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
-                kept = _score(run, label, words, models[name](client), tokenizer, settings, shared)
+                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings, shared)
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 
 
-def _drop_outdated(run: Run, rounds: int) -> None:
+class _Asked:
+    """What every model is asked: its client's own held-out rows where clients are never merged, else all clients'."""
+
+    def __init__(self, run: Run, *, separate: bool) -> None:
+        self._plain = asked_of(run.config)
+        clients = list(run.clients) if run.config.data.holdout is not None else []
+        self._own = {client: run.clients.held_out(client) for client in clients}
+        self._all = with_rows(self._plain, held_out_rows(self._own))
+        self._separate = separate
+        self.clients = {file_stem(client): client for client in clients} if separate else {}
+
+    def of(self, client: str) -> Asked:
+        """Return what a client's own model is asked, or the one of all clients."""
+        if client == MERGED or not self._separate:
+            return self._all
+        return with_rows(self._plain, held_out_rows({client: self._own.get(client, [])}))
+
+
+def _drop_outdated(run: Run, whom: _Asked, rounds: int) -> None:
     """Delete what other settings left of models that are not scored again: it pairs with nothing that is."""
     for path in run.folder.evaluation.glob("*.scores.json"):
         label = path.name.removesuffix(".scores.json")
-        model = label.split(".")[0]
+        model, _, stem = label.partition(".")
         if model not in MODELS:  # no run wrote it
             continue
-        settings = evaluation_settings(run.config, rounds if model in _OF_CLIENTS else 0)
+        asked = whom.of(whom.clients.get(stem, MERGED))
+        settings = evaluation_settings(run.config, asked, rounds if model in _OF_CLIENTS else 0)
         if model not in run.config.evaluation.models and _kept(run, label, settings) is None:
             for name in (path.name, *_results(label)):
                 remove(path.parent / name)
@@ -93,40 +113,74 @@ def expanded(config: RunConfig) -> RunConfig:
     Raises:
         EvaluationError: If lm-eval knows none of that name.
     """
-    data = dataclasses.replace(config.data, tasks=expand(config.data.tasks))
-    scored = config.evaluation.tasks
-    evaluation = dataclasses.replace(config.evaluation, tasks=None if scored is None else expand(scored))
+    folder, scored = config.evaluation.include_path, config.evaluation.tasks
+    data = dataclasses.replace(config.data, tasks=expand(config.data.tasks, folder))
+    evaluation = dataclasses.replace(config.evaluation, tasks=None if scored is None else expand(scored, folder))
     return dataclasses.replace(config, data=data, evaluation=evaluation)
 
 
 def check_questions(config: RunConfig, display: Display) -> None:
-    """Refuse tasks that cannot be trained on or scored, and say what the target's positions will cut from prompts.
+    """Refuse what cannot be trained on or asked, and say what the target's positions will cut from prompts.
 
     Raises:
-        EvaluationError: If there is one.
+        FedProxyError: If there is such a task, row or setting of an evaluator.
         ModelError: If the target has no tokenizer.
     """
     check_data_tasks(config.data.tasks)
-    settings, tasks = config.evaluation, config.scored_tasks
-    if not tasks:
+    asked = asked_of(config)
+    members = asking(config, asked)
+    if not config.evaluation.models or not members:
         return
-    check_tasks(tasks, settings.limit, settings.num_fewshot)
-    tokenizer = load_tokenizer(resolve(config.target.path) or config.target.path)
-    asked: dict[str, Any] = {"limit": settings.limit, "num_fewshot": settings.num_fewshot, "seed": settings.seed}
-    for note in prompt_notes(target_config(config), tokenizer, tasks, **asked):
-        display.say(f"evaluation: {note}")
+    _check_sources(asked, members)
+    for member in members.values():
+        for asset in member.assets(asked):
+            fetch(asset)
+        member.check(asked)
+    tokenizer, shape = target_tokenizer(config), target_config(config)
+    for member in members.values():
+        for note in member.notes(asked, shape, tokenizer):
+            display.say(f"evaluation: {note}")
+
+
+def _check_sources(asked: Asked, members: Mapping[str, Evaluator]) -> None:
+    """Refuse two sources of one name, whose scores would be one.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    seen: dict[str, str] = {}
+    for name, member in members.items():
+        for source in member.sources(asked):
+            other = seen.setdefault(source, name)
+            if other != name:
+                raise ConfigError(
+                    f"evaluation: {source!r} is the name of a source of {other} and of {name}; rename one of them"
+                )
 
 
 def check_comparable(config: RunConfig) -> None:
-    """Refuse tasks without an accuracy, by which methods are compared; tasks of the hub are loaded for it.
+    """Refuse sources without a metric in common, by which methods are compared; tasks of the hub are loaded for it.
 
     Raises:
-        ConfigError: If there are no tasks.
-        EvaluationError: If one has no accuracy, is unknown or cannot be loaded.
+        ConfigError: If nothing is asked, or nothing is in common.
+        EvaluationError: If a task is unknown or cannot be loaded.
     """
-    if not config.evaluation_tasks:
-        raise ConfigError("evaluation.tasks names no task, and methods are compared by scores; name at least one")
-    check_accuracy(config.evaluation_tasks)
+    asked = asked_of(config)
+    members = asking(config, asked)
+    if not members and config.data.holdout is None:
+        raise ConfigError(
+            "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
+        )
+    common: set[str] | None = None
+    for name, member in members.items():
+        for source in member.sources(asked):
+            found = headlines(source) if name == "lm_eval" else {member.headline}
+            if not (found if common is None else found & common):
+                raise ConfigError(
+                    f"evaluation: {source!r} has no metric by which methods could be compared, as sources before it do "
+                    f"({', '.join(sorted(common or HEADLINES))}); leave it out"
+                )
+            common = found if common is None else found & common
 
 
 def scores_file(folder: RunFolder, name: str) -> Path:
@@ -134,15 +188,16 @@ def scores_file(folder: RunFolder, name: str) -> Path:
     return folder.evaluation / f"{name}.scores.json"
 
 
-def evaluation_settings(config: RunConfig, rounds: int) -> dict[str, Any]:
+def evaluation_settings(config: RunConfig, asked: Asked, rounds: int) -> dict[str, Any]:
     """Return what a model's scores depend on, besides the model: they are reused where it is the same."""
     settings = to_dict(config.evaluation)
-    del settings["models"], settings["batch_tokens"]
+    del settings["models"], settings["batch_tokens"], settings["files"], settings["include_path"]
     autocast = autocast_dtype(config.trainer)
     precision = None if autocast is None else str(autocast).removeprefix("torch.")
     settings |= {"tasks": config.evaluation_tasks, "rounds": rounds, "autocast": precision}
-    own = {name: own_sha256(name) for name in config.evaluation_tasks if is_task_file(name)}
-    return {**settings, "task_files": own} if own else settings
+    members = asking(config, asked)
+    settings["evaluators"] = {name: to_dict(member) for name, member in members.items()}
+    return settings | {"asked": {name: member.fingerprint(asked) for name, member in members.items()}}
 
 
 def evaluation_notes(folder: RunFolder, names: Iterable[str]) -> list[str]:
@@ -173,7 +228,7 @@ def _kept(
     """
     try:
         kept = read_sealed(scores_file(run.folder, label))
-        if kept is None or kept["settings"] != settings:
+        if kept is None or kept["settings"] != settings or None in settings["asked"].values():
             return None
         check_tree(run.folder.evaluation, kept["files"], *_results(label))
     except CheckpointError as error:
@@ -216,13 +271,20 @@ def _scored(run: Run, label: str, settings: Mapping[str, Any]) -> dict[str, str 
 
 
 def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Keep the means over clients where a run of merged clients keeps its one model's scores and samples."""
+    """Keep the means over clients where a run of merged clients keeps its one model's scores and samples.
+
+    Each client's own held-out rows were asked of its own model alone: its answers stand as they are.
+    """
     labels = {client: _label(name, client) for client in parts}
+    own = [load_samples(run.folder.root, label) for label in labels.values()]
     scores, samples = mean_over_models(
-        [part["scores"] for part in parts.values()], [load_samples(run.folder.root, label) for label in labels.values()]
+        [_without_own(part["scores"]) for part in parts.values()],
+        [[sample for sample in samples if not sample["task"].startswith(HELD_OUT)] for samples in own],
     )
-    lm_eval = read_json(run.folder.evaluation / f"{labels[min(labels)]}.json", dict)
-    save_evaluation(run.folder.root, name, samples, lm_eval)
+    answered = [sample for samples in own for sample in samples if sample["task"].startswith(HELD_OUT)]
+    scores, samples = {**scores, **scores_of_rows(answered)}, [*samples, *answered]
+    files = [read_json(run.folder.evaluation / f"{label}.json", dict) for label in labels.values()]
+    save_evaluation(run.folder.root, name, samples, merged_details(files))
     kept = {
         "model": name,
         "settings": next(iter(parts.values()))["settings"],
@@ -232,6 +294,10 @@ def _keep_means(run: Run, name: str, parts: Mapping[str, dict[str, Any]]) -> dic
         "notes": list(dict.fromkeys(note for part in parts.values() for note in part.get("notes", []))),
     }
     return _keep(run, name, kept)
+
+
+def _without_own(scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {source: metrics for source, metrics in scores.items() if not source.startswith(HELD_OUT)}
 
 
 def _label(model: str, client: str) -> str:
@@ -245,35 +311,35 @@ def _score(
     words: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    asked: Asked,
     settings: dict[str, Any],
     shared: SharedWork | None,
 ) -> dict[str, Any]:
     """Score one model, say so in ``words``, and keep the scores under ``name``."""
-    evaluation = run.config.evaluation
 
     def score() -> EvaluationResult:
+        members = asking(run.config, asked).values()
         with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
-            return evaluate_model(
-                model,
-                tokenizer,
-                run.config.evaluation_tasks,
-                limit=evaluation.limit,
-                num_fewshot=evaluation.num_fewshot,
-                batch_tokens=evaluation.batch_tokens,
-                seed=evaluation.seed,
-                autocast=autocast_dtype(run.config.trainer),
-                progress=advance,
-            )
+            return merged([member.score(model, tokenizer, asked, progress=advance) for member in members])
 
+    shared = shared if None not in settings["asked"].values() else None
     key = evaluation_key(run, model, tokenizer, settings) if shared else None
     result = shared.evaluate(key, score) if shared else score()
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
     notes = [f"{name}: {note}" for note in result.notes]
     kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds, "notes": notes}
     kept = _keep(run, name, kept)
-    mean = result.mean.get("acc_norm", result.mean.get("acc"))
-    shown = "" if mean is None else f"mean {'acc_norm' if 'acc_norm' in result.mean else 'acc'} {100 * mean:.1f} %  "
-    run.display.say(f"evaluated {words}: {shown}{result.seconds:.0f} s")
+    run.display.say(f"evaluated {words}: {_shown(result)}{result.seconds:.0f} s")
     for note in notes:
         run.display.say(note)
     return kept
+
+
+def _shown(result: EvaluationResult) -> str:
+    """Return the mean score in words; nothing where sources have no metric in common."""
+    metric = headline_of(name for name, value in result.mean.items() if value is not None)
+    if metric is None:
+        return ""
+    value = result.mean[metric]
+    assert value is not None  # it was picked so
+    return f"mean {metric} {100 * value:.1f} %  " if facts(metric).share else f"mean {metric} {value:.3f}  "

@@ -1,5 +1,6 @@
 """The run folder: who may write into it, where things lie, and what is already done."""
 
+import glob
 import os
 import shutil
 from collections.abc import Mapping
@@ -119,7 +120,7 @@ class RunFolder:
             CheckpointError: If the run's configuration cannot be read.
         """
         if self._holds_run():
-            check_same_run(_read_config(self.config), to_dict(config), self.root, way_out)
+            check_same_run(_read_config(self.config), config, self.root, way_out)
 
     def remove(self) -> None:
         """Delete the run.
@@ -210,7 +211,8 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
     """Refuse to delete a run's folder while the recipe reads something that lies in it.
 
     Args:
-        config: The configuration as plain values; its inputs are every ``path`` and what ``data.files`` names.
+        config: The configuration as plain values; its inputs are every ``path``, ``data.template``, and what
+            ``data.files`` names, patterns too.
         root: The folder.
 
     Raises:
@@ -218,23 +220,27 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
     """
     folders = {Path(os.path.abspath(root)), root.resolve()}
     for key, value in flat(config).items():
-        if not (key.endswith(".path") or key.startswith("data.files.")) or not isinstance(value, str):
+        if not (key.endswith((".path", ".template")) or key.startswith("data.files.")) or not isinstance(value, str):
             continue
-        places = {Path(os.path.abspath(value)), Path(value).resolve()}
-        if os.path.lexists(value) and any(place.is_relative_to(folder) for place in places for folder in folders):
+        found = [value] if os.path.lexists(value) else glob.glob(value, recursive=True)
+        places = {place for path in found for place in (Path(os.path.abspath(path)), Path(path).resolve())}
+        if any(place.is_relative_to(folder) for place in places for folder in folders):
             raise ConfigError(
                 f"overwrite=true would delete {key}={value}, which lies in output_dir {root}; copy it elsewhere and "
                 f"name the copy, or choose another output_dir"
             )
 
 
-def check_same_run(old: Mapping[str, Any], new: Mapping[str, Any], root: Path, way_out: str) -> None:
+def check_same_run(old: Mapping[str, Any], new: RunConfig, root: Path, way_out: str) -> None:
     """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
-    before, after = flat(old), flat(new)
+    before, after, longer = flat(old), flat(to_dict(new)), new.client.schedule.needs_rounds
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)
         fewer = key == "federation.rounds" and not (isinstance(was, int) and isinstance(now, int) and now >= was)
-        if was != now and (fewer or not lies_below(key, MAY_CHANGE)):
+        more = key == "federation.rounds" and not fewer and was != now and longer
+        if more:
+            way_out = f"{way_out}: client.schedule goes over all rounds"
+        if was != now and (fewer or more or not lies_below(key, MAY_CHANGE)):
             raise ConfigError(
                 f"resume=auto: {key} is {now!r}, but the run in {root} has {was!r}; set it back, or {way_out}"
             )

@@ -37,7 +37,10 @@ def _below(group: str, names: str) -> tuple[str, ...]:
 UNREAD = ("output_dir", "resume", "accept_changed", "overwrite", "plugins", "loggers")
 """Keys that say nothing about what is computed; plugins count by their code."""
 _ENGINE = ("engine", *_below("trainer", "devices strategy"), *_below("federation", "min_clients round_timeout_s"))
-_EVALUATION = _below("evaluation", "tasks models limit num_fewshot batch_tokens seed")
+_EVALUATION = (
+    *_below("evaluation", "tasks files models limit num_fewshot batch_tokens seed include_path evaluators"),
+    *_below("evaluation", "apply_chat_template fewshot_as_multiturn system_instruction"),
+)
 MAY_CHANGE = (*UNREAD, *_ENGINE, *_EVALUATION, "federation.rounds")
 """Keys that may have another value when a run goes on; ``federation.rounds`` may only grow."""
 
@@ -56,7 +59,7 @@ FEDERATE = Reads(
         ),
         *_below("data", "format template holdout long_rows max_input_tokens max_target_tokens end_token partition"),
         *_below("client", "lr batch_size accumulate epochs weight_decay max_grad_norm gradient_checkpointing"),
-        *_below("client", "quantization"),
+        *_below("client", "quantization schedule optimizer max_steps packing"),
         *_below("federation", "rounds clients_per_round space validation sampling max_norm_ratio"),
     ),
     sources=("data", "calibration", "plugins", "versions"),
@@ -67,7 +70,13 @@ FEDERATE = Reads(
 )
 FUSE = Reads(settings=("seed", "target.dtype", "fusion"), sources=("calibration",), again=True)
 FIDELITY = Reads(settings=("seed", "target.dtype", "compression"), sources=("calibration",), again=True)
-EVALUATE = Reads(settings=("target.dtype", "data.tasks", "trainer.precision", *_EVALUATION), again=True)
+EVALUATE = Reads(
+    settings=(
+        *("target.dtype", "trainer.precision", *_EVALUATION),
+        *_below("data", "tasks files format formats prompt_column target_column template end_token holdout"),
+    ),
+    again=True,
+)
 REPORT = Reads(settings=("recipe", "method", "target.path", "federation.rounds", *_EVALUATION), again=True)
 STAGES = (COMPRESS, FIDELITY, FEDERATE, FUSE, EVALUATE, REPORT)
 

@@ -163,7 +163,9 @@ def key_of(stage: Stage, run: Run) -> str | None:
 
 
 def _target_key(run: Run) -> str | None:
-    return model_key(*run.target)
+    if run.target_key is None:
+        run.target_key = model_key(*run.target)
+    return run.target_key
 
 
 def _texts(run: Run, rows: int) -> list[str]:
@@ -181,7 +183,11 @@ def _classes(config: RunConfig, settings: Iterable[str]) -> dict[str, str]:
     """Return the class of every component among the settings: plugins may use one name for two classes."""
     groups = sorted({key.split(".")[0] for key in settings})
     found = {group: getattr(config, group) for group in groups}
-    own = {f"parts.{name}": part for name, part in config.parts.items()} if "parts" in found else {}
+    own: dict[str, Component] = {}
+    if "parts" in found:
+        own |= {f"parts.{name}": part for name, part in config.parts.items()}
+    if "client" in found:
+        own |= {"client.schedule": config.client.schedule, "client.optimizer": config.client.optimizer}
     components = {**found, **own}.items()
     return {
         name: f"{type(part).__module__}.{type(part).__qualname__}"

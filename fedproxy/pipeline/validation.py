@@ -14,6 +14,7 @@ from fedproxy.evaluation.validation import Question, row_questions, score_questi
 from fedproxy.federation.server.validation import RoundValidation, Scores
 from fedproxy.models import placed
 from fedproxy.modules.trainer import autocast_dtype
+from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import file_rows, target_tokenizer
 from fedproxy.reporting import ValidationReport
@@ -30,6 +31,13 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
     """
     settings = config.federation.validation
     if not settings.every:
+        return []
+    if settings.evaluator is not None:
+        if not config.evaluation.members[settings.evaluator].sources(asked_of(config)):
+            raise ConfigError(
+                f"federation.validation.evaluator: {settings.evaluator} has nothing to ask; name tasks or files in "
+                "evaluation, or leave the key null"
+            )
         return []
     owned = [row for own in clients.values() for row in own]
     seed = derive_seed(config.seed, "validation")
@@ -65,11 +73,16 @@ def round_validation(
     if not settings.every:
         return None
     fused = _fused(run, model)
+    evaluator = None if settings.evaluator is None else run.config.evaluation.members[settings.evaluator]
+    asked = None if evaluator is None else asked_of(run.config)
 
     def score(state: Mapping[str, Tensor]) -> Scores:
         model.load_state(state)
         candidate = model.model if settings.model == "proxy" else fused()
         with placed(candidate, run.device):
+            if evaluator is not None and asked is not None:
+                result = evaluator.score(candidate, tokenizer, asked)
+                return {**result.scores, "mean": result.mean}
             return score_questions(candidate, tokenizer, questions, autocast_dtype(run.config.trainer))
 
     return RoundValidation(score, settings.every, settings.metric, settings.select == "best")
@@ -83,11 +96,17 @@ def validation_report(run: Run) -> ValidationReport | None:
         return None
     return ValidationReport(
         model=settings.model,
-        metric=settings.metric,
+        metric=_metric(run.config),
         select=settings.select,
         questions=int(scored[-1]["mean"]["n"]),
+        evaluator=settings.evaluator,
         fused_after_round=run.facts.fused_after_round,
     )
+
+
+def _metric(config: RunConfig) -> str:
+    settings = config.federation.validation
+    return settings.metric if settings.evaluator is None else config.evaluation.members[settings.evaluator].headline
 
 
 def _fused(run: Run, model: TrainableModel) -> Callable[[], PreTrainedModel]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedproxy.data.batching import IGNORED, collate
-from fedproxy.data.examples import Example
+from fedproxy.data.batching import collate
+from fedproxy.data.examples import IGNORED, Example
 from fedproxy.errors import ClientError
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.causal_lm import CausalLMModule
@@ -31,6 +31,8 @@ class PrivateTraining:
     """Chance of a row to be in a step's sample, in (0, 1]."""
     steps: int
     """Steps of an epoch."""
+    charged: int
+    """Steps that the ledger was charged for: no other is made."""
     physical_batch: int
     """Rows whose gradients are held at once."""
     stream: SecretStream
@@ -41,6 +43,11 @@ def sampling_of(rows: int, batch_size: int) -> tuple[float, int]:
     """Return the chance of a row to be in a sample, and the samples of an epoch: each row comes once on average."""
     steps = max(1, -(-rows // batch_size))
     return min(1.0, batch_size / rows), steps
+
+
+def steps_of(epoch: int, epochs: int, most: int | None) -> int:
+    """Return the steps of a round: those of ``epochs`` epochs, at most ``most``."""
+    return epoch * epochs if most is None else min(epoch * epochs, most)
 
 
 class PoissonLoader:
@@ -61,6 +68,10 @@ class PoissonLoader:
         if not examples:
             raise ClientError("a client has no training rows; give it rows or leave it out of the federation")
         self.examples, self.training, self.pad_id = examples, training, pad_id
+
+    def tokens_of(self, batches: int) -> int:
+        """Return the target tokens of an epoch on average: those of all rows. What was drawn stays with the client."""
+        return sum(example.target_length for example in self.examples)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for _ in range(self.training.steps):
@@ -93,6 +104,7 @@ class PrivateLMModule(CausalLMModule):
         self.training_, self._expected = training, training.rate * rows
         self._gradients = RowGradients(model, self.tuned)
         self._sums: dict[str, Tensor] = {}
+        self._made = 0
 
     @property
     def physical_batch(self) -> int:
@@ -120,6 +132,11 @@ class PrivateLMModule(CausalLMModule):
         self._task_losses.append(losses.detach().mean())
 
     def _step(self) -> None:
+        if self._made >= self.training_.charged:
+            raise ClientError(
+                f"a step more than the {self.training_.charged} that the privacy ledger was charged for is not made"
+            )
+        self._made += 1
         sums = self._sums or {name: torch.zeros_like(own, dtype=torch.float32) for name, own in self.tuned.items()}
         self._sums = {}
         scale = self.training_.noise_multiplier * self.training_.clip if self.training_.noise_multiplier else 0.0
@@ -129,6 +146,9 @@ class PrivateLMModule(CausalLMModule):
         optimizer: Any = self.optimizers()
         optimizer.step()
         optimizer.zero_grad()
+        schedule: Any = self.lr_schedulers()
+        if schedule is not None:
+            schedule.step()
 
     def on_train_epoch_end(self) -> None:
         """Add up the epoch's losses, which stay with the client."""

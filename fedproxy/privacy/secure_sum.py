@@ -55,7 +55,7 @@ def encode(tensors: Tensors, largest: float, clients: int) -> dict[str, Tensor]:
                 "privacy.largest or lower client.lr"
             )
         codes = torch.empty(len(flat), dtype=torch.int32)
-        for part, code in zip(flat.split(_CHUNK), codes.split(_CHUNK), strict=True):
+        for part, code in zip(torch.split(flat, _CHUNK), torch.split(codes, _CHUNK), strict=True):
             code.copy_(torch.mul(part, scale, out=buffer[: len(part)]).round_())
         found[name] = codes.view(tensors[name].shape)
     return found

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting.scores import Value
 from fedproxy.reporting.statistics import Interval
 
@@ -82,6 +83,32 @@ def signed(value: float, digits: int = 2) -> str:
     if not text.strip("0."):
         return text
     return f"{'+' if value > 0 else MINUS}{text}"
+
+
+def measured(metric: str, value: Value | None) -> str:
+    """Return a value of ``metric`` with its standard error: shares in per cent, others as plain numbers."""
+    if value is None or facts(metric).share:
+        return score(value)
+    return fixed(value.value) + ("" if value.stderr is None else f" ± {fixed(value.stderr)}")
+
+
+def measured_change(metric: str, value: Value | None, with_stderr: bool = False) -> str:
+    """Return a difference of two values of ``metric`` with its sign: shares in points, others as plain numbers."""
+    if value is None or facts(metric).share:
+        return change(value, with_stderr)
+    error = f" ± {fixed(value.stderr)}" if with_stderr and value.stderr is not None else ""
+    return signed(value.value, 3) + error
+
+
+def measured_interval(metric: str, low: float, high: float) -> str:
+    """Return an interval of differences of ``metric``."""
+    return interval(low, high) if facts(metric).share else f"{signed(low, 3)} to {signed(high, 3)}"
+
+
+def unit(metric: str) -> str:
+    """Return in words what values of ``metric`` are counted in, and if lower is better; "" where there is no word."""
+    counted = "in per cent" if facts(metric).share else "in nats per token" if metric == "answer_nll" else ""
+    return counted if facts(metric).higher_is_better else f"{counted}, lower is better".removeprefix(", ")
 
 
 def p_value(value: float) -> str:

@@ -18,17 +18,23 @@ if TYPE_CHECKING:
     from fedproxy.reporting.run_report import RunReport
 
 
-def to_html(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDifference]" = ()) -> str:
+def to_html(
+    report: "RunReport",
+    folder: str | Path,
+    paired: "Sequence[PairedDifference]" = (),
+    by_source: "Sequence[PairedDifference]" = (),
+) -> str:
     """Return report.html for a report that lies in ``folder``.
 
     Args:
         report: The run.
         folder: Where the page will lie; its commands name it.
         paired: Differences to the target on the same questions, where samples were kept.
+        by_source: The fused model's, source by source.
     """
     plain = presentable(report)
     plots = draw_plots(plain)
-    return render("report.html.j2", view=build_view(plain, folder, paired), plots=plots)
+    return render("report.html.j2", view=build_view(plain, folder, paired, by_source), plots=plots)
 
 
 def render(template: str, **content: Any) -> str:

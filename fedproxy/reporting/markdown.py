@@ -17,15 +17,21 @@ if TYPE_CHECKING:
     from fedproxy.reporting.run_report import RunReport
 
 
-def to_markdown(report: "RunReport", folder: str | Path, paired: "Sequence[PairedDifference]" = ()) -> str:
+def to_markdown(
+    report: "RunReport",
+    folder: str | Path,
+    paired: "Sequence[PairedDifference]" = (),
+    by_source: "Sequence[PairedDifference]" = (),
+) -> str:
     """Return report.md for a report that lies in ``folder``.
 
     Args:
         report: The run.
         folder: Where the page will lie; its commands name it.
         paired: Differences to the target on the same questions, where samples were kept.
+        by_source: The fused model's, source by source.
     """
-    return _environment().get_template("report.md.j2").render(view=build_view(report, folder, paired))
+    return _environment().get_template("report.md.j2").render(view=build_view(report, folder, paired, by_source))
 
 
 def markdown_table(table: Table) -> str:

@@ -8,13 +8,19 @@ from pathlib import Path
 import numpy as np
 
 from fedproxy.errors import EvaluationError
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.samples import Evaluation, common_metric, kept_models, load_evaluation, require_comparable
+from fedproxy.reporting.scores import Value
+from fedproxy.reporting.sign_flip import sign_flip_test
 from fedproxy.reporting.statistics import Interval, holm, mcnemar_exact, paired_bootstrap
 from fedproxy.reporting.tables import Table
 
 NLL_DIFFERENCE = "answer NLL difference (95 %)"
 """Head of a column of paired differences in nats per answer token."""
+NLL = "answer_nll"
+_RIGHT_OR_WRONG = ("acc_norm", "acc", "exact_match", "em")
+"""Metrics by which a question is answered or is not."""
 SEED = 0
 """Seed of the bootstrap: the same samples give the same interval."""
 
@@ -29,10 +35,10 @@ class PairedDifference:
     difference: Interval
     """Mean over tasks of the difference, as a fraction."""
     only_first: int
-    """Questions that only the first got right, all tasks pooled."""
+    """Questions that only the first got right, or at which it was better, all tasks pooled."""
     only_second: int
     p_value: float
-    """McNemar's exact test on the pooled questions."""
+    """McNemar's exact test on the pooled questions; a sign-flip test where answers are not right or wrong."""
     holm_p_value: float
     """The same, Holm-corrected over the rows of its table."""
     answer_nll: Interval | None = None
@@ -44,10 +50,10 @@ def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metri
 
     Args:
         pairs: Row name to (first, second); each pair must be comparable (:func:`require_comparable`).
-        metric: A 0/1 metric that every question has.
+        metric: A metric that every question has.
     """
     counts = {name: _discordant(first, second, metric) for name, (first, second) in pairs.items()}
-    p_values = {name: mcnemar_exact(*count) for name, count in counts.items()}
+    p_values = {name: _p_value(*pairs[name], metric, count) for name, count in counts.items()}
     corrected = holm(p_values)
     return [
         PairedDifference(
@@ -58,22 +64,32 @@ def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metri
             *counts[name],
             p_values[name],
             corrected[name],
-            _interval(first, second, "answer_nll") if first.has("answer_nll") and second.has("answer_nll") else None,
+            _interval(first, second, NLL) if metric != NLL and first.has(NLL) and second.has(NLL) else None,
         )
         for name, (first, second) in pairs.items()
     ]
 
 
-def _interval(first: Evaluation, second: Evaluation, metric: str) -> Interval:
+def _differences(first: Evaluation, second: Evaluation, metric: str) -> list[np.ndarray]:
     pairs = zip(first.by_task(metric), second.by_task(metric), strict=True)
-    differences = [np.subtract(after, before) for before, after in pairs]
-    return paired_bootstrap(differences, np.random.default_rng(SEED))
+    return [np.subtract(after, before) for before, after in pairs]
+
+
+def _interval(first: Evaluation, second: Evaluation, metric: str) -> Interval:
+    return paired_bootstrap(_differences(first, second, metric), np.random.default_rng(SEED))
+
+
+def _p_value(first: Evaluation, second: Evaluation, metric: str, count: tuple[int, int]) -> float:
+    if metric in _RIGHT_OR_WRONG:
+        return mcnemar_exact(*count)
+    return sign_flip_test(_differences(first, second, metric), np.random.default_rng(SEED))
 
 
 def _discordant(first: Evaluation, second: Evaluation, metric: str) -> tuple[int, int]:
     pairs = zip(chain(*first.by_task(metric)), chain(*second.by_task(metric)), strict=True)
     changes = [after - before for before, after in pairs]
-    return sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+    worse, better = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+    return (worse, better) if facts(metric).higher_is_better else (better, worse)
 
 
 def against_target(run: str | Path) -> list[PairedDifference]:
@@ -91,6 +107,30 @@ def against_target(run: str | Path) -> list[PairedDifference]:
         require_comparable(target, evaluation)
     metric = common_metric([target, *evaluations.values()])
     return paired_differences({model: (target, evaluation) for model, evaluation in evaluations.items()}, metric)
+
+
+def on_sources(run: str | Path) -> list[PairedDifference]:
+    """Return the fused model's difference in answer NLL to the target on every source without choices.
+
+    Empty where samples were not kept, or there is no such source.
+
+    Raises:
+        EvaluationError: If samples are broken or do not fit together.
+    """
+    models = kept_models(run)
+    if not {"target", "fused"} <= set(models):
+        return []
+    target, fused = load_evaluation(run, "target"), load_evaluation(run, "fused")
+    pairs = {
+        source: (_only(target, source), _only(fused, source))
+        for source, questions in target.questions.items()
+        if all("acc" not in sample and NLL in sample for sample in questions.values())
+    }
+    if not pairs:
+        return []
+    for pair in pairs.values():
+        require_comparable(*pair)
+    return paired_differences(pairs, NLL)
 
 
 @dataclass(frozen=True)
@@ -132,12 +172,15 @@ def between_runs(first: str | Path, second: str | Path) -> RunDifferences:
 
 
 def _only(evaluation: Evaluation, task: str) -> Evaluation:
-    return Evaluation(evaluation.name, evaluation.settings, {task: evaluation.questions[task]})
+    questions = {task: evaluation.questions[task]} if task in evaluation.questions else {}
+    return Evaluation(evaluation.name, evaluation.settings, questions)
 
 
 def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table:
     """Return the differences as finished text: points, 95 % interval, questions won and lost, p-values."""
-    columns = [head, "questions", f"{rows[0].metric} difference", "95 % interval", "lost / won", "McNemar p", "Holm p"]
+    metric = rows[0].metric
+    test = "McNemar p" if metric in _RIGHT_OR_WRONG else "sign-flip p"
+    columns = [head, "questions", f"{metric} difference", "95 % interval", "lost / won", test, "Holm p"]
     with_nll = all(row.answer_nll for row in rows)
     return Table(
         [*columns, NLL_DIFFERENCE] if with_nll else columns,
@@ -145,8 +188,8 @@ def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table
             [
                 row.name,
                 str(row.questions),
-                show.points(row.difference.estimate),
-                show.interval(row.difference.low, row.difference.high),
+                show.measured_change(metric, Value(row.difference.estimate)),
+                show.measured_interval(metric, row.difference.low, row.difference.high),
                 f"{row.only_first} / {row.only_second}",
                 show.p_value(row.p_value),
                 show.p_value(row.holm_p_value),
@@ -154,4 +197,16 @@ def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table
             ]
             for row in rows
         ],
+    )
+
+
+def paired_hint(rows: Sequence[PairedDifference]) -> str:
+    """Return what a reader of :func:`paired_table` should know."""
+    metric = rows[0].metric
+    counted = "Points" if facts(metric).share else f"{metric}, mean over questions and tasks"
+    better = "" if facts(metric).higher_is_better else " (below 0 is better)"
+    test = "McNemar's exact test" if metric in _RIGHT_OR_WRONG else "a sign-flip randomisation test"
+    return (
+        f"{counted}{better}, with the 95 % interval of a paired bootstrap over the same questions; p is {test}, "
+        "Holm-corrected over the rows."
     )

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.round_tables import by_client, mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
-from fedproxy.reporting.scores import MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.svg import INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ def draw_plots(report: RunReport) -> list[Plot]:
     """Return every plot that the report has data for; ``report`` must be plain (from :meth:`RunReport.from_dict`)."""
     rounds = report.rounds
     found = (
-        _accuracy(report), _loss(rounds), _validation(rounds, "answer_nll"),
-        _validation(rounds, "acc_norm") or _validation(rounds, "acc"),
+        _accuracy(report), _likelihood(report), _loss(rounds), _validation(rounds, "answer_nll"),
+        next(filter(None, (_validation(rounds, metric) for metric in ACCURACIES)), None),
         _conflict(rounds), _cosine(rounds), _blocks(report),
     )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
@@ -31,8 +32,8 @@ def _accuracy(report: RunReport) -> Plot | None:
     models = [model for model in MODELS if model in report.scores]
     mean = headline_metric(report.scores)
     metrics = {task: task_metric(report.scores, task) for task in task_names(report.scores)}
-    rows = [(task, metric) for task, metric in metrics.items() if metric]
-    rows += [("mean", mean)] if mean and len(rows) > 1 else []
+    rows = [(task, metric) for task, metric in metrics.items() if metric and facts(metric).share]
+    rows += [("mean", mean)] if mean and facts(mean).share and len(rows) > 1 else []
     if not rows:
         return None
 
@@ -63,6 +64,43 @@ def _accuracy(report: RunReport) -> Plot | None:
     return plot(
         "Scores per task", f"Bars, in per cent. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1)
     )
+
+
+def _likelihood(report: RunReport) -> Plot | None:
+    """Return answer NLL per source, for sources that have no accuracy."""
+    models = [model for model in MODELS if model in report.scores]
+    rows = [task for task in task_names(report.scores) if task_metric(report.scores, task) == "answer_nll"]
+    if not rows:
+        return None
+    values = {
+        (model, task): value_of(report.scores[model].get(task), "answer_nll") for model in models for task in rows
+    }
+
+    def draw(axes: "Axes") -> None:
+        thick = 0.8 / len(models)
+        for number, model in enumerate(models):
+            for row, task in enumerate(rows):
+                value = values[model, task]
+                if value is None:
+                    continue
+                place, error = row + (number - (len(models) - 1) / 2) * thick, value.stderr or 0.0
+                axes.barh(place, value.value, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
+                if error:
+                    axes.plot([value.value - error, value.value + error], [place, place], color=INK, linewidth=1)
+                axes.annotate(
+                    show.fixed(value.value), (value.value + error, place), (4, 0), textcoords="offset points",
+                    va="center", fontsize=8, color=INK,
+                )  # fmt: skip
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.margins(x=0.12)
+        axes.set_xlabel("answer NLL, nats per token, line = ± 1 standard error")
+        _legend(axes, len(models))
+
+    words = "; ".join(
+        f"{task}: " + ", ".join(f"{m} {show.measured('answer_nll', values[m, task])}" for m in models) for task in rows
+    )
+    return plot("Answer NLL per source", f"Bars. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1))
 
 
 def _loss(rounds: Sequence[RoundReport]) -> Plot | None:

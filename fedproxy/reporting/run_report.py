@@ -11,7 +11,7 @@ from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
-from fedproxy.reporting.scores import MODELS, Value, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
 
 SCHEMA_VERSION = 1
 PAGES = ("report.md", "report.html")
@@ -73,7 +73,8 @@ class Exposure:
 
         def mean(model: str) -> Value | None:
             metrics = scores.get(model, {}).get("mean")
-            return value_of(metrics, "acc_norm") or value_of(metrics, "acc")
+            metric = next((name for name in ACCURACIES if value_of(metrics, name) is not None), None)
+            return None if metric is None else value_of(metrics, metric)
 
         def gap(owner: str, held: str) -> float | None:
             high, low = mean(owner), mean(held)
@@ -166,6 +167,8 @@ class ValidationReport:
     questions: int
     fused_after_round: int | None = None
     """Round whose state was fused; None where the run did not come to it."""
+    evaluator: str | None = None
+    """Evaluator that scored rounds on what the final scores are of; None, and left out, for held-out training rows."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,8 @@ class RunReport:
         for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy"):
             if not data[key]:
                 del data[key]
+        if data.get("validation") and not data["validation"]["evaluator"]:
+            del data["validation"]["evaluator"]
         for line in data["rounds"]:
             for key in ("validation", "dropped"):
                 if not line[key]:

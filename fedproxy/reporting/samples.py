@@ -15,10 +15,12 @@ from typing import Any
 
 from fedproxy.errors import EvaluationError, one_line
 from fedproxy.files import parse_json, plain, read_whole, write_json, write_text
+from fedproxy.metric_facts import HEADLINES
 from fedproxy.reporting.scores import MODELS
 
 Sample = Mapping[str, Any]
-_METRICS = ("acc", "acc_norm", "answer_nll")
+_METRICS = HEADLINES
+"""Metrics of a question that must be numbers."""
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,15 @@ def _short(value: Any) -> str:
 
 
 def common_metric(evaluations: Sequence[Evaluation]) -> str:
-    """Return ``acc_norm`` if every question of all evaluations has it, else ``acc``.
+    """Return the first of :data:`fedproxy.metric_facts.HEADLINES` that every question of all evaluations has.
 
     Raises:
-        EvaluationError: If some question has neither.
+        EvaluationError: If the questions have none in common.
     """
-    for metric in ("acc_norm", "acc"):
+    for metric in HEADLINES:
         if all(evaluation.has(metric) for evaluation in evaluations):
             return metric
     names = ", ".join(evaluation.name for evaluation in evaluations)
-    raise EvaluationError(f"{names}: not every question has acc or acc_norm; only multiple-choice tasks can be paired")
+    raise EvaluationError(
+        f"{names}: the questions have none of {', '.join(HEADLINES)} in common, by which models can be paired"
+    )

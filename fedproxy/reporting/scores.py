@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedproxy.metric_facts import HEADLINES, headline_of
 from fedproxy.task_means import Metrics, mean_scores
 
+ACCURACIES = ("acc_norm", "acc")
+"""Accuracies, the one that is shown first where there are both."""
 MODELS = ("target", "proxy", "proxy_tuned", "fused")
 """Models of a report, in the order in which a run makes them."""
 
@@ -44,18 +47,15 @@ def value_of(metrics: Metrics | None, metric: str) -> Value | None:
 
 
 def headline_metric(scores: Mapping[str, Mapping[str, Metrics]]) -> str | None:
-    """Return ``acc_norm`` if every model's mean has it, else ``acc``, else None."""
+    """Return the first of :data:`fedproxy.metric_facts.HEADLINES` that every model's mean has, else None."""
     means = [tasks.get("mean") for tasks in scores.values()]
-    for metric in ("acc_norm", "acc"):
-        if means and all(value_of(mean, metric) for mean in means):
-            return metric
-    return None
+    return headline_of(metric for metric in HEADLINES if means and all(value_of(mean, metric) for mean in means))
 
 
 def task_metric(scores: Mapping[str, Mapping[str, Metrics]], task: str) -> str | None:
-    """Return the metric that ``task`` is shown by: ``acc_norm``, else ``acc``, else the first with a value."""
+    """Return the metric that ``task`` is shown by: the first headline that it has, else the first with a value."""
     for metrics in (tasks[task] for tasks in scores.values() if task in tasks):
-        for metric in ("acc_norm", "acc", *metrics):
+        for metric in (*HEADLINES, *metrics):
             if metric != "n" and not metric.endswith("_stderr") and value_of(metrics, metric):
                 return metric
     return None

@@ -1,6 +1,6 @@
 """A report in a few lines for the terminal."""
 
-from fedproxy.reporting.formatting import change, score
+from fedproxy.reporting.formatting import measured, measured_change, unit
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import headline_metric, value_of
 
@@ -12,8 +12,10 @@ def summary(report: RunReport) -> str:
         return "no model was scored"
     values = {model: value_of(tasks["mean"], metric) for model, tasks in report.scores.items()}
     target = values.get("target")
-    lines = [f"mean {metric} over {len(next(iter(report.scores.values()))) - 1} tasks, per cent"]
+    counted = f", {unit(metric).removeprefix('in ')}" if unit(metric) else ""
+    lines = [f"mean {metric} over {len(next(iter(report.scores.values()))) - 1} tasks{counted}"]
     for model, value in values.items():
-        gain = "" if value is None or target is None or model == "target" else f"  {change(value.minus(target))}"
-        lines.append(f"  {model:12} {score(value)}{gain}")
+        compared = value is not None and target is not None and model != "target"
+        gain = f"  {measured_change(metric, value.minus(target))}" if compared and value and target else ""
+        lines.append(f"  {model:12} {measured(metric, value)}{gain}")
     return "\n".join(lines)

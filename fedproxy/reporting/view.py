@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
-from fedproxy.reporting.pairing import PairedDifference, paired_table
+from fedproxy.reporting.pairing import PairedDifference, paired_hint, paired_table
 from fedproxy.reporting.privacy import privacy_table
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
 from fedproxy.reporting.run_report import RunReport
@@ -36,6 +37,9 @@ class Headline:
     after: str
     difference: str
     gain: float
+    """Above 0 where the fused model is better."""
+    unit: str = "in per cent"
+    points: str = " points"
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,27 @@ class View:
     repeat: Sequence[str]
     provenance: Table
     paired: Table | None
+    paired_hint: str = ""
+    by_source: Table | None = None
+    held_out: Table | None = None
+    by_source_hint: str = ""
     fidelity: Table | None = None
     privacy: Table | None = None
 
 
-def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDifference] = ()) -> View:
+def build_view(
+    report: RunReport,
+    folder: str | Path,
+    paired: Sequence[PairedDifference] = (),
+    by_source: Sequence[PairedDifference] = (),
+) -> View:
     """Return the content of the pages of ``report``.
 
     Args:
         report: The run.
         folder: Where the pages lie; their commands name it.
         paired: Differences to the target on the same questions, where samples were kept.
+        by_source: The fused model's, source by source.
     """
     report = presentable(report)
     scores = {model: report.scores[model] for model in MODELS if model in report.scores}
@@ -104,6 +118,10 @@ def build_view(report: RunReport, folder: str | Path, paired: Sequence[PairedDif
         repeat=_repeat(Path(folder)),
         provenance=_provenance(report),
         paired=paired_table(paired) if paired else None,
+        paired_hint=paired_hint(paired) if paired else "",
+        held_out=_held_out(scores),
+        by_source=paired_table(by_source, "source") if by_source else None,
+        by_source_hint=paired_hint(by_source) if by_source else "",
         fidelity=_fidelity(report),
         privacy=privacy_table(report.privacy),
     )
@@ -121,7 +139,7 @@ def own_scores(clients: Mapping[str, "Scores"]) -> Table | None:
         return None
     kinds = list(dict.fromkeys(model for models in clients.values() for model in models))
     rows = [
-        [client, *(show.score(value_of(mean_scores(models.get(kind, {})), metric)) for kind in kinds)]
+        [client, *(show.measured(metric, value_of(mean_scores(models.get(kind, {})), metric)) for kind in kinds)]
         for client, models in clients.items()
     ]
     return Table([f"mean {metric} of", *kinds], rows)
@@ -142,12 +160,22 @@ def _headline(scores: Scores, paired: Sequence[PairedDifference]) -> Headline | 
     if before is None or after is None:
         return None
     gain = after.minus(before)
-    text = show.change(gain, with_stderr=True)
+    text = show.measured_change(metric, gain, with_stderr=True)
     for row in paired:
         # samples of another evaluation than the report's say nothing about its numbers
         if row.name == "fused" and row.metric == metric and abs(row.difference.estimate - gain.value) < 1e-9:
-            text = f"{show.change(gain)} (95 % interval {show.interval(row.difference.low, row.difference.high)})"
-    return Headline(metric, show.score(before), show.score(after), text, gain.value)
+            between = show.measured_interval(metric, row.difference.low, row.difference.high)
+            text = f"{show.measured_change(metric, gain)} (95 % interval {between})"
+    known = facts(metric)
+    return Headline(
+        metric,
+        show.measured(metric, before),
+        show.measured(metric, after),
+        text,
+        gain.value if known.higher_is_better else -gain.value,
+        show.unit(metric),
+        " points" if known.share else "",
+    )
 
 
 def score_table(scores: Scores) -> Table | None:
@@ -171,14 +199,19 @@ def _compared(scores: Scores, task: str, metric: str) -> list[str]:
     cells = []
     for model, tasks in scores.items():
         value = value_of(tasks.get(task), metric)
-        shown = show.score(value)
+        shown = show.measured(metric, value)
         if value and base and model != "target":
-            shown += f" ({show.change(value.minus(base))})"
+            shown += f" ({_change(metric, value.minus(base))})"
         cells.append(shown)
     return cells
 
 
-_PER_CENT = ("acc", "acc_norm", "ece")
+def _change(metric: str, value: Value) -> str:
+    """Return a difference with its sign; where lower is better, a word says what it means."""
+    text = show.measured_change(metric, value)
+    if facts(metric).higher_is_better or not value.value:
+        return text
+    return f"{text}, {'better' if value.value < 0 else 'worse'}"
 
 
 def _questions(scores: Scores, task: str) -> str:
@@ -187,8 +220,16 @@ def _questions(scores: Scores, task: str) -> str:
 
 
 def _score_hint(scores: Scores) -> str:
-    hint = "Per cent, ± one standard error over the questions"
-    return f"{hint}, then the difference to target in points." if "target" in scores else f"{hint}."
+    metrics = [metric for task in task_names(scores) if (metric := task_metric(scores, task))]
+    shares, others = (any(facts(metric).share is wanted for metric in metrics) for wanted in (True, False))
+    hint = "Per cent, ± one standard error over the questions" if shares else "± one standard error over the questions"
+    hint += ", then the difference to target in points." if shares and "target" in scores else "."
+    if shares and not others:
+        return hint
+    nll = " answer_nll: nats per token of the right answers, lower is better." if "answer_nll" in metrics else ""
+    if not shares and "target" in scores:
+        hint = "± one standard error over the questions, then the difference to target."
+    return f"{hint} What is no share of questions is a plain number, and so is its difference.{nll}"
 
 
 def _further(scores: Scores) -> Table | None:
@@ -203,15 +244,30 @@ def _further(scores: Scores) -> Table | None:
     if not keys:
         return None
     return Table(
-        ["mean over tasks", *(f"{key} %" if key in _PER_CENT else key for key in keys)],
-        [[model, *(_metric(key, value_of(tasks.get("mean"), key)) for key in keys)] for model, tasks in scores.items()],
+        ["mean over tasks", *(f"{key} %" if facts(key).share else key for key in keys)],
+        [
+            [model, *(show.measured(key, value_of(tasks.get("mean"), key)) for key in keys)]
+            for model, tasks in scores.items()
+        ],
     )
 
 
-def _metric(key: str, value: Value | None) -> str:
-    if value is None or key in _PER_CENT:
-        return show.score(value)
-    return show.fixed(value.value) + ("" if value.stderr is None else f" ± {show.fixed(value.stderr)}")
+def _held_out(scores: Scores) -> Table | None:
+    """Return every metric of sources that have no accuracy: one row per source and model."""
+    sources = [task for task in task_names(scores) if task_metric(scores, task) == "answer_nll"]
+    found = [(task, model, tasks[task]) for task in sources for model, tasks in scores.items() if task in tasks]
+    keys = dict.fromkeys(
+        key for _, _, metrics in found for key in metrics if key != "n" and not key.endswith(("_stderr", "_total"))
+    )
+    if len(keys) < 2:
+        return None
+    return Table(
+        ["source", "model", *(f"{key} %" if facts(key).share else key for key in keys)],
+        [
+            [task, model, *(show.measured(key, value_of(metrics, key)) for key in keys)]
+            for task, model, metrics in found
+        ],
+    )
 
 
 def _cost(report: RunReport) -> Table:
@@ -229,7 +285,7 @@ def _cost(report: RunReport) -> Table:
         ("Downloaded", show.size(cost.download_bytes), "server to clients, all rounds"),
         ("Client time", show.duration(cost.client_seconds), "local training, summed over clients"),
         ("Server time", show.duration(cost.server_seconds), "compression, aggregation, fusion"),
-        ("Evaluation time", show.duration(cost.evaluation_seconds), "lm-eval on all models"),
+        ("Evaluation time", show.duration(cost.evaluation_seconds), "scoring of all models"),
         ("Peak memory", show.size(cost.peak_memory_bytes), "resident, one process"),
     ]
     return Table(["what", "amount", ""], [row for row in rows if row[1] != show.NONE])
@@ -272,7 +328,10 @@ def _rounds_hint(report: RunReport) -> str:
     if found is None:
         return ""
     scored = "fused model" if found.model == "fused" else "tuned proxy"
-    text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    if found.evaluator is None:
+        text = f"Validation: the {scored} on {found.questions} training rows that no client owns."
+    else:
+        text = f"The {scored} on the {found.questions} questions of the final scores ({found.evaluator})."
     if found.fused_after_round is None:
         return text
     why = f"the best by mean {found.metric}" if found.select == "best" else "the last"

@@ -15,7 +15,7 @@ from fedproxy.comparison import execution
 from fedproxy.comparison.arguments import read_study
 from fedproxy.comparison.compare import _run_notes, compare
 from fedproxy.comparison.execution import only_one
-from fedproxy.errors import CheckpointError, ClientError, ConfigError, EvaluationError
+from fedproxy.errors import CheckpointError, ClientError, ConfigError
 from fedproxy.evaluation import task_checks
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.reporting.comparison.records import Record
@@ -208,7 +208,7 @@ def test_scores_that_the_tables_need_are_asked_for_before_the_first_run(compare_
     assert not (tmp_path / "out").exists()
 
 
-def test_a_task_without_accuracy_is_refused_before_the_first_run(compare_tiny, tmp_path, monkeypatch):
+def test_a_task_without_a_common_metric_is_refused_before_the_first_run(compare_tiny, tmp_path, monkeypatch):
     from lm_eval.api.task import ConfigurableTask
 
     (tmp_path / "sums.jsonl").write_text('{"question": "1 + 1 =", "answer": "2"}\n')
@@ -223,11 +223,11 @@ def test_a_task_without_accuracy_is_refused_before_the_first_run(compare_tiny, t
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     task = LoadedTask(ConfigurableTask(config=config), None)
-    monkeypatch.setattr("fedproxy.pipeline.evaluation.expand", list)  # lm-eval has no such name
+    monkeypatch.setattr("fedproxy.pipeline.evaluation.expand", lambda names, _: list(names))  # lm-eval has no such name
     monkeypatch.setattr(task_checks, "load_task", lambda *_: [task])
     monkeypatch.setattr(execution, "run", lambda *_: pytest.fail("nothing was to be run"))
-    message = r"^evaluation.tasks: generated_sums has neither acc nor acc_norm, and only .*; leave it out$"
-    with pytest.raises(EvaluationError, match=message):
+    message = r"^evaluation: 'generated_sums' has no metric by which .* before it do \(acc, answer_nll\); leave it out$"
+    with pytest.raises(ConfigError, match=message):
         compare_tiny(tmp_path / "out", "evaluation.tasks=[tiny_sums,generated_sums]")
 
 

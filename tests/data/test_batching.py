@@ -75,7 +75,7 @@ def test_loader_gives_a_new_order_each_epoch_and_draws_only_when_read():
     longest = [max(len(examples[index].input_ids) for index in batch) for batch in plan]
     assert [shape[1] for shape in epochs[0]] == longest
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert loader.num_tokens == sum(1 + index % 5 for index in range(20))
+    assert loader.tokens_of(10**6) == 3 * sum(1 + index % 5 for index in range(20))
 
 
 def test_processes_split_every_batch_and_count_by_their_tokens(monkeypatch):

@@ -5,8 +5,10 @@ import sys
 import pytest
 
 from fedproxy import evaluate
-from fedproxy.errors import ConfigError, EvaluationError
+from fedproxy.errors import ConfigError, DataError, EvaluationError
 from fedproxy.locks import locked
+
+from .conftest import write_rows
 
 
 @pytest.fixture
@@ -35,6 +37,21 @@ def test_result_files(cache, checkpoint, tmp_path, capsys):
     evaluate.main([*arguments, "overwrite=true"])
 
 
+def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, tmp_path, capsys):
+    write_rows(tmp_path / "ward.jsonl", [{"prompt": "The sky is", "target": "blue"}, {"prompt": "2", "target": "3"}])
+    words = [f"model={checkpoint}", f"files.ward={tmp_path}/ward.jsonl", "max_new_tokens=3"]
+    evaluate.main([*words, f"output_dir={tmp_path}/alone"])
+    alone = json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
+    assert set(alone) == {"ward", "mean"}
+    assert {"answer_nll", "exact_match", "f1"} <= alone["ward"].keys()
+    assert "exact_match" in capsys.readouterr().out
+    evaluate.main([*words, "tasks=[arc_easy]", f"output_dir={tmp_path}/both"])
+    both = json.loads((tmp_path / "both" / "scores.json").read_text())["scores"]
+    assert both["ward"] == alone["ward"]
+    assert both["arc_easy"]["n"] == 5
+    assert set(json.loads((tmp_path / "both" / "results.json").read_text())["configs"]) == {"arc_easy", "ward"}
+
+
 def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
     words = ["model=x", "tasks=[arc_easy]", f"output_dir={tmp_path}", "overwrite=true"]
     for name, content in (
@@ -60,6 +77,9 @@ def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
         (["modl=x"], ConfigError, r"unknown argument 'modl'; did you mean 'model'\?"),
         (["tasks=[arc_easy]"], ConfigError, "model is missing; write, for example, model=asset:smollm2-135m"),
         (["model=x"], ConfigError, "tasks is missing; write, for example, "),
+        (["model=x", "tasks=[a]", "fewshot_as_multiturn=true"], ConfigError, "needs apply_chat_template=true; add it"),
+        (["model=x", "files.a=nowhere.jsonl"], DataError, "nowhere.jsonl does not exist"),
+        (["model=x", "files.a=b", "max_new_tokens=-1"], ConfigError, "max_new_tokens must be at least 0, got -1"),
         (["model=x", "tasks=[arc_easy]", "limit=many"], ConfigError, "limit: Value 'many' of type 'str'"),
         (["model=x", "tasks=[arc_easy]", "limit=99"], EvaluationError, "evaluation.limit 99 is above the 5 questions"),
     ],

@@ -11,7 +11,8 @@ from lm_eval.tasks import TaskManager
 from fedproxy.data.rows import Row
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation import hub_tasks, offline_tasks
-from fedproxy.evaluation.harness import check_tasks, evaluate_model, render_rows, task_names
+from fedproxy.evaluation.harness import check_tasks, evaluate_model, task_names
+from fedproxy.evaluation.task_rows import render_rows
 
 from .plain_loop import plain_scores
 

@@ -5,8 +5,9 @@ import pytest
 import yaml
 
 from fedproxy.errors import EvaluationError
-from fedproxy.evaluation.harness import check_data_tasks, check_tasks, evaluate_model, render_rows
+from fedproxy.evaluation.harness import check_tasks, evaluate_model
 from fedproxy.evaluation.own_tasks import own_sha256
+from fedproxy.evaluation.task_rows import check_data_tasks, render_rows
 
 from .conftest import write_rows
 

@@ -9,9 +9,10 @@ from lm_eval.tasks import TaskManager
 from fedproxy.data.assets import cache_root
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation import hub_tasks
-from fedproxy.evaluation.harness import check_data_tasks, check_tasks, evaluate_model, render_rows
+from fedproxy.evaluation.harness import check_tasks, evaluate_model
 from fedproxy.evaluation.offline_tasks import lm_eval_folder, offline_tasks
 from fedproxy.evaluation.task_loading import expand
+from fedproxy.evaluation.task_rows import check_data_tasks, render_rows
 
 from .conftest import write_rows
 from .test_harness import rows_of

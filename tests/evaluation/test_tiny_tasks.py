@@ -1,5 +1,6 @@
 from fedproxy.data.assets import fetch
-from fedproxy.evaluation.harness import check_tasks, render_rows
+from fedproxy.evaluation.harness import check_tasks
+from fedproxy.evaluation.task_rows import render_rows
 
 TASKS = ("tiny_colors", "tiny_opposites", "tiny_places", "tiny_sums")
 

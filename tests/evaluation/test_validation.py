@@ -8,7 +8,7 @@ import torch
 
 from fedproxy.data.rows import Row
 from fedproxy.errors import DataError
-from fedproxy.evaluation.harness import render_rows
+from fedproxy.evaluation.task_rows import render_rows
 from fedproxy.evaluation.validation import row_questions, score_questions, task_questions
 
 from .conftest import ARC, write_rows

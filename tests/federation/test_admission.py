@@ -14,7 +14,8 @@ from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import FORMAT, Broadcast, ClientUpdate, UpdateFile
+from fedproxy.messages import UpdateFile
+from fedproxy.protocol import FORMAT, Broadcast, ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
 
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(4), "c": torch.zeros(2, dtype=torch.bfloat16)}

@@ -5,8 +5,9 @@ import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.messages import Rewind
 from fedproxy.names import file_stem
-from fedproxy.protocol import Kept, Rewind
+from fedproxy.protocol import Kept
 
 
 def kept(value):

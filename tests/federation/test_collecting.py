@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from fedproxy.errors import ClientError
+from fedproxy.federation.server.asking import assemble
 from fedproxy.federation.server.checkpoint import Progress
-from fedproxy.federation.server.collecting import assemble
 from fedproxy.federation.server.files import ServerFiles
-from fedproxy.protocol import ClientUpdate, Collect, Dropped, UpdateFile
+from fedproxy.messages import Collect, Dropped, UpdateFile
+from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.trainable import Trainable
 

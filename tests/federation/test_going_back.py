@@ -7,11 +7,11 @@ import torch
 
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.federation.server.asking import rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import rewind
 from fedproxy.federation.server.files import ClientState, ServerFiles
+from fedproxy.messages import Done, Dropped
 from fedproxy.names import file_stem
-from fedproxy.protocol import Done, Dropped
 
 CLIENTS = ["ann", "bob", "cid"]
 

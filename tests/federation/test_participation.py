@@ -10,7 +10,7 @@ from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Dropped
+from fedproxy.messages import Dropped
 
 from .engines.doubles import CLIENTS, STATE, Double, broadcast, honest, remote
 

@@ -16,7 +16,8 @@ from fedproxy.errors import CheckpointError
 from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.engines import Engine
-from fedproxy.protocol import Broadcast, Collect, Done, Dropped, Kept, Rewind
+from fedproxy.messages import Collect, Done, Dropped, Rewind
+from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 
 from .engines.doubles import loaded

@@ -9,7 +9,7 @@ import torch
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import Engine
-from fedproxy.protocol import Dropped, UpdateFile
+from fedproxy.messages import Dropped, UpdateFile
 
 from .engines.doubles import broadcast, honest, loaded
 from .rank_doubles import remote

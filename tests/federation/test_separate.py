@@ -10,8 +10,9 @@ from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation
 from fedproxy.federation.server.participation import Participation
+from fedproxy.messages import Dropped
 from fedproxy.names import file_stem
-from fedproxy.protocol import ClientUpdate, Dropped, TensorFile
+from fedproxy.protocol import ClientUpdate, TensorFile
 from fedproxy.strategies.aggregators import Aggregator
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 

@@ -11,7 +11,8 @@ from fedproxy.command import run_command
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected, Group
 from fedproxy.federation.server.update_checks import LARGEST_CHANGE, check_update
-from fedproxy.protocol import Broadcast, ClientUpdate, UpdateFile
+from fedproxy.messages import UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 CLIENT = "ann"
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(()), "c": torch.zeros(2, dtype=torch.bfloat16), "d": torch.zeros(0)}

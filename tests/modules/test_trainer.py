@@ -74,7 +74,7 @@ def test_every_trainer_option_is_reachable():
         ({"max_epochs": 3}, r"trainer\.max_epochs is set by client\.epochs"),
         ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
         ({"limit_train_batches": 2}, r"trainer\.limit_train_batches is set by data\.rows_per_task; use that instead"),
-        ({"max_steps": 2}, r"trainer\.max_steps is set by client\.epochs"),
+        ({"max_steps": 2}, r"trainer\.max_steps is set by client\.max_steps"),
         ({"precision": "7-bit"}, r"^trainer\.precision must be .*bf16-mixed or .*, got '7-bit'"),
         ({"deterministic": "abc"}, r"trainer\.deterministic must be true or false or null or warn, got 'abc'"),
         ({"detect_anomaly": 2}, r"trainer\.detect_anomaly must be true or false, got 2"),

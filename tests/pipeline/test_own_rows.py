@@ -45,7 +45,10 @@ def test_scores_of_an_earlier_session_stay_where_nothing_is_scored(run_tiny):
 
 
 def test_a_comparison_needs_scores(ward):
-    with pytest.raises(ConfigError, match=r"evaluation.tasks names no task, and methods are compared by scores; name"):
+    with pytest.raises(
+        ConfigError,
+        match=r"evaluation.tasks and evaluation.files name nothing, and methods are",
+    ):
         check_comparable(load_config(["recipe=fedproxy_tiny", *ward]))
 
 

@@ -11,6 +11,7 @@ from fedproxy.config import load_config
 from fedproxy.errors import ConfigError, EvaluationError
 from fedproxy.pipeline import evaluation
 from fedproxy.pipeline import run as pipeline
+from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import evaluation_settings, expanded
 
@@ -56,11 +57,12 @@ def test_a_task_file_is_trained_on_and_scored_and_cuts_are_in_the_report(tmp_pat
 
 def test_changed_rows_of_a_task_file_are_scored_anew(own_task, tmp_path):
     config = load_config([*SMALL, f"evaluation.tasks=[{own_task()}]"])
-    before = evaluation_settings(config, 1)
-    assert evaluation_settings(config, 1) == before
+    before = evaluation_settings(config, asked_of(config), 1)
+    assert evaluation_settings(config, asked_of(config), 1) == before
     (tmp_path / "rows.jsonl").write_text('{"q": "1 + 1 =", "c": ["1", "2"], "a": "2"}\n')
-    assert evaluation_settings(config, 1) != before
-    assert "task_files" not in evaluation_settings(load_config(SMALL), 1)
+    assert evaluation_settings(config, asked_of(config), 1) != before
+    plain = load_config(SMALL)
+    assert evaluation_settings(plain, asked_of(plain), 1)["asked"] == {"lm_eval": {}}
 
 
 @pytest.mark.parametrize(
@@ -102,10 +104,13 @@ def _short(tmp_path, positions):
 
 def test_a_tag_is_several_sources(monkeypatch):
     # What lm-eval knows of tags is tested with the tasks; here, that each task is a source, and by default a client.
-    monkeypatch.setattr(evaluation, "expand", lambda names: [task for name in names for task in (f"{name}_1", name)])
+    def twice(names, folder):
+        return [task for name in names for task in (f"{name}_1", name)]
+
+    monkeypatch.setattr(evaluation, "expand", twice)
     config = expanded(load_config([*SMALL, "data.tasks=[tiny_sums]", "evaluation.tasks=null"]))
     assert config.data.tasks == config.evaluation_tasks == ["tiny_sums_1", "tiny_sums"]
-    assert config.data.partition.count(len(config.data.tasks)) == 2
+    assert config.data.partition.count(config.data.tasks, config.data.files) == 2
 
 
 def test_tasks_as_a_text_are_one_line():

@@ -117,6 +117,8 @@ def test_a_run_is_not_deleted_while_the_recipe_reads_from_it(run_tiny, tmp_path)
         ("data.partition.path", tmp_path / "same/partition.json"),
         ("compression.calibration.path", folder / "mine.jsonl"),
         ("data.files.ward", folder / "mine.jsonl"),
+        ("data.files.ward", folder / "mi*.jsonl"),
+        ("data.template", folder / "mine.jsonl"),
         ("target.path", folder / "proxy"),
     ]:
         named = ["data.partition.name=file"] if "partition" in key else []

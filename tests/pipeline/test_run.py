@@ -15,7 +15,7 @@ from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.owned_texts import OwnedTexts
 from fedproxy.data.tokenisation import tokenise
-from fedproxy.evaluation.harness import render_rows
+from fedproxy.evaluation.task_rows import render_rows
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
 from fedproxy.pipeline.data import client_rows, public_texts
 from fedproxy.pipeline.plan import plan

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError, DataError
-from fedproxy.evaluation.harness import render_rows
+from fedproxy.evaluation.task_rows import render_rows
 from fedproxy.evaluation.validation import score_questions
 from fedproxy.models import load_model, load_tokenizer, state_sha256
 from fedproxy.pipeline import validation

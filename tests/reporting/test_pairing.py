@@ -95,7 +95,7 @@ def test_accuracy_is_used_where_a_task_lacks_acc_norm(tmp_path):
     assert between_runs(*two(tmp_path, first, second)).models[0].metric == "acc"
     first, second = ([question("easy", 0, 1, acc=None, acc_norm=None, gold=gold)] for gold in (0, 1))
     folders = two(tmp_path, first, second)
-    with pytest.raises(EvaluationError, match="not every question has acc or acc_norm"):
+    with pytest.raises(EvaluationError, match="in common, by which models can be paired"):
         between_runs(*folders)
 
 

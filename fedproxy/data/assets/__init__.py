@@ -5,6 +5,7 @@ Everything lives under one cache folder, ``$FEDPROXY_CACHE`` or ``fedproxy`` in 
     <cache>/downloads/              verified wheels; a wheel put here by hand is used without any network
     <cache>/smollm2-135m/           from_pretrained folder: config.json, model.safetensors (float32), tokenizer files
     <cache>/calibration/            calibration.jsonl: {"text", "key"}
+    <cache>/chat-qa/<set>/<split>.jsonl   see fedproxy.data.assets.chat
     <cache>/qa/<task>/<split>.jsonl, <cache>/glue/<task>/<split>.jsonl     see fedproxy.data.assets.qa for the columns
 """
 

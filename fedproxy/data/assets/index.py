@@ -12,7 +12,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 from urllib.request import url2pathname
 
 from fedproxy.data.assets.entries import Wheel
-from fedproxy.errors import AssetError
+from fedproxy.errors import AssetError, first_line
 
 _DEFAULT = "https://pypi.org/simple"
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
@@ -76,9 +76,7 @@ def _pip_files() -> dict[str, str]:
     try:
         parser.read([*places, *([chosen] if chosen else [])], encoding="utf-8")
     except configparser.Error as error:
-        raise AssetError(
-            f"pip's configuration is broken: {str(error).splitlines()[0]}; mend it and try again"
-        ) from None
+        raise AssetError(f"pip's configuration is broken: {first_line(error)}; mend it and try again") from None
     settings: dict[str, str] = {}
     for section in ("global", "download"):
         if parser.has_section(section):

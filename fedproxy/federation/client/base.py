@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 from fedproxy.errors import CheckpointError, one_line
 from fedproxy.federation.client.log import told
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Done, Dropped, Message
+from fedproxy.messages import Answer, Dropped, Message
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 
 class Client(Protocol):
@@ -24,7 +25,7 @@ class Client(Protocol):
         """
         ...
 
-    def answer(self, message: Message, client_id: str) -> ClientUpdate | Done:
+    def answer(self, message: Message, client_id: str) -> Answer:
         """Do what a message asks of client ``client_id``."""
         ...
 

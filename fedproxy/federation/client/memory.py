@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fedproxy.errors import CheckpointError
-from fedproxy.protocol import Kept, Rewind, TensorFile, Tensors
+from fedproxy.messages import Rewind
+from fedproxy.protocol import Kept, TensorFile, Tensors
 from fedproxy.round_files import ClientFiles
 from fedproxy.sealed import RESTART
 from fedproxy.strategies.round_parts.base_change import BaseChanges

@@ -21,6 +21,7 @@ class ClientExamples(Mapping[str, list[Example]]):
         max_target_tokens: Most target tokens of an example.
         max_tokens: Most tokens of an example, the model's positions; None is no bound.
         long_rows: What becomes of longer rows, see :class:`fedproxy.data.examples.Lengths`.
+        held_out: Hold the rows that a client does not train on instead, of which there may be none.
         keep: How many clients' examples stay in memory.
     """
 
@@ -33,9 +34,10 @@ class ClientExamples(Mapping[str, list[Example]]):
         max_target_tokens: int,
         max_tokens: int | None = None,
         long_rows: str = "cut",
+        held_out: bool = False,
         keep: int = 16,
     ) -> None:
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep, self.held_out = folder, keep, held_out
         self._tokenise = partial(
             tokenise,
             tokenizer=tokenizer,
@@ -48,7 +50,7 @@ class ClientExamples(Mapping[str, list[Example]]):
 
     def __getitem__(self, client_id: str) -> list[Example]:
         if client_id not in self._latest:
-            rows = read_client_rows(self.folder, client_id)
+            rows = read_client_rows(self.folder, client_id, held_out=self.held_out)
             copies = {row.key: row.copies for row in rows}
             examples = self._tokenise(rows)
             self._latest[client_id] = [example for example in examples for _ in range(copies[example.key])]

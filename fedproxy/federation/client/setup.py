@@ -60,13 +60,17 @@ class LocalSetup:
         self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase, trainer: Mapping[str, Any]
     ) -> Site:
         """Return a site that trains on a given proxy with given Trainer options."""
-        examples = ClientExamples(
-            Path(self.rows),
-            tokenizer,
-            max_input_tokens=self.max_input_tokens,
-            max_target_tokens=self.max_target_tokens,
-            max_tokens=positions(model.model.config),
-            long_rows=self.long_rows,
+        trained, held_out = (
+            ClientExamples(
+                Path(self.rows),
+                tokenizer,
+                max_input_tokens=self.max_input_tokens,
+                max_target_tokens=self.max_target_tokens,
+                max_tokens=positions(model.model.config),
+                long_rows=self.long_rows,
+                held_out=held_out,
+            )
+            for held_out in (False, True)
         )
         pad = int(tokenizer.pad_token_id) if tokenizer.pad_token_id is not None else 0
         memory = ClientMemory(Path(self.store))
@@ -74,11 +78,13 @@ class LocalSetup:
         ledger, signing = (None if folder is None else Path(folder) for folder in (self.ledger, self.signing))
         return Site(
             model,
-            examples,
+            trained,
             pad_id=pad,
             trainer=trainer,
             memory=memory,
             logs=logs,
+            held_out=held_out,
+            proxy=Path(self.proxy),
             ledger=ledger,
             signing=signing,
         )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,21 @@ import torch
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError
 from fedproxy.federation.client.memory import ClientMemory
+from fedproxy.federation.client.scoring import answer_sums
 from fedproxy.federation.client.training import Job, client_seeds, tune
+from fedproxy.messages import Collect, Done, Evaluate, Facts, Hello, Keys, Message, Rewind, Sums
 from fedproxy.names import file_stem
 from fedproxy.privacy.keys import Occasion
 from fedproxy.privacy.registration import identity_of
 from fedproxy.processes import rank_and_size
-from fedproxy.protocol import Broadcast, ClientUpdate, Collect, Done, Keys, Message, Rewind
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.sealed import content_sha256, tree_sha256
 from fedproxy.strategies.round_parts import ClientRound, made
 from fedproxy.strategies.round_parts.secure_sum import share_tensor
 from fedproxy.strategies.trainable.base import TrainableModel
+
+_PACKAGES = ("fedproxy", "torch", "transformers", "lightning", "peft")
+"""Whose versions results depend on."""
 
 
 class Site:
@@ -32,6 +39,8 @@ class Site:
         trainer: Options of lightning.Trainer.
         memory: What clients keep between rounds; only rules that need it use it.
         logs: Folder of what Lightning's loggers and profilers write, below it one per client and round.
+        held_out: Each client's tokenised rows that it holds back from training.
+        proxy: Folder that the model was loaded from, which the server may compare with its own.
         ledger: Folder of the clients' privacy ledgers, beside their data.
         signing: Folder of the clients' signing secrets and of the keys that they have pinned.
     """
@@ -45,12 +54,14 @@ class Site:
         trainer: Mapping[str, Any],
         memory: ClientMemory,
         logs: Path | None = None,
+        held_out: Mapping[str, Sequence[Example]] | None = None,
+        proxy: Path | None = None,
         ledger: Path | None = None,
         signing: Path | None = None,
     ) -> None:
         self.model, self.examples, self.pad_id, self.trainer = model, examples, pad_id, trainer
-        self.memory, self.logs, self.ledger, self.signing = memory, logs, ledger, signing
-        self.initial = model.state()
+        self.memory, self.logs, self.held_out, self.proxy = memory, logs, {} if held_out is None else held_out, proxy
+        self.ledger, self.signing, self.initial, self._proxy_sha256 = ledger, signing, model.state(), ""
 
     def train(self, broadcast: Broadcast, client_id: str, *, deadline: float | None = None) -> ClientUpdate:
         """Tune on one client's rows from the broadcast state (Eq 8); the optimiser starts fresh.
@@ -73,7 +84,7 @@ class Site:
             update = replace(update, seal=self.memory.save(client_id, broadcast.round, task.kept))
         return replace(update, seconds=time.perf_counter() - started)
 
-    def answer(self, message: Message, client_id: str) -> ClientUpdate | Done:
+    def answer(self, message: Message, client_id: str) -> ClientUpdate | Facts | Sums | Done:
         """Do what a message asks of one client.
 
         Raises:
@@ -81,6 +92,8 @@ class Site:
             CheckpointError: If what the client kept cannot be used, or is not what the server knows of.
         """
         match message:
+            case Hello():
+                return self.facts(client_id)
             case Rewind():
                 if rank_and_size()[0] == 0:
                     self.memory.rewind(client_id, message)
@@ -93,7 +106,43 @@ class Site:
             case Collect(kept):
                 own = self.memory.load(client_id, kept).get("personal", {})
                 return ClientUpdate(client_id, {name: own[name] for name in own}, round=kept.round)
+            case Evaluate(kept, states):
+                return self.evaluate(client_id, states, self.memory.load(client_id, kept).get("personal", {}))
         raise ClientError(f"a client does not answer {message.kind!r}; use the server's version of FedProxy")
+
+    def facts(self, client_id: str) -> Facts:
+        """Return what one client says of itself: numbers, hashes and versions, and nothing of a row."""
+        rows = self.examples[client_id]
+        if self.proxy is not None and not self._proxy_sha256:
+            self._proxy_sha256 = content_sha256(tree_sha256(self.proxy, "."))
+        return Facts(
+            client_id,
+            rows=len(rows),
+            target_tokens=max(example.target_length for example in rows),
+            held_out=len(self.held_out.get(client_id, ())),
+            proxy=self._proxy_sha256,
+            versions={name: version(name) for name in _PACKAGES},
+        )
+
+    def evaluate(self, client_id: str, states: Mapping[str, Tensors], own: Tensors) -> Sums:
+        """Score states on the rows that one client holds back.
+
+        Args:
+            client_id: The client.
+            states: Trainable states by name; what they leave out is personal.
+            own: The client's personal tensors; those that it has not trained yet are as it was made.
+
+        Raises:
+            ClientError: If it holds no rows back, or a state does not fit.
+        """
+        rows = self.held_out.get(client_id)
+        if not rows:
+            raise ClientError("the client holds no rows back to be evaluated on; set data.holdout")
+        found = {}
+        for name, state in states.items():
+            self.model.load_state({**self.initial, **own, **state})
+            found[name] = answer_sums(self.model.model, rows, self.pad_id, self.trainer)
+        return Sums(client_id, found)
 
     def _task(self, broadcast: Broadcast, client_id: str, job: Job, seed: int) -> ClientRound:
         writes = rank_and_size()[0] == 0

@@ -1,10 +1,11 @@
 """One client's training in one round: from the state it starts with, on its own rows, to the change of it."""
 
+import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from fedproxy.data.batching import ExampleLoader
 from fedproxy.errors import ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.optimizers import Optimizer
+from fedproxy.modules.schedules import Schedule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule
 from fedproxy.processes import rank_and_size
@@ -37,12 +40,27 @@ class Job:
     max_grad_norm: float | None
     regularizer: Mapping[str, Any]
     """Name and options of the client-side term."""
+    schedule: Mapping[str, Any] = field(default_factory=lambda: {"name": "constant"})
+    """Name and options of the learning rate's schedule."""
+    optimizer: Mapping[str, Any] = field(default_factory=lambda: {"name": "adamw"})
+    """Name and options of the optimiser."""
+    rounds: int = 1
+    """Rounds of the run, over which a schedule may go."""
+    max_steps: int | None = None
+    """Most optimiser steps."""
+    packing: bool = False
+    """Put rows of a batch side by side; the server has checked that its model keeps them apart."""
     gradient_checkpointing: bool = False
     """Run blocks again in the backward pass instead of keeping their activations."""
     frozen: Sequence[str] = ()
     """Tensors of the state that rest in this round."""
     parts: Sequence[Mapping[str, Any]] = ()
     """Names and options of the parts that ride with the round, in the order of the chain."""
+
+    def steps(self, batches: int) -> int:
+        """Return a round's optimiser steps, given the batches of an epoch."""
+        steps = self.epochs * math.ceil(batches / self.accumulate)
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def tune(
@@ -70,11 +88,15 @@ def tune(
     model = task.model
     model.load_state(task.state)
     parameters = model.parameters()
-    module, batches = _work(task, job, seeds)
+    batches = _batches(task, job, seeds)
+    steps = job.steps(len(batches)) if isinstance(batches, ExampleLoader) else job.epochs * batches.training.steps
+    rate = Schedule.made(job.schedule).in_round(task.broadcast.round, rounds=job.rounds, steps=steps, lr=job.lr)
+    module = _module(task, job, rate)
     private = task.training is not None  # clips each row, and steps by itself
     trainer = make_trainer(
         options,
         max_epochs=job.epochs,
+        max_steps=-1 if job.max_steps is None else job.max_steps,
         accumulate=1 if private else job.accumulate,
         max_grad_norm=None if private else job.max_grad_norm,
         callbacks=[] if deadline is None else [_Deadline(deadline)],
@@ -83,34 +105,42 @@ def tune(
     with _resting(parameters[name] for name in job.frozen), _recomputing(model, job.gradient_checkpointing):
         fit(trainer, module, batches, seed=seeds.dropout[rank_and_size()[0]])
     task.steps, task.device = trainer.global_step, trainer.strategy.root_device
+    task.lr = job.lr * (sum(map(rate, range(task.steps))) / task.steps or 1.0)
     return ClientUpdate(
         task.client_id,
         _difference(model.state(), task.state),
         num_examples=len(task.examples),
-        num_tokens=sum(example.target_length for example in task.examples) * job.epochs,
+        num_tokens=batches.tokens_of(trainer.fit_loop.epoch_loop.total_batch_idx + 1),
         train_loss=module.task_loss,
         regularizer_loss=module.regularizer_loss,
         round=task.broadcast.round,
     )
 
 
-def _work(task: ClientRound, job: Job, seeds: ClientSeeds) -> tuple[CausalLMModule, ExampleLoader | PoissonLoader]:
-    """Return what trains in a round, and its batches."""
+def _batches(task: ClientRound, job: Job, seeds: ClientSeeds) -> ExampleLoader | PoissonLoader:
+    """Return the batches of a round."""
+    if task.training is not None:
+        return PoissonLoader(task.examples, task.training, pad_id=task.pad_id)
+    order = torch.Generator().manual_seed(seeds.batches)
+    return ExampleLoader(task.examples, job.batch_size, pad_id=task.pad_id, generator=order, packing=job.packing)
+
+
+def _module(task: ClientRound, job: Job, rate: Callable[[int], float]) -> CausalLMModule:
+    """Return what trains in a round."""
     options: dict[str, Any] = {
         "lr": job.lr,
+        "schedule": rate,
+        "optimizer": Optimizer.made(job.optimizer),
         "weight_decay": job.weight_decay,
         "parameters": {name: own for name, own in task.model.parameters().items() if name not in job.frozen},
-        "regularizer": _regularizer(job.regularizer),
+        "regularizer": Regularizer.made(job.regularizer),
         "anchor": task.state,
         "conflict": task.conflict,
         "pull": task.pull,
     }
     if task.training is not None:
-        module = PrivateLMModule(task.model.model, task.training, len(task.examples), **options)
-        return module, PoissonLoader(task.examples, task.training, pad_id=task.pad_id)
-    order = torch.Generator().manual_seed(seeds.batches)
-    loader = ExampleLoader(task.examples, job.batch_size, pad_id=task.pad_id, generator=order)
-    return CausalLMModule(task.model.model, **options), loader
+        return PrivateLMModule(task.model.model, task.training, len(task.examples), **options)
+    return CausalLMModule(task.model.model, **options)
 
 
 class _Deadline(Callback):  # type: ignore[misc]
@@ -169,8 +199,3 @@ def _recomputing(model: TrainableModel, wanted: bool) -> Iterator[None]:
 
 def _difference(new: Mapping[str, Tensor], old: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.sub_(old[name]) for name, tensor in new.items()}
-
-
-def _regularizer(node: Mapping[str, Any]) -> Regularizer:
-    options = {key: value for key, value in node.items() if key != "name"}
-    return Regularizer.by_name(node["name"])(**options)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedproxy.federation.client.base import Client, RemoteClient
-from fedproxy.protocol import Sites
+from fedproxy.messages import Sites
 from fedproxy.registry import Component
 
 

@@ -12,7 +12,8 @@ import torch
 from fedproxy.federation.client.base import Attempt, Client, RemoteClient
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
-from fedproxy.protocol import Answers, Broadcast, Dropped, Message, Sites
+from fedproxy.messages import Answers, Dropped, Message, Sites
+from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from fedproxy.errors import CheckpointError, ClientError
+from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.client.base import RemoteClient
 from fedproxy.federation.engines.base import late
 from fedproxy.federation.engines.process import LONGEST_WAIT_S, WorkerProcess
 from fedproxy.federation.engines.seat import Seat, Task, Verdict
 from fedproxy.files import private_folder, write_json
-from fedproxy.protocol import Answer, Answers, Broadcast, Done, Dropped, Message, UpdateFile
+from fedproxy.messages import Answer, Answers, Dropped, Message, UpdateFile
+from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
 _BROADCAST = "broadcast.safetensors"
@@ -71,7 +72,7 @@ class WorkerPool:
         return [process.pid for seat in self._seats for process in seat.processes]
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
-        """Run one round's clients; see :class:`fedproxy.protocol.Sites`.
+        """Run one round's clients; see :class:`fedproxy.messages.Sites`.
 
         Raises:
             ClientError: If processes cannot start and none is left.
@@ -80,7 +81,7 @@ class WorkerPool:
         return self._serve(broadcast, dict.fromkeys(client_ids), timeout_s)
 
     def ask(self, messages: Mapping[str, Message]) -> Answers:
-        """Send each client its message; see :class:`fedproxy.protocol.Sites`.
+        """Send each client its message; see :class:`fedproxy.messages.Sites`.
 
         Raises:
             ClientError: If processes cannot start and none is left.
@@ -139,17 +140,25 @@ class WorkerPool:
     def _message(self, task: Task, broadcast: Broadcast, folder: Path) -> dict[str, Any]:
         """Return what a client's processes are told: paths, and what is this client's alone."""
         named = {"task": task.number, "client": task.client_id, "round": broadcast.round}
-        if task.question is not None:
-            return {**named, "message": task.question.plain()}
-        sent, beside = folder / _BROADCAST, replace(broadcast, each=None).addressed_to(task.client_id).beside()
-        if broadcast.each is not None:
-            sent = folder / f"{task.number:05d}_{_BROADCAST}"
-            try:
-                if not sent.exists():
-                    broadcast.addressed_to(task.client_id).save(sent)
-            except (OSError, SafetensorError) as error:
-                raise self._unwritten(broadcast, error) from error
-        return {**named, "broadcast": str(sent), "message": {"kind": "train", **beside}}
+        if task.question is None:
+            beside = replace(broadcast, each=None).addressed_to(task.client_id).beside()
+            sent = folder / _BROADCAST
+            if broadcast.each is not None:
+                sent = self._written(folder / f"{task.number:05d}_{_BROADCAST}", broadcast, task.client_id)
+            return {**named, "broadcast": str(sent), "message": {"kind": "train", **beside}}
+        named["message"] = task.question.plain()
+        if states := task.question.tensors:  # written once where clients are sent the same
+            path = folder / f"states_{id(states)}.safetensors"
+            named["broadcast"] = str(self._written(path, Broadcast(0, {}, extras=states), task.client_id))
+        return named
+
+    def _written(self, path: Path, broadcast: Broadcast, client_id: str) -> Path:
+        try:
+            if not path.exists():
+                broadcast.addressed_to(client_id).save(path)
+        except (OSError, SafetensorError) as error:
+            raise self._unwritten(broadcast, error) from error
+        return path
 
     def _unwritten(self, broadcast: Broadcast, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -314,5 +323,9 @@ def _answer(task: Task, verdict: Verdict) -> Answer:
         raise CheckpointError(verdict.text)
     if verdict.kind == "dropped":
         return Dropped(task.client_id, verdict.text)
-    by_file = task.question is None or task.question.by_file
-    return UpdateFile(task.client_id, task.update) if by_file else Done(task.client_id)
+    if task.question is None:
+        return UpdateFile(task.client_id, task.update)
+    try:
+        return task.question.answered(task.client_id, verdict.says, task.update)
+    except ClientError as error:
+        return Dropped(task.client_id, one_line(error))

@@ -33,6 +33,8 @@ class Message:
     """Which task was started, is answered, has its client dropped, or met a damaged file of the run."""
     text: str = ""
     """Why the worker cannot start or its client is dropped, or what is damaged: one line."""
+    says: Any = None
+    """The answer, where it is in words."""
 
     @classmethod
     def parse(cls, line: bytes) -> "Message":
@@ -57,7 +59,7 @@ class Message:
             case {"task": int(task), "damaged": str(text)}:
                 return cls("damaged", task, one_line(text))
             case {"task": int(task)} if "dropped" not in said and "damaged" not in said:
-                return cls("answered", task)
+                return cls("answered", task, says=said.get("says"))
         raise BadMessageError("sent a line that is not a message")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedproxy.federation.engines.process import BadMessageError, Message, WorkerProcess
-from fedproxy.protocol import Message as Question
+from fedproxy.messages import Message as Question
 
 _GRACE_S = 2.0
 """How long to listen on after the first bad news: a death makes the others fail, and the death is the reason."""
@@ -43,6 +43,8 @@ class Verdict:
     """Which process is meant."""
     early: bool = False
     """Whether a lost process had not taken the task up."""
+    says: Any = None
+    """What the first process answered in words."""
 
 
 class Seat:
@@ -128,7 +130,7 @@ class Seat:
             self._turns[rank] = "begun"
         elif turn == "begun" and kind in ("answered", "dropped", "damaged"):
             text = message.text if kind == "damaged" else self._said(rank, message.text)
-            self._tell(rank, Verdict(kind, text, rank), "idle")
+            self._tell(rank, Verdict(kind, text, rank, says=message.says), "idle")
         else:
             raise BadMessageError("said the same twice")
 
@@ -136,10 +138,9 @@ class Seat:
         return text if len(self.processes) == 1 or not text else f"{self.name(rank)}: {text}"
 
     def _tell(self, rank: int, news: Verdict, turn: str) -> None:
-        """Note what a process did; of news of one kind the first counts, of good news the last."""
+        """Note what a process did; of news of one kind the first counts, of good news that of the first process."""
         self._turns[rank] = turn
-        if news.kind in ("ready", "answered"):
+        if news.kind not in self._news or rank == 0:
             self._news[news.kind] = news
-        else:
-            self._news.setdefault(news.kind, news)
+        if news.kind not in ("ready", "answered"):
             self._bad_since = self._bad_since or time.monotonic()

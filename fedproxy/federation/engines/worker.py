@@ -18,7 +18,8 @@ import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.client.base import Attempt, Client
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Dropped, Message
+from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 
 def main(setup: Path, device: int | None, threads: int) -> None:
@@ -46,6 +47,8 @@ def main(setup: Path, device: int | None, threads: int) -> None:
             continue
         if isinstance(answer, Dropped):
             _say(channel, task=task["task"], dropped=answer.reason)
+        elif isinstance(answer, Facts | Sums):
+            _say(channel, task=task["task"], says=answer.plain())
         else:
             _say(channel, task=task["task"])
 
@@ -57,7 +60,8 @@ def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], l
         if message["kind"] == "train":
             tried.answered(client.train(broadcasts.load(task["broadcast"]).with_own(message), task["client"]))
         else:
-            tried.answered(client.answer(Message.of(message), task["client"]))
+            tensors = broadcasts.load(task["broadcast"]).extras if "broadcast" in task else {}
+            tried.answered(client.answer(Message.of(message, tensors), task["client"]))
         if "update" in task and isinstance(tried.answer, ClientUpdate):  # of several processes of a client, one writes
             tried.answer.save(task["update"])
     return tried.answer

@@ -22,7 +22,8 @@ from safetensors import SafetensorError
 from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.server.expected import Expected
 from fedproxy.files import open_regular
-from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile, Tensors, UpdateFile
+from fedproxy.messages import UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate, TensorFile, Tensors
 from fedproxy.tensor_files import Layout
 
 _METADATA = 1 << 14

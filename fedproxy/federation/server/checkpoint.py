@@ -64,7 +64,7 @@ class CheckpointFolder:
 
     Args:
         folder: ``runs/<name>/checkpoints``.
-        run: Key of the run (:func:`fedproxy.pipeline.inputs.run_key`); a checkpoint of another one is refused.
+        run: Key of the run's rounds: settings, rows and proxy; a checkpoint of another one is refused.
         keep: How many of the latest checkpoints stay on disk.
     """
 

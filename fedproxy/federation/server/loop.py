@@ -18,7 +18,8 @@ from fedproxy.federation.server.secure_rounds import key_shares, left
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
-from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, Sites, nbytes
+from fedproxy.messages import Sites
+from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
 from fedproxy.strategies.aggregators.cohort import Source
@@ -45,7 +46,7 @@ class Federation:
     parts: Sequence[RoundPart]
     """What rides with the rounds beside the state, in the order of the chain."""
     lora_scaling: float | None
-    """alpha / r of the state's LoRA pairs; None where the state holds none."""
+    """Scale of the state's LoRA pairs; None where the state holds none, or other tensors with them."""
     seed: int
     files: ServerFiles
     """What the server keeps beside its checkpoints."""
@@ -86,20 +87,24 @@ class Federation:
         """
         write_journal(journal, progress.records)
         while progress.round < rounds:
-            progress = self._advanced(progress, engine, on_client)
+            if self._secure is None:
+                turn = self._turn(progress) if self.aggregator.aggregates else self._separate_turn(progress)
+                updates, gone = self.participation.collect(engine, turn.broadcast, turn.chosen, on_client, turn.take_in)
+                progress = turn.finish(updates, gone)
+            else:
+                progress = self._secure_round(progress, self._secure, engine, on_client)
             check_saved(progress)
             checkpoints.save(progress, pinned=self._validate(progress))
             write_journal(journal, progress.records)
             on_round(progress.records[-1])
         return progress
 
-    def _advanced(self, before: Progress, engine: Sites, on_client: OnAnswer) -> Progress:
-        """Run one round; one of a secure sum is repeated without the clients that are missing."""
-        secure = next((part for part in self.parts if isinstance(part, SecureSum)), None)
-        if secure is None:
-            turn = self._turn(before) if self.aggregator.aggregates else self._separate_turn(before)
-            updates, dropped = self.participation.collect(engine, turn.broadcast, turn.chosen, on_client, turn.take_in)
-            return turn.finish(updates, dropped)
+    @property
+    def _secure(self) -> SecureSum | None:
+        return next((part for part in self.parts if isinstance(part, SecureSum)), None)
+
+    def _secure_round(self, before: Progress, secure: SecureSum, engine: Sites, on_client: OnAnswer) -> Progress:
+        """Run one round of a secure sum, which is repeated without the clients that are missing."""
         number, missing = before.round + 1, dict[str, str]()
         asked = self._chosen(number)
         least, folder = self.participation.min_clients, self.participation.folder
@@ -229,8 +234,7 @@ class Federation:
 
     def _summed(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """Return the updates, or where they are masked what they are together."""
-        secure = next((part for part in self.parts if isinstance(part, SecureSum)), None)
-        return updates if secure is None else [secure.summed(updates)]
+        return updates if self._secure is None else [self._secure.summed(updates)]
 
     def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""

@@ -11,7 +11,8 @@ from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.update_checks import check_update, too_long
-from fedproxy.protocol import Answer, Broadcast, ClientUpdate, Done, Dropped, Sites
+from fedproxy.messages import Answer, Dropped, Sites, UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 OnAnswer = Callable[[int, Answer], None]
 TakeIn = Callable[[ClientUpdate], ClientUpdate]
@@ -84,7 +85,7 @@ class _Round:
         if isinstance(answer, Dropped):
             self.drop(answer)
             return
-        assert not isinstance(answer, Done), "training is answered with an update"
+        assert isinstance(answer, ClientUpdate | UpdateFile), "training is answered with an update"
         sent = self.broadcast.addressed_to(answer.client_id)  # a fault in it is the server's own
         try:
             expected = self.expected.of(answer.client_id)

@@ -9,8 +9,9 @@ import torch
 from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected
+from fedproxy.messages import Dropped, Keys, Sites, UpdateFile
 from fedproxy.privacy.keys import SHARE_BYTES
-from fedproxy.protocol import Broadcast, ClientUpdate, Dropped, Keys, Sites, UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 LEAST = 2
 """Clients of a sum that hides anything."""

@@ -91,9 +91,12 @@ def _check_counts(update: ClientUpdate, broadcast: Broadcast, expected: Expected
         _check_count(update, "num_tokens", 0, _MOST_COUNTED)
         return
     _check_count(update, "num_examples", rows, rows)
-    passes = rows * int(broadcast.job.get("epochs", 1))
-    longest = expected.target_tokens
-    _check_count(update, "num_tokens", passes, _MOST_COUNTED if longest is None else passes * longest)
+    least = most = rows * int(broadcast.job.get("epochs", 1))
+    steps, longest = broadcast.job.get("max_steps"), expected.target_tokens
+    if steps is not None:  # a step has a row at least
+        least = min(least, steps)
+        most = min(most, steps * broadcast.job["batch_size"] * broadcast.job["accumulate"])
+    _check_count(update, "num_tokens", least, _MOST_COUNTED if longest is None else most * longest)
 
 
 def _check_count(update: ClientUpdate, name: str, least: int, most: int) -> None:

@@ -126,14 +126,14 @@ def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, 
     count, spread = outline.devices.count, outline.devices.strategy == "fsdp"
     state = sum(p.numel() * p.element_size() for p in outline.trainable.parameters().values())
     proxy = _clients_proxy(outline)
-    # On the device: the parameters, their gradients, AdamW's two moments, the anchor, and what the regularizer reads.
-    device_copies = 5 + sum(part.device_copies for part in traffic.parts)
+    # On the device: the parameters, their gradients, the optimiser's state, the anchor, and what the regularizer reads.
+    device_copies = 3 + sum(part.device_copies for part in traffic.parts)
     device_copies += outline.devices.strategy == "ddp"  # the buckets in which gradients are averaged
     # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
     host_copies = 3 + sum(part.host_copies for part in traffic.parts)
     rows = math.ceil(outline.config.client.batch_size / count)
     logits = rows * row.target_tokens * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
-    weights = proxy + device_copies * state
+    weights = proxy + device_copies * state + int(outline.config.client.optimizer.state_copies * state)
     if spread:
         weights = weights // count + _gathered(outline)
     device = weights + _saved(outline, rows, row) + logits

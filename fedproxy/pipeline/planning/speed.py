@@ -79,7 +79,7 @@ class Seconds:
         rows, client = rows_per_client(outline, hardware), None if trains else 0.0
         if rows is not None and trains:
             operations = training_operations(outline.proxy, outline.trainable, RowLength.of(hardware, outline))
-            client = rows * outline.config.client.epochs * operations * _share(outline) / (tflops * 1e12)
+            client = outline.config.client.rows_seen(rows) * operations * _share(outline) / (tflops * 1e12)
         devices = _devices(outline, hardware)
         turns = math.ceil(traffic.drawn / (devices // outline.devices.count))
         return cls(

@@ -11,7 +11,7 @@ from fedproxy.config import RunConfig
 from fedproxy.data.assets import cache_root
 from fedproxy.models import Decoder, LayerMap, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
-from fedproxy.models.probing import check_target
+from fedproxy.models.probing import check_packing, check_target
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.fidelity import compare
 from fedproxy.pipeline.context import LAYER_MAP, UNDISTILLED, Run
@@ -94,6 +94,8 @@ def _cut(run: Run, texts: Sequence[str]) -> tuple[PreTrainedModel, LayerMap, Any
     batches = text_batches(texts, tokenizer, max_tokens=limit)
     with run.display.bar("reading calibration text", len(batches)) as bar, placed(target, run.device):
         check_target(target)
+        if config.client.packing and config.federation.rounds:
+            check_packing(target)
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
     proxy, layer_map = config.compression.build(target, scores)
     run.display.say(f"compressed: {describe(layer_map, len(Decoder.of(target)))} ({config.compression.name})")

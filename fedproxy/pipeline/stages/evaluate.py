@@ -33,8 +33,11 @@ class Evaluate(Stage):
 
     def do(self, run: Run) -> None:
         """Score the models, into ``run.scores``."""
+        if not run.config.asks:
+            return
+        if run.tuned is None:  # nothing was trained
+            run.tuned = TunedProxies(run.proxy(), run.config.trainable, {}, seed=run.config.seed)
         rounds = run.trained[1].round if run.trained else 0
-        tuned = run.tuned or TunedProxies(run.proxy(), run.config.trainable, {}, seed=run.config.seed)
-        for name, score in evaluate(run, tuned, rounds, self._shared):
+        for name, score in evaluate(run, run.tuned, rounds, self._shared):
             run.scores[name] = score  # what was scored before an error is kept
         run.loggers.scores(with_means(run.scores), run.config.federation.rounds)

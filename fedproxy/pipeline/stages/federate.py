@@ -14,16 +14,18 @@ from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, CheckpointError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.server.asking import assemble, rewind
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.collecting import assemble, rewind
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
 from fedproxy.federation.server.loop import Federation, write_journal
 from fedproxy.federation.server.participation import Participation
 from fedproxy.interrupts import check_interrupt
+from fedproxy.messages import Answer, Dropped, Sites
 from fedproxy.models import load_tokenizer
 from fedproxy.models.decoder import positions_limit
 from fedproxy.models.logit_offset import require_same_vocabulary
+from fedproxy.models.probing import check_packing
 from fedproxy.modules.devices import ClientDevices, one_device
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -35,7 +37,6 @@ from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.privacy.registration import FOLDER as SIGNING
 from fedproxy.privacy.registration import register_all
-from fedproxy.protocol import Answer, Dropped, Sites
 from fedproxy.sealed import content_sha256
 from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
@@ -69,9 +70,10 @@ class Federate(Stage):
         return (config.realignment.reads[0],)
 
     def may_be_shared(self, run: Run) -> bool:
-        """Return whether equal rounds give the same: not if inputs changed in between or scores pick the best one."""
+        """Return whether equal rounds give the same: not if inputs changed in between, or scores count."""
         config = run.config.federation
-        return bool(config.rounds) and not run.facts.changes and config.validation.select != "best"
+        scored = config.validation.select == "best" or config.validation.evaluator is not None
+        return bool(config.rounds) and not run.facts.changes and not scored
 
     def whole(self, run: Run) -> bool:
         """Return whether the last checkpoint that is whole has all rounds."""
@@ -137,6 +139,8 @@ class _Rounds:
         """Go on from the last whole checkpoint, or from the proxy as it was made."""
         config = run.config
         proxy, tokenizer = run.proxy(), load_tokenizer(run.folder.proxy)
+        if config.client.packing:
+            check_packing(proxy)
         trainable = config.trainable.placed(run.layer_map)
         model = trainable.attach(proxy, generator(config.seed, "trainable"))
         setup = _local_setup(run, trainable)
@@ -249,7 +253,7 @@ def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
 def _job(config: RunConfig) -> dict[str, Any]:
     settings = to_dict(config.client)
     del settings["quantization"]  # of how a client is made, not of a round
-    return {**settings, "regularizer": to_dict(config.regularizer)}
+    return {**settings, "regularizer": to_dict(config.regularizer), "rounds": config.federation.rounds}
 
 
 def _local_setup(run: Run, trainable: Trainable) -> LocalSetup:

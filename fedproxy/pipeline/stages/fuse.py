@@ -65,7 +65,8 @@ class Fuse(Stage):
 
     def load(self, run: Run) -> None:
         """Put the tuned proxies into ``run.tuned``."""
-        run.tuned = run.tuned or _tuned(run)
+        if run.tuned is None:
+            run.tuned = _tuned(run)
 
 
 def _states(run: Run, progress: Progress) -> Mapping[str, Tensors]:

@@ -4,12 +4,15 @@ import dataclasses
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from fedproxy.data.assets import catalog
 from fedproxy.errors import CheckpointError
 from fedproxy.files import write_text
+from fedproxy.pipeline.asked import asked_sha256
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import length_notes
 from fedproxy.pipeline.evaluation import client_scores, evaluation_notes, scores_file
@@ -44,6 +47,13 @@ class Report(Stage):
     name, past = "report", "reported"
     reads, after = REPORT, (Evaluate,)
     outputs = ("report.json",)
+
+    def inputs(
+        self, run: Run, tell: Callable[[str], Any], before: Callable[[Stage], Any], *, without: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return all that it depends on, and what tells questions from others that the recipe names alike."""
+        asked = asked_sha256(run.config)
+        return super().inputs(run, tell, before, without=without) | ({"asked": asked} if asked else {})
 
     def whole(self, run: Run) -> bool:
         """Return whether the report can be read, into ``run.report``."""
@@ -145,7 +155,7 @@ def _notes(current: Run) -> list[str]:
     notes = [] if asset is None else [f"The target is {asset.about}."]
     notes += current.facts.data_notes
     notes += length_notes(current.facts.lengths, current.config.data)
-    if not current.config.scored_tasks:
+    if not current.config.asks:
         key = "evaluation.tasks" if current.config.evaluation.models else "evaluation.models"
         notes.append(f"Nothing was scored: {key} names none.")
     if not current.config.aggregator.aggregates:

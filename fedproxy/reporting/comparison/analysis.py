@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fedproxy.errors import EvaluationError
+from fedproxy.metric_facts import HEADLINES, facts
 from fedproxy.reporting.comparison.answers import (
     Floats,
     Score,
@@ -42,7 +43,8 @@ class Difference:
 
     seeds: Sequence[int]
     interval: Interval
-    """Mean over tasks, as a fraction, with the 95 % interval of a paired bootstrap over questions."""
+    """Mean over tasks, a share as a fraction, with the 95 % interval of a paired bootstrap over questions; above 0 the
+    first is better, also where lower values are."""
     p_value: float
     """Sign-flip randomisation test on the same mean."""
     holm_p_value: float | None = None
@@ -59,7 +61,7 @@ class MethodResult:
     """Which model's answers these are: fused, target or proxy_tuned."""
     seeds: Sequence[int]
     scores: Mapping[str, Score]
-    """Task, and ``mean``, to accuracy."""
+    """Task, and ``mean``, to the comparison's metric."""
     answer_nll: float | None
     """Nats per answer token, of all a task's answers together, mean over tasks and seeds: as in the runs' reports."""
     rounds: int
@@ -109,14 +111,16 @@ def analyse(
 
     Raises:
         EvaluationError: If no run scored the target, one did not score the model that stands for its method, or answers
-            have no accuracy in common.
+            have no metric in common.
     """
     scored = scored or {}
     runs = {label: sorted(records, key=lambda record: record.seed) for label, records in runs.items() if records}
     records = [record for own in runs.values() for record in own]
     metric = common_metric(records)
     if metric is None:
-        raise EvaluationError("not every question has acc or acc_norm; only multiple-choice tasks can be compared")
+        raise EvaluationError(
+            f"the questions have none of {', '.join(HEADLINES)} in common, by which methods could be compared"
+        )
     methods = {label: _Method(label, own, scored.get(label, FUSED), metric) for label, own in runs.items()}
     zero_shot = _Method(_UNTOUCHED, _with_target(records), "target", metric)
     top = methods.get(ceiling) if ceiling else None
@@ -139,7 +143,9 @@ def analyse(
             against_ceiling=below[label],
             recovered=_recovered(method, zero_shot, top) if top else None,
             reference_minus=above[label],
-            reference_minus_nll=_nll_difference(chosen, method) if chosen and chosen is not method else None,
+            reference_minus_nll=(
+                _nll_difference(chosen, method) if chosen and chosen is not method and metric != "answer_nll" else None
+            ),
         )
         for label, method in methods.items()
     ]
@@ -173,13 +179,14 @@ class _Method:
         self.answers = answers_of(records, scored, metric)
         self.nlls = answers_of(records, scored, "answer_nll") if self._has("answer_nll") else None
         self.scores = task_scores(self.answers, self.seeds)
+        self._better = 1.0 if facts(metric).higher_is_better else -1.0
 
     def _has(self, metric: str) -> bool:
         return all(metric in own.values for record in self.records for own in record.answers[self.scored].values())
 
     def over(self, seeds: Sequence[int]) -> list[Floats]:
-        """Return per task the answers averaged over these seeds."""
-        return self._over(self.answers, seeds)
+        """Return per task the answers averaged over these seeds, signed such that more is better."""
+        return [self._better * values for values in self._over(self.answers, seeds)]
 
     def nlls_over(self, seeds: Sequence[int]) -> list[Floats] | None:
         """Return the same of the right answers' NLL, where every question has it."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedproxy.metric_facts import HEADLINES, headline_of
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.statistics import mean_stderr
 
 Floats = NDArray[np.float64]
-METRICS = ("acc_norm", "acc")
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Score:
 
 
 def common_metric(records: Iterable[Record]) -> str | None:
-    """Return ``acc_norm`` if every question of every model has it, else ``acc``, else None."""
+    """Return the first of :data:`fedproxy.metric_facts.HEADLINES` that every question of every model has, or None."""
     tables = [own.values for record in records for tasks in record.answers.values() for own in tasks.values()]
-    return next((metric for metric in METRICS if tables and all(metric in values for values in tables)), None)
+    return headline_of(metric for metric in HEADLINES if tables and all(metric in values for values in tables))
 
 
 def answers_of(records: Sequence[Record], model: str, metric: str) -> dict[str, Floats]:

@@ -5,14 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis
-from fedproxy.reporting.comparison.answers import METRICS
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.tables import sent
 from fedproxy.reporting.plots import draw_plots
 from fedproxy.reporting.round_tables import mean_of
 from fedproxy.reporting.run_report import RoundReport
+from fedproxy.reporting.scores import ACCURACIES
 from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -44,16 +45,18 @@ def _first(rounds: Mapping[str, Sequence[RoundReport]]) -> str | None:
 
 
 def _accuracy_against_bytes(found: Analysis) -> Plot | None:
+    share = facts(found.metric).share
+    scale = 100 if share else 1
     points = [
-        (row.label, (sent(row) or 0) / _MIB, 100 * row.scores["mean"].value, row.scores["mean"].stderr_questions)
+        (row.label, (sent(row) or 0) / _MIB, scale * row.scores["mean"].value, row.scores["mean"].stderr_questions)
         for row in found.methods
         if sent(row) and row.label != found.ceiling
     ]
     if not points:
         return None
     crowded = len(points) > _LABELLED_POINTS
-    lines = [("zero-shot", 100 * found.zero_shot["mean"].value)]
-    lines += [(row.label, 100 * row.scores["mean"].value) for row in found.methods if row.label == found.ceiling]
+    lines = [("zero-shot", scale * found.zero_shot["mean"].value)]
+    lines += [(row.label, scale * row.scores["mean"].value) for row in found.methods if row.label == found.ceiling]
 
     def draw(axes: "Axes") -> None:
         from matplotlib.ticker import LogLocator, NullFormatter
@@ -68,7 +71,7 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
                 "color": colors[number % len(colors)],
                 "marker": _MARKERS[number // len(colors) % len(_MARKERS)],
             }
-            bars = [100 * (error or 0.0)]
+            bars = [scale * (error or 0.0)]
             axes.errorbar([x], [y], yerr=bars, linestyle="", ecolor=FAINT, markersize=5, label=label, **style)
         if crowded:
             _legend(axes)
@@ -86,12 +89,19 @@ def _accuracy_against_bytes(found: Analysis) -> Plot | None:
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.1 if crowded else 0.35)
         axes.set_xlabel("sent by all clients and rounds, both ways, MiB (log scale)")
-        axes.set_ylabel("mean accuracy, per cent")
+        axes.set_ylabel("mean accuracy, per cent" if share else f"mean {found.metric}")
 
-    words = "; ".join(f"{label} {x:.1f} MiB, {y:.1f} %" for label, x, y, _ in points)
-    levels = "; ".join(f"{label} {height:.1f} %" for label, height in lines)
+    number = "{:.1f} %" if share else "{:.3f}"
+    words = "; ".join(f"{label} {x:.1f} MiB, {number.format(y)}" for label, x, y, _ in points)
+    levels = "; ".join(f"{label} {number.format(height)}" for label, height in lines)
     height = 3.6 + (0.16 * (len(points) // 3) if crowded else 0.0)
-    return plot("Accuracy against bytes", f"Points. {words}. Levels: {levels}.", draw, height=height)
+    title = "Accuracy against bytes" if share else f"{found.metric} against bytes"
+    return plot(
+        title,
+        f"Points. {words}. Levels: {levels}.",
+        draw,
+        height=height,
+    )
 
 
 def _legend(axes: "Axes") -> None:
@@ -122,7 +132,7 @@ def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot
     """Return mean accuracy per round on validation rows, where the recipes ask for it."""
     asked = (record.report.validation for records in runs.values() for record in records)
     models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
-    for metric in METRICS:
+    for metric in ACCURACIES:
         curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
         drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:

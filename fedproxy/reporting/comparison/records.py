@@ -14,12 +14,13 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, EvaluationError, one_line
 from fedproxy.files import plain, read_json, write_text
+from fedproxy.metric_facts import HEADLINES
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.samples import Evaluation, kept_models, load_evaluation
 from fedproxy.reporting.schema import SchemaError, decode
 
 SCHEMA_VERSION = 1
-_METRICS = ("acc", "acc_norm", "answer_nll")
+_METRICS = ("acc", "acc_norm", *HEADLINES[2:])
 _DIGITS = 6
 
 
@@ -32,7 +33,7 @@ class Answers:
     questions_sha256: str
     """Hash of the questions' keys and prompts: equal hashes mean that the answers pair up."""
     values: Mapping[str, Sequence[float]]
-    """Metric to one number per question: ``acc``, ``acc_norm``, ``answer_nll``, as far as every question has it."""
+    """Metric to one number per question: those of ``metric_facts.HEADLINES``, as far as every question has it."""
 
 
 @dataclass(frozen=True)

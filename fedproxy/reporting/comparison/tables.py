@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import FUSED, Analysis, Difference, MethodResult
 from fedproxy.reporting.comparison.answers import Score
@@ -16,16 +17,18 @@ from fedproxy.reporting.tables import Table
 def score_table(found: Analysis) -> Table:
     """Return mean accuracy, what it costs, and accuracy per task; in this order, as a page cuts off what is wide."""
     tasks = [task for task in found.zero_shot if task != "mean"]
-    with_nll = any(row.answer_nll is not None for row in found.methods)
+    metric = found.metric
+    with_nll = metric != "answer_nll" and any(row.answer_nll is not None for row in found.methods)
     seeds = any(score.stderr_seeds is not None for row in found.methods for score in row.scores.values())
     head = ["method", "mean", *(["± seeds"] if seeds else []), *(["answer NLL"] if with_nll else [])]
     head += ["sent", "trained", "client time", *tasks]
 
     def line(name: str, scores: Mapping[str, Score], nll: float | None, costs: Sequence[str]) -> list[str]:
         spread = scores["mean"].stderr_seeds
-        spreads = [show.NONE if spread is None else f"{100 * spread:.1f}"] if seeds else []
+        spreads = [show.NONE if spread is None else show.measured(metric, Value(spread))] if seeds else []
         nlls = [show.fixed(nll)] if with_nll else []
-        return [name, _score(scores["mean"]), *spreads, *nlls, *costs, *(_score(scores[task]) for task in tasks)]
+        means = (_score(metric, scores[task]) for task in tasks)
+        return [name, _score(metric, scores["mean"]), *spreads, *nlls, *costs, *means]
 
     rows = [line("target, untouched", found.zero_shot, found.zero_shot_nll, ["", "", ""])]
     for row in found.methods:
@@ -34,8 +37,8 @@ def score_table(found: Analysis) -> Table:
     return Table(head, rows)
 
 
-def _score(score: Score) -> str:
-    return show.score(Value(score.value, score.stderr_questions))
+def _score(metric: str, score: Score) -> str:
+    return show.measured(metric, Value(score.value, score.stderr_questions))
 
 
 def _name(row: MethodResult, found: Analysis) -> str:
@@ -61,9 +64,9 @@ def gain_table(found: Analysis) -> Table:
     ceiling = [f"against {found.ceiling}", "95 % interval", "Holm p", "share of its gain", "95 % interval"]
     rows = []
     for row in found.methods:
-        cells = [row.label, *_difference(row.against_zero_shot)]
+        cells = [row.label, *_difference(found.metric, row.against_zero_shot)]
         if found.ceiling:
-            difference = _difference(row.against_ceiling)
+            difference = _difference(found.metric, row.against_ceiling)
             cells += [*difference[:2], difference[3], *_share(row.recovered)]
         rows.append(cells)
     return Table(head + (ceiling if found.ceiling else []), rows)
@@ -75,7 +78,7 @@ def reference_table(found: Analysis) -> Table | None:
     if not found.reference or not others:
         return None
     head = [f"{found.reference} minus", "difference", "95 % interval", "p", "Holm p"]
-    rows = [[row.label, *_difference(row.reference_minus)] for row in others]
+    rows = [[row.label, *_difference(found.metric, row.reference_minus)] for row in others]
     if any(row.reference_minus_nll for row in others):
         head.append(NLL_DIFFERENCE)
         for cells, row in zip(rows, others, strict=True):
@@ -83,12 +86,13 @@ def reference_table(found: Analysis) -> Table | None:
     return Table(head, rows)
 
 
-def _difference(found: Difference | None) -> list[str]:
+def _difference(metric: str, found: Difference | None) -> list[str]:
     if found is None:
         return [show.NONE] * 4
     interval = found.interval
     p_values = [show.NONE if p is None else show.p_value(p) for p in (found.p_value, found.holm_p_value)]
-    return [show.points(interval.estimate), show.interval(interval.low, interval.high), *p_values]
+    gain = show.measured_change(metric, Value(interval.estimate))
+    return [gain, show.measured_interval(metric, interval.low, interval.high), *p_values]
 
 
 def _share(found: Interval | None) -> list[str]:
@@ -113,7 +117,7 @@ def cost_table(found: Analysis) -> Table:
         rows.append(
             [
                 row.label,
-                show.percent(row.scores["mean"].value),
+                percent_or_plain(found.metric, row.scores["mean"].value),
                 str(row.rounds),
                 show.NONE if cost["examples"] is None else f"{cost['examples']:.0f}",
                 show.size(cost["upload_bytes"]),
@@ -122,11 +126,16 @@ def cost_table(found: Analysis) -> Table:
                 _time(row),
                 show.duration(cost["server_seconds"]),
                 show.percent(shown["disclosed_parameter_share"]),
-                show.percent(shown["proxy"]),
-                show.percent(shown["proxy_tuned"]),
+                percent_or_plain(found.metric, shown["proxy"]),
+                percent_or_plain(found.metric, shown["proxy_tuned"]),
             ]
         )
     return Table(head, rows)
+
+
+def percent_or_plain(metric: str, value: float | None) -> str:
+    """Return a value of ``metric`` with its unit: a share in per cent, another one as a plain number."""
+    return show.percent(value) if facts(metric).share else show.fixed(value)
 
 
 def equal_bytes_table(found: Analysis, rounds: Mapping[str, int]) -> Table:
@@ -140,8 +149,8 @@ def equal_bytes_table(found: Analysis, rounds: Mapping[str, int]) -> Table:
             rows.append([label, str(count), *[show.NONE] * 6])
             continue
         examples = show.NONE if row.cost["examples"] is None else f"{row.cost['examples']:.0f}"
-        difference = _difference(row.against_zero_shot)
-        cells = [label, str(count), show.size(sent(row)), examples, _score(row.scores["mean"])]
+        difference = _difference(found.metric, row.against_zero_shot)
+        cells = [label, str(count), show.size(sent(row)), examples, _score(found.metric, row.scores["mean"])]
         rows.append([*cells, *difference[:2], difference[3]])
     return Table(head, rows)
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis, MethodResult
 from fedproxy.reporting.comparison.tables import (
@@ -11,10 +12,12 @@ from fedproxy.reporting.comparison.tables import (
     equal_bytes_table,
     gain_table,
     percent,
+    percent_or_plain,
     reference_table,
     score_table,
     settings_table,
 )
+from fedproxy.reporting.scores import Value
 from fedproxy.reporting.tables import LONGEST_COMMAND, Table, shown
 
 _SCORES = """Sent: upload and download of all clients and rounds. Client time: local training, summed over clients.
@@ -22,6 +25,9 @@ Answer NLL: nats per answer token, lower is better."""
 _GAINS = """Points on the same questions, answers averaged over seeds; 95 % interval of a paired bootstrap over
 questions, stratified by task; p of a sign-flip randomisation test, Holm-corrected over the methods of its column. Seeds
 are taken as they are: the interval says what other questions would do, “± seeds” what other seeds did."""
+_PLAIN_GAINS = _GAINS.replace(
+    "Points on", "How much better the metric is (of one that should be low: how much lower) on", 1
+)
 _REFERENCE = """The same statistics; above 0 the reference is better. Answer NLL: nats per token of each right answer,
 mean over questions and tasks (a report weighs a task's questions by their tokens); below 0 the reference is better."""
 _COSTS = """Means over seeds. Proxy alone and tuned proxy alone: what clients hold at the beginning and at the end.
@@ -116,12 +122,14 @@ def build_view(found: Comparison) -> ComparisonView:
 
 
 def _findings(found: Analysis) -> list[str]:
-    lines = [f"The untouched target scores {show.percent(found.zero_shot['mean'].value)} in the mean over tasks."]
+    zero_shot = percent_or_plain(found.metric, found.zero_shot["mean"].value)
+    lines = [f"The untouched target scores {zero_shot} in the mean over tasks."]
     rows = {row.label: row for row in found.methods}
     for label, word in ((found.ceiling, "the ceiling"), (found.reference, "the reference")):
         row = rows.get(label or "")
         if row is not None:
-            lines.append(f"{label} ({word}) scores {show.percent(row.scores['mean'].value)}{_gain(row)}.")
+            reached = percent_or_plain(found.metric, row.scores["mean"].value)
+            lines.append(f"{label} ({word}) scores {reached}{_gain(found.metric, row)}.")
     better = [row.label for row in found.methods if _sure(row)]
     if found.reference:
         names = ", ".join(better) or "no other method"
@@ -129,11 +137,13 @@ def _findings(found: Analysis) -> list[str]:
     return lines
 
 
-def _gain(row: MethodResult) -> str:
+def _gain(metric: str, row: MethodResult) -> str:
     if row.against_zero_shot is None:
         return ""
     interval = row.against_zero_shot.interval
-    text = f", {show.points(interval.estimate)} points ({show.interval(interval.low, interval.high)})"
+    gain = show.measured_change(metric, Value(interval.estimate))
+    words = " points" if facts(metric).share else " better" if interval.estimate > 0 else ""
+    text = f", {gain}{words} ({show.measured_interval(metric, interval.low, interval.high)})"
     if row.recovered is None or row.against_ceiling is None:
         return text
     return f"{text}, which is {percent(row.recovered.estimate)} of the ceiling's gain"
@@ -151,14 +161,14 @@ def _sections(found: Comparison) -> list[Section]:
             "Scores",
             score_table(analysis),
             [
-                f"{analysis.metric} in per cent, mean over seeds, ± one standard error over the questions.{spread} "
-                f"{_line(_SCORES)}"
+                f"{analysis.metric} {show.unit(analysis.metric)}, mean over seeds, ± one standard error over the "
+                f"questions.{spread} {_line(_SCORES)}"
             ],
         ),
         Section(
             "Gain over zero-shot" + (f", and {analysis.ceiling} as the ceiling" if analysis.ceiling else ""),
             gain_table(analysis),
-            [_line(_GAINS)],
+            [_line(_GAINS if facts(analysis.metric).share else _PLAIN_GAINS)],
         ),
     ]
     reference = reference_table(analysis)

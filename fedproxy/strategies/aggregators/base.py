@@ -63,7 +63,7 @@ class RoundContext:
     state: Tensors | None = None
     """The broadcast state phi^t, for rules that work on whole LoRA matrices."""
     scaling: float = 1.0
-    """LoRA scaling s = alpha / r."""
+    """LoRA scaling s: alpha / r, or alpha / sqrt(r) with rsLoRA."""
 
 
 @dataclass

@@ -60,7 +60,7 @@ def factor_mean_error(
         states: The clients' states, PEFT names ``<module>.lora_A.weight`` (rank, in) and ``<module>.lora_B.weight``
             (out, rank); other tensors are ignored.
         weights: Client weights; scaled to sum to 1.
-        scaling: s = alpha / rank. It cancels in the ratio unless it is 0.
+        scaling: s. It cancels in the ratio unless it is 0.
 
     Returns:
         The error; 0 where the product mean is zero or there is no LoRA module.

@@ -95,7 +95,7 @@ class ClientRound:
     kept: dict[str, Tensors] = field(default_factory=dict)
     """What each part keeps for this client's next round, by part."""
     lr: float = 1.0
-    """Learning rate."""
+    """Learning rate; after training the mean over its steps."""
     seed: int = 0
     """Seed of this client's own draws in this round (:class:`fedproxy.seeding.ClientSeeds`)."""
     steps: int = 0
@@ -220,8 +220,7 @@ def described(part: RoundPart) -> dict[str, Any]:
 
 def made(node: Mapping[str, Any]) -> RoundPart:
     """Return the part that :func:`described` described."""
-    options = {key: value for key, value in node.items() if key != "name"}
-    return RoundPart.by_name(node["name"])(**options)
+    return RoundPart.made(node)
 
 
 def chain(parts: Sequence[RoundPart]) -> tuple[RoundPart, ...]:

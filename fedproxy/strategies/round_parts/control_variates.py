@@ -34,8 +34,7 @@ class ControlVariates(RoundPart, name="control_variates"):
     @property
     def term(self) -> Regularizer:
         """The regularizer."""
-        options = {key: value for key, value in self.regularizer.items() if key != "name"}
-        return Regularizer.by_name(self.regularizer["name"])(**options)
+        return Regularizer.made(self.regularizer)
 
     def send(self, broadcast: Broadcast, memory: Tensors) -> Broadcast:
         """Add the server's half, if it has one."""

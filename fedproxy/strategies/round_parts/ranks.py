@@ -29,6 +29,9 @@ class Ranks(RoundPart, name="ranks"):
 
     clients: dict[str, int] = field(default_factory=dict, metadata={"server": True})
     """Rank of single clients, by name; all others train ``trainable.r``."""
+    memory_gib: dict[str, float] = field(default_factory=dict, metadata={"server": True})
+    """Memory of single clients, by name, in GiB: each trains the highest of ``trainable.r`` and its halves that
+    fits."""
     pad: bool = field(default=False, metadata={"server": True})
     """Fill updates up with zeros to ``trainable.r``, so that any rule can merge them."""
 
@@ -36,6 +39,14 @@ class Ranks(RoundPart, name="ranks"):
         """Check the options."""
         for client, rank in self.clients.items():
             self.require("clients", rank >= 1, f"ranks of at least 1 ({client!r})")
+        for client, memory in self.memory_gib.items():
+            self.require("memory_gib", memory > 0, f"positive ({client!r})")
+            known = client in self.clients
+            self.require("memory_gib", not known, f"of clients whose rank is not given, and {client!r} has one")
+
+    def with_ranks(self, clients: Mapping[str, int]) -> "Ranks":
+        """Return the part with further clients' ranks, found by their memory."""
+        return replace(self, clients={**self.clients, **clients}, memory_gib={})
 
     @property
     def differs(self) -> Collection[str]:

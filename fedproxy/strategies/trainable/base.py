@@ -120,7 +120,7 @@ class Trainable(Component, ABC, family="trainable"):
 
     @property
     def lora_scaling(self) -> float | None:
-        """Scale alpha / r where the state holds LoRA pairs, else None."""
+        """Scale s of LoRA's products s B A where pairs are all that the state holds, else None."""
         return None
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX
 from fedproxy.strategies.trainable.base import TrainableModel
@@ -26,11 +27,13 @@ from fedproxy.strategies.trainable.lora_places import choose, inject, saved_conf
 
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
+_LENGTHS = ".lora_magnitude_vector.weight"
+"""End of the names of DoRA's lengths; in PEFT's files they end without ``.weight``."""
 
 
 @dataclass(frozen=True)
 class Lora(BlockwiseTrainable, name="lora"):
-    """LoRA (Hu et al. 2022, arXiv 2106.09685): W + (alpha / r) B A with A random, B zero at the start.
+    """LoRA (Hu et al. 2022, arXiv 2106.09685): W + s B A, s = alpha / r, with A random, B zero at the start.
 
     A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) but from the given generator, so that all clients of a
     federation share one A; without that, signs and cosines of factor updates mean nothing (PAPER 6.5).
@@ -39,13 +42,18 @@ class Lora(BlockwiseTrainable, name="lora"):
     r: int = 8
     """Rank, at least 1."""
     alpha: float = 16
-    """Scale: the adapter's product is multiplied by alpha / r."""
+    """Scale: the adapter's product is multiplied by alpha / r, or with rslora by alpha / sqrt(r)."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of linear layers inside a block that get an adapter, or ``all-linear``: all but routers and idle ones."""
     parameters: tuple[str, ...] = ()
     """Names of routed experts' weights that get an adapter of rank r per expert (``gate_up_proj``); none by default."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r), so that high ranks learn as fast as low ones (Kalajdzievski 2023, arXiv 2312.03732)."""
+    dora: bool = False
+    """Also train the length of each row of W + s B A (DoRA, Liu et al. 2024, arXiv 2402.09353). Rules that merge
+    products s B A do not take it, for they would merge a part of the change."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,15 +67,24 @@ class Lora(BlockwiseTrainable, name="lora"):
             object.__setattr__(self, field, names)
         self.require("modules", bool(self.modules or self.parameters), "at least one module name")
         self.require("dropout", not self.dropout or not self.parameters, "0 where trainable.parameters is set")
+        self.require("dora", not (self.dora and self.parameters), "false where trainable.parameters is set")
 
     @property
     def lora_scaling(self) -> float | None:
-        """Scale alpha / r; None with ``parameters``, where a pair stands for one product per expert."""
-        return None if self.parameters else self.alpha / self.r
+        """Scale s of the products s B A.
+
+        None where these are not the whole change of a matrix: with ``dora``, and with ``parameters``, where a pair
+        stands for one product per expert.
+        """
+        if self.parameters or self.dora:
+            return None
+        return self.alpha / math.sqrt(self.r) if self.rslora else self.alpha / self.r
 
     @property
     def key(self) -> str:
         """What asks for this in a recipe."""
+        if self.dora:
+            return "trainable.dora=true"
         return f"trainable.parameters=[{','.join(self.parameters)}]" if self.parameters else super().key
 
     def check(self, target: Decoder) -> None:
@@ -91,12 +108,21 @@ class Lora(BlockwiseTrainable, name="lora"):
             "lora_dropout": self.dropout,
             "fan_in_fan_out": any(isinstance(layer, Conv1D) for layer in layers.values()),
             "bias": "none",
+            "use_rslora": self.rslora,
+            "use_dora": self.dora,
         }
         files = saved_config(decoder, chosen, options)
+        if self.dora and files.target_parameters:
+            raise ConfigError(
+                f"trainable.dora: PEFT keeps {min(files.target_parameters)} as a parameter, of which it has no DoRA; "
+                "set it to false"
+            )
         tuner = inject(decoder, chosen, options, _ADAPTER)
         proxy.train(proxy.training)  # new dropout is as the rest
         model = LoraModel(proxy, tuner, f"{_PREFIX}{decoder.prefix}.", files)
         model.initialise(generator or torch.Generator().manual_seed(0))
+        if self.dora:
+            return model  # its forward is PEFT's own
         fuse([[decoder.blocks.get_submodule(name) for name in group] for group in chosen.groups], _ADAPTER)
         return model
 
@@ -117,15 +143,25 @@ class LoraModel(TrainableModel):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw every A from the generator, in sorted order of names, and zero every B."""
+        """Draw every A from the generator, in sorted order of names, zero every B, and take W's lengths for DoRA's."""
         for name, parameter in self._parameters.items():
             if ".lora_A." in name:
                 # Drawn on the CPU in float32, so that every device and precision starts from the same values.
                 drawn = torch.empty(parameter.shape)
                 nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
                 parameter.copy_(drawn)
-            else:
+            elif ".lora_B." in name:
                 parameter.zero_()
+        for name, layer in self.layers().items():
+            if _ADAPTER not in layer.lora_magnitude_vector:
+                continue
+            lengths = _lengths(_rows(layer, layer.get_base_layer().weight))
+            if not lengths.is_meta and not bool(lengths.all()):
+                raise ConfigError(
+                    f"trainable.dora: {name} has a row of zeros, which has no direction to keep; leave it out of "
+                    "trainable.modules, or set trainable.dora=false"
+                )
+            layer.lora_magnitude_vector[_ADAPTER].weight.copy_(lengths)
 
     def layers(self) -> dict[str, LoraLayer]:
         """Return the adapted linear layers by their name in the plain proxy."""
@@ -145,7 +181,7 @@ class LoraModel(TrainableModel):
 
     @torch.no_grad()
     def add_to_frozen(self, change: Mapping[str, Tensor]) -> None:
-        """Add (alpha / r) B A to W, in float32; W of a lower precision is rounded once, from the sum over all calls."""
+        """Add s B A to W, in float32; W of a lower precision is rounded once, from the sum over all calls."""
         layers = self.layers()
         for name, factor in change.items():
             self._moved.setdefault(name, []).append(factor.float().cpu())
@@ -163,7 +199,10 @@ class LoraModel(TrainableModel):
                 weight.copy_(exact)
 
     def merged_weights(self) -> Mapping[str, Tensor]:
-        """Return W + (alpha / r) B A of every adapted layer by its weight's name in the plain proxy, in float32."""
+        """Return the weight of every adapted layer by its name in the plain proxy, in float32.
+
+        It is W + s B A; with DoRA, each of its rows (an output's weights) is brought to the length that was learned.
+        """
         layers = {f"{name}.weight": layer for name, layer in self.layers().items()} | self.experts()
         return _MergedWeights({name: layers[name] for name in sorted(layers)}, self._exact)
 
@@ -184,7 +223,9 @@ class LoraModel(TrainableModel):
             state[name] = torch.cat(stacked, dim=1 if name.endswith(B_SUFFIX) else 0)
             if name.endswith(A_SUFFIX):  # all have one rank: every client sends every pair
                 rank = len(state[name])
-                config.lora_alpha, config.r = config.lora_alpha / config.r * rank, rank
+                more = math.sqrt(rank / config.r) * config.r if config.use_rslora else rank
+                config.lora_alpha, config.r = config.lora_alpha / config.r * more, rank
+        state = {name.replace(_LENGTHS, _LENGTHS.removesuffix(".weight")): tensor for name, tensor in state.items()}
         config.save_pretrained(str(folder))
         save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
@@ -226,11 +267,26 @@ class _MergedWeights(Mapping[str, Tensor]):
         change = b @ a
         change, weight = change.T if layer.fan_in_fan_out else change, weight.float()
         # An untrained adapter leaves every bit: -0.0 + 0.0 would be 0.0.
-        return torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))
+        merged = torch.where(change == 0, weight, weight.add(change, alpha=layer.scaling[_ADAPTER]))
+        if _ADAPTER not in layer.lora_magnitude_vector:
+            return merged
+        factor = layer.lora_magnitude_vector[_ADAPTER].weight.float() / _lengths(_rows(layer, merged))
+        scaled: Tensor = merged * (factor if layer.fan_in_fan_out else factor[:, None])
+        return scaled
+
+
+def _rows(layer: LoraLayer, weight: Tensor) -> Tensor:
+    """Return a layer's weight as (out, in), float32."""
+    return (weight.T if layer.fan_in_fan_out else weight).float().contiguous()  # one layout, one order of sums
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths
 
 
 def _with_experts(layer: ParamWrapper) -> Tensor:
-    """Return W_e + (alpha / r) B_e A_e of all experts e, float32; PEFT's A is (e r, in), its B (out, r e)."""
+    """Return W_e + s B_e A_e of all experts e, float32; PEFT's A is (e r, in), its B (out, r e)."""
     weight: Tensor = layer.get_param().float()
     a, b = layer.lora_A[_ADAPTER].weight.float(), layer.lora_B[_ADAPTER].weight.float()
     experts, (out, inner) = len(weight), (b.shape[0], a.shape[1])

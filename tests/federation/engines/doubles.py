@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import RemoteClient
-from fedproxy.protocol import Broadcast, ClientUpdate, UpdateFile
+from fedproxy.messages import UpdateFile
+from fedproxy.protocol import Broadcast, ClientUpdate
 
 STATE = {"a": torch.zeros(3, 2), "b": torch.zeros(4)}
 CLIENTS = ("ann", "bob", "cid", "dot")

@@ -13,7 +13,8 @@ import torch
 
 from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Broadcast, Dropped, Kept
+from fedproxy.messages import Dropped
+from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 
 from .doubles import CLIENTS, STATE, broadcast, honest

@@ -16,9 +16,10 @@ from fedproxy.federation.client.base import Attempt
 from fedproxy.federation.client.setup import LocalSetup, load
 from fedproxy.federation.client.site import Site
 from fedproxy.federation.engines import Engine
+from fedproxy.messages import Dropped
 from fedproxy.models import load_tokenizer
 from fedproxy.names import file_stem
-from fedproxy.protocol import Broadcast, ClientUpdate, Dropped
+from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
 
 from .doubles import loaded

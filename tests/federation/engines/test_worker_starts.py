@@ -10,7 +10,7 @@ import pytest
 
 from fedproxy.errors import ClientError
 from fedproxy.federation.engines import Engine
-from fedproxy.protocol import Dropped, UpdateFile
+from fedproxy.messages import Dropped, UpdateFile
 
 from .doubles import CLIENTS, broadcast, remote
 

@@ -11,7 +11,8 @@ import torch
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.federation.engines import Engine, RemoteClient
 from fedproxy.federation.server.participation import Participation
-from fedproxy.protocol import Broadcast, Dropped, Mapped
+from fedproxy.messages import Dropped
+from fedproxy.protocol import Broadcast, Mapped
 
 from .doubles import CLIENTS, broadcast, honest, loaded, remote
 

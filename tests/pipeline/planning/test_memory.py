@@ -4,10 +4,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
+from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder, load_model
 from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.planning.memory import saved_bytes
 from fedproxy.pipeline.planning.outline import Outline
+from fedproxy.pipeline.planning.ranks import training_bytes, with_ranks_that_fit
 
 TINY, LOGITS = "recipe=fedproxy_tiny", "fusion.name=logit_offset"
 
@@ -181,3 +183,14 @@ def test_nothing_is_trained():
     assert predicted.trainable_parameters == 0
     assert predicted.seconds.client == 0
     assert "training                    none\n" in str(predicted)
+
+
+def test_clients_train_the_rank_that_their_memory_has_room_for():
+    recipe = ["recipe=fedproxy_tiny", "trainable.r=8", "trainable.alpha=16"]
+    needed = {rank: training_bytes(load_config(recipe), rank) / 2**30 for rank in (8, 4, 2, 1)}
+    memory = {"tiny_a": needed[8] + 1e-6, "tiny_b": needed[4] + 1e-6, "tiny_c": needed[4] - 1e-6}
+    words = ", ".join(f"{client}: {gib:.9f}" for client, gib in memory.items())
+    config = with_ranks_that_fit(load_config([*recipe, f"parts.ranks={{memory_gib: {{{words}}}, pad: true}}"]))
+    assert config.parts["ranks"].clients == {"tiny_a": 8, "tiny_b": 4, "tiny_c": 2}
+    with pytest.raises(ConfigError, match=r"parts\.ranks\.memory_gib\.tiny_a: training needs .* even at rank 1"):
+        with_ranks_that_fit(load_config([*recipe, "parts.ranks={memory_gib: {tiny_a: 0.01}, pad: true}"]))

@@ -146,8 +146,8 @@ def test_a_target_that_nobody_scored_is_one_line(runs):
 def test_answers_without_accuracy_cannot_be_compared(tmp_path):
     record = make_record(tmp_path / "r", "a", 1, 0.6)
     easy = record.answers["fused"]["easy"]
-    record = replace(record, answers={"fused": {"easy": replace(easy, values={"answer_nll": [1.0]})}})
-    with pytest.raises(EvaluationError, match="only multiple-choice tasks can be compared"):
+    record = replace(record, answers={"fused": {"easy": replace(easy, values={"bleu": [1.0]})}})
+    with pytest.raises(EvaluationError, match="in common, by which methods could be compared"):
         analyse({"a": [record]})
 
 

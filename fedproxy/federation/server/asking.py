@@ -1,8 +1,11 @@
-"""What the server asks clients for beside rounds: to go back to a checkpoint, and personal tensors at the end."""
+"""What the server asks clients beside rounds: who they are, to go back, to score states, their personal tensors."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +15,46 @@ from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
-from fedproxy.protocol import (
-    Broadcast,
-    ClientUpdate,
+from fedproxy.messages import (
+    Answer,
+    Answers,
     Collect,
     Done,
     Dropped,
+    Evaluate,
+    Facts,
+    Hello,
     Message,
     Rewind,
     Sites,
+    Sums,
     UpdateFile,
-    nbytes,
 )
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors, nbytes
 from fedproxy.round_files import joint_seal
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.trainable.base import TrainableModel
+
+
+def greet(sites: Sites, clients: Sequence[str]) -> dict[str, Facts]:
+    """Ask every client what it is.
+
+    Raises:
+        ClientError: If a client does not answer.
+    """
+    asked = sites.ask(dict.fromkeys(clients, Hello()))
+    return {answer.client_id: answer for answer in _expected(asked, Facts, "does not say what it is")}
+
+
+def introduced(expected: Expected, facts: Mapping[str, Facts]) -> Expected:
+    """Return what is expected of updates, completed by what clients said where the server does not know it."""
+    rows = {client: said.rows for client, said in facts.items()} if expected.rows is None else expected.rows
+    tokens = expected.target_tokens
+    if tokens is None:
+        tokens = max((said.target_tokens for said in facts.values()), default=None)
+    own = {client: replace(form, rows=rows, target_tokens=tokens) for client, form in expected.own.items()}
+    return replace(expected, rows=rows, target_tokens=tokens, own=own)
 
 
 def rewind(sites: Sites, progress: Progress, clients: Sequence[str]) -> None:
@@ -44,15 +71,44 @@ def rewind(sites: Sites, progress: Progress, clients: Sequence[str]) -> None:
         for client in clients
         if client in progress.kept or received
     }
-    if messages:
-        with closing(sites.ask(messages)) as answers:
-            for answer in answers:
-                if not isinstance(answer, Done):
-                    reason = f": {answer.reason}" if isinstance(answer, Dropped) else ""
-                    raise ClientError(
-                        f"client {answer.client_id!r} does not go back to round {progress.round}{reason}; mend that, "
-                        "then resume=auto"
-                    )
+    for _ in _expected(sites.ask(messages) if messages else (), Done, f"does not go back to round {progress.round}"):
+        pass
+
+
+def score(
+    sites: Sites, progress: Progress, states: Mapping[str, Tensors], clients: Sequence[str]
+) -> tuple[dict[str, dict[str, tuple[float, int]]], dict[str, str]]:
+    """Score states on the rows that clients hold back.
+
+    Args:
+        sites: The clients.
+        progress: The progress that tells what clients kept.
+        states: Trainable states by name.
+        clients: Who is asked.
+
+    Returns:
+        State to metric to its sum over all clients and the count, and why each client that did not answer did not.
+    """
+    sums: dict[str, dict[str, list[tuple[float, int]]]] = {state: {} for state in states}
+    dropped: dict[str, str] = {}
+    found = []
+    with closing(sites.ask({client: Evaluate(progress.kept_by(client), states) for client in clients})) as answers:
+        for answer in answers:
+            if isinstance(answer, Sums):
+                found.append(answer)
+            else:
+                dropped[answer.client_id] = _reason(answer) or "it answered what it was not asked"
+    for answer in sorted(found, key=lambda answer: answer.client_id):
+        for state, metrics in answer.by_state.items():
+            for metric, pair in metrics.items():
+                sums[state].setdefault(metric, []).append(pair)
+    return {
+        state: {
+            metric: (math.fsum(total for total, _ in pairs), sum(count for _, count in pairs))
+            for metric, pairs in metrics.items()
+        }
+        for state, metrics in sums.items()
+    }, dropped
 
 
 def assemble(
@@ -127,14 +183,28 @@ def _in_order(
     early: dict[str, ClientUpdate | UpdateFile] = {}
     waiting = iter(clients)
     client = next(waiting)
-    with closing(sites.ask({client: Collect(progress.kept_by(client)) for client in clients})) as answers:
+    asked = sites.ask({client: Collect(progress.kept_by(client)) for client in clients})
+    for answer in _expected(asked, ClientUpdate | UpdateFile, "hands in no tensors"):
+        early[answer.client_id] = answer
+        while client in early:
+            yield client, early.pop(client)
+            client = next(waiting, "")
+
+
+def _expected(answers: Answers | tuple[()], kind: Any, fault: str) -> Iterator[Any]:
+    """Yield answers of one kind.
+
+    Raises:
+        ClientError: Naming the client that gives another one.
+    """
+    with closing(answers) if answers else nullcontext():
         for answer in answers:
-            if not isinstance(answer, ClientUpdate | UpdateFile):
-                reason = f": {answer.reason}" if isinstance(answer, Dropped) else ""
-                raise ClientError(
-                    f"client {answer.client_id!r} hands in no tensors{reason}; mend that, then resume=auto"
-                )
-            early[answer.client_id] = answer
-            while client in early:
-                yield client, early.pop(client)
-                client = next(waiting, "")
+            if not isinstance(answer, kind):
+                reason = _reason(answer)
+                told = f": {reason}" if reason else ""
+                raise ClientError(f"client {answer.client_id!r} {fault}{told}; mend that, then resume=auto")
+            yield answer
+
+
+def _reason(answer: Answer) -> str:
+    return one_line(answer.reason) if isinstance(answer, Dropped) else ""
