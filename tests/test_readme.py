@@ -64,9 +64,11 @@ def test_readme_names_the_commands_that_exist():
 def test_every_command_runs_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    rows = [{"prompt": f"Question: How much is {n}?\nAnswer:", "target": " one"} for n in ("one", "two", "three")]
+    numbers = ("one", "two", "three", "four", "five")
+    talks = [[("user", f"How much is {number}?"), ("assistant", number)] for number in numbers]
+    rows = [{"messages": [{"role": role, "content": said} for role, said in talk]} for talk in talks]
     Path("ward_a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Path("ward_b.csv").write_text("prompt,target\n" + "".join(f"Say {n}:,one\n" for n in ("one", "two", "three")))
+    Path("ward_b.csv").write_text("prompt,target\n" + "".join(f"Say {number}:,one\n" for number in numbers))
     Path("my_rule.py").write_text(next(block for block in blocks("python") if "my_rule.py" in block))
     found = commands()
     assert len(found) >= 9

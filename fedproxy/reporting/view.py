@@ -227,9 +227,10 @@ def _score_hint(scores: Scores) -> str:
     if shares and not others:
         return hint
     nll = " answer_nll: nats per token of the right answers, lower is better." if "answer_nll" in metrics else ""
-    if not shares and "target" in scores:
-        hint = "± one standard error over the questions, then the difference to target."
-    return f"{hint} What is no share of questions is a plain number, and so is its difference.{nll}"
+    if shares:
+        return f"{hint} Metrics that are no shares are plain numbers.{nll}"
+    difference = ", then the difference to target" if "target" in scores else ""
+    return f"± one standard error over the questions{difference}.{nll}"
 
 
 def _further(scores: Scores) -> Table | None:
