@@ -71,7 +71,7 @@ def sides(trainable, rows: list[Example]) -> dict[str, Callable[[], int]]:
 
     def private() -> int:
         rate, steps = sampling_of(len(rows), BATCH)
-        training = PrivateTraining(1.0, 1.0, rate, steps, BATCH, stream)
+        training = PrivateTraining(1.0, 1.0, rate, steps, steps, BATCH, stream)
         loader = Counted(PoissonLoader(rows, training, pad_id=0))
         module = PrivateLMModule(trainable.model, training, len(rows), **options)
         fit(make_trainer({"accelerator": "cpu"}), module, loader)

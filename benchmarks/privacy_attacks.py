@@ -59,7 +59,7 @@ def tuned(members: Sequence[Example], seed: int, epsilon: float | None) -> dict[
     else:
         rate, steps = sampling_of(len(members), BATCH)
         noise = calibrate(Release(0.0, "poisson", rate, steps=steps * EPOCHS), epsilon, DELTA, "rdp")
-        training = PrivateTraining(0.1, noise, rate, steps, BATCH, SecretStream(bytes(32), str(seed)))
+        training = PrivateTraining(0.1, noise, rate, steps, steps * EPOCHS, BATCH, SecretStream(bytes(32), str(seed)))
         loader = PoissonLoader(members, training, pad_id=0)
         module = PrivateLMModule(trainable.model, training, len(members), **options)
     fit(make_trainer({"accelerator": "cpu"}, max_epochs=EPOCHS), module, loader, seed=seed)

@@ -12,7 +12,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError
 from fedproxy.federation.server.sampling import sample_clients
 from fedproxy.privacy.accounting import Release, calibrate, spent
-from fedproxy.privacy.dp_sgd import sampling_of
+from fedproxy.privacy.dp_sgd import sampling_of, steps_of
 from fedproxy.privacy.ledger import FOLDER
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.strategies.round_parts import RoundPart
@@ -192,7 +192,7 @@ def _promises(config: RunConfig, rows: Mapping[str, int]) -> Iterator[Promise]:
     for count in sorted(set(rows.values())) if privacy.unit == "example" else [0]:
         if privacy.unit == "example":
             rate, steps = sampling_of(count, job.batch_size * job.accumulate)
-            one = Release(0.0, "poisson", rate, steps=steps * job.epochs)
+            one = Release(0.0, "poisson", rate, steps=steps_of(steps, job.epochs, job.max_steps))
         elif part.sampling == "without_replacement":
             one = Release(0.0, part.sampling, part.drawn / part.among, drawn=part.drawn, of=part.among)
         else:

@@ -31,6 +31,8 @@ class PrivateTraining:
     """Chance of a row to be in a step's sample, in (0, 1]."""
     steps: int
     """Steps of an epoch."""
+    charged: int
+    """Steps that the ledger was charged for: no other is made."""
     physical_batch: int
     """Rows whose gradients are held at once."""
     stream: SecretStream
@@ -41,6 +43,11 @@ def sampling_of(rows: int, batch_size: int) -> tuple[float, int]:
     """Return the chance of a row to be in a sample, and the samples of an epoch: each row comes once on average."""
     steps = max(1, -(-rows // batch_size))
     return min(1.0, batch_size / rows), steps
+
+
+def steps_of(epoch: int, epochs: int, most: int | None) -> int:
+    """Return the steps of a round: those of ``epochs`` epochs, at most ``most``."""
+    return epoch * epochs if most is None else min(epoch * epochs, most)
 
 
 class PoissonLoader:
@@ -97,6 +104,7 @@ class PrivateLMModule(CausalLMModule):
         self.training_, self._expected = training, training.rate * rows
         self._gradients = RowGradients(model, self.tuned)
         self._sums: dict[str, Tensor] = {}
+        self._made = 0
 
     @property
     def physical_batch(self) -> int:
@@ -124,6 +132,11 @@ class PrivateLMModule(CausalLMModule):
         self._task_losses.append(losses.detach().mean())
 
     def _step(self) -> None:
+        if self._made >= self.training_.charged:
+            raise ClientError(
+                f"a step more than the {self.training_.charged} that the privacy ledger was charged for is not made"
+            )
+        self._made += 1
         sums = self._sums or {name: torch.zeros_like(own, dtype=torch.float32) for name, own in self.tuned.items()}
         self._sums = {}
         scale = self.training_.noise_multiplier * self.training_.clip if self.training_.noise_multiplier else 0.0

@@ -50,7 +50,7 @@ class RowGradients:
             ClientError: From the forward pass, if a layer reads the rows mixed.
         """
         self._rows, self._found = rows, {}
-        for fused, _ in self._fused:
+        for fused, _ in self._fused if self.by_layer else ():
             fused.__class__ = LoraLinear
         for name, layer in self._layers.items() if self.by_layer else ():
             layer.__dict__["forward"] = _Noting(self, name, layer)

@@ -20,6 +20,8 @@ SECURE = "privacy.secure_aggregation=true"
 RULES = {
     "fedavg": ("aggregator.name=fedavg", "regularizer.name=none"),
     "weighted": ("aggregator.name=fedavg", "regularizer.name=none", "data.weights.tiny_sums=0.5"),
+    "task_arithmetic": ("aggregator.name=task_arithmetic", "regularizer.name=none"),
+    "ffa_lora": ("aggregator.name=ffa_lora", "regularizer.name=none"),
     "scaffold": (
         "aggregator.name=fedavg",
         "aggregator.weighting=uniform",

@@ -7,7 +7,7 @@ from fedproxy.data.batching import collate
 from fedproxy.data.examples import Example
 from fedproxy.errors import ClientError
 from fedproxy.modules.trainer import fit, make_trainer
-from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, row_losses, sampling_of
+from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, row_losses, sampling_of, steps_of
 from fedproxy.privacy.noise import SecretStream
 from fedproxy.privacy.row_gradients import RowGradients
 from fedproxy.strategies.trainable import Trainable
@@ -39,7 +39,7 @@ def single(trainable, example):
 
 
 def training(**changes):
-    options = {"clip": 0.5, "noise_multiplier": 0.0, "rate": 1.0, "steps": 1, "physical_batch": 4}
+    options = {"clip": 0.5, "noise_multiplier": 0.0, "rate": 1.0, "steps": 1, "charged": 100, "physical_batch": 4}
     return PrivateTraining(**{**options, "stream": SecretStream(SECRET, "test"), **changes})
 
 
@@ -159,6 +159,7 @@ def test_noise_of_a_step_has_the_stated_variance(make_model):
         },
     )()
     module._sums = {name: total.clone() for name, total in clean.items()}
+    module.lr_schedulers = lambda: type("S", (), {"step": lambda self: None})()
     module._step()
     noise = torch.cat([(seen[name] - clean[name] / 4).flatten() for name in clean])
     count = len(noise)
@@ -192,9 +193,22 @@ def test_samples_are_poisson_and_an_empty_one_still_steps(make_model):
     assert all(not torch.equal(before[name], tensor) for name, tensor in trainable.state().items())
 
 
+def test_no_step_is_made_that_was_not_charged(make_model):
+    trainable, rows = lora(make_model), examples(6)
+    options = training(steps=3, charged=2)
+    module = PrivateLMModule(trainable.model, options, 6, lr=1e-3, parameters=trainable.parameters())
+    with pytest.raises(ClientError, match=r"a step more than the 2 that the privacy ledger was charged for"):
+        fit(make_trainer({"accelerator": "cpu"}), module, PoissonLoader(rows, options, pad_id=0), seed=0)
+    again = training(steps=3, charged=2)
+    module = PrivateLMModule(trainable.model, again, 6, lr=1e-3, parameters=trainable.parameters())
+    fit(make_trainer({"accelerator": "cpu"}, max_steps=2), module, PoissonLoader(rows, again, pad_id=0), seed=0)
+    assert module.trainer.global_step == 2
+
+
 def test_losses_of_rows_and_rates():
     labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, 7], [-100] * 4])
     losses = row_losses(torch.tensor([1.0, 3.0, 10.0]), labels)
     assert losses.tolist() == [2.0, 10.0, 0.0]  # (1 + 3) / 2, 10 / 1, none
     assert sampling_of(100, 16) == (0.16, 7)  # 7 steps of 16 cover 100 rows once on average
     assert sampling_of(10, 16) == (1.0, 1)
+    assert (steps_of(7, 3, None), steps_of(7, 3, 10)) == (21, 10)

@@ -233,8 +233,14 @@ class Federation:
         )
 
     def _summed(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
-        """Return the updates, or where they are masked what they are together."""
-        return updates if self._secure is None else [self._secure.summed(updates)]
+        """Return the updates, or where they are masked one that the rule weighs as it would have weighed them all."""
+        secure = next((part for part in self.parts if isinstance(part, SecureSum)), None)
+        if secure is None:
+            return updates
+        one, context = secure.summed(updates), RoundContext(updates[0].round or 0, self.seed)
+        weights = [float(self.aggregator.linear_weights(group, context).sum()) for group in (updates, [one])]
+        scale = weights[0] / weights[1]
+        return [one if scale == 1 else replace(one, delta={name: one.delta[name] * scale for name in one.delta})]
 
     def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""

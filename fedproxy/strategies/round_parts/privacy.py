@@ -68,7 +68,7 @@ class Privacy(RoundPart, name="privacy"):
         if not task.writes:
             return  # another process of this client sends
         batch = int(task.broadcast.job["batch_size"]) * int(task.broadcast.job["accumulate"])
-        release = self._release(len(task.examples), batch, int(task.broadcast.job["epochs"]))
+        release = self._release(len(task.examples), batch, task.broadcast.job)
         charge, key = self._charge(task, release), _digest(task)
         task.kept[self.name] = {"releases": torch.tensor(charge.releases)}
         secret = charge.secret if self.test_seed is None else _test_secret(self.test_seed, task.client_id)
@@ -126,13 +126,13 @@ class Privacy(RoundPart, name="privacy"):
         form = torch.empty(len(_FIGURES), dtype=torch.float64, device="meta")
         return {**up, self.name: Group({"release": form})}
 
-    def _release(self, rows: int, batch: int, epochs: int) -> Release:
+    def _release(self, rows: int, batch: int, job: Mapping[str, Any]) -> Release:
         noise = self.noise_multiplier or 0.0
         if self.unit == "example":
-            from fedproxy.privacy.dp_sgd import sampling_of
+            from fedproxy.privacy.dp_sgd import sampling_of, steps_of
 
             rate, steps = sampling_of(rows, batch)
-            return Release(noise, "poisson", rate, steps=steps * epochs)
+            return Release(noise, "poisson", rate, steps=steps_of(steps, int(job["epochs"]), job.get("max_steps")))
         if self.sampling == "without_replacement":
             return Release(noise, self.sampling, self.drawn / self.among, drawn=self.drawn, of=self.among)
         return Release(noise)
@@ -145,14 +145,14 @@ class Privacy(RoundPart, name="privacy"):
         return Ledger(task.ledger, task.client_id).charge(terms, task.broadcast.round, _digest(task), known=known)
 
     def _training(self, task: ClientRound, release: Release, batch: int, stream: SecretStream) -> Any:
-        from fedproxy.privacy.dp_sgd import PrivateTraining
+        from fedproxy.privacy.dp_sgd import PrivateTraining, sampling_of
 
-        epochs = int(task.broadcast.job["epochs"])
         return PrivateTraining(
             clip=self.clip,
             noise_multiplier=release.noise_multiplier,
             rate=release.rate,
-            steps=release.steps // epochs,
+            steps=sampling_of(len(task.examples), batch)[1],
+            charged=release.steps,
             physical_batch=self.physical_batch or int(task.broadcast.job["batch_size"]),
             stream=stream,
         )

@@ -7,9 +7,9 @@ import torch
 
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ClientError, ConfigError
+from fedproxy.federation.client.memory import ClientMemory
 from fedproxy.federation.client.site import Site
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
-from fedproxy.federation.server.files import ServerFiles
 from fedproxy.models import Decoder, LayerMap
 from fedproxy.protocol import Broadcast
 from fedproxy.seeding import ClientSeeds
@@ -82,7 +82,7 @@ def test_a_client_elsewhere_trains_on_the_emulator_of_the_broadcast(make_model, 
     examples = {"a": [Example((5, 6, 7, 8), ((2, 4),), "x"), Example((9, 8, 7), ((1, 3),), "y")]}
 
     def train(broadcast, model):
-        client = Site(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, store=ServerFiles(tmp_path))
+        client = Site(model, examples, pad_id=0, trainer={"accelerator": "cpu"}, memory=ClientMemory(tmp_path))
         return client.train(broadcast, "a").delta
 
     sent = replace(Broadcast.load(tmp_path / "broadcast.safetensors"), seeds=aligned.seeds)
