@@ -155,12 +155,21 @@ def fit(
     Raises:
         KeyboardInterrupt: If the user interrupts. (Lightning would end the process and ignore further interrupts.)
     """
+    with fitting(trainer, module, seed=seed):
+        trainer.fit(module, batches)
+
+
+@contextmanager
+def fitting(
+    trainer: lightning.Trainer, module: lightning.LightningModule, *, seed: int | None = None
+) -> Iterator[None]:
+    """Surround ``trainer.fit`` with what :func:`fit` promises; the call itself is then the caller's own."""
     on_interrupt = signal.getsignal(signal.SIGINT)
     with quiet(), torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         try:
-            trainer.fit(module, batches)
+            yield
         except SystemExit as end:
             if not trainer.interrupted:
                 raise

@@ -155,5 +155,5 @@ def test_from_fit_to_training_step_there_are_at_most_eight_frames_of_ours(tmp_pa
     with pytest.raises(SeenError):
         fit.main([*SMALL, f"output_dir={tmp_path / 'run'}"])
     assert seen[0].endswith("fit.py:main")
-    assert seen[-1].endswith("trainer.py:fit")
+    assert seen[-1].endswith("training.py:tune")
     assert len(seen) <= 8, seen

@@ -18,7 +18,7 @@ from fedproxy.errors import ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.optimizers import Optimizer
 from fedproxy.modules.schedules import Schedule
-from fedproxy.modules.trainer import fit, make_trainer
+from fedproxy.modules.trainer import fitting, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate
@@ -102,8 +102,13 @@ def tune(
         callbacks=[] if deadline is None else [_Deadline(deadline)],
         root=logs,
     )
-    with _resting(parameters[name] for name in job.frozen), _recomputing(model, job.gradient_checkpointing):
-        fit(trainer, module, batches, seed=seeds.dropout[rank_and_size()[0]])
+    seed = seeds.dropout[rank_and_size()[0]]
+    with (
+        _resting(parameters[name] for name in job.frozen),
+        _recomputing(model, job.gradient_checkpointing),
+        fitting(trainer, module, seed=seed),
+    ):
+        trainer.fit(module, batches)
     task.steps, task.device = trainer.global_step, trainer.strategy.root_device
     task.lr = job.lr * (sum(map(rate, range(task.steps))) / task.steps or 1.0)
     return ClientUpdate(
