@@ -20,7 +20,7 @@ demo-sites: $(VENV)/.installed  ## A hub and two sites on this machine, each wit
 	$(BIN)/python -m fedproxy.sites.demo
 
 extras: $(VENV)/.installed  ## All extras resolve together with the constraints
-	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[flower,mlflow,wandb,tensorboard,quantization,dev]'
+	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[flower,mlflow,wandb,tensorboard,quantization,privacy,dev]'
 
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'
