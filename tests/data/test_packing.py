@@ -24,7 +24,11 @@ def test_every_row_has_one_place_and_no_sequence_is_longer_than_the_longest_row(
 
 
 def test_a_packed_batch_by_hand():
-    rows = [Example((11, 12, 13, 14, 15), 3, "a"), Example((21, 22), 1, "b"), Example((31, 32), 0, "c")]
+    rows = [
+        Example((11, 12, 13, 14, 15), ((3, 5),), "a"),
+        Example((21, 22), ((1, 2),), "b"),
+        Example((31, 32), ((1, 2),), "c"),
+    ]
     batch = pack(rows, pad_id=9)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15], [21, 22, 31, 32, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 0, 1, 0]]
@@ -36,7 +40,8 @@ def test_a_packed_batch_by_hand():
 def test_packing_changes_no_draw():
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(3, 30, (50,), generator=generator).tolist()
-    examples = [Example(tuple(range(100 * row, 100 * row + size)), 1, str(row)) for row, size in enumerate(lengths)]
+    ids = [tuple(range(100 * row, 100 * row + size)) for row, size in enumerate(lengths)]
+    examples = [Example(row, ((1, len(row)),), str(row[0])) for row in ids]
 
     def loader(packing):
         return ExampleLoader(examples, 8, pad_id=0, generator=torch.Generator().manual_seed(1), packing=packing)

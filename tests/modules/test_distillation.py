@@ -8,12 +8,12 @@ from fedproxy.errors import ModelError
 from fedproxy.models.decoder import Decoder
 from fedproxy.models.layer_map import LayerMap
 from fedproxy.models.streaming import streamed
-from fedproxy.modules import distillation
 from fedproxy.modules.distillation import DistillationModule, check_pair, mean_kl
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.divergence import DIVERGENCES
 from fedproxy.modules.losses import hidden_distance
 from fedproxy.modules.teacher import Teacher
+from fedproxy.strategies.compression import distilling
 from fedproxy.strategies.compression.distilling import distil
 
 FAMILIES = ["llama", "gemma2", "cohere", "opt", "gpt2"]
@@ -157,8 +157,8 @@ def test_lora_leaves_the_base_untouched_until_it_is_merged(make_model, monkeypat
         base = {name.replace(".base_layer", ""): t for name, t in student.state_dict().items() if "lora_" not in name}
         seen.append(sorted(base) == sorted(before) and all(torch.equal(base[name], before[name]) for name in before))
 
-    trainer_fit = distillation.fit
-    monkeypatch.setattr(distillation, "fit", fit_and_look)
+    trainer_fit = distilling.fit
+    monkeypatch.setattr(distilling, "fit", fit_and_look)
     run(student, teacher, steps=3, lr=1e-2, train="lora", lora_r=2, lora_alpha=4.0)
     assert seen == [True]
     name = "model.layers.0.mlp.up_proj.weight"
@@ -249,7 +249,7 @@ def test_the_teacher_is_placed_on_the_trainers_device(make_model, monkeypatch):
         seen.append((model, device))
         return streamed(model, device, move=torch.clone)
 
-    monkeypatch.setattr(distillation, "placed", stand_in)
+    monkeypatch.setattr(distilling, "placed", stand_in)
     run(student, teacher)
     assert seen == [(teacher, torch.device("cpu"))]
 

@@ -42,7 +42,8 @@ def build(family):
 def examples():
     generator = torch.Generator().manual_seed(4)
     for row, size in enumerate((17, 3, 9, 5, 12, 2, 7, 16)):
-        yield Example(tuple(torch.randint(3, 61, (size,), generator=generator).tolist()), 1 + row % 2, str(row))
+        ids = torch.randint(3, 61, (size,), generator=generator).tolist()
+        yield Example(tuple(ids), ((1 + row % 2, size),), str(row))
 
 
 def loss_and_gradients(model, batch):

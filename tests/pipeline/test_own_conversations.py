@@ -4,14 +4,15 @@ import json
 import shutil
 
 import pytest
-from fedproxy.federation.client_rows import ClientExamples, ClientRows, read_client_rows
 
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.owned_texts import OwnedTexts
+from fedproxy.data.partition.rows import ClientRows, read_client_rows
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import CheckpointError, ConfigError, DataError
+from fedproxy.federation.client.rows import ClientExamples
 from fedproxy.models import load_tokenizer
 from fedproxy.pipeline.data import client_rows, count_examples, deal, file_rows, target_tokenizer
 from fedproxy.pipeline.validation import held_out

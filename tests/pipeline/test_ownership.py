@@ -16,7 +16,7 @@ from fedproxy.comparison.execution import _delete_run
 from fedproxy.config import load_config, to_yaml
 from fedproxy.errors import ConfigError, DataError, FedProxyError
 from fedproxy.federation.engines import RemoteClient
-from fedproxy.federation.engines.workers import WorkerPool, Workers
+from fedproxy.federation.engines.workers import WorkerPool
 from fedproxy.locks import LOCK_FILE, locked
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.ownership import MARKER, first_foreign
@@ -262,7 +262,7 @@ def test_what_clients_own_is_closed_to_others_whatever_the_umask(run_tiny, tmp_p
     (tmp_path / "out" / "rows").chmod(0o755)  # as older versions left it
     claim(tmp_path / "out", "resume=auto")
     assert (tmp_path / "out" / "rows").stat().st_mode & 0o777 == 0o700
-    pool = WorkerPool(Workers(workers=1), RemoteClient("x:y"), tmp_path / "new" / "exchange")
+    pool = WorkerPool(RemoteClient("x:y"), tmp_path / "new" / "exchange", size=1, threads=1)
     assert (tmp_path / "new" / "exchange").stat().st_mode & 0o777 == 0o700
     pool.close()
 

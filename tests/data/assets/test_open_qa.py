@@ -52,7 +52,7 @@ def wheel(tmp_path):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().split("\n") if line]
 
 
 def test_documents_become_lm_evals_columns(wheel, tmp_path):
