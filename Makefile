@@ -4,19 +4,24 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-sites extras test check test-slow clean
+.PHONY: demo demo-sites extras test check test-slow test-sites clean
 
 # The CPU build of PyTorch is enough for the demo and the tests; install your own torch into $(VENV) first to use another.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Flower, for real sites: they need nginx, too.
+$(VENV)/.sites: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[flower]'
 	touch $@
 
 demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, federate, fuse, evaluate, report
 	$(BIN)/python -m fedproxy.fit recipe=fedproxy_llama resume=auto
 
-demo-sites: $(VENV)/.installed  ## A hub and two sites on this machine, each with folders, keys and processes of its own; needs nginx
+demo-sites: $(VENV)/.sites  ## A hub and two sites on this machine, each with folders, keys and processes of its own; needs nginx
 	$(BIN)/python -m fedproxy.sites.demo
 
 extras: $(VENV)/.installed  ## All extras resolve together with the constraints
@@ -31,9 +36,12 @@ check: $(VENV)/.installed  ## Lint, types, and which file may import which
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
 
-test-slow: $(VENV)/.installed  ## The rest: slow, browser, gpu and flower tests, each skipped with a reason where it cannot run
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m '(slow or flower) and not gpu and not browser'
+test-slow: $(VENV)/.installed  ## The rest: slow, browser and gpu tests, each skipped with a reason where it cannot run
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'slow and not flower and not gpu and not browser'
 	$(BIN)/python -m pytest -m 'browser or gpu'
+
+test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine, and our rules beside Flower's
+	$(BIN)/python -m pytest -m flower
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
