@@ -170,14 +170,15 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     from fedproxy.data.assets import fetch, resolve
     from fedproxy.data.sources import read_rows
     from fedproxy.evaluation.chat import ChatFormat
+    from fedproxy.evaluation.evaluators.own_data import OwnData
     from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
-    from fedproxy.evaluation.own_data import OwnDataSettings, own_data_notes, score_rows
+    from fedproxy.evaluation.own_data import own_data_notes, score_rows
     from fedproxy.evaluation.results import merged
     from fedproxy.evaluation.task_loading import expand
     from fedproxy.models import check_model, load_model, load_tokenizer
 
     rows = {name: read_rows(name, file, split="test") for name, file in options.files.items()}
-    own = OwnDataSettings(max_new_tokens=options.max_new_tokens)
+    own = OwnData(max_new_tokens=options.max_new_tokens)
     for asset in missing_assets(options.tasks):
         fetch(asset)
     tasks = expand(options.tasks, options.include_path)

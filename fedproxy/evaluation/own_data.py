@@ -7,8 +7,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,45 +25,18 @@ from fedproxy.task_means import mean_scores
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from fedproxy.evaluation.evaluators.own_data import OwnData
+
 Progress = Callable[[int, int], None]
-SHORT_WORDS = 10
-"""Most words of a short answer: a name, a number, a span of a text."""
 _VERSION = 1
 """Goes up when a score of the same answers becomes another one."""
-
-
-@dataclass(frozen=True)
-class OwnDataSettings:
-    """How rows are asked, and how answers are judged."""
-
-    answers: Literal["auto", "short", "long"] = "auto"
-    """Whether generated answers are judged by exact match and token F1 (short) or by ROUGE-L (long)."""
-    max_new_tokens: int = 64
-    """Most tokens of a generated answer; 0 generates none."""
-    max_prompt_tokens: int | None = None
-    """Longer prompts lose their beginning; None leaves them all that the model's positions hold."""
-    stop: Sequence[str] = field(default_factory=list)
-    """A generated answer ends before the first of these texts."""
-    limit: int | None = None
-    """The first so many rows of each source; None is all."""
-
-    def taken(self, sources: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
-        """Return the rows that are asked, by source."""
-        return {source: rows[: self.limit] for source, rows in sources.items()}
-
-    def judged_as(self, rows: Sequence[Row]) -> str:
-        """Return whether the answers of a source are ``short`` or ``long``: by option, else what nine of ten are."""
-        if self.answers != "auto":
-            return self.answers
-        brief = sum(len(row.target.split()) <= SHORT_WORDS for row in rows)
-        return "short" if brief >= 0.9 * len(rows) else "long"
 
 
 def score_rows(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     sources: Mapping[str, Sequence[Row]],
-    settings: OwnDataSettings,
+    settings: "OwnData",
     *,
     batch_tokens: int = 2048,
     autocast: torch.dtype | None = None,
@@ -144,7 +117,7 @@ def rows_sha256(rows: Sequence[Row]) -> str:
 
 def own_data_notes(
     sources: Mapping[str, Sequence[Row]],
-    settings: OwnDataSettings,
+    settings: "OwnData",
     config: "PretrainedConfig",
     tokenizer: "PreTrainedTokenizerBase",
 ) -> list[str]:
@@ -160,7 +133,7 @@ def own_data_notes(
 
 
 def _examples(
-    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", settings: OwnDataSettings
+    rows: Sequence[Row], tokenizer: "PreTrainedTokenizerBase", config: "PretrainedConfig", settings: "OwnData"
 ) -> list[Example]:
     """Return rows as token ids, split into prompt and answer as in tuning; what has no room is cut.
 
@@ -224,7 +197,7 @@ def _answers(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     examples: Sequence[Example],
-    settings: OwnDataSettings,
+    settings: "OwnData",
     batch_tokens: int,
     report: Callable[[int], None],
 ) -> tuple[list[str], bool]:
@@ -292,7 +265,7 @@ def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return scores
 
 
-def _details(sources: Mapping[str, Sequence[Row]], settings: OwnDataSettings) -> dict[str, Any]:
+def _details(sources: Mapping[str, Sequence[Row]], settings: "OwnData") -> dict[str, Any]:
     """Return what two evaluations must share to be compared, in the form of lm-eval's results file."""
     options = {**asdict(settings), "stop": list(settings.stop)}
     return {

@@ -50,8 +50,9 @@ def make_certificate(folder: Path, hosts: Sequence[str], *, days: float = _HUB_D
     try:
         authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
         signing = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-        assert isinstance(signing, ec.EllipticCurvePrivateKey)
-    except (OSError, ValueError, AssertionError) as error:
+        if not isinstance(signing, ec.EllipticCurvePrivateKey):
+            raise ValueError("ca.key is a key of another kind")
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: ca.crt and ca.key cannot be read; put them back, or begin a new hub") from error
     key = ec.generate_private_key(ec.SECP256R1())
     names = [_host(host) for host in dict.fromkeys([*hosts, "localhost", "127.0.0.1"])]

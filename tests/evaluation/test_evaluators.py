@@ -7,7 +7,8 @@ import pytest
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
-from fedproxy.evaluation.own_data import OwnDataSettings, score_rows
+from fedproxy.evaluation.evaluators.own_data import OwnData
+from fedproxy.evaluation.own_data import score_rows
 from fedproxy.evaluation.results import EvaluationResult, merged
 from fedproxy.metric_facts import HEADLINES, Metric, facts, headline_of
 
@@ -23,7 +24,7 @@ def test_lm_eval_and_own_rows_are_always_there():
 
 
 def test_results_of_several_evaluators_are_one(model, tokenizer):
-    own = score_rows(model, tokenizer, {"ward": ROWS}, OwnDataSettings(max_new_tokens=0))
+    own = score_rows(model, tokenizer, {"ward": ROWS}, OwnData(max_new_tokens=0))
     assert merged([own]) is own
     other = EvaluationResult(
         {"arc": {"acc": 0.5, "answer_nll": 2.0, "n": 4}}, {}, [{"task": "arc"}],

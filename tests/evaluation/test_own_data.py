@@ -8,7 +8,8 @@ from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
-from fedproxy.evaluation.own_data import OwnDataSettings, own_data_notes, rows_sha256, score_rows
+from fedproxy.evaluation.evaluators.own_data import OwnData
+from fedproxy.evaluation.own_data import own_data_notes, rows_sha256, score_rows
 
 ROWS = [
     Row("Question: Which of these is red? Answer:", " a ripe tomato", "ward", "ward/test/0", ends=True),
@@ -33,7 +34,7 @@ def plain_nlls(model, tokenizer, rows):
 
 
 def test_likelihoods_are_a_plain_loops(model, tokenizer):
-    result = score_rows(model, tokenizer, {"ward": ROWS}, OwnDataSettings(max_new_tokens=0))
+    result = score_rows(model, tokenizer, {"ward": ROWS}, OwnData(max_new_tokens=0))
     plain = plain_nlls(model, tokenizer, ROWS)
     for sample, (nll, tokens) in zip(result.samples, plain, strict=True):
         assert sample["answer_nll"] == pytest.approx(nll / tokens, rel=1e-5)
@@ -51,13 +52,13 @@ def test_likelihoods_are_a_plain_loops(model, tokenizer):
 
 
 def test_short_answers_are_matched_and_long_ones_compared(model, tokenizer):
-    result = score_rows(model, tokenizer, {"ward": ROWS, "tale": LONG}, OwnDataSettings(max_new_tokens=4))
+    result = score_rows(model, tokenizer, {"ward": ROWS, "tale": LONG}, OwnData(max_new_tokens=4))
     assert {"exact_match", "f1", "exact_match_stderr"} <= result.scores["ward"].keys()
     assert "rouge_l" in result.scores["tale"]
     assert "rouge_l" not in result.scores["ward"]
     assert set(result.mean) == {"answer_nll", "perplexity", "n"}  # what both sources have
     assert [sample["task"] for sample in result.samples] == ["ward"] * 3 + ["tale"]
-    forced = score_rows(model, tokenizer, {"tale": LONG}, OwnDataSettings("short", max_new_tokens=4))
+    forced = score_rows(model, tokenizer, {"tale": LONG}, OwnData("short", max_new_tokens=4))
     assert {"exact_match", "f1"} <= forced.scores["tale"].keys()
 
 
@@ -73,43 +74,43 @@ def test_a_model_that_knows_the_answers_gets_them_all(tokenizer, model):
         optimizer.zero_grad()
         model(ids, labels=labels).loss.backward()
         optimizer.step()
-    scores = score_rows(model, tokenizer, {"ward": row}, OwnDataSettings()).scores["ward"]
+    scores = score_rows(model, tokenizer, {"ward": row}, OwnData()).scores["ward"]
     assert scores["exact_match"] == scores["f1"] == 1.0
     assert scores["answer_nll"] < 0.1
 
 
 def test_stop_texts_end_an_answer(model, tokenizer, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "decode", lambda *_, **__: " blue\nQuestion: what")
-    settings = OwnDataSettings(stop=["\n", "what"])
+    settings = OwnData(stop=["\n", "what"])
     assert score_rows(model, tokenizer, {"ward": [ROWS[2]]}, settings).scores["ward"]["exact_match"] == 1.0
 
 
 def test_the_first_rows_of_each_source_are_asked(model, tokenizer):
-    result = score_rows(model, tokenizer, {"ward": ROWS}, OwnDataSettings(max_new_tokens=0, limit=2))
+    result = score_rows(model, tokenizer, {"ward": ROWS}, OwnData(max_new_tokens=0, limit=2))
     assert result.scores["ward"]["n"] == 2
 
 
 def test_what_has_no_room_is_told(model, tokenizer):
     long = [Row("word " * 300, " blue", "ward", "ward/test/0")]
-    (note,) = own_data_notes({"ward": long}, OwnDataSettings(), model.config, tokenizer)
+    (note,) = own_data_notes({"ward": long}, OwnData(), model.config, tokenizer)
     assert "ward: of 1 held-out rows 1 lose the beginning of their prompt and 0 the end of their answer" in note
-    result = score_rows(model, tokenizer, {"ward": long}, OwnDataSettings(max_new_tokens=40))
+    result = score_rows(model, tokenizer, {"ward": long}, OwnData(max_new_tokens=40))
     assert result.notes == [note]
-    assert own_data_notes({"ward": ROWS}, OwnDataSettings(), model.config, tokenizer) == []
-    assert own_data_notes({"ward": ROWS}, OwnDataSettings(max_prompt_tokens=2), model.config, tokenizer)
+    assert own_data_notes({"ward": ROWS}, OwnData(), model.config, tokenizer) == []
+    assert own_data_notes({"ward": ROWS}, OwnData(max_prompt_tokens=2), model.config, tokenizer)
 
 
 def test_the_model_is_left_as_it_was(model, tokenizer):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()
-    score_rows(model, tokenizer, {"ward": ROWS}, OwnDataSettings(max_new_tokens=2))
+    score_rows(model, tokenizer, {"ward": ROWS}, OwnData(max_new_tokens=2))
     assert model.training
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
 def test_progress_reaches_its_end(model, tokenizer):
     told = []
-    settings = OwnDataSettings(max_new_tokens=2)
+    settings = OwnData(max_new_tokens=2)
     score_rows(model, tokenizer, {"ward": ROWS}, settings, progress=lambda *now: told.append(now))
     assert told[-1] == (6, 6)
 

@@ -1,5 +1,6 @@
 """Held-out rows of one's own as an evaluator."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -8,8 +9,11 @@ from fedproxy.evaluation.evaluators.base import Asked, Evaluator, Progress
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from fedproxy.evaluation.own_data import OwnDataSettings
+    from fedproxy.data.rows import Row
     from fedproxy.evaluation.results import EvaluationResult
+
+SHORT_WORDS = 10
+"""Most words of a short answer: a name, a number, a span of a text."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class OwnData(Evaluator, name="own_data"):
         """Return how many rows will be cut."""
         from fedproxy.evaluation.own_data import own_data_notes
 
-        return own_data_notes(asked.rows, self._settings(), config, tokenizer)
+        return own_data_notes(asked.rows, self, config, tokenizer)
 
     def fingerprint(self, asked: Asked) -> Any:
         """Return the hash of each source's rows."""
@@ -69,13 +73,19 @@ class OwnData(Evaluator, name="own_data"):
             model,
             tokenizer,
             asked.rows,
-            self._settings(),
+            self,
             batch_tokens=asked.batch_tokens,
             autocast=asked.autocast,
             progress=progress,
         )
 
-    def _settings(self) -> "OwnDataSettings":
-        from fedproxy.evaluation.own_data import OwnDataSettings
+    def taken(self, sources: Mapping[str, Sequence["Row"]]) -> dict[str, Sequence["Row"]]:
+        """Return the rows that are asked, by source."""
+        return {source: rows[: self.limit] for source, rows in sources.items()}
 
-        return OwnDataSettings(self.answers, self.max_new_tokens, self.max_prompt_tokens, self.stop, self.limit)
+    def judged_as(self, rows: Sequence["Row"]) -> str:
+        """Return whether the answers of a source are ``short`` or ``long``: by option, else what nine of ten are."""
+        if self.answers != "auto":
+            return self.answers
+        brief = sum(len(row.target.split()) <= SHORT_WORDS for row in rows)
+        return "short" if brief >= 0.9 * len(rows) else "long"

@@ -85,7 +85,9 @@ class _Round:
         if isinstance(answer, Dropped):
             self.drop(answer)
             return
-        assert isinstance(answer, ClientUpdate | UpdateFile), "training is answered with an update"
+        if not isinstance(answer, ClientUpdate | UpdateFile):
+            self.drop(Dropped(answer.client_id, "it answers training with something else than an update"))
+            return
         sent = self.broadcast.addressed_to(answer.client_id)  # a fault in it is the server's own
         try:
             expected = self.expected.of(answer.client_id)
