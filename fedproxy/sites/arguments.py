@@ -1,12 +1,15 @@
-"""Words of the commands ``hub`` and ``site``: what to do, a file, and ``key=value``."""
+"""Words of the commands ``hub`` and ``site``: what to do, a file and what it says, and ``key=value``."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from fedproxy.config.loading import build
 from fedproxy.config.values import typed
 from fedproxy.errors import ConfigError, nearest, one_line
-from fedproxy.yaml_files import parse_yaml
+from fedproxy.yaml_files import parse_yaml, read_mapping
+
+C = TypeVar("C")
 
 
 def worded(arguments: Sequence[str], command: str, verbs: Sequence[str]) -> tuple[str, Path, list[str]]:
@@ -43,3 +46,22 @@ def options(words: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
             raise ConfigError(f"{key}: {one_line(text, 40)} cannot be read ({error})") from None
         found[key] = typed(hint, [value] if hint == list[str] and isinstance(value, str) else value, key)
     return found
+
+
+def read_file(path: Path, cls: type[C], kind: str) -> C:
+    """Return what a hub's or a site's file says.
+
+    Args:
+        path: The file.
+        cls: The dataclass that its keys are fields of.
+        kind: What the file is called in errors.
+
+    Raises:
+        ConfigError: Naming file, key and rule.
+    """
+    values = read_mapping(path, kind)
+    try:
+        read: C = build(cls, values, "")
+    except ConfigError as error:
+        raise ConfigError(f"{kind} {path}: {error}") from None
+    return read

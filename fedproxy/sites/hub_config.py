@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fedproxy.config.loading import build
 from fedproxy.errors import ConfigError
+from fedproxy.sites.arguments import read_file
 from fedproxy.wire.flower import SITES, Flower
-from fedproxy.yaml_files import read_mapping
 
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.:-]{0,252})")
 
@@ -65,11 +64,7 @@ class HubPlace:
         Raises:
             ConfigError: Naming file, key and rule.
         """
-        values = read_mapping(path, "hub file")
-        try:
-            return cls(build(HubConfig, values, ""), path.absolute().parent)
-        except ConfigError as error:
-            raise ConfigError(f"hub file {path}: {error}") from None
+        return cls(read_file(path, HubConfig, "hub file"), path.absolute().parent)
 
     @property
     def folder(self) -> Path:

@@ -13,8 +13,8 @@ from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.names import check_name, check_names
 from fedproxy.pipeline.data import client_rows
+from fedproxy.sites.arguments import read_file
 from fedproxy.sites.policy import Policy
-from fedproxy.yaml_files import read_mapping
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,7 @@ class SitePlace:
         Raises:
             ConfigError: Naming file, key and rule.
         """
-        values = read_mapping(path, "site file")
-        try:
-            return cls(build(SiteConfig, values, ""), path.absolute().parent)
-        except ConfigError as error:
-            raise ConfigError(f"site file {path}: {error}") from None
+        return cls(read_file(path, SiteConfig, "site file"), path.absolute().parent)
 
     @property
     def folder(self) -> Path:
