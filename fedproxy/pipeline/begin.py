@@ -71,8 +71,7 @@ def _meet(run: Run) -> None:
     if run.folder.replaces:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
     run.folder.claim(config)
-    unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
-    run.note(**(check_inputs(run, {}) if inputs is None else inputs), stages=unfinished)
+    _note_inputs(run, {}, inputs)
     run.note(lengths={"rows": sum(clients.values())}, template=template)
     run.display.say(f"{len(clients)} clients at their sites ({_sizes(clients)} rows)")
     run.clients = clients
@@ -106,8 +105,7 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
         check_public(run.config, _owned(clients))
     run.folder.claim(run.config)
     save_partition(clients, run.folder.partition)
-    unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
-    run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)
+    _note_inputs(run, clients, inputs)
     run.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, run.config.data)]:
         run.display.say(note)
@@ -115,6 +113,12 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
     kept = ClientRows(clients, run.folder.rows, counted.examples)
     run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
     run.clients = kept
+
+
+def _note_inputs(run: Run, clients: Clients, inputs: dict[str, Any] | None) -> None:
+    """Note what the run is made from; its report is made again."""
+    unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
+    run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)
 
 
 def _owned(clients: Clients) -> OwnedTexts:

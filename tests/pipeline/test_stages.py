@@ -9,12 +9,13 @@ import pytest
 import fedproxy
 from fedproxy import fit
 from fedproxy.config import RunConfig, load_config
-from fedproxy.errors import CheckpointError
+from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.pipeline import context
 from fedproxy.pipeline.context import Facts
 from fedproxy.pipeline.reads import MAY_CHANGE, STAGES, UNREAD, lies_below
 from fedproxy.pipeline.run import run
+from fedproxy.pipeline.stages import federate
 from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.stages.evaluate import Evaluate
 from fedproxy.pipeline.stages.federate import Federate
@@ -157,3 +158,19 @@ def test_from_fit_to_training_step_there_are_at_most_eight_frames_of_ours(tmp_pa
     assert seen[0].endswith("fit.py:main")
     assert seen[-1].endswith("training.py:tune")
     assert len(seen) <= 8, seen
+
+
+def test_clients_are_let_go_where_a_run_cannot_go_on(tmp_path, monkeypatch):
+    words = [*SMALL, f"output_dir={tmp_path / 'run'}", "evaluation.models=[]"]
+    fit.main([*words, "federation.rounds=1"])
+    closed = []
+
+    def refuse(sites, progress, clients):
+        close = sites.close
+        monkeypatch.setattr(sites, "close", lambda: (closed.append(sites), close()))
+        raise ClientError("client 'a' does not go back")
+
+    monkeypatch.setattr(federate, "rewind", refuse)
+    with pytest.raises(ClientError, match="does not go back"):
+        fit.main([*words, "federation.rounds=2", "resume=auto"])
+    assert len(closed) == 1

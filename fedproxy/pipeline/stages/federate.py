@@ -95,7 +95,7 @@ class Federate(Stage):
         if not left:
             return
         clients = left * federation.clients_in_round
-        with run.display.warnings(), run.display.bar("clients", clients) as bar, rounds.closed_on_error():
+        with run.display.warnings(), run.display.bar("clients", clients) as bar, _closed_on_error(rounds.sites):
             rounds.progress = federation.run(
                 rounds.progress,
                 config.federation.rounds,
@@ -156,33 +156,15 @@ class _Rounds:
         sites = config.engine.start(
             lambda: setup.client(model, tokenizer), setup.remote(config.plugins), run.folder.exchange
         )
-        saved, files = checkpoints(run), ServerFiles(run.folder.checkpoints)
-
-        def check(progress: Progress) -> None:
-            _check_state(progress.state, model, saved)
-            files.check(progress.files)
-            rewind(sites, progress, sorted(run.clients))
-
-        progress = saved.load_latest(check, run.warn) or Progress(0, model.state())
-        if progress.round:
-            run.display.say(f"going on after round {progress.round}")
-        files.rewind(progress.round)
-        write_journal(run.folder.journal, progress.records)
-        run.note(trainable_parameters=model.num_parameters)
-        run.loggers.rounds(progress.records)
-        aligns = aligner(run, model, run.clients.owned)
-        facts = greet(sites, sorted(run.clients)) if config.engine.at_sites else {}
-        federation = _federation(run, model, tokenizer, files, aligns, facts)
+        with _closed_on_error(sites):
+            files = ServerFiles(run.folder.checkpoints)
+            progress = _last_progress(run, model, sites, files)
+            run.note(trainable_parameters=model.num_parameters)
+            run.loggers.rounds(progress.records)
+            aligns = aligner(run, model, run.clients.owned)
+            facts = greet(sites, sorted(run.clients)) if config.engine.at_sites else {}
+            federation = _federation(run, model, tokenizer, files, aligns, facts)
         return cls(federation, model, sites, aligns, progress, facts, initial)
-
-    @contextmanager
-    def closed_on_error(self) -> Iterator[None]:
-        """Let the clients go where something ends the rounds early."""
-        try:
-            yield
-        except BaseException:
-            self.sites.close()
-            raise
 
     def finished(self, run: Run) -> Progress:
         """Bring the model to its final state and return the progress that this is."""
@@ -227,6 +209,33 @@ class _Rounds:
             missing=missing,
         )
         run.note(at_sites=asdict(found))
+
+
+@contextmanager
+def _closed_on_error(sites: Sites) -> Iterator[None]:
+    """Let the clients go where something ends the work with them early."""
+    try:
+        yield
+    except BaseException:
+        sites.close()
+        raise
+
+
+def _last_progress(run: Run, model: TrainableModel, sites: Sites, files: ServerFiles) -> Progress:
+    """Return the progress of the last whole checkpoint that clients, too, can go back to; bring everybody there."""
+    saved = checkpoints(run)
+
+    def check(progress: Progress) -> None:
+        _check_state(progress.state, model, saved)
+        files.check(progress.files)
+        rewind(sites, progress, sorted(run.clients))
+
+    progress = saved.load_latest(check, run.warn) or Progress(0, model.state())
+    if progress.round:
+        run.display.say(f"going on after round {progress.round}")
+    files.rewind(progress.round)
+    write_journal(run.folder.journal, progress.records)
+    return progress
 
 
 def _federation(
