@@ -77,10 +77,10 @@ def chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
     except (OSError, RuntimeError, ValueError) as error:  # ~ of nobody, a zero byte, not UTF-8
         reason = getattr(error, "strerror", None) or one_line(error, 80)
         raise ConfigError(
-            f"data.template={one_line(choice, 80)} cannot be read as a chat template ({reason}); give a file of Jinja "
+            f"data.template={one_line(choice)} cannot be read as a chat template ({reason}); give a file of Jinja "
             "text, or auto, chatml or none"
         ) from error
-    return _bounded(text, f"data.template={one_line(choice, 80)}", "give another file")
+    return _bounded(text, f"data.template={one_line(choice)}", "give another file")
 
 
 def unmarked(template: str | None) -> str | None:

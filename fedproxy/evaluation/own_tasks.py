@@ -119,7 +119,7 @@ def _merged(path: Path, files: list[Path], theirs: list[str]) -> dict[str, Any]:
         beside, tasks = (path.parent / str(part)).resolve(), lm_eval_folder().resolve() / "tasks"
         found = beside if beside.is_file() else (tasks / str(part)).resolve()
         if not found.is_file():
-            raise EvaluationError(f"include {one_line(part, 80)!r} is neither a file beside it nor one of lm-eval's")
+            raise EvaluationError(f"include {one_line(part)!r} is neither a file beside it nor one of lm-eval's")
         if found.is_relative_to(tasks):
             theirs.append(str(found))
         else:

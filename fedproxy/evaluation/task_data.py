@@ -51,7 +51,7 @@ def _require_hub_name(path: object, options: dict[str, Any]) -> None:
     if not isinstance(path, str) or not _HUB_NAME.fullmatch(path) or Path(path).exists() or options:
         raise EvaluationError(
             f"dataset_path must be {', '.join(_READERS)} with data_files in dataset_kwargs, or the name of a data set "
-            f"of the hub (owner/name) without dataset_kwargs, got {one_line(path, 80)!r}"
+            f"of the hub (owner/name) without dataset_kwargs, got {one_line(path)!r}"
         )
 
 
@@ -61,7 +61,7 @@ def _absolute(value: Any, folder: Path, files: list[Path]) -> Any:
     if isinstance(value, list):
         return [_absolute(item, folder, files) for item in value]
     if not isinstance(value, str):
-        raise EvaluationError(f"data_files must name files, got {one_line(value, 60)!r}")
+        raise EvaluationError(f"data_files must name files, got {one_line(value)!r}")
     given = Path(value).expanduser()
     path = next((place for place in (folder / given, given) if place.is_file()), None)
     if path is None:
