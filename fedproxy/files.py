@@ -3,6 +3,7 @@
 JSON is written as the standard has it: no NaN, no infinity.
 """
 
+import gzip
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -142,7 +144,8 @@ def read_json(
             :data:`MOST_JSON_BYTES`, not JSON, or holds another type.
     """
     try:
-        return parse_json(read_whole(path), kind)
+        data = read_whole(path)
+        return parse_json(_unpacked(data) if str(path).endswith(".gz") else data, kind)
     except (OSError, ValueError) as found:
         reason = found.strerror if isinstance(found, OSError) and found.strerror else one_line(found)
         raise error(f"{path} cannot be read: {reason}; {remedy}") from found
@@ -242,6 +245,23 @@ def flush(paths: Iterable[Path]) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def packed(text: str) -> bytes:
+    """Return a text in UTF-8, packed by gzip: equal texts give equal bytes."""
+    return gzip.compress(text.encode("utf-8"), mtime=0)
+
+
+def _unpacked(data: bytes) -> bytes:
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    try:
+        whole = unpacking.decompress(data, MOST_JSON_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"it is not packed by gzip ({one_line(error, 80)})") from error
+    if not unpacking.eof:
+        more = unpacking.unconsumed_tail
+        raise ValueError(f"it unpacks to more than {MOST_JSON_BYTES} bytes" if more else "the gzip file is cut off")
+    return whole
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from fedproxy.files import (
     MOST_JSON_BYTES,
     file_sha256,
     open_regular,
+    packed,
     parse_json,
     private_folder,
     read_json,
     read_whole,
+    write_bytes,
     write_text,
 )
 
@@ -123,3 +125,17 @@ def test_a_file_that_is_too_large_to_hold_is_not_read(tmp_path):
         read_whole(path)
     with pytest.raises(CheckpointError, match=r"large.json cannot be read: it has 268435457 bytes.*; use overwrite"):
         read_json(path, list)
+
+
+def test_packed_json_is_read_and_bounded(tmp_path, monkeypatch):
+    path = write_bytes(tmp_path / "a.json.gz", packed('{"a": [1, 2]}'))
+    assert read_json(path, dict) == {"a": [1, 2]}
+    for content, reason in (
+        (path.read_bytes()[:-9], "the gzip file is cut off"),
+        (b'{"a": 1}', "it is not packed by gzip"),
+        (packed("[" + "1," * 10**6 + "1]"), "it unpacks to more than 100000 bytes"),
+    ):
+        path.write_bytes(content)
+        monkeypatch.setattr("fedproxy.files.MOST_JSON_BYTES", 100_000)
+        with pytest.raises(CheckpointError, match=rf"a.json.gz cannot be read: {reason}.*; use overwrite=true"):
+            read_json(path, dict)

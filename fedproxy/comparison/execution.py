@@ -80,7 +80,7 @@ def make_cell(study: Study, method: Method, seed: int, *, changes: Sequence[str]
         config = expanded(load_config(words))
     except ConfigError as error:
         raise ConfigError(f"{method.label}: {error}") from None
-    return Cell(method, seed, config, study.output_dir / "records" / f"{method.label}{part}" / f"seed_{seed}.json")
+    return Cell(method, seed, config, study.output_dir / "records" / f"{method.label}{part}" / f"seed_{seed}.json.gz")
 
 
 def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcome]:

@@ -27,7 +27,7 @@ def test_it_leaves_four_files_and_a_record_per_run(finished):
     result, folder = finished
     assert result.failed == []
     assert [path.name for path in result.files] == [f"comparison.{kind}" for kind in ("md", "html", "json", "csv")]
-    assert sorted(path.parent.name for path in folder.glob("records/*/seed_7.json")) == ["fedavg", "h_ties"]
+    assert sorted(path.parent.name for path in folder.glob("records/*/seed_7.json.gz")) == ["fedavg", "h_ties"]
     content = json.loads((folder / "comparison.json").read_text())
     assert [row["label"] for row in content["analysis"]["methods"]] == ["h_ties", "fedavg"]
     assert content["questions"] == 12  # two tasks of six
@@ -59,7 +59,7 @@ def test_the_same_seeds_give_the_same_table(finished, compare_tiny, tmp_path):
     compare_tiny(tmp_path / "again", "seeds=[7]")
     assert table(tmp_path / "again") == table(finished[1])
     assert not (tmp_path / "again/work/runs/h_ties/seed_7").exists()  # models are not kept unless asked for
-    assert (tmp_path / "again/records/h_ties/seed_7.json").is_file()
+    assert (tmp_path / "again/records/h_ties/seed_7.json.gz").is_file()
 
 
 def test_records_alone_are_enough_and_another_setting_is_refused(finished, compare_tiny, tmp_path, monkeypatch):
@@ -68,7 +68,7 @@ def test_records_alone_are_enough_and_another_setting_is_refused(finished, compa
     compare_tiny(tmp_path, "seeds=[7]", "only_report=true")
     assert table(tmp_path) == table(finished[1])
     with pytest.raises(
-        ConfigError, match=r"seed_7.json was made with client.lr=0.01, and it is 0.5 now; delete the record"
+        ConfigError, match=r"seed_7.json.gz was made with client.lr=0.01, and it is 0.5 now; delete the record"
     ):
         compare_tiny(tmp_path, "seeds=[7]", "client.lr=0.5")
     with pytest.raises(CheckpointError, match="there is no finished run to compare; run the study first"):
@@ -76,7 +76,7 @@ def test_records_alone_are_enough_and_another_setting_is_refused(finished, compa
 
 
 def test_one_failure_is_told_and_the_rest_goes_on(finished, compare_tiny, tmp_path, monkeypatch):
-    made = Record.load(finished[1] / "records/fedavg/seed_7.json")
+    made = Record.load(finished[1] / "records/fedavg/seed_7.json.gz")
 
     def fail(config, *_):
         raise ClientError("client 'x' failed\nin round 1") if "h_ties" in config.output_dir else RuntimeError("boom")
@@ -148,7 +148,7 @@ def test_killed_in_the_middle_it_goes_on_without_repeating(finished, recipes, co
     with (tmp_path / "log").open("w") as log:
         threads = {**os.environ, "OMP_NUM_THREADS": "1"}  # as many as the tests have: sums in the same order
         process = subprocess.Popen(command, stderr=log, stdout=log, start_new_session=True, env=threads)
-    first, deadline = folder / "records/h_ties/seed_7.json", time.monotonic() + 400
+    first, deadline = folder / "records/h_ties/seed_7.json.gz", time.monotonic() + 400
     while not first.is_file():
         assert process.poll() is None, (tmp_path / "log").read_text()
         assert time.monotonic() < deadline, "no run was finished in time"
@@ -156,7 +156,7 @@ def test_killed_in_the_middle_it_goes_on_without_repeating(finished, recipes, co
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     stamp = first.stat().st_mtime_ns
-    assert not (folder / "records/fedavg/seed_7.json").exists()
+    assert not (folder / "records/fedavg/seed_7.json.gz").exists()
     compare_tiny(folder, "seeds=[7]")
     assert first.stat().st_mtime_ns == stamp
     assert table(folder) == table(finished[1])
@@ -186,7 +186,7 @@ def test_a_method_that_sends_less_runs_more_rounds_for_the_same_bytes(finished, 
     rounds = second.rounds["last"]
     assert second.rounds == {"fedproxy_tiny": 1, "last": rounds}
     assert rounds > 1
-    record = Record.load(tmp_path / f"out/records/last@{rounds}_rounds/seed_7.json")
+    record = Record.load(tmp_path / f"out/records/last@{rounds}_rounds/seed_7.json.gz")
     assert len(record.report.rounds) == rounds
     spent = record.report.cost.upload_bytes + record.report.cost.download_bytes
     assert spent <= second.budget_bytes < spent * (rounds + 1) / rounds
@@ -242,7 +242,7 @@ def test_a_key_that_a_record_lacks_is_another_setting_where_keys_are_free(finish
     shutil.copytree(finished[1] / "records", tmp_path / "records")
     study = read_study([recipes, *SMALL, f"output_dir={tmp_path}", "seeds=[7]", *words])
     cell = execution.cells(study)[0]
-    with pytest.raises(ConfigError, match=rf"seed_7.json was made with {was}"):
+    with pytest.raises(ConfigError, match=rf"seed_7.json.gz was made with {was}"):
         execution._recorded(cell)
 
 
@@ -263,7 +263,7 @@ def test_kept_runs_are_scored_again_on_more_questions_for_another_study(recipes,
     result = compare(read_study([recipes, *more, f"output_dir={tmp_path}/8", place, "seeds=[42]"]))
     assert result.failed == []
     assert result.comparison.questions == 16
-    record = Record.load(tmp_path / "8/records/h_ties/seed_42.json")
+    record = Record.load(tmp_path / "8/records/h_ties/seed_42.json.gz")
     assert set(record.answers) == {"target", "fused"}  # not the proxy's answers to the six questions of before
 
 
@@ -284,7 +284,7 @@ def test_an_unfinished_run_of_another_setting_is_refused_with_the_way_out(compar
 
 
 def test_a_note_that_not_all_reports_have_names_its_methods(finished):
-    record = Record.load(finished[1] / "records/h_ties/seed_7.json")
+    record = Record.load(finished[1] / "records/h_ties/seed_7.json.gz")
 
     def noted(*notes):
         return replace(record, report=replace(record.report, notes=list(notes)))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, EvaluationError, one_line
-from fedproxy.files import plain, read_json, write_text
+from fedproxy.files import packed, plain, read_json, write_bytes
 from fedproxy.metric_facts import HEADLINES
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.samples import Evaluation, kept_models, load_evaluation
@@ -64,7 +64,7 @@ class Record:
         return cls(method, report.run.seed, plain(config), RunReport.from_dict(report.to_dict()), answers, examples)
 
     def save(self, path: str | Path) -> Path:
-        """Write the record as JSON, whole or not at all."""
+        """Write the record as JSON packed by gzip, whole or not at all."""
         content = {
             "schema_version": SCHEMA_VERSION,
             "method": self.method,
@@ -72,15 +72,12 @@ class Record:
             "examples": self.examples,
             "config": self.config,
             "report": self.report.to_dict(),
+            "answers": {
+                model: {task: dataclasses.asdict(own) for task, own in tasks.items()}
+                for model, tasks in self.answers.items()
+            },
         }
-        lines = [f"{json.dumps(key)}: {_json(value)}" for key, value in content.items()]
-        models = [
-            f"{json.dumps(model)}: {{\n"
-            + ",\n".join(f"{json.dumps(task)}: {_json(own)}" for task, own in tasks.items())
-            for model, tasks in self.answers.items()
-        ]
-        lines.append('"answers": {' + "".join(f"\n{model}\n}}," for model in models).removesuffix(",") + "}")
-        return write_text(path, "{" + ",\n".join(lines) + "}\n")
+        return write_bytes(path, packed(json.dumps(plain(content), allow_nan=False)))
 
     @classmethod
     def load(cls, path: str | Path) -> "Record":
@@ -113,10 +110,6 @@ def _answers(evaluation: Evaluation) -> dict[str, Answers]:
 
 def _short(value: float) -> float:
     return int(value) if value == int(value) else round(float(value), _DIGITS)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(plain(dataclasses.asdict(value) if isinstance(value, Answers) else value), allow_nan=False)
 
 
 def require_same_questions(records: Mapping[str, Record]) -> None:
