@@ -12,8 +12,7 @@ from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.samples import Evaluation, common_metric, kept_models, load_evaluation, require_comparable
 from fedproxy.reporting.scores import Value
-from fedproxy.reporting.sign_flip import sign_flip_test
-from fedproxy.reporting.statistics import Interval, holm, mcnemar_exact, paired_bootstrap
+from fedproxy.reporting.statistics import Interval, holm, mcnemar_exact, paired_bootstrap, sign_flip_test
 from fedproxy.reporting.tables import Table
 
 NLL_DIFFERENCE = "answer NLL difference (95 %)"

@@ -155,13 +155,49 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     """
     if min(only_first, only_second) < 0:
         raise ValueError(f"counts must be at least 0, got {only_first} and {only_second}")
-    total, fewer = only_first + only_second, min(only_first, only_second)
-    ways, tail = 1, 0  # whole numbers: exact for any number of questions
-    for chosen in range(fewer + 1):
-        tail += ways
-        ways = ways * (total - chosen) // (chosen + 1)
-    p_value: float = 2 * tail / (1 << total)
-    return min(1.0, p_value)
+    from scipy.stats import binomtest
+
+    total = only_first + only_second
+    return float(binomtest(only_first, total).pvalue) if total else 1.0
+
+
+def sign_flip_test(
+    differences_by_task: Sequence[ArrayLike], rng: np.random.Generator, resamples: int = 10_000
+) -> float:
+    """Return the two-sided p-value of the mean over tasks of paired differences (Fisher's randomisation test).
+
+    For answers averaged over seeds, where McNemar's test takes only 0 and 1. Under the hypothesis that both models are
+    alike, a question's two outcomes could have been either model's, so its difference may have the other sign. Signs
+    are drawn at random, or all are tried where there are no more than ``resamples``; p is never below the test's level
+    (Phipson and Smyth 2010, arXiv 1603.05766).
+
+    Args:
+        differences_by_task: Per task, score of one model minus score of the other, one number per question.
+        rng: Source of the signs; the same seed gives the same p.
+        resamples: Number of draws.
+
+    Raises:
+        ValueError: If there is no task or a task has no question.
+    """
+    from scipy.stats import permutation_test
+
+    tasks = [np.asarray(values, dtype=np.float64) for values in differences_by_task]
+    if not tasks or not all(values.size for values in tasks):
+        raise ValueError("a randomisation test needs a question in every task, and a task")
+    shares = np.concatenate([values / values.size for values in tasks])
+    shares = shares[shares != 0]  # a difference of zero has no sign
+    if not shares.size:
+        return 1.0
+    found = permutation_test(
+        (shares,),
+        lambda drawn, axis: drawn.sum(axis=axis),
+        permutation_type="samples",
+        n_resamples=resamples,
+        batch=max(1, _CELLS_AT_ONCE // shares.size),
+        vectorized=True,
+        rng=rng,
+    )
+    return float(found.pvalue)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:

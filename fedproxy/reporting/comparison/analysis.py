@@ -18,8 +18,7 @@ from fedproxy.reporting.comparison.answers import (
 )
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.scores import value_of
-from fedproxy.reporting.sign_flip import sign_flip_test
-from fedproxy.reporting.statistics import Interval, gain_recovered, holm, paired_bootstrap
+from fedproxy.reporting.statistics import Interval, gain_recovered, holm, paired_bootstrap, sign_flip_test
 
 SEED = 0
 """Seed of bootstrap and randomisation test: the same answers give the same intervals and p-values."""
