@@ -1,15 +1,27 @@
 """What a person sees while a run goes on: stages, one line per round, a bar for slow work."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from fedproxy.errors import one_line
-from fedproxy.reporting.formatting import size
+from fedproxy.reporting.formatting import duration, size
+
+LINE_S = 30.0
+"""Seconds between lines of progress where the output is no terminal."""
 
 
 class Display:
@@ -39,15 +51,17 @@ class Display:
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator["Bar"]:
-        """Show a progress bar while a stage with ``total`` parts runs; nothing where the output is no terminal."""
+        """Show a progress bar while a stage with ``total`` parts runs, or, where that is no terminal, some lines."""
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
-            yield Bar(progress, progress.add_task(label, total=total))
+        terminal = self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not terminal) as progress:
+            yield Bar(progress, progress.add_task(label, total=total), None if terminal else self.say)
 
     @contextmanager
     def counter(self, label: str) -> Iterator[Callable[[int, int], None]]:
@@ -85,15 +99,33 @@ class _Lines(logging.Handler):
 
 
 class Bar:
-    """A running progress bar."""
+    """A running progress bar, or the lines that stand in for it.
 
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress, self._task = progress, task
+    Args:
+        progress: What shows it.
+        task: Which of its tasks it is.
+        say: Prints a line; None where the bar itself is seen.
+    """
+
+    def __init__(self, progress: Progress, task: TaskID, say: Callable[[str], None] | None = None) -> None:
+        self._progress, self._task, self._say = progress, task, say
+        self._began = self._said = time.monotonic()
 
     def step(self, label: str | None = None) -> None:
         """One part is done; the bar now shows ``label``, if there is one."""
         self._progress.update(self._task, advance=1, description=None if label is None else one_line(label, 120))
+        self._line()
 
     def set(self, done: int, total: int) -> None:
         """So many parts are done, out of so many."""
         self._progress.update(self._task, completed=done, total=total)
+        self._line()
+
+    def _line(self) -> None:
+        now, task = time.monotonic(), self._progress.tasks[self._task]
+        done, total = int(task.completed), int(task.total or 0)
+        if self._say is None or now - self._said < LINE_S or not 0 < done < total:
+            return
+        self._said = now
+        left = (now - self._began) * (total - done) / done
+        self._say(f"{task.description}: {done} of {total}, about {duration(left)} left")

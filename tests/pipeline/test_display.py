@@ -5,6 +5,7 @@ import logging
 
 from rich.console import Console
 
+from fedproxy.pipeline import display as module
 from fedproxy.pipeline.display import Display
 
 
@@ -40,3 +41,25 @@ def test_warnings_are_one_printable_line():
     assert text.startswith("worker a b cxxx")
     assert "\x1b[2J" not in text
     assert len(text) < 1010
+
+
+def test_a_log_file_gets_a_line_of_progress_every_half_minute(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    text = io.StringIO()
+    with Display(Console(file=text, width=200)).bar("clients", 40) as bar:
+        for _ in range(40):
+            now += 12.0
+            bar.step("round 1: [b]a[/b]")
+    lines = text.getvalue().splitlines()
+    assert lines[0] == "round 1: [b]a[/b]: 3 of 40, about 7 min 24 s left"
+    assert lines[-1].endswith(": 39 of 40, about 12.0 s left")
+    assert len(lines) == 13
+
+
+def test_quick_work_leaves_no_line_in_a_log_file():
+    text = io.StringIO()
+    with Display(Console(file=text, width=200)).bar("clients", 2) as bar:
+        bar.step("a")
+        bar.set(2, 2)
+    assert text.getvalue() == ""
