@@ -1,5 +1,6 @@
 """The devices that train one client, as a recipe's ``trainer`` node says."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,9 +8,19 @@ from typing import Any
 import torch
 
 from fedproxy.errors import ConfigError
+from fedproxy.machine import cores
 
 STRATEGIES = ("ddp", "fsdp")
 """How several devices can train one client."""
+
+
+def keep_to_cores() -> None:
+    """Let PyTorch use no more threads than a container's quota has cores, unless ``OMP_NUM_THREADS`` names a number.
+
+    It counts the cores of the host, and threads that have lost their core make all others wait.
+    """
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > cores():
+        torch.set_num_threads(cores())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fedproxy.errors import ConfigError, FedProxyError, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
+from fedproxy.modules.devices import keep_to_cores
 from fedproxy.pipeline.begin import begin, begin_compression
 from fedproxy.pipeline.checks import check
 from fedproxy.pipeline.context import Run
@@ -41,6 +42,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             ``failed`` and why, and all finished rounds stay.
     """
     check_interrupt()
+    keep_to_cores()
     display = display or Display()
     config = check(config, display)
     folder = RunFolder(config.output_dir)
@@ -99,6 +101,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
         FedProxyError: If something that a user or a file causes ends it, or the folder holds a run that is further.
     """
     check_interrupt()
+    keep_to_cores()
     display = display or Display()
     early = [name for name in config.evaluation.models if name in ("target", "proxy")]
     evaluation = dataclasses.replace(config.evaluation, models=early)

@@ -1,6 +1,5 @@
 """What made a run's numbers: versions, commit and hardware, gathered without importing anything heavy."""
 
-import os
 import platform
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fedproxy
+from fedproxy.machine import cores, memory_bytes, processor
 from fedproxy.reporting.run_report import Provenance
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "lm_eval", "datasets", "omegaconf")
@@ -63,29 +63,12 @@ def _git(root: Path, *arguments: str) -> str | None:
 def hardware() -> dict[str, Any]:
     """Return ``cpu``, ``cores``, ``memory_bytes``, ``platform`` and, where torch is loaded already, ``gpus``."""
     found: dict[str, Any] = {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory_bytes(),
+        "cpu": processor(),
+        "cores": cores(),
+        "memory_bytes": memory_bytes(),
         "platform": platform.platform(),
     }
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         found["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return found
-
-
-def _cpu() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return None

@@ -1,6 +1,5 @@
 """Clients side by side in processes of their own, one for each device or several on the CPU."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from fedproxy.federation.client.base import Client, RemoteClient
 from fedproxy.federation.engines.base import Engine
 from fedproxy.federation.engines.pool import Limits, WorkerPool
+from fedproxy.machine import cores
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,4 @@ class Workers(Engine, name="workers"):
         """Return how many clients are served at once at most."""
         if self.workers != "auto":
             return int(self.workers)
-        return len(remote.devices) or max(1, _cores() // (self.threads * remote.ranks))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return len(remote.devices) or max(1, cores() // (self.threads * remote.ranks))
