@@ -54,7 +54,7 @@ def translated(words):
 
 def test_readme_names_the_commands_that_exist():
     modules = {words[words.index("-m") + 1] for words in commands()}
-    names = ("fit", "compress", "recipes", "evaluate", "report", "compare")
+    names = ("doctor", "fit", "compress", "recipes", "evaluate", "report", "compare")
     assert modules == {f"fedproxy.{name}" for name in names}
     makefile = (Path(__file__).parent.parent / "Makefile").read_text()
     for target in re.findall(r"^make ([a-z-]+)", "\n".join(blocks("bash")), flags=re.MULTILINE):
