@@ -186,7 +186,7 @@ def sign_flip_test(
         raise ValueError("a randomisation test needs a question in every task, and a task")
     shares = np.concatenate([values / values.size for values in tasks])
     shares = shares[shares != 0]  # a difference of zero has no sign
-    if not shares.size:
+    if shares.size < 2:  # either sign of a single one is as far from zero
         return 1.0
     found = permutation_test(
         (shares,),

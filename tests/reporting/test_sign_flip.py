@@ -36,6 +36,8 @@ def test_tasks_weigh_the_same_whatever_their_size():
 
 def test_no_difference_is_p_1_and_the_same_seed_the_same_p():
     assert sign_flip_test([np.zeros(5)], np.random.default_rng(0)) == 1.0
+    assert sign_flip_test([np.zeros(5), np.ones(1)], np.random.default_rng(0)) == 1.0
+    assert sign_flip_test([np.array([0.5, 0.25])], np.random.default_rng(0)) == 0.5
     changes = [np.random.default_rng(4).normal(0.1, 1, 30)]
     p, again = (sign_flip_test(changes, np.random.default_rng(5)) for _ in range(2))
     assert p == again
