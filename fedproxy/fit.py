@@ -1,5 +1,6 @@
 """`python -m fedproxy.fit`: run a recipe from compression to report."""
 
+import sys
 from collections.abc import Sequence
 
 from fedproxy.command import run_command
@@ -21,15 +22,24 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
-    from fedproxy.config import load_config
+    from fedproxy.pipeline.finished import finished, note_finished
 
-    config = load_config(arguments)
-    from fedproxy.pipeline.run import run
+    done = finished(arguments)
+    if done is not None:
+        print("this run is finished; nothing left to do", file=sys.stderr)
+        folder, report = done
+    else:
+        from fedproxy.config import load_config
+
+        config = load_config(arguments)
+        from fedproxy.pipeline.run import run
+
+        folder, report = config.output_dir, run(config)
+        note_finished(arguments, config)
     from fedproxy.reporting.summary import summary
 
-    report = run(config)
     print(summary(report))
-    print(f"report: {config.output_dir}/report.md (and report.html, report.json)")
+    print(f"report: {folder}/report.md (and report.html, report.json)")
 
 
 if __name__ == "__main__":

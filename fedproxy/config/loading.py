@@ -1,6 +1,8 @@
 """How a RunConfig is read: defaults < recipe < command line, typed once here and plain values below."""
 
 import dataclasses
+import hashlib
+import json
 import sys
 import typing
 from collections.abc import Mapping, Sequence
@@ -27,6 +29,8 @@ _COMMAND_LINE_ALONE = {
     "accept_changed": "lets one start go on with changed inputs",
 }
 """Keys that no recipe file may set, and what they do."""
+_ONE_START = ("resume", *_COMMAND_LINE_ALONE)
+"""Keys that say how to start, and nothing of the run."""
 
 
 def load_config(arguments: Sequence[str]) -> "RunConfig":
@@ -58,6 +62,23 @@ def check_arguments(arguments: Sequence[str]) -> None:
     """
     files, plugins = _read(arguments)
     _check_early(files, arguments, plugins)
+
+
+def read_early(arguments: Sequence[str]) -> tuple[Any, str] | None:
+    """Return a configuration whose parts that need a library are not checked, and the SHA-256 of what was given.
+
+    None where a plugin is named, or a rule needs a library.
+
+    Raises:
+        ConfigError: As :func:`load_config`, as far as no library is needed to tell.
+    """
+    files, plugins = _read(arguments)
+    early = _check_early(files, arguments, plugins)
+    if early is None:
+        return None
+    given = {key: value for key, value in parse_arguments(arguments).items() if key not in _ONE_START}
+    content = json.dumps([*files, given], sort_keys=True, default=str)
+    return early, hashlib.sha256(content.encode()).hexdigest()
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -152,16 +173,18 @@ def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
     return layers
 
 
-def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> None:
-    """Find mistakes before torch and others are imported; plugins may know what the package does not."""
+def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> Any:
+    """Find mistakes before torch and others are imported; None where a plugin or a library knows more."""
     if plugins:
-        return
+        return None
     try:
-        check_trainer_options(_configure(configuration_class(), files, arguments).trainer)
+        early = _configure(configuration_class(), files, arguments)
+        check_trainer_options(early.trainer)
     except FedProxyError:
         raise
     except Exception:
-        return  # a rule that needs a library: the class itself tells
+        return None  # a rule that needs a library: the class itself tells
+    return early
 
 
 def _configure(schema: type[Any], files: Sequence[Mapping[str, Any]], arguments: Sequence[str]) -> Any:

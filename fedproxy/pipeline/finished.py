@@ -1,0 +1,66 @@
+"""A finished run that the same command asks for again is recognised before anything heavy is imported."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import fedproxy
+from fedproxy.config.loading import read_early
+from fedproxy.errors import FedProxyError
+from fedproxy.files import file_sha256, read_json, write_json
+
+if TYPE_CHECKING:
+    from fedproxy.config import RunConfig
+    from fedproxy.reporting.run_report import RunReport
+
+
+def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
+    """Return folder and report of the run that these very arguments finished.
+
+    None in all other cases, also where it takes more to tell: whoever asks then does the run, which looks closer.
+
+    Args:
+        arguments: Words of the command line.
+
+    Raises:
+        ConfigError: For what can be refused at once.
+    """
+    early = read_early(arguments)
+    if early is None:
+        return None
+    config, sha256 = early
+    if config.resume != "auto" or config.overwrite or config.accept_changed:
+        return None
+    folder = Path(config.output_dir)
+    try:
+        noted, report = read_json(_note(folder), dict), folder / "report.json"
+        if noted != _content(sha256, report) or not (folder / "config.yaml").is_file():
+            return None
+        from fedproxy.reporting.run_report import RunReport
+
+        return config.output_dir, RunReport.load(report)
+    except (OSError, FedProxyError):
+        return None
+
+
+def note_finished(arguments: Sequence[str], config: "RunConfig") -> None:
+    """Note that these arguments finished a run, unless its questions lie in files, which may change.
+
+    Args:
+        arguments: Words of the command line.
+        config: What they say.
+    """
+    from fedproxy.pipeline.asked import asked_sha256
+
+    early = read_early(arguments)
+    if early is not None and not asked_sha256(config):
+        folder = Path(config.output_dir)
+        write_json(_note(folder), _content(early[1], folder / "report.json"))
+
+
+def _note(folder: Path) -> Path:
+    return folder / "server" / "finished.json"
+
+
+def _content(settings_sha256: str, report: Path) -> dict[str, str]:
+    return {"fedproxy": fedproxy.__version__, "settings_sha256": settings_sha256, "report_sha256": file_sha256(report)}

@@ -1,0 +1,83 @@
+"""A finished run is recognised before anything heavy is imported, and only if nothing that counts has changed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedproxy import fit
+from fedproxy.pipeline.finished import finished
+
+FAST = ("data.rows_per_task=8", "federation.rounds=1", "evaluation.limit=2", "trainer.accelerator=cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Words of a finished run, without resume, and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    words = ["recipe=fedproxy_tiny", *FAST, f"output_dir={folder}"]
+    fit.main(words)
+    return words, folder
+
+
+def test_nothing_heavy_is_imported(run):
+    words, folder = run
+    program = (
+        "import sys; from fedproxy.fit import main; main(sys.argv[1:]);"
+        "print([name for name in ('torch', 'transformers', 'lightning', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *words, "resume=auto"], capture_output=True, text=True)
+    assert done.stderr == "this run is finished; nothing left to do\n"
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("mean acc_norm over 4 tasks")
+    assert lines[-2:] == [f"report: {folder}/report.md (and report.html, report.json)", "[]"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("overwrite=true",),
+        ("resume=auto", "federation.rounds=2"),
+        ("resume=auto", "accept_changed=[target]"),
+    ],
+)
+def test_another_command_looks_closer(run, more):
+    words, _ = run
+    assert finished([*words, "resume=auto"]) is not None
+    assert finished([*words, *more]) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("report.json", lambda text: text.replace("completed", "complete")),
+        ("server/finished.json", lambda text: json.dumps({**json.loads(text), "fedproxy": "0.0.1"})),
+        ("server/finished.json", lambda text: text[:-9]),
+        ("config.yaml", lambda text: None),
+    ],
+)
+def test_a_changed_folder_looks_closer(run, name, change):
+    words, folder = run
+    path = Path(folder, name)
+    before = path.read_text()
+    after = change(before)
+    path.unlink()
+    try:
+        if after is not None:
+            path.write_text(after)
+        assert finished([*words, "resume=auto"]) is None
+    finally:
+        path.write_text(before)
+    assert finished([*words, "resume=auto"]) is not None
+
+
+def test_questions_in_files_are_looked_at_each_time(run, tmp_path):
+    words, _ = run
+    rows = [json.dumps({"prompt": f"Say {number}:", "target": number}) for number in ("one", "two", "three")]
+    (tmp_path / "own.jsonl").write_text("\n".join(rows) + "\n")
+    asked = [*words[:-1], f"evaluation.files.own={tmp_path}/own.jsonl", f"output_dir={tmp_path}/run", "resume=auto"]
+    fit.main(asked)
+    assert finished(asked) is None
