@@ -4,7 +4,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo demo-sites extras test check test-slow test-sites clean
+.PHONY: help demo demo-sites extras test check test-slow test-sites test-example clean
+.DEFAULT_GOAL := help
+
+help:  ## This list
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
 # The CPU build of PyTorch is enough for the demo and the tests; install your own torch into $(VENV) first to use another.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -43,5 +47,9 @@ test-slow: $(VENV)/.installed  ## The rest: slow, browser and gpu tests, each sk
 test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine, and our rules beside Flower's
 	$(BIN)/python -m pytest -m flower
 
-clean:
+test-example: $(VENV)/.installed  ## A plugin in a package of its own, installed and run
+	$(BIN)/python -m pip install --quiet --no-deps --editable examples/fedproxy-huber
+	$(BIN)/python -m pytest --rootdir examples/fedproxy-huber -c examples/fedproxy-huber/pyproject.toml examples/fedproxy-huber/tests
+
+clean:  ## Remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info
