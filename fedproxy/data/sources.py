@@ -21,7 +21,7 @@ from fedproxy.data.loading import load_from_hub
 from fedproxy.data.readers import SUFFIXES, kind_of, read_file
 from fedproxy.data.records import Columns, Record, shown, text_of, value_of
 from fedproxy.data.rows import Row
-from fedproxy.data.tables import hub_records, is_saved, saved_records
+from fedproxy.data.tables import hub_records, is_saved, saved_records, saved_split
 from fedproxy.errors import DataError, nearest
 from fedproxy.seeding import generator
 
@@ -106,6 +106,31 @@ def owners_in(path: str, column: str, *, split: str = "train") -> set[str]:
     return {str(_word_or_number(record, column)) for record in _records(path, split, (column,))}
 
 
+def files_of(path: str, *, split: str = "train") -> set[Path]:
+    """Return the real files and folders of save_to_disk that a source is read from, whatever way it is named.
+
+    Of a hub id, which has none here, the id itself.
+
+    Raises:
+        DataError: As for :func:`read_source`.
+        AssetError: As for :func:`read_source`.
+    """
+    local = resolve(path)
+    found = [local] if local is not None else _matching(path) if glob.has_magic(path) else []
+    return {_read_place(place, split).resolve() for place in found} or {Path(path)}
+
+
+def _read_place(local: Path, split: str) -> Path:
+    if not local.is_dir():
+        return local
+    return saved_split(local, split) if is_saved(local) else _split_file(local, split)
+
+
+def ending(rows: Sequence[Row], end_token: str = "auto") -> list[Row]:
+    """Return the rows of a file with what ``data.end_token`` says of their ends; ``auto`` is its default."""
+    return [replace(row, ends=end_token == "always" or (end_token == "auto" and not row.messages)) for row in rows]
+
+
 def read_texts(path: str, rows: int, seed: int) -> list[str]:
     """Read plain texts for calibration or distillation: ``rows`` of them, drawn by seed without replacement.
 
@@ -147,12 +172,10 @@ def _records(path: str, split: str, columns: Sequence[str], optional: Sequence[s
 
 
 def _local_records(local: Path, split: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
-    if not local.is_dir():
-        yield from read_file(local, columns, optional)
-    elif is_saved(local):
+    if local.is_dir() and is_saved(local):
         yield from saved_records(local, split, columns, optional)
     else:
-        yield from read_file(_split_file(local, split), columns, optional)
+        yield from read_file(_read_place(local, split), columns, optional)
 
 
 def _matching(pattern: str) -> list[Path]:

@@ -53,6 +53,8 @@ class Facts:
     data_sha256: str | None = None
     lengths: dict[str, int | None] = field(default_factory=dict)
     """What became of the rows when they were tokenised."""
+    examples: dict[str, int] = field(default_factory=dict)
+    """Examples that each client trains on in an epoch; none where rows lie at real sites."""
     data_notes: list[str] = field(default_factory=list)
     """How the rows were read, in sentences."""
     template: str | None = None
@@ -144,26 +146,22 @@ class Run:
         assert self.report is not None
         return self.report
 
-    @cached_property
-    def _facts_file(self) -> Path:
-        return self.folder.server / "facts.json"
-
     @property
     def facts(self) -> Facts:
         """What is known; read when first asked for, which is after an older run was deleted."""
         if self._facts is None:
-            self._facts = Facts.load(self._facts_file) or self._first_facts()
+            self._facts = Facts.load(self.folder.facts) or self._first_facts()
         return self._facts
 
     def _first_facts(self) -> Facts:
         if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
-            raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
+            raise CheckpointError(f"{self.folder.facts} is missing, and with it what the run began with; {RESTART}")
         return Facts(started=datetime.now(UTC).isoformat(timespec="seconds"))
 
     def note(self, **facts: Any) -> None:
         """Keep facts, on disk, so that a continued run knows them too."""
         self._facts = replace(self.facts, **facts)
-        self._facts.save(self._facts_file)
+        self._facts.save(self.folder.facts)
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""

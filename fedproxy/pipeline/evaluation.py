@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import fetch
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
+from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.own_data import scores_of_rows
 from fedproxy.evaluation.results import EvaluationResult, merged, merged_details
@@ -31,6 +31,7 @@ from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.pipeline.reuse import SharedWork, evaluation_key, questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
+from fedproxy.pipeline.unseen import check_unseen_tasks
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
 from fedproxy.reporting.scores import MODELS
@@ -131,10 +132,9 @@ def check_questions(config: RunConfig, display: Display) -> None:
     members = asking(config, asked)
     if not config.evaluation.models or not members:
         return
+    check_unseen_tasks(config)
     _check_sources(asked, members)
     for member in members.values():
-        for asset in member.assets(asked):
-            fetch(asset)
         member.check(asked)
     tokenizer, shape = target_tokenizer(config), target_config(config)
     for member in members.values():
@@ -171,10 +171,10 @@ def check_comparable(config: RunConfig) -> None:
         raise ConfigError(
             "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
         )
-    common: set[str] | None = None
+    common = None if config.data.holdout is None else {OwnData.headline}
     for name, member in members.items():
         for source in member.sources(asked):
-            found = headlines(source) if name == "lm_eval" else {member.headline}
+            found = headlines(source) if name == "lm_eval" else {member.headline} & set(HEADLINES)
             if not (found if common is None else found & common):
                 raise ConfigError(
                     f"evaluation: {source!r} has no metric by which methods could be compared, as sources before it do "

@@ -151,6 +151,30 @@ def test_methods_are_compared_by_what_all_sources_have(wards):
     check_comparable(load_config(["recipe=fedproxy_tiny", *wards, "evaluation.tasks=[tiny_sums]"]))
 
 
+def test_sources_without_a_common_metric_are_refused_before_the_first_run(wards):
+    tiny = ["recipe=fedproxy_tiny", *(word for word in wards if not word.startswith("evaluation.files"))]
+    said = r"evaluation: 'squad' has no metric by which methods could be compared, as sources before it do \(answer_nll"
+    with pytest.raises(ConfigError, match=said):
+        check_comparable(load_config([*tiny, "data.holdout=2", "evaluation.tasks=[squad]"]))
+    check_comparable(load_config([*tiny, "evaluation.tasks=[squad]"]))
+
+
+def test_an_evaluator_without_a_headline_that_reports_know_is_not_compared():
+    @dataclass(frozen=True)
+    class Shades(Evaluator, name="shades"):
+        headline: ClassVar[str] = "shade"
+
+        def sources(self, asked):
+            return ["rose"]
+
+        def score(self, model, tokenizer, asked, *, progress=None):
+            raise AssertionError
+
+    words = ["recipe=fedproxy_tiny", "evaluation.tasks=[]", "evaluation.evaluators.shades={}"]
+    with pytest.raises(ConfigError, match=r"evaluation: 'rose' has no metric by which methods could be compared"):
+        check_comparable(load_config(words))
+
+
 def test_an_evaluator_of_ones_own_takes_part(run_tiny, wards):
     declare(Metric("length", higher_is_better=False, share=False))
 
