@@ -254,7 +254,7 @@ def count_examples(clients: Mapping[str, Sequence[Row]], config: RunConfig) -> C
             counts[client] = counts.get(client, 0) + sum(copies[example.key] for example in examples)
         if not counts[client]:
             raise DataError(
-                f"data.long_rows=drop: all {len(rows)} rows of client {client!r} are too long; raise "
+                f"data.long_rows={data.long_rows}: all {len(rows)} rows of client {client!r} are too long; raise "
                 "data.max_input_tokens and data.max_target_tokens, or use data.long_rows=cut"
             )
     ending = any(row.ends for own in clients.values() for row in own)
@@ -281,9 +281,9 @@ def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[st
             f"data.max_target_tokens={config.max_target_tokens}{room})."
         )
     if found.get("split"):
-        notes.append(f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows=split).")
+        notes.append(f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows={config.long_rows}).")
     if found.get("dropped"):
-        notes.append(f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows=drop).")
+        notes.append(f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows={config.long_rows}).")
     if found.get("endless"):
         notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
     if found.get("unstopped"):
