@@ -9,6 +9,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -103,7 +104,20 @@ def owners_in(path: str, column: str, *, split: str = "train") -> set[str]:
         DataError: As for :func:`read_source`.
         AssetError: As for :func:`read_source`.
     """
-    return {str(_word_or_number(record, column)) for record in _records(path, split, (column,))}
+    return set(_owners(path, column, split, _stamp(path, split)))
+
+
+@lru_cache(maxsize=256)
+def _owners(path: str, column: str, split: str, stamp: tuple[object, ...]) -> frozenset[str]:
+    """Read the clients; ``stamp`` makes a changed file a new entry, as they are asked for many times in a run."""
+    return frozenset(str(_word_or_number(record, column)) for record in _records(path, split, (column,)))
+
+
+def _stamp(path: str, split: str) -> tuple[object, ...]:
+    """Return the files of a source with their sizes and times of writing; nothing of a hub id."""
+    places = sorted(place for place in files_of(path, split=split) if place.exists())
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def files_of(path: str, *, split: str = "train") -> set[Path]:
@@ -115,9 +129,17 @@ def files_of(path: str, *, split: str = "train") -> set[Path]:
         DataError: As for :func:`read_source`.
         AssetError: As for :func:`read_source`.
     """
+    return {_read_place(place, split).resolve() for place in _places(path)} or {Path(path)}
+
+
+def _places(path: str) -> list[Path]:
+    """Return the local files and folders that a path names; none of a hub id."""
+    if not path.strip():
+        raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
     local = resolve(path)
-    found = [local] if local is not None else _matching(path) if glob.has_magic(path) else []
-    return {_read_place(place, split).resolve() for place in found} or {Path(path)}
+    if local is not None:
+        return [local]
+    return _matching(path) if glob.has_magic(path) else []
 
 
 def _read_place(local: Path, split: str) -> Path:
@@ -159,15 +181,10 @@ def count_texts(path: str) -> int:
 
 def _records(path: str, split: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield every record of a path with its place in words; ``columns`` and ``optional`` are those looked at."""
-    if not path.strip():
-        raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
-    local = resolve(path)
-    if local is not None:
-        yield from _local_records(local, split, columns, optional)
-    elif glob.has_magic(path):
-        for found in _matching(path):
-            yield from _local_records(found, split, columns, optional)
-    else:
+    places = _places(path)
+    for place in places:
+        yield from _local_records(place, split, columns, optional)
+    if not places:
         yield from _hub_records(path, split, columns, optional)
 
 

@@ -7,7 +7,7 @@ from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, s
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import is_slow
-from fedproxy.pipeline.checks import check_named_clients, check_public
+from fedproxy.pipeline.checks import check_named_clients, check_participation, check_public
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes, template_of
 from fedproxy.pipeline.inputs import check_inputs, same_rows
@@ -84,6 +84,7 @@ def _deal(run: Run) -> tuple[Dealt, dict[str, Any] | None]:
         Every client's rows, and where a run goes on what is to be noted of its inputs.
     """
     dealt = deal(run.config.data, seed=run.config.seed)
+    check_participation(run.config, len(dealt.clients))  # a column may name more, of whom no row was drawn
     check_named_clients(run.config, dealt.clients)
     if run.folder.begins:
         return dealt, None

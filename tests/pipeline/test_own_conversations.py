@@ -168,6 +168,16 @@ def test_a_column_names_the_clients(run_tiny, tmp_path):
         run_tiny(*words[:-1], "data.partition={name: by_column, column: ward}")
 
 
+def test_clients_of_whom_no_row_was_drawn_are_not_waited_for(run_tiny, tmp_path):
+    rows = [{**chat(f"Cow {k}?", "farm"), "site": f"site{k}"} for k in range(6)]
+    words = ("data.tasks=[]", "data.format.name=chat", f"data.files.all={write(tmp_path / 'all.jsonl', rows)}",
+             "data.partition={name: by_column, column: site}", "data.rows_per_task=3")  # fmt: skip
+    for key in ("clients_per_round", "min_clients"):
+        with pytest.raises(ConfigError, match=rf"federation.{key} must be at most the 3 clients there are, got 5"):
+            run_tiny(*words, f"federation.{key}=5", folder=tmp_path / "out")
+    assert not (tmp_path / "out/proxy").exists()
+
+
 @pytest.mark.parametrize("long_rows", ["cut", "split", "drop"])
 def test_long_rows_are_counted_and_updates_have_as_many_examples(run_tiny, tmp_path, long_rows):
     rows = [chat(f"Where does cow {k} live?", *["farm field wood"] * (1 + k % 2 * 6)) for k in range(12)]
