@@ -21,7 +21,8 @@ CHATML = """\
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}
 {%- generation %}{{ message.content }}
-{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ eos_token or '<|im_end|>' }}{% endgeneration %}
+{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}
+{{- eos_token or '<|im_end|>' }}{% endgeneration %}
 {{- '\\n' }}
 {%- else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}

@@ -57,8 +57,7 @@ def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:
     return {name: member for name, member in config.evaluation.members.items() if member.sources(asked)}
 
 
-def asked_sha256(config: RunConfig) -> dict[str, Any]:
+def asked_sha256(config: RunConfig, asked: Asked) -> dict[str, Any]:
     """Return, by evaluator, what tells its questions from others; none where only names of the recipe say so."""
-    asked = asked_of(config)
     found = {name: member.fingerprint(asked) for name, member in asking(config, asked).items()}
     return {name: value for name, value in found.items() if value}

@@ -14,9 +14,11 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
+from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
+from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.loggers import RunLoggers
@@ -183,6 +185,11 @@ class Run:
             CheckpointError: Naming the first file that differs.
         """
         check_tree(self.folder.root, self.facts.files, *names)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What the recipe asks of every model, clients' own held-out rows aside; files are read once in a run."""
+        return asked_of(self.config)
 
     @cached_property
     def layer_map(self) -> LayerMap:

@@ -281,9 +281,13 @@ def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[st
             f"data.max_target_tokens={config.max_target_tokens}{room})."
         )
     if found.get("split"):
-        notes.append(f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows={config.long_rows}).")
+        notes.append(
+            f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows={config.long_rows})."
+        )
     if found.get("dropped"):
-        notes.append(f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows={config.long_rows}).")
+        notes.append(
+            f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows={config.long_rows})."
+        )
     if found.get("endless"):
         notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
     if found.get("unstopped"):

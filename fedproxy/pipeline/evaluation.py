@@ -80,7 +80,7 @@ class _Asked:
     """What every model is asked: its client's own held-out rows where clients are never merged, else all clients'."""
 
     def __init__(self, run: Run, *, separate: bool) -> None:
-        self._plain = asked_of(run.config)
+        self._plain = run.asked
         clients = list(run.clients) if run.config.data.holdout is not None else []
         self._own = {client: run.clients.held_out(client) for client in clients}
         self._all = with_rows(self._plain, held_out_rows(self._own))

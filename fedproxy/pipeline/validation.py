@@ -75,7 +75,7 @@ def round_validation(
         return None
     fused = _fused(run, model)
     evaluator = None if settings.evaluator is None else run.config.evaluation.members[settings.evaluator]
-    asked = None if evaluator is None else asked_of(run.config)
+    asked = None if evaluator is None else run.asked
 
     def score(state: Mapping[str, Tensor]) -> Scores:
         model.load_state(state)
