@@ -184,7 +184,7 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
     from fedproxy.data.assets import fetch, resolve
-    from fedproxy.data.sources import ending, read_source
+    from fedproxy.data.sources import ending, read_rows
     from fedproxy.evaluation.chat import ChatFormat
     from fedproxy.evaluation.evaluators.own_data import OwnData
     from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
@@ -193,7 +193,7 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     from fedproxy.evaluation.task_loading import expand
     from fedproxy.models import check_model, load_model, load_tokenizer
 
-    rows = {name: ending(read_source(name, file, split="test").rows) for name, file in options.files.items()}
+    rows = {name: ending(read_rows(name, file, split="test")) for name, file in options.files.items()}
     own = OwnData(max_new_tokens=options.max_new_tokens)
     for asset in missing_assets(options.tasks):
         fetch(asset)

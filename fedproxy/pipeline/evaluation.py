@@ -31,7 +31,6 @@ from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.pipeline.reuse import SharedWork, evaluation_key, questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
-from fedproxy.pipeline.unseen import check_unseen_tasks
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
 from fedproxy.reporting.scores import MODELS
@@ -132,7 +131,6 @@ def check_questions(config: RunConfig, display: Display) -> None:
     members = asking(config, asked)
     if not config.evaluation.models or not members:
         return
-    check_unseen_tasks(config)
     _check_sources(asked, members)
     for member in members.values():
         member.check(asked)

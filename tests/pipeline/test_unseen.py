@@ -10,6 +10,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.evaluation.offline_tasks import offline_tasks
 from fedproxy.pipeline import unseen
 from fedproxy.pipeline.data import evaluation_rows
+from fedproxy.pipeline.evaluation import check_comparable
 from fedproxy.pipeline.unseen import check_unseen_tasks
 
 
@@ -72,6 +73,8 @@ def test_a_task_that_asks_the_rows_of_a_trained_set_is_refused(cache, trained, t
     said = rf"evaluation.tasks: '{task}' asks what clients train on, as data.files.sums has rows of the same set; leave"
     with pytest.raises(ConfigError, match=said):
         check_unseen_tasks(config(*words))
+    with pytest.raises(ConfigError, match=said):
+        check_comparable(config(*words))  # before the first run of a comparison
     check_unseen_tasks(config(*words, "evaluation.models=[]"))  # nothing is scored
 
 
