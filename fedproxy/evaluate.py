@@ -111,7 +111,23 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         raise ConfigError("fewshot_as_multiturn needs apply_chat_template=true; add it")
     if typed.max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens must be at least 0, got {typed.max_new_tokens}")
+    _check_names(typed.files, typed.tasks)
     return typed
+
+
+def _check_names(files: Mapping[str, str], tasks: Sequence[str]) -> None:
+    """Refuse a file whose scores would have the name of a task's, or of the mean.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    from fedproxy.errors import ConfigError
+    from fedproxy.names import folded
+
+    taken = {folded("mean"): "the mean over sources", **{folded(task): "a task" for task in tasks}}
+    for name in files:
+        if folded(name) in taken:
+            raise ConfigError(f"files.{name} is also the name of {taken[folded(name)]}; name the file otherwise")
 
 
 def _as_list(argument: str) -> str:
@@ -168,7 +184,7 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
     from fedproxy.data.assets import fetch, resolve
-    from fedproxy.data.sources import read_rows
+    from fedproxy.data.sources import ending, read_rows
     from fedproxy.evaluation.chat import ChatFormat
     from fedproxy.evaluation.evaluators.own_data import OwnData
     from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
@@ -177,11 +193,12 @@ def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     from fedproxy.evaluation.task_loading import expand
     from fedproxy.models import check_model, load_model, load_tokenizer
 
-    rows = {name: read_rows(name, file, split="test") for name, file in options.files.items()}
+    rows = {name: ending(read_rows(name, file, split="test")) for name, file in options.files.items()}
     own = OwnData(max_new_tokens=options.max_new_tokens)
     for asset in missing_assets(options.tasks):
         fetch(asset)
     tasks = expand(options.tasks, options.include_path)
+    _check_names(options.files, tasks)
     chat = ChatFormat(options.apply_chat_template, options.fewshot_as_multiturn, options.system_instruction)
     asked: dict[str, Any] = {name: getattr(options, name) for name in ("limit", "num_fewshot", "seed", "split")}
     if tasks:

@@ -14,6 +14,7 @@ from fedproxy.config import RunConfig, load_config, to_dict
 from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.files import plain, write_text
 from fedproxy.locks import locked
+from fedproxy.pipeline.context import Facts
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable, expanded
 from fedproxy.pipeline.folder import RunFolder
@@ -196,9 +197,11 @@ def _failed(cell: Cell, error: str, display: Display) -> Outcome:
 
 
 def examples_seen(folder: RunFolder, config: RunConfig, report: RunReport) -> int | None:
-    """Return how many rows training saw: those of every round's clients, as often as a round passes them."""
-    owners = folder.owners()
-    if owners is None:
+    """Return how many examples training saw: those of every round's clients, as often as a round passes them.
+
+    None where nobody counted them.
+    """
+    facts = Facts.load(folder.facts)
+    if facts is None or not facts.examples:
         return None
-    rows = {name: len(keys) for name, keys in owners.items()}
-    return sum(config.client.rows_seen(rows[name]) for line in report.rounds for name in line.clients)
+    return sum(config.client.rows_seen(facts.examples[name]) for line in report.rounds for name in line.clients)

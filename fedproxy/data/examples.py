@@ -1,6 +1,5 @@
 """Examples as they are trained on: token ids with the ranges that loss is taken on, no longer than there is room."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +25,8 @@ class Example:
     """Whether the prompt lost tokens on its left."""
     target_cut: bool = field(default=False, compare=False)
     """Whether the target lost tokens on its right."""
+    part: bool = field(default=False, compare=False)
+    """Whether it is a window of a longer row."""
 
     @property
     def target_length(self) -> int:
@@ -73,7 +74,8 @@ def fitted(row: Row, ids: list[int], spans: Spans, lengths: Lengths, before: Seq
     if lengths.long_rows == "drop":
         return []
     if lengths.long_rows == "split" and whole:
-        return [Example(tuple(part), tuple(own), row.key) for part, own in _windows(ids, spans, lengths.whole, lead)]
+        windows = _windows(ids, spans, lengths.whole, lead)
+        return [Example(tuple(part), tuple(own), row.key, part=True) for part, own in windows]
     answer_end = first + min(len(ids) - first, most_target)
     kept = lead if lead < min(most_input, first) else 0
     gone = max(0, first - most_input)
@@ -103,10 +105,15 @@ def _shifted(spans: Sequence[tuple[int, int]], start: int, end: int, by: int) ->
 
 
 def _windows(ids: list[int], spans: Spans, size: int, lead: int) -> list[tuple[list[int], Spans]]:
-    """Return a row in windows that each begin with its leading special tokens; those without targets are left out."""
-    room = max(1, size - lead)
+    """Return a row in windows that each begin with its leading special tokens, or the last token of the one before.
+
+    So every target stands in one window, behind another token. Windows without targets are left out.
+    """
+    lead = lead if lead < size else 0
+    overlap = 0 if lead else 1
+    room = size - lead
     found = []
-    for start in range(lead, len(ids), room):
+    for start in range(lead, len(ids) - overlap, room - overlap):
         end = min(start + room, len(ids))
         own = _shifted(spans, start, end, start - lead)
         if own:
@@ -125,11 +132,10 @@ def cut_counts(rows: Sequence[Row], examples: Sequence[Example]) -> dict[str, in
         How many were ``cut``, how many of them in their ``prompts``, and in their ``targets``, ``split`` and
         ``dropped``.
     """
-    parts = Counter(example.key for example in examples)
     return {
         "cut": sum(example.prompt_cut or example.target_cut for example in examples),
         "prompts": sum(example.prompt_cut for example in examples),
         "targets": sum(example.target_cut for example in examples),
-        "split": sum(count > 1 for count in parts.values()),
-        "dropped": len(rows) - len(parts),
+        "split": len({example.key for example in examples if example.part}),
+        "dropped": len(rows) - len({example.key for example in examples}),
     }

@@ -9,6 +9,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from fedproxy.data.loading import load_from_hub
 from fedproxy.data.readers import SUFFIXES, kind_of, read_file
 from fedproxy.data.records import Columns, Record, shown, text_of, value_of
 from fedproxy.data.rows import Row
-from fedproxy.data.tables import hub_records, is_saved, saved_records
+from fedproxy.data.tables import hub_records, is_saved, saved_records, saved_split
 from fedproxy.errors import DataError, nearest
 from fedproxy.seeding import generator
 
@@ -103,7 +104,53 @@ def owners_in(path: str, column: str, *, split: str = "train") -> set[str]:
         DataError: As for :func:`read_source`.
         AssetError: As for :func:`read_source`.
     """
-    return {str(_word_or_number(record, column)) for record in _records(path, split, (column,))}
+    return set(_owners(path, column, split, _stamp(path, split)))
+
+
+@lru_cache(maxsize=256)
+def _owners(path: str, column: str, split: str, stamp: tuple[object, ...]) -> frozenset[str]:
+    """Read the clients; ``stamp`` makes a changed file a new entry, as they are asked for many times in a run."""
+    return frozenset(str(_word_or_number(record, column)) for record in _records(path, split, (column,)))
+
+
+def _stamp(path: str, split: str) -> tuple[object, ...]:
+    """Return the files of a source with their sizes and times of writing; nothing of a hub id."""
+    places = sorted(place for place in files_of(path, split=split) if place.exists())
+    files = [file for place in places for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
+    return tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+
+
+def files_of(path: str, *, split: str = "train") -> set[Path]:
+    """Return the real files and folders of save_to_disk that a source is read from, whatever way it is named.
+
+    Of a hub id, which has none here, the id itself.
+
+    Raises:
+        DataError: As for :func:`read_source`.
+        AssetError: As for :func:`read_source`.
+    """
+    return {_read_place(place, split).resolve() for place in _places(path)} or {Path(path)}
+
+
+def _places(path: str) -> list[Path]:
+    """Return the local files and folders that a path names; none of a hub id."""
+    if not path.strip():
+        raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
+    local = resolve(path)
+    if local is not None:
+        return [local]
+    return _matching(path) if glob.has_magic(path) else []
+
+
+def _read_place(local: Path, split: str) -> Path:
+    if not local.is_dir():
+        return local
+    return saved_split(local, split) if is_saved(local) else _split_file(local, split)
+
+
+def ending(rows: Sequence[Row], end_token: str = "auto") -> list[Row]:
+    """Return the rows of a file with what ``data.end_token`` says of their ends; ``auto`` is its default."""
+    return [replace(row, ends=end_token == "always" or (end_token == "auto" and not row.messages)) for row in rows]
 
 
 def read_texts(path: str, rows: int, seed: int) -> list[str]:
@@ -134,25 +181,18 @@ def count_texts(path: str) -> int:
 
 def _records(path: str, split: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield every record of a path with its place in words; ``columns`` and ``optional`` are those looked at."""
-    if not path.strip():
-        raise DataError("a path of data is empty; give a file or folder, asset:NAME or a hub id")
-    local = resolve(path)
-    if local is not None:
-        yield from _local_records(local, split, columns, optional)
-    elif glob.has_magic(path):
-        for found in _matching(path):
-            yield from _local_records(found, split, columns, optional)
-    else:
+    places = _places(path)
+    for place in places:
+        yield from _local_records(place, split, columns, optional)
+    if not places:
         yield from _hub_records(path, split, columns, optional)
 
 
 def _local_records(local: Path, split: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Record]:
-    if not local.is_dir():
-        yield from read_file(local, columns, optional)
-    elif is_saved(local):
+    if local.is_dir() and is_saved(local):
         yield from saved_records(local, split, columns, optional)
     else:
-        yield from read_file(_split_file(local, split), columns, optional)
+        yield from read_file(_read_place(local, split), columns, optional)
 
 
 def _matching(pattern: str) -> list[Path]:

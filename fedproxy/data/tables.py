@@ -56,15 +56,24 @@ def saved_records(folder: Path, split: str, columns: Sequence[str], optional: Se
     Raises:
         DataError: If it is not whole, has no such split, lacks a column, or a column holds anything else.
     """
-    whole = folder
+    whole = saved_split(folder, split)
+    with _reading(folder, "a whole save_to_disk folder", _SAVE_AGAIN):
+        yield from _records(str(folder), _saved_batches(whole, str(folder), columns, optional))
+
+
+def saved_split(folder: Path, split: str) -> Path:
+    """Return where a split lies of what ``save_to_disk`` wrote: in the folder itself where there is but one.
+
+    Raises:
+        DataError: If there is no such split.
+    """
     if (folder / "dataset_dict.json").exists():
         splits = read_json(folder / "dataset_dict.json", dict, error=DataError, remedy=_SAVE_AGAIN).get("splits")
         names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
         if split not in names:
             raise DataError(f"{folder} holds no split {split!r}{nearest(split, names)}")
-        whole = folder / split
-    with _reading(folder, "a whole save_to_disk folder", _SAVE_AGAIN):
-        yield from _records(str(folder), _saved_batches(whole, str(folder), columns, optional))
+        return folder / split
+    return folder
 
 
 def _saved_batches(folder: Path, place: str, columns: Sequence[str], optional: Sequence[str]) -> Iterator[Any]:

@@ -21,12 +21,17 @@ CHATML = """\
 {{- '<|im_start|>' + message.role + '\\n' }}
 {%- if message.role == 'assistant' %}
 {%- generation %}{{ message.content }}
-{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}{{ '<|im_end|>' }}{% endgeneration %}
+{%- if message.tool_calls %}{{ message.tool_calls | tojson }}{% endif %}
+{{- eos_token or '<|im_end|>' }}{% endgeneration %}
 {{- '\\n' }}
 {%- else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-"""Every turn between <|im_start|> and <|im_end|>, its role on the first line."""
+"""Every turn between <|im_start|> and <|im_end|>, its role on the first line.
+
+Choice: an answer ends with the tokenizer's own end token, at which generation stops; in chatml's tokenizers it is
+<|im_end|>.
+"""
 
 PLAIN = """\
 {%- if tools %}{{ 'Tools: ' + tools | tojson + '\\n' }}{% endif %}

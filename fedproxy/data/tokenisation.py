@@ -60,9 +60,16 @@ def tokenise(
         raise DataError(f"the model has {max_tokens} positions, and a prompt and its answer need 2; use another model")
     lengths = Lengths(max_input_tokens, max_target_tokens, max_tokens, long_rows)
     before = leading_tokens(tokenizer)
-    pairs = [row for row in rows if not row.messages and not row.is_text]
-    answered = iter(_pair_tokens(pairs, tokenizer, before))
-    examples: list[Example] = []
+    front = before or [tokenizer.bos_token_id]
+    whole = zip(rows, _whole_tokens(rows, tokenizer, before), strict=True)
+    return [example for row, (ids, spans) in whole for example in fitted(row, ids, spans, lengths, front)]
+
+
+def _whole_tokens(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, before: Sequence[int]
+) -> Iterator[tuple[list[int], Spans]]:
+    """Yield all tokens of each row, and the ranges of its targets, with an end where the row has one."""
+    answered = _pair_tokens([row for row in rows if not row.messages and not row.is_text], tokenizer, before)
     for row in rows:
         if row.messages:
             ids, spans = conversation_tokens(row, tokenizer)
@@ -73,8 +80,7 @@ def tokenise(
         if row.ends and not _has_end(row, ids[spans[-1][0] : spans[-1][1]], tokenizer):
             end = spans[-1][1]
             ids, spans = [*ids[:end], int(tokenizer.eos_token_id)], [*spans[:-1], (spans[-1][0], end + 1)]
-        examples += fitted(row, ids, spans, lengths, before or [tokenizer.bos_token_id])
-    return examples
+        yield ids, spans
 
 
 def _pair_tokens(

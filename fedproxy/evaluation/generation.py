@@ -23,7 +23,7 @@ def generate(
     """Continue every prompt by the likeliest tokens, until an end token or its limit.
 
     Prompts of similar length are padded on their left into one batch. Whether a model reads such padding as nothing is
-    tried on the most padded prompt; one that does not gets its prompts one by one.
+    tried on the shortest prompt beside a longer one; a model that does not gets its prompts one by one.
 
     Args:
         model: A causal language model on its device; its own settings for generation are not used.

@@ -66,6 +66,19 @@ def own_sha256(name: str) -> str:
     return "".join(file_sha256(path) for path in _resolved(name)[1])
 
 
+def own_scored_files(name: str) -> list[Path]:
+    """Return the local files of the split that a task file scores, or all of them where splits are not named.
+
+    Raises:
+        EvaluationError: As for :func:`load_own`.
+    """
+    config, _ = _resolved(name)
+    found = (config.get("dataset_kwargs") or {}).get("data_files") or []
+    if isinstance(found, dict):
+        found = found.get(config.get("test_split") or config.get("validation_split"), [])
+    return [Path(file) for file in ([found] if isinstance(found, str) else found)]
+
+
 @functools.lru_cache(maxsize=32)
 def _load(name: str, text: str, stamp: tuple[object, ...], split: Split | None) -> LoadedTask:
     """Load a resolved file; ``stamp`` makes changed data a new entry."""

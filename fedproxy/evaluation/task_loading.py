@@ -13,7 +13,7 @@ from fedproxy.errors import EvaluationError, first_line, one_line
 from fedproxy.evaluation.hub_tasks import load_from_hub, members
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import OfflineTask, Split, offline_tasks
-from fedproxy.evaluation.own_tasks import is_task_file, load_own
+from fedproxy.evaluation.own_tasks import is_task_file, load_own, own_scored_files
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_folders import named_files
 
@@ -44,6 +44,19 @@ def expand(names: Iterable[str], include_path: str | None = None) -> list[str]:
 
 def _single(name: str) -> list[str]:
     return [name] if name in offline_tasks() or is_task_file(name) else members(name)
+
+
+def scored_files(name: str) -> list[Path]:
+    """Return the local files of the questions that a task asks; none where it has its data from the hub.
+
+    Raises:
+        EvaluationError: If it is a file that cannot be used.
+    """
+    if is_task_file(name):
+        return own_scored_files(name)
+    task = offline_tasks().get(name)
+    file = None if task is None else task.file(task.scored_split(None))
+    return [] if file is None else [file]
 
 
 def load_one(name: str, split: Split | None, needs: Iterable[str]) -> LoadedTask:

@@ -11,6 +11,7 @@ from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.data import evaluation_rows
+from fedproxy.pipeline.unseen import check_unseen_tasks
 
 HELD_OUT = "held_out/"
 """What names of sources begin with whose rows clients hold out (``data.holdout``)."""
@@ -21,8 +22,10 @@ def asked_of(config: RunConfig) -> Asked:
 
     Raises:
         DataError: If held-out rows cannot be read.
-        ConfigError: If they are also trained on.
+        ConfigError: If they, or a task's questions, are also trained on.
+        EvaluationError: If a task file cannot be used.
     """
+    check_unseen_tasks(config)
     own = config.evaluation
     return Asked(
         tasks=tuple(config.evaluation_tasks),
@@ -57,8 +60,7 @@ def asking(config: RunConfig, asked: Asked) -> dict[str, Evaluator]:
     return {name: member for name, member in config.evaluation.members.items() if member.sources(asked)}
 
 
-def asked_sha256(config: RunConfig) -> dict[str, Any]:
+def asked_sha256(config: RunConfig, asked: Asked) -> dict[str, Any]:
     """Return, by evaluator, what tells its questions from others; none where only names of the recipe say so."""
-    asked = asked_of(config)
     found = {name: member.fingerprint(asked) for name, member in asking(config, asked).items()}
     return {name: value for name, value in found.items() if value}

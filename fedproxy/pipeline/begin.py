@@ -7,7 +7,7 @@ from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, s
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import is_slow
-from fedproxy.pipeline.checks import check_named_clients, check_public
+from fedproxy.pipeline.checks import check_named_clients, check_participation, check_public
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import Dealt, count_examples, deal, length_notes, template_of
 from fedproxy.pipeline.inputs import check_inputs, same_rows
@@ -84,8 +84,8 @@ def _deal(run: Run) -> tuple[Dealt, dict[str, Any] | None]:
         Every client's rows, and where a run goes on what is to be noted of its inputs.
     """
     dealt = deal(run.config.data, seed=run.config.seed)
+    check_participation(run.config, len(dealt.clients))  # a column may name more, of whom no row was drawn
     check_named_clients(run.config, dealt.clients)
-    check_budget(run.config, {name: len(rows) for name, rows in dealt.clients.items()})
     if run.folder.begins:
         return dealt, None
     inputs = check_inputs(run, dealt.clients)
@@ -100,13 +100,14 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
     An older run is deleted here, after all that could speak against the new one was looked at.
     """
     clients, counted = dealt.clients, count_examples(dealt.clients, run.config)
+    check_budget(run.config, counted.examples)
     if run.folder.replaces:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
         check_public(run.config, _owned(clients))
     run.folder.claim(run.config)
     save_partition(clients, run.folder.partition)
     _note_inputs(run, clients, inputs)
-    run.note(lengths=counted.lengths, data_notes=dealt.notes, template=counted.template)
+    run.note(lengths=counted.lengths, examples=counted.examples, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, run.config.data)]:
         run.display.say(note)
     figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())

@@ -81,6 +81,19 @@ def _fetch_assets(config: RunConfig) -> None:
     resolve(config.compression.calibration.path)
 
 
+def check_participation(config: RunConfig, clients: int) -> None:
+    """Refuse rounds that ask for more clients than there are.
+
+    Raises:
+        ConfigError: Naming the key.
+    """
+    drawn, least = config.federation.clients_per_round, config.federation.min_clients
+    if least is not None and least > clients:
+        raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")
+    if drawn != "all" and int(drawn) > clients:
+        raise ConfigError(f"federation.clients_per_round must be at most the {clients} clients there are, got {drawn}")
+
+
 def check_components(config: RunConfig, *, here: bool = True) -> None:
     """Refuse a recipe whose components do not go together, before anything is loaded.
 
@@ -92,11 +105,8 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
         ConfigError: One line that names key, rule and way out.
     """
     clients = config.data.partition.count(config.data.tasks, config.data.files)
+    check_participation(config, clients)
     drawn, least = config.federation.clients_per_round, config.federation.min_clients
-    if least is not None and least > clients:
-        raise ConfigError(f"federation.min_clients must be at most the {clients} clients there are, got {least}")
-    if drawn != "all" and int(drawn) > clients:
-        raise ConfigError(f"federation.clients_per_round must be at most the {clients} clients there are, got {drawn}")
     check_capabilities(
         config.aggregator,
         config.regularizer,

@@ -14,9 +14,11 @@ from fedproxy.config import RunConfig, to_dict
 from fedproxy.data.assets import resolve
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import CheckpointError
+from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
+from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.loggers import RunLoggers
@@ -53,6 +55,8 @@ class Facts:
     data_sha256: str | None = None
     lengths: dict[str, int | None] = field(default_factory=dict)
     """What became of the rows when they were tokenised."""
+    examples: dict[str, int] = field(default_factory=dict)
+    """Examples that each client trains on in an epoch; none where rows lie at real sites."""
     data_notes: list[str] = field(default_factory=list)
     """How the rows were read, in sentences."""
     template: str | None = None
@@ -144,26 +148,22 @@ class Run:
         assert self.report is not None
         return self.report
 
-    @cached_property
-    def _facts_file(self) -> Path:
-        return self.folder.server / "facts.json"
-
     @property
     def facts(self) -> Facts:
         """What is known; read when first asked for, which is after an older run was deleted."""
         if self._facts is None:
-            self._facts = Facts.load(self._facts_file) or self._first_facts()
+            self._facts = Facts.load(self.folder.facts) or self._first_facts()
         return self._facts
 
     def _first_facts(self) -> Facts:
         if self.folder.layer_map.exists() or CheckpointFolder(self.folder.checkpoints).rounds():
-            raise CheckpointError(f"{self._facts_file} is missing, and with it what the run began with; {RESTART}")
+            raise CheckpointError(f"{self.folder.facts} is missing, and with it what the run began with; {RESTART}")
         return Facts(started=datetime.now(UTC).isoformat(timespec="seconds"))
 
     def note(self, **facts: Any) -> None:
         """Keep facts, on disk, so that a continued run knows them too."""
         self._facts = replace(self.facts, **facts)
-        self._facts.save(self._facts_file)
+        self._facts.save(self.folder.facts)
 
     def note_seconds(self, stage: str, seconds: float) -> None:
         """Keep a finished stage's wall time."""
@@ -185,6 +185,11 @@ class Run:
             CheckpointError: Naming the first file that differs.
         """
         check_tree(self.folder.root, self.facts.files, *names)
+
+    @cached_property
+    def asked(self) -> Asked:
+        """What the recipe asks of every model, clients' own held-out rows aside; files are read once in a run."""
+        return asked_of(self.config)
 
     @cached_property
     def layer_map(self) -> LayerMap:

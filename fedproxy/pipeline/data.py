@@ -15,7 +15,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.data.formats import DataFormat
 from fedproxy.data.records import Columns
 from fedproxy.data.rows import Row
-from fedproxy.data.sources import Source, count_texts, read_source, read_texts
+from fedproxy.data.sources import Source, count_texts, ending, read_source, read_texts
 from fedproxy.data.templates import chat_template
 from fedproxy.data.tokenisation import cut_counts, encoding, tokenise
 from fedproxy.errors import ConfigError, DataError, one_line
@@ -25,6 +25,7 @@ from fedproxy.models.anonymity import named_in
 from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.positions import positions
 from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, target_config
+from fedproxy.pipeline.unseen import check_unseen_file, files_trained_on
 from fedproxy.seeding import derive_seed, generator
 from fedproxy.strategies.compression import CalibrationConfig
 
@@ -91,26 +92,21 @@ def evaluation_rows(config: RunConfig) -> dict[str, list[Row]]:
         DataError: If a file or a row cannot be used.
         ConfigError: If a file is trained on.
     """
-    trained = {str(resolve(path) or path): name for name, path in config.data.files.items()}
+    trained = files_trained_on(config.data) if config.evaluation.files else {}
+    columns = Columns(config.data.prompt_column, config.data.target_column)  # no label and no owner is needed
     found = {}
     for name, path in config.evaluation.files.items():
-        other = trained.get(str(resolve(path) or path))
-        if other is not None:
-            raise ConfigError(
-                f"evaluation.files.{name} is data.files.{other}, which clients train on; give rows that nobody does"
-            )
-        plain = replace(config.data, label_column=None)
-        found[name] = _read(plain, name, path).rows
+        check_unseen_file(name, path, trained)
+        found[name] = _read(config.data, name, path, columns).rows
     return found
 
 
-def _read(config: DataConfig, name: str, path: str) -> Source:
-    columns = Columns(config.prompt_column, config.target_column, config.label_column, config.partition.owner_column)
+def _read(config: DataConfig, name: str, path: str, columns: Columns | None = None) -> Source:
+    own = Columns(config.prompt_column, config.target_column, config.label_column, config.partition.owner_column)
     named = config.formats.get(name, config.format.name)
     form = config.format if named == config.format.name else DataFormat.by_name(named)()
-    source = read_source(name, path, columns=columns, form=form)
-    ends = [config.end_token == "always" or (config.end_token == "auto" and not row.messages) for row in source.rows]
-    return replace(source, rows=[replace(row, ends=end) for row, end in zip(source.rows, ends, strict=True)])
+    source = read_source(name, path, columns=columns or own, form=form)
+    return replace(source, rows=ending(source.rows, config.end_token))
 
 
 def _ending(rows: list[Row], ends: bool) -> list[Row]:
@@ -131,6 +127,11 @@ def _held_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], 
         count = round(share * len(own)) if share < 1 else int(share)
         ranked = sorted(own, key=lambda row: derive_seed(seed, "holdout", row.key))
         chosen.update(row.key for row in ranked[:count])
+    if not chosen:
+        raise DataError(
+            f"data.holdout={share}: that share of the largest of {len(groups)} groups of rows, "
+            f"{max(map(len, groups.values()))} rows, is less than half a row; hold out more, or give more rows"
+        )
     trained = {_asked(row) for row in rows if row.key not in chosen}
     fresh = [row for row in rows if row.key not in chosen or _asked(row) not in trained]
     kept = [replace(row, held_out=True) if row.key in chosen else row for row in fresh]
@@ -253,7 +254,7 @@ def count_examples(clients: Mapping[str, Sequence[Row]], config: RunConfig) -> C
             counts[client] = counts.get(client, 0) + sum(copies[example.key] for example in examples)
         if not counts[client]:
             raise DataError(
-                f"data.long_rows=drop: all {len(rows)} rows of client {client!r} are too long; raise "
+                f"data.long_rows={data.long_rows}: all {len(rows)} rows of client {client!r} are too long; raise "
                 "data.max_input_tokens and data.max_target_tokens, or use data.long_rows=cut"
             )
     ending = any(row.ends for own in clients.values() for row in own)
@@ -280,9 +281,13 @@ def length_notes(found: Mapping[str, int | None], config: DataConfig) -> list[st
             f"data.max_target_tokens={config.max_target_tokens}{room})."
         )
     if found.get("split"):
-        notes.append(f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows=split).")
+        notes.append(
+            f"{found['split']} of {found['rows']} rows are split into windows (data.long_rows={config.long_rows})."
+        )
     if found.get("dropped"):
-        notes.append(f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows=drop).")
+        notes.append(
+            f"{found['dropped']} of {found['rows']} rows are left out: too long (data.long_rows={config.long_rows})."
+        )
     if found.get("endless"):
         notes.append("The tokenizer has no end-of-sequence token: targets of data.files are trained without an end.")
     if found.get("unstopped"):

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.config import RunConfig, to_dict
-from fedproxy.data.assets import fetch
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
+from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.own_data import scores_of_rows
 from fedproxy.evaluation.results import EvaluationResult, merged, merged_details
@@ -79,7 +79,7 @@ class _Asked:
     """What every model is asked: its client's own held-out rows where clients are never merged, else all clients'."""
 
     def __init__(self, run: Run, *, separate: bool) -> None:
-        self._plain = asked_of(run.config)
+        self._plain = run.asked
         clients = list(run.clients) if run.config.data.holdout is not None else []
         self._own = {client: run.clients.held_out(client) for client in clients}
         self._all = with_rows(self._plain, held_out_rows(self._own))
@@ -133,8 +133,6 @@ def check_questions(config: RunConfig, display: Display) -> None:
         return
     _check_sources(asked, members)
     for member in members.values():
-        for asset in member.assets(asked):
-            fetch(asset)
         member.check(asked)
     tokenizer, shape = target_tokenizer(config), target_config(config)
     for member in members.values():
@@ -171,10 +169,10 @@ def check_comparable(config: RunConfig) -> None:
         raise ConfigError(
             "evaluation.tasks and evaluation.files name nothing, and methods are compared by scores; name at least one"
         )
-    common: set[str] | None = None
+    common = None if config.data.holdout is None else {OwnData.headline}
     for name, member in members.items():
         for source in member.sources(asked):
-            found = headlines(source) if name == "lm_eval" else {member.headline}
+            found = headlines(source) if name == "lm_eval" else {member.headline} & set(HEADLINES)
             if not (found if common is None else found & common):
                 raise ConfigError(
                     f"evaluation: {source!r} has no metric by which methods could be compared, as sources before it do "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.config import RunConfig, to_dict, to_yaml
-from fedproxy.data.partition.owners import read_owners
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.files import parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
@@ -35,6 +34,7 @@ class RunFolder:
         self.exchange = self.root / "exchange"
         self.checkpoints = self.root / "checkpoints"
         self.server = self.root / "server"
+        self.facts = self.server / "facts.json"
         self.layer_map = self.server / "layer_map.json"
         self.undistilled = self.server / "proxy_undistilled"
         self.proxy = self.root / "proxy"
@@ -160,16 +160,6 @@ class RunFolder:
         if (self.fused / "config.json").is_file():
             return [self.fused]
         return sorted(path.parent for path in self.fused.glob("*/config.json"))
-
-    def owners(self) -> dict[str, list[str]] | None:
-        """Return which rows each client owns, by key, or None where nobody was dealt any.
-
-        Raises:
-            DataError: If partition.json cannot be used.
-        """
-        if not self.partition.exists():
-            return None
-        return read_owners(self.partition, str(self.partition), "delete it, and resume=auto writes it again")
 
     def rounds(self) -> list[dict[str, Any]]:
         """Return the lines of rounds.jsonl; half a line at its end, which a full disk leaves, is none.

@@ -160,7 +160,7 @@ def check_budget(config: RunConfig, rows: Mapping[str, int]) -> None:
 
     Args:
         config: The recipe.
-        rows: Each client's number of rows.
+        rows: The number of examples that each client trains on in an epoch, of which its samples are drawn.
 
     Raises:
         ConfigError: Naming what the plan would spend.

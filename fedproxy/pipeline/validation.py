@@ -34,9 +34,10 @@ def held_out(config: RunConfig, clients: Mapping[str, Sequence[Row]]) -> list[Qu
         return []
     if settings.evaluator is not None:
         if not config.evaluation.members[settings.evaluator].sources(asked_of(config)):
+            lacking = "tasks or files in evaluation" if config.evaluation.models else "models in evaluation.models"
             raise ConfigError(
-                f"federation.validation.evaluator: {settings.evaluator} has nothing to ask; name tasks or files in "
-                "evaluation, or leave the key null"
+                f"federation.validation.evaluator: {settings.evaluator} has nothing to ask; name {lacking}, or leave "
+                "the key null"
             )
         return []
     owned = [row for own in clients.values() for row in own]
@@ -74,7 +75,7 @@ def round_validation(
         return None
     fused = _fused(run, model)
     evaluator = None if settings.evaluator is None else run.config.evaluation.members[settings.evaluator]
-    asked = None if evaluator is None else asked_of(run.config)
+    asked = None if evaluator is None else run.asked
 
     def score(state: Mapping[str, Tensor]) -> Scores:
         model.load_state(state)

@@ -7,7 +7,7 @@ from fedproxy.errors import EvaluationError
 from fedproxy.files import write_json, write_text
 from fedproxy.reporting.html import to_html
 from fedproxy.reporting.markdown import to_markdown
-from fedproxy.reporting.pairing import PairedDifference, against_target, on_sources
+from fedproxy.reporting.pairing import PairedDifference, against_target, evaluations_of, on_sources
 from fedproxy.reporting.run_report import PAGES, RunReport
 
 
@@ -34,8 +34,9 @@ def write_pages(report: RunReport, folder: str | Path) -> list[Path]:
     paired: list[PairedDifference] = []
     by_source: list[PairedDifference] = []
     try:
-        by_source = on_sources(folder)
-        paired = against_target(folder)
+        evaluations = evaluations_of(folder)
+        by_source = on_sources(evaluations)
+        paired = against_target(evaluations)
     except EvaluationError as error:
         report = replace(report, notes=(*report.notes, f"Paired differences are left out: {error}"))
     made = (to_markdown(report, folder, paired, by_source), to_html(report, folder, paired, by_source))

@@ -91,35 +91,42 @@ def _discordant(first: Evaluation, second: Evaluation, metric: str) -> tuple[int
     return (worse, better) if facts(metric).higher_is_better else (better, worse)
 
 
-def against_target(run: str | Path) -> list[PairedDifference]:
+def evaluations_of(run: str | Path) -> dict[str, Evaluation]:
+    """Return the samples of every model of a run that were kept.
+
+    Raises:
+        EvaluationError: If a file is broken.
+    """
+    return {model: load_evaluation(run, model) for model in kept_models(run)}
+
+
+def against_target(evaluations: Mapping[str, Evaluation]) -> list[PairedDifference]:
     """Return each model's difference to the target of the same run; empty where samples were not kept.
 
     Raises:
-        EvaluationError: If samples are broken or do not fit together.
+        EvaluationError: If samples do not fit together.
     """
-    models = kept_models(run)
-    if "target" not in models or len(models) < 2:
+    if "target" not in evaluations or len(evaluations) < 2:
         return []
-    evaluations = {model: load_evaluation(run, model) for model in models}
-    target = evaluations.pop("target")
-    for evaluation in evaluations.values():
+    target = evaluations["target"]
+    others = {model: evaluation for model, evaluation in evaluations.items() if model != "target"}
+    for evaluation in others.values():
         require_comparable(target, evaluation)
-    metric = common_metric([target, *evaluations.values()])
-    return paired_differences({model: (target, evaluation) for model, evaluation in evaluations.items()}, metric)
+    metric = common_metric(list(evaluations.values()))
+    return paired_differences({model: (target, evaluation) for model, evaluation in others.items()}, metric)
 
 
-def on_sources(run: str | Path) -> list[PairedDifference]:
+def on_sources(evaluations: Mapping[str, Evaluation]) -> list[PairedDifference]:
     """Return the fused model's difference in answer NLL to the target on every source without choices.
 
     Empty where samples were not kept, or there is no such source.
 
     Raises:
-        EvaluationError: If samples are broken or do not fit together.
+        EvaluationError: If samples do not fit together.
     """
-    models = kept_models(run)
-    if not {"target", "fused"} <= set(models):
+    if not {"target", "fused"} <= evaluations.keys():
         return []
-    target, fused = load_evaluation(run, "target"), load_evaluation(run, "fused")
+    target, fused = evaluations["target"], evaluations["fused"]
     pairs = {
         source: (_only(target, source), _only(fused, source))
         for source, questions in target.questions.items()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from fedproxy.data.formats import DataFormat
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import read_rows
 from fedproxy.data.templates import chat_template, unmarked
-from fedproxy.data.tokenisation import tokenise
+from fedproxy.data.tokenisation import cut_counts, tokenise
 from fedproxy.errors import DataError
 from tests.data.chat_templates import BEGINS, CHATML, TEMPLATES, make_tokenizer
 
@@ -304,23 +305,34 @@ def test_a_long_conversation_keeps_its_beginning_token_and_its_last_answer():
 
 
 @pytest.mark.parametrize("family", ["headers", "chatml"])
-def test_long_texts_and_conversations_are_split_into_windows_that_lose_at_most_each_first_target(family):
+def test_long_texts_and_conversations_are_split_into_windows_that_lose_no_target(family):
     tokenizer = make_tokenizer(family)
     said = Row("", "q" * 50, "s", "s/train/0", loss="all")
     [whole] = tokenise([said], tokenizer, **LIMITS)
     windows = tokenise([said], tokenizer, max_input_tokens=5, max_target_tokens=5, long_rows="split")
     lead = int(family == "headers")
-    assert [len(window.input_ids) for window in windows] == ([10] * 5 + [6] if lead else [10] * 5)
-    assert sum(window.target_length for window in windows) == (50 if lead else 45)
-    assert sum(window.target_length for window in windows) >= whole.target_length - len(windows)
-    kept = [id_ for window in windows for id_ in window.input_ids[lead:]]
+    # Behind a leading token there is room for 9 of 50; else a window begins with the last token of the one before.
+    assert [len(window.input_ids) for window in windows] == [10] * 5 + [6 if lead else 5]
+    assert sum(window.target_length for window in windows) == whole.target_length == (50 if lead else 49)
+    kept = [id_ for number, window in enumerate(windows) for id_ in window.input_ids[int(lead or number > 0) :]]
     assert tuple(kept) == whole.input_ids[lead:]
+    assert cut_counts([said], windows) == {"cut": 0, "prompts": 0, "targets": 0, "split": 1, "dropped": 0}
     talk = conversation("q" * 30, "r" * 4, "s" * 30, "u" * 4)
     [whole] = tokenise([talk], tokenizer, **LIMITS)
     windows = tokenise([talk], tokenizer, max_input_tokens=5, max_target_tokens=5, long_rows="split")
     assert all(window.target_length and len(window.input_ids) <= 10 for window in windows)
     targets = [id_ for window in windows for id_ in labels_of(window) if id_ != -100]
-    assert 0 <= whole.target_length - len(targets) <= len(windows)
+    assert targets == [id_ for id_ in labels_of(whole) if id_ != -100]
+
+
+def test_an_answer_of_one_token_is_trained_on_wherever_windows_begin():
+    tokenizer = make_tokenizer("chatml")
+    for length in range(20):
+        row = replace(conversation("q" * (30 + length), "r"), loss="target")
+        [whole] = tokenise([row], tokenizer, **LIMITS)
+        windows = tokenise([row], tokenizer, max_input_tokens=5, max_target_tokens=5, long_rows="split")
+        assert sum(window.target_length for window in windows) == whole.target_length
+        assert cut_counts([row], windows) == {"cut": 0, "prompts": 0, "targets": 0, "split": 1, "dropped": 0}
 
 
 def test_long_rows_are_dropped_and_short_ones_are_not():

@@ -67,6 +67,8 @@ def test_tool_calls_and_tools_are_kept_as_they_are(tmp_path):
         assert row.tools == (tool,)
         assert row.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
         assert row.messages[2] == turns[2]
+    (row,) = read(write(tmp_path / "e.jsonl", {"messages": turns[:2]}), "chat")
+    assert json.loads(row.target) == [call]
 
 
 def test_alpaca_rows_and_renamed_columns(tmp_path):

@@ -1,12 +1,14 @@
 """Rows and texts from every kind of source; every broken input is one line that names file and row."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
 
+from fedproxy.data import sources
 from fedproxy.data.rows import Row
-from fedproxy.data.sources import Columns, read_rows, read_texts
+from fedproxy.data.sources import Columns, files_of, owners_in, read_rows, read_texts
 from fedproxy.errors import AssetError, DataError
 
 RECORDS = [{"prompt": f"Q{i}", "target": f"A{i}", "label": i % 2} for i in range(5)]
@@ -198,3 +200,30 @@ def test_texts_of_an_asset(tmp_path, monkeypatch):
     texts = read_texts("asset:tiny-calibration", 64, 42)
     assert len(set(texts)) == 64
     assert all(text.endswith(".") for text in texts)
+
+
+def test_owners_are_read_once_while_a_file_stays(tmp_path, monkeypatch):
+    read, path = [], tmp_path / "wards.jsonl"
+    path.write_text('{"ward": "north"}\n{"ward": 3}\n')
+    records = sources._records
+    monkeypatch.setattr(sources, "_records", lambda *args: read.append(args) or records(*args))
+    assert owners_in(str(path), "ward") == owners_in(str(path), "ward") == {"north", "3"}
+    assert len(read) == 1
+    path.write_text('{"ward": "south"}\n')
+    assert owners_in(str(path), "ward") == {"south"}
+
+
+@pytest.mark.parametrize("name", ["wards", "wards/train.jsonl", "war*/train.jsonl"])
+def test_a_source_is_the_same_files_whatever_way_it_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wards").mkdir()
+    path = tmp_path / "wards/train.jsonl"
+    path.write_text("{}\n")
+    assert files_of(name) == files_of(str(tmp_path / name)) == {path}
+
+
+def test_a_split_that_was_saved_is_its_folder_and_a_hub_id_itself(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": "a", "target": "b"}])
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "both")
+    assert files_of(str(tmp_path / "both"), split="test") == {tmp_path / "both/test"}
+    assert files_of("someone/wards") == {Path("someone/wards")}

@@ -1,11 +1,15 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from fedproxy import evaluate
+from fedproxy.data.sources import read_rows
 from fedproxy.errors import ConfigError, DataError, EvaluationError
+from fedproxy.evaluation.evaluators.own_data import OwnData
+from fedproxy.evaluation.own_data import score_rows
 from fedproxy.locks import locked
 
 from .conftest import write_rows
@@ -37,19 +41,35 @@ def test_result_files(cache, checkpoint, tmp_path, capsys):
     evaluate.main([*arguments, "overwrite=true"])
 
 
-def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, tmp_path, capsys):
+def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, model, tokenizer, tmp_path, capsys):
     write_rows(tmp_path / "ward.jsonl", [{"prompt": "The sky is", "target": "blue"}, {"prompt": "2", "target": "3"}])
     words = [f"model={checkpoint}", f"files.ward={tmp_path}/ward.jsonl", "max_new_tokens=3"]
     evaluate.main([*words, f"output_dir={tmp_path}/alone"])
     alone = json.loads((tmp_path / "alone" / "scores.json").read_text())["scores"]
     assert set(alone) == {"ward", "mean"}
     assert {"answer_nll", "exact_match", "f1"} <= alone["ward"].keys()
+    rows = [replace(row, ends=True) for row in read_rows("ward", str(tmp_path / "ward.jsonl"))]
+    by_a_run = score_rows(model, tokenizer, {"ward": rows}, OwnData(max_new_tokens=3)).scores["ward"]
+    assert alone["ward"] == pytest.approx(by_a_run)  # a run reads the rows of files with their ends
     assert "exact_match" in capsys.readouterr().out
     evaluate.main([*words, "tasks=[arc_easy]", f"output_dir={tmp_path}/both"])
     both = json.loads((tmp_path / "both" / "scores.json").read_text())["scores"]
     assert both["ward"] == alone["ward"]
     assert both["arc_easy"]["n"] == 5
     assert set(json.loads((tmp_path / "both" / "results.json").read_text())["configs"]) == {"arc_easy", "ward"}
+
+
+def test_a_file_named_like_a_task_of_a_tag_is_refused(cache, tmp_path):
+    write_rows(tmp_path / "ward.jsonl", [{"prompt": "The sky is", "target": "blue"}])
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/mine.yaml").write_text(
+        "task: mine\ntag: ours\ndataset_path: json\ndataset_kwargs: {data_files: {test: ../ward.jsonl}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{prompt}}'\ndoc_to_target: '{{target}}'\n"
+    )
+    path = str(tmp_path / "tasks/mine.yaml")
+    words = ["model=x", "tasks=[ours]", f"include_path={tmp_path}/tasks", f"output_dir={tmp_path}/none"]
+    with pytest.raises(ConfigError, match=r"is also the name of a task; name the file otherwise"):
+        evaluate.main([*words, f"files={{'{path}': {tmp_path}/ward.jsonl}}"])
 
 
 def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
@@ -78,6 +98,8 @@ def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
         (["tasks=[arc_easy]"], ConfigError, "model is missing; write, for example, model=asset:smollm2-135m"),
         (["model=x"], ConfigError, "tasks is missing; write, for example, "),
         (["model=x", "tasks=[a]", "fewshot_as_multiturn=true"], ConfigError, "needs apply_chat_template=true; add it"),
+        (["model=x", "files.mean=b"], ConfigError, "files.mean is also the name of the mean over sources; name the"),
+        (["model=x", "tasks=[boolq]", "files.BoolQ=b"], ConfigError, "files.BoolQ is also the name of a task; name"),
         (["model=x", "files.a=nowhere.jsonl"], DataError, "nowhere.jsonl does not exist"),
         (["model=x", "files.a=b", "max_new_tokens=-1"], ConfigError, "max_new_tokens must be at least 0, got -1"),
         (["model=x", "tasks=[arc_easy]", "limit=many"], ConfigError, "limit: Value 'many' of type 'str'"),

@@ -4,11 +4,14 @@ import pytest
 import torch
 
 from fedproxy.data.rows import Row
+from fedproxy.data.templates import chat_template
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ConfigError
+from fedproxy.evaluation import own_data
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.evaluators.own_data import OwnData
+from fedproxy.evaluation.generation import generate
 from fedproxy.evaluation.own_data import own_data_notes, rows_sha256, score_rows
 
 ROWS = [
@@ -62,21 +65,34 @@ def test_short_answers_are_matched_and_long_ones_compared(model, tokenizer):
     assert {"exact_match", "f1"} <= forced.scores["tale"].keys()
 
 
-def test_a_model_that_knows_the_answers_gets_them_all(tokenizer, model):
+CHAT = Row(
+    "user: The sky is", "blue", "ward", "ward/test/3",
+    messages=({"role": "user", "content": "The sky is"}, {"role": "assistant", "content": "blue"}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "template"), [(ROWS[2], "auto"), (CHAT, "chatml"), (CHAT, "none")])
+def test_a_model_that_knows_the_answers_gets_them_all(tokenizer, model, monkeypatch, row, template):
     """Trained to repeat one answer, it generates it: exact match is 1, and the end token ends it."""
-    row = [ROWS[2]]
-    (example,) = tokenise(row, tokenizer, max_input_tokens=99, max_target_tokens=99)
+    assert "<|im_end|>" not in tokenizer.get_vocab()
+    monkeypatch.setattr(tokenizer, "chat_template", chat_template(template, tokenizer))
+    (example,) = tokenise([row], tokenizer, max_input_tokens=99, max_target_tokens=99)
     ids = torch.tensor([example.input_ids])
-    labels = ids.clone()
-    labels[:, : ids.shape[1] - example.target_length] = -100
+    labels = torch.full_like(ids, -100)
+    for start, end in example.spans:
+        labels[:, start:end] = ids[:, start:end]
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(40):
         optimizer.zero_grad()
         model(ids, labels=labels).loss.backward()
         optimizer.step()
-    scores = score_rows(model, tokenizer, {"ward": row}, OwnData()).scores["ward"]
+    told = []
+    settings = OwnData(max_new_tokens=12)
+    monkeypatch.setattr(own_data, "generate", lambda *args, **kw: told.append(generate(*args, **kw)) or told[0])
+    scores = score_rows(model, tokenizer, {"ward": [row]}, settings).scores["ward"]
     assert scores["exact_match"] == scores["f1"] == 1.0
     assert scores["answer_nll"] < 0.1
+    assert len(told[0][0][0]) < 12  # it stopped by itself
 
 
 def test_stop_texts_end_an_answer(model, tokenizer, monkeypatch):

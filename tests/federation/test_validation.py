@@ -20,6 +20,7 @@ def validation(every=1, keep_best=True, score=lambda state: {"mean": {"answer_nl
     ("metric", "values", "best"),
     [
         ("answer_nll", [3.0, 2.0, 2.5], 2),  # lower is better
+        ("perplexity", [3.0, 2.0, 2.5], 2),
         ("acc", [0.3, 0.2, 0.5], 3),  # higher is better
         ("acc", [0.3, 0.5, 0.5], 2),  # of equals the earlier
         ("answer_nll", [None, 2.0, None], 2),  # rounds without validation

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from fedproxy.comparison.execution import examples_seen
 from fedproxy.config import load_config
 from fedproxy.data.assets import resolve
 from fedproxy.data.owned_texts import OwnedTexts
@@ -15,6 +16,7 @@ from fedproxy.errors import CheckpointError, ConfigError, DataError
 from fedproxy.federation.client.rows import ClientExamples
 from fedproxy.models import load_tokenizer
 from fedproxy.pipeline.data import client_rows, count_examples, deal, file_rows, target_tokenizer
+from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.validation import held_out
 
 TINY = "recipe=fedproxy_tiny"
@@ -55,6 +57,8 @@ def test_chat_and_alpaca_files_are_tuned_on_and_fused_by_one_command(run_tiny, s
     assert {f"data.files.{name} was read as {form} (data.format.name=auto)." for name, form in
             (("a", "chat"), ("b", "chat"), ("c", "instruction"))} <= set(report.notes)  # fmt: skip
     assert "7 of 32 rows are held out: nobody trains on them." in report.notes
+    config = load_config([TINY, *site])
+    assert examples_seen(RunFolder(folder), config, report) == (32 - 7) * config.client.epochs
     trained = {name: read_client_rows(folder / "rows", name) for name in "abc"}
     kept = {name: read_client_rows(folder / "rows", name, held_out=True) for name in "abc"}
     assert {name: (len(trained[name]), len(kept[name])) for name in "abc"} == {"a": (9, 3), "b": (8, 2), "c": (8, 2)}
@@ -116,6 +120,10 @@ def test_a_holdout_that_leaves_nothing_is_refused(tmp_path, site):
         DataError, match=r"data.holdout=2: none of 2 held-out rows is left, as training rows have the same"
     ):
         client_rows(data("data.tasks=[]", "data.format.name=chat", f"data.files.s={same}", "data.holdout=2"), seed=1)
+    with pytest.raises(
+        DataError, match=r"data.holdout=0.04: that share of the largest of 3 groups of rows, 12 rows, is less than half"
+    ):
+        client_rows(data(*site, "data.holdout=0.04"), seed=1)
 
 
 def test_held_out_rows_count_as_clients_text_and_lie_in_a_file_of_their_own(tmp_path, site):
@@ -158,6 +166,16 @@ def test_a_column_names_the_clients(run_tiny, tmp_path):
         run_tiny(*words, "federation.clients_per_round=4")
     with pytest.raises(DataError, match=r"all.jsonl line 1 has no column 'ward'; known: messages, site"):
         run_tiny(*words[:-1], "data.partition={name: by_column, column: ward}")
+
+
+def test_clients_of_whom_no_row_was_drawn_are_not_waited_for(run_tiny, tmp_path):
+    rows = [{**chat(f"Cow {k}?", "farm"), "site": f"site{k}"} for k in range(6)]
+    words = ("data.tasks=[]", "data.format.name=chat", f"data.files.all={write(tmp_path / 'all.jsonl', rows)}",
+             "data.partition={name: by_column, column: site}", "data.rows_per_task=3")  # fmt: skip
+    for key in ("clients_per_round", "min_clients"):
+        with pytest.raises(ConfigError, match=rf"federation.{key} must be at most the 3 clients there are, got 5"):
+            run_tiny(*words, f"federation.{key}=5", folder=tmp_path / "out")
+    assert not (tmp_path / "out/proxy").exists()
 
 
 @pytest.mark.parametrize("long_rows", ["cut", "split", "drop"])

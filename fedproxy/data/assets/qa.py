@@ -175,7 +175,8 @@ def _csqa(document: Document) -> Document:
     return {**_lettered(document, "question"), "query": document["query"]}
 
 
-def _columns(*names: str) -> Callable[[Document], Document]:
+def columns(*names: str) -> Callable[[Document], Document]:
+    """Return what keeps these columns of a document."""
     return lambda document: {name: document[name] for name in names}
 
 
@@ -216,9 +217,9 @@ _ROWS: dict[str, Callable[[Document], Document]] = {
     "arc_challenge": _arc,
     "openbookqa": _openbookqa,
     "csqa": _csqa,
-    "piqa": _columns("goal", "sol1", "sol2", "label"),
+    "piqa": columns("goal", "sol1", "sol2", "label"),
     "boolq": _boolq,
-    "socialiqa": _columns("context", "question", "answerA", "answerB", "answerC", "label", "query"),
-    "winogrande": _columns("sentence", "option1", "option2", "answer"),
+    "socialiqa": columns("context", "question", "answerA", "answerB", "answerC", "label", "query"),
+    "winogrande": columns("sentence", "option1", "option2", "answer"),
     "hellaswag": _hellaswag,
 }

@@ -1,5 +1,6 @@
 """The family of data formats: what a class says about a record, and the rows that it makes of records."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -71,6 +72,7 @@ def conversation(
         raise DataError(f"{place}: the first turn is the assistant's; put what it answers before it, or remove the row")
     kept = tuple(messages[: answers[-1] + 1])
     prompt = "\n".join(str(message["content"]) for message in kept[:-1])
-    target = str(kept[-1]["content"] or kept[-1].get("tool_calls", ""))
+    calls = kept[-1].get("tool_calls")
+    target = str(kept[-1]["content"] or (json.dumps(calls, ensure_ascii=False) if calls else ""))
     loss = "all" if whole else "target"
     return Row(prompt, target, source, key, messages=kept, tools=tuple(tools), loss=loss)  # type: ignore[arg-type]

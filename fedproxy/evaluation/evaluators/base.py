@@ -65,10 +65,6 @@ class Evaluator(Component, family="evaluator"):
     def sources(self, asked: Asked) -> list[str]:
         """Return the names that scores will have, as far as they are known; none where there is nothing to ask."""
 
-    def assets(self, asked: Asked) -> list[str]:
-        """Return the assets that are missing and will be fetched before any work."""
-        return []
-
     def check(self, asked: Asked) -> None:
         """Refuse, before any work, what cannot be asked.
 

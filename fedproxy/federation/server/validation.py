@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
+from fedproxy.metric_facts import facts
 
 Scores = Mapping[str, Mapping[str, float | None]]
 """Source, and ``mean``, to metric to value."""
-
-LOWER_IS_BETTER = ("answer_nll",)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RoundValidation:
 
 def best_round(records: Sequence[Mapping[str, Any]], metric: str) -> int | None:
     """Return the round with the best mean ``metric``, the earliest of equals; None where no round has a finite one."""
-    sign = 1 if metric in LOWER_IS_BETTER else -1
+    sign = -1 if facts(metric).higher_is_better else 1
     known = [
         (sign * value, record["round"])
         for record in records

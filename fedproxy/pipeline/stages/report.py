@@ -53,7 +53,7 @@ class Report(Stage):
         self, run: Run, tell: Callable[[str], Any], before: Callable[[Stage], Any], *, without: Sequence[str] = ()
     ) -> dict[str, Any]:
         """Return all that it depends on, and what tells questions from others that the recipe names alike."""
-        asked = asked_sha256(run.config)
+        asked = asked_sha256(run.config, run.asked)
         return super().inputs(run, tell, before, without=without) | ({"asked": asked} if asked else {})
 
     def whole(self, run: Run) -> bool:
