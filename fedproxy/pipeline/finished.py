@@ -50,10 +50,10 @@ def note_finished(arguments: Sequence[str], config: "RunConfig") -> None:
         arguments: Words of the command line.
         config: What they say.
     """
-    from fedproxy.pipeline.asked import asked_sha256
+    from fedproxy.pipeline.asked import asked_of, asked_sha256
 
     early = read_early(arguments)
-    if early is not None and not asked_sha256(config):
+    if early is not None and not asked_sha256(config, asked_of(config)):
         folder = Path(config.output_dir)
         write_json(_note(folder), _content(early[1], folder / "report.json"))
 
