@@ -16,6 +16,8 @@ from fedproxy.errors import ConfigError
 KEY_BYTES = 32
 _PAIRS = 1 << 20
 """Normal numbers that are drawn at once are twice as many: their float64 steps then take 16 MiB."""
+_BLOCK = 64
+"""Bytes that ChaCha20 makes at once."""
 _GRID_BITS = 20
 """A noised value is rounded to the noise's scale over 2^20, which hides the low bits of its float64 sum."""
 
@@ -34,9 +36,9 @@ class SecretStream:
 
     def words(self, count: int) -> "np.ndarray[Any, np.dtype[np.uint64]]":
         """Return new uniform 64-bit words."""
-        nonce = bytes(8) + self._draws.to_bytes(8, "little")  # a block counter from zero, then the draw's number
+        stream = Stream(self._key, self._draws)
         self._draws += 1
-        return np.frombuffer(Stream(self._key, nonce).next(8 * count), dtype="<u8")
+        return np.frombuffer(stream.next(8 * count), dtype="<u8")
 
     def normal(self, count: int) -> Tensor:
         """Return standard normal numbers, float64 (count), by Box and Muller (1958)."""
@@ -91,14 +93,18 @@ class Stream:
     """ChaCha20's key stream, byte after byte.
 
     Args:
-        key: 32 bytes; a key has one stream.
-        nonce: 16 bytes: the block counter, 32 bits, and 96 bits by which streams of a key differ, little-endian.
+        key: 32 bytes.
+        number: Which of the key's streams; no two have a byte in common.
+        start: Where in the stream to begin, in bytes, below 2^38.
     """
 
-    def __init__(self, key: bytes, nonce: bytes = bytes(16)) -> None:
+    def __init__(self, key: bytes, number: int = 0, start: int = 0) -> None:
         ciphers = _primitives("ciphers")
+        blocks, rest = divmod(start, _BLOCK)
+        nonce = blocks.to_bytes(8, "little") + number.to_bytes(8, "little")
         self._encryptor = ciphers.Cipher(ciphers.algorithms.ChaCha20(key, nonce), mode=None).encryptor()
         self._zeros = self._buffer = bytearray()
+        self.next(rest)
 
     def next(self, count: int) -> memoryview:
         """Return the next ``count`` bytes, of a buffer that the next call overwrites."""

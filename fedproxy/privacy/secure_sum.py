@@ -10,7 +10,10 @@ y_i by itself is uniform.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +23,13 @@ from fedproxy.errors import ClientError
 from fedproxy.privacy.noise import Stream
 from fedproxy.protocol import Tensors
 
+Numbers = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
+R = TypeVar("R")
 _CHUNK = 1 << 18
 """Numbers that are rounded or masked at once: 1 MiB stays in a core's cache."""
+_SHARE = 1 << 22
+"""Numbers that a thread takes at a time."""
 
 
 def step_of(largest: float, clients: int) -> float:
@@ -43,22 +51,45 @@ def encode(tensors: Tensors, largest: float, clients: int) -> dict[str, Tensor]:
     Raises:
         ClientError: If a number is larger, or not finite.
     """
-    scale, found = 1 / step_of(largest, clients), {}
-    buffer = torch.empty(_CHUNK)
+    scale, found = np.float32(1 / step_of(largest, clients)), {}
     for name in sorted(tensors):
         flat = tensors[name].detach().float().cpu().reshape(-1)
-        low, high = (float(bound) for bound in flat.aminmax()) if len(flat) else (0.0, 0.0)
-        most = max(-low, high)
+        codes = torch.empty(len(flat), dtype=torch.int32)
+        shares = list(zip(_split(flat.numpy()), _split(codes.numpy()), strict=True))
+        most = max(_in_threads(lambda share: _round(share[0], share[1], scale), shares), key=_rank, default=0.0)
         if not most <= largest:  # NaN too
             raise ClientError(
                 f"tensor {name!r} has a magnitude of {most:.3g}, and a secure sum takes at most {largest:g}; raise "
                 "privacy.largest or lower client.lr"
             )
-        codes = torch.empty(len(flat), dtype=torch.int32)
-        for part, code in zip(torch.split(flat, _CHUNK), torch.split(codes, _CHUNK), strict=True):
-            code.copy_(torch.mul(part, scale, out=buffer[: len(part)]).round_())
         found[name] = codes.view(tensors[name].shape)
     return found
+
+
+def _round(numbers: Numbers, codes: Numbers, scale: np.float32) -> float:
+    """Write numbers as fixed point, and return the largest magnitude among them: NaN if one is that."""
+    buffer, most = np.empty(min(len(numbers), _CHUNK), np.float32), 0.0
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start : start + _CHUNK]
+        scaled = np.multiply(part, scale, out=buffer[: len(part)])
+        most = max(most, float(part.max()), -float(part.min()), key=_rank)
+        with np.errstate(invalid="ignore"):  # what has no code is refused
+            codes[start : start + _CHUNK] = np.rint(scaled, out=scaled)
+    return most
+
+
+def _rank(magnitude: float) -> float:
+    return math.inf if math.isnan(magnitude) else magnitude
+
+
+def _split(numbers: Numbers) -> list[Numbers]:
+    return [numbers[start : start + _SHARE] for start in range(0, len(numbers), _SHARE)]
+
+
+def _in_threads(work: Callable[[T], R], shares: Sequence[T]) -> list[R]:
+    """Do independent work; ours, since PyTorch's threads wait for each other after every operation."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return list(pool.map(work, shares))
 
 
 def decode(total: Mapping[str, Tensor], largest: float, clients: int) -> dict[str, Tensor]:
@@ -80,14 +111,19 @@ def masked(values: Mapping[str, Tensor], own: str, keys: Mapping[str, bytes]) ->
     """
     if not keys:
         raise ClientError("a secure sum of one client hides nothing; take part with others")
-    streams = [(Stream(key), np.add if own < other else np.subtract) for other, key in sorted(keys.items())]
-    for name in sorted(values):
-        numbers = values[name].view(-1).numpy().view(np.uint32)
-        for start in range(0, len(numbers), _CHUNK):
-            part = numbers[start : start + _CHUNK]
-            for stream, put in streams:
-                put(part, np.frombuffer(stream.next(4 * len(part)), dtype="<u4"), out=part)
+    shares = [part for name in sorted(values) for part in _split(values[name].view(-1).numpy().view(np.uint32))]
+    offsets = accumulate(map(len, shares), initial=0)
+    _in_threads(lambda share: _mask(share[0], share[1], own, keys), list(zip(shares, offsets, strict=False)))
     return dict(values)
+
+
+def _mask(numbers: Numbers, offset: int, own: str, keys: Mapping[str, bytes]) -> None:
+    """Put numbers under the masks that begin at number ``offset`` of their streams, in place."""
+    streams = [(Stream(key, start=4 * offset), np.add if own < other else np.subtract) for other, key in keys.items()]
+    for start in range(0, len(numbers), _CHUNK):
+        part = numbers[start : start + _CHUNK]
+        for stream, put in streams:
+            put(part, np.frombuffer(stream.next(4 * len(part)), dtype="<u4"), out=part)
 
 
 def added(updates: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

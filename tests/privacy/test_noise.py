@@ -20,6 +20,14 @@ def test_key_stream_is_chacha20s():
     )
 
 
+@pytest.mark.parametrize("start", [1, 64, 100, 4 * (1 << 22) + 12])
+def test_a_stream_can_begin_anywhere(start):
+    whole = Stream(SECRET, 3)
+    whole.next(start)
+    assert bytes(Stream(SECRET, 3, start).next(200)) == bytes(whole.next(200))
+    assert bytes(Stream(SECRET, 3).next(200)) != bytes(Stream(SECRET, 2).next(200))
+
+
 def test_draws_are_normal_and_new_each_time():
     stream = SecretStream(SECRET, "a")
     first, second = stream.normal(50_001), stream.normal(50_001)

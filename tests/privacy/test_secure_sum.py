@@ -1,9 +1,12 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
 from fedproxy.errors import ClientError
+from fedproxy.privacy import secure_sum
 from fedproxy.privacy.keys import Identity, Occasion, verify
 from fedproxy.privacy.secure_sum import added, decode, encode, masked, step_of
 
@@ -125,3 +128,26 @@ def test_signed_shares_pass_and_others_are_refused_by_name():
 def test_a_share_of_small_order_is_refused():
     with pytest.raises(ClientError, match=r"key share of client 'b' is not usable"):
         IDENTITIES["a"].secret_with("b", bytes(96), WHEN)
+
+
+def test_codes_and_masks_depend_neither_on_threads_nor_on_how_numbers_are_split(monkeypatch):
+    numbers = {"a": torch.randn(1001, generator=torch.Generator().manual_seed(0)), "b": torch.randn(7, 3)}
+    keys = {"p": bytes(32), "r": bytes([1]) * 32}
+    made = []
+    for threads, share, chunk in ((1, 1 << 22, 1 << 18), (3, 97, 16), (2, 64, 64)):
+        monkeypatch.setattr(secure_sum, "_SHARE", share)
+        monkeypatch.setattr(secure_sum, "_CHUNK", chunk)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        made.append(masked(encode(numbers, 16.0, 3), "q", keys))
+    assert all(torch.equal(made[0][name], other[name]) for other in made[1:] for name in numbers)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.5, -1.5])
+def test_a_number_too_large_is_found_wherever_it_stands(value, monkeypatch):
+    monkeypatch.setattr(secure_sum, "_SHARE", 10)
+    numbers = torch.zeros(100)
+    numbers[57] = value
+    with pytest.raises(ClientError, match=r"tensor 'w' has a magnitude of (nan|inf|1.5), and a secure sum takes"):
+        ClientError, match=r"tensor 'w' has a magnitude of (nan|inf|1.5), and a secure sum takes at most 1;"
+    ):
+        encode({"w": numbers}, 1.0, 2)
