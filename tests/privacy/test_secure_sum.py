@@ -148,6 +148,4 @@ def test_a_number_too_large_is_found_wherever_it_stands(value, monkeypatch):
     numbers = torch.zeros(100)
     numbers[57] = value
     with pytest.raises(ClientError, match=r"tensor 'w' has a magnitude of (nan|inf|1.5), and a secure sum takes"):
-        ClientError, match=r"tensor 'w' has a magnitude of (nan|inf|1.5), and a secure sum takes at most 1;"
-    ):
         encode({"w": numbers}, 1.0, 2)
