@@ -10,15 +10,13 @@ from fedproxy.errors import ConfigError
 from fedproxy.evaluation.task_loading import scored_files
 
 _SHARED = {
-    "chat-qa": {
-        "drop": "open-qa/drop",
-        "gsm8k": "open-qa/gsm8k",
-        "nq_open": "open-qa/nq_open",
-        "squad": "open-qa/squad",
-        "trivia_qa": "open-qa/triviaqa",
-    }
+    "chat-qa/drop": "open-qa/drop",
+    "chat-qa/gsm8k": "open-qa/gsm8k",
+    "chat-qa/nq_open": "open-qa/nq_open",
+    "chat-qa/squad": "open-qa/squad",
+    "chat-qa/trivia_qa": "open-qa/triviaqa",
 }
-"""Asset to its sets that are made of the rows of another asset's set, both folders of the cache."""
+"""Sets that are made of the same rows: folders of the cache."""
 
 
 def files_trained_on(config: DataConfig) -> dict[Path, str]:
@@ -73,13 +71,16 @@ def check_unseen_tasks(config: RunConfig) -> None:
 def _trained(asked: Iterable[Path], trained: Mapping[Path, str]) -> str | None:
     """Return the name of a source that has rows of files that are asked, or None."""
     asked = set(asked)
-    return next((name for file, name in trained.items() if asked & {file} or _shares(file, asked)), None)
+    sets = set(map(_set, asked))
+    return next((name for file, name in trained.items() if file in asked or _partner(_set(file)) in sets), None)
 
 
-def _shares(file: Path, asked: Iterable[Path]) -> bool:
+def _set(file: Path) -> str:
+    """Return the set of an asset that a file is of, a folder of the cache."""
     root = cache_root().resolve()
-    if not file.is_relative_to(root):
-        return False
-    asset, *inside = file.relative_to(root).parts
-    other = _SHARED.get(asset, {}).get(inside[0] if inside else "")
-    return other is not None and any(path.is_relative_to(root / other) for path in asked)
+    return "/".join(file.relative_to(root).parts[:2]) if file.is_relative_to(root) else ""
+
+
+def _partner(name: str) -> str | None:
+    """Return the set that is made of the same rows as another one."""
+    return _SHARED.get(name) or next((one for one, other in _SHARED.items() if other == name), None)

@@ -83,9 +83,16 @@ def test_a_task_of_another_set_is_asked(cache):
 
 
 def test_held_out_rows_of_a_trained_set_are_refused(cache):
-    words = (f"data.files.sums={cache}/chat-qa/gsm8k", f"evaluation.files.x={cache}/open-qa/gsm8k/test.jsonl")
-    with pytest.raises(ConfigError, match=r"evaluation.files.x is data.files.sums, which clients train on"):
-        evaluation_rows(config(*words, "data.prompt_column=question", "data.target_column=answer"))
+    files = [f"{cache}/chat-qa/gsm8k", f"{cache}/open-qa/gsm8k/test.jsonl"]
+    for trained, scored in (files, reversed(files)):
+        words = (f"data.files.sums={trained}", f"evaluation.files.x={scored}", "data.prompt_column=question")
+        with pytest.raises(ConfigError, match=r"evaluation.files.x is data.files.sums, which clients train on"):
+            evaluation_rows(config(*words, "data.target_column=answer"))
+
+
+def test_another_split_of_the_same_set_is_asked(cache):
+    (cache / "open-qa/gsm8k/train.jsonl").write_text('{"question": "2+2?", "answer": "4"}\n')
+    check_unseen_tasks(config(f"data.files.sums={cache}/open-qa/gsm8k/train.jsonl", "evaluation.tasks=[gsm8k]"))
 
 
 def test_a_task_file_on_the_rows_that_are_trained_on_is_refused(ward):
@@ -103,7 +110,7 @@ def test_all_sets_that_are_made_of_the_same_documents_are_known():
     """A conversation's set and a task's set share rows where they read the same member of the wheel."""
     read = {member: name for name, (member, _) in (chat._REQUESTED | chat._TABLES).items()}
     asked = open_qa._OPEN | open_qa._TABLES
-    shared = {read[member]: f"open-qa/{task}" for task, (member, *_) in asked.items() if member in read}
-    assert {"chat-qa": shared} == unseen._SHARED
+    shared = {f"chat-qa/{read[member]}": f"open-qa/{task}" for task, (member, *_) in asked.items() if member in read}
+    assert shared == unseen._SHARED
     scored = {file.rpartition("/")[0] for task in offline_tasks().values() for file in task.declared.values()}
     assert set(shared.values()) <= scored
