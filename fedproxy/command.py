@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, printable_lines, shows_causes
+from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, message_of, printable_lines, shows_causes
 from fedproxy.interrupts import describe, exit_code, handled, interruption
 
 BAD_INPUT = 2
@@ -49,7 +49,7 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
 
 
 def _say_error(error: FedProxyError) -> None:
-    line = " ".join(str(error).split())
+    line = message_of(error)
     if shows_causes():
         _say(f"error: {line}\n{printable_lines(''.join(traceback.format_exception(error)))}")
         return

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 LONGEST_LINE = 300
 """Most characters of a text that somebody else wrote, wherever it is shown or kept."""
+LONGEST_MESSAGE = 1400
+"""Most characters of an error's line."""
+_LONG_WORD = re.compile(rf"\S{{{LONGEST_LINE + 1},}}")
 _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])|\x9b[0-?]*[ -/]*[@-~]")
 """Terminal commands: colours, titles, links."""
 
@@ -81,6 +84,21 @@ def one_line(text: object, limit: int = LONGEST_LINE) -> str:
     clean = "".join(character if character.isprintable() else " " for character in _ESCAPES.sub(" ", whole))
     line = " ".join(clean.split()) or type(text).__name__
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
+def message_of(error: BaseException) -> str:
+    """Return an error's line as it is shown and kept, whatever a user, a client or a file put into it.
+
+    It is printable. What is too long, a word or the line, is cut in its middle: the key stands in front, the way out at
+    the end.
+    """
+    line = _LONG_WORD.sub(lambda word: _shortened(word[0], LONGEST_LINE), one_line(error, 1000 * LONGEST_MESSAGE))
+    return _shortened(line, LONGEST_MESSAGE)
+
+
+def _shortened(text: str, limit: int) -> str:
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 def printable_lines(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedproxy.config import RunConfig
-from fedproxy.errors import ConfigError, FedProxyError, shows_causes
+from fedproxy.errors import ConfigError, FedProxyError, message_of, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
@@ -136,5 +136,5 @@ def _compress_only(current: Run) -> RunReport:
 def _reason(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return describe(error)
-    text = " ".join(str(error).split())
+    text = message_of(error)
     return text if isinstance(error, FedProxyError) else f"{type(error).__name__}: {text}"
