@@ -1,6 +1,7 @@
 """Secure sums end to end: the same merged update as in the clear, and what the server receives."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,19 +94,90 @@ def test_a_missing_client_voids_the_sum_and_the_round_is_repeated_without_it(run
         assert float((tensor - tensors(folder)[name]).abs().max()) < 1e-4, name
 
 
-def test_a_key_that_is_forged_or_replayed_ends_the_round_and_names_whose(run_tiny, monkeypatch):
+def test_a_client_that_is_missing_ends_the_attempt_at_once(run_tiny, monkeypatch):
+    """The sum is void without it, so that nobody trains for it any more."""
+    trained, train = [], Site.train
+
+    def fails(self, broadcast, client_id, **options):
+        trained.append((broadcast.round, client_id))
+        if broadcast.round == 2 and client_id == "tiny_colors":  # the first
+            raise ClientError("out of power")
+        return train(self, broadcast, client_id, **options)
+
+    monkeypatch.setattr(Site, "train", fails)
+    run_tiny(*BRIEF, *RULES["fedavg"], SECURE, "federation.min_clients=2")
+    second = [client for round_, client in trained if round_ == 2]
+    assert second == ["tiny_colors", "tiny_opposites", "tiny_places", "tiny_sums"]
+
+
+@pytest.mark.parametrize("minimum", ["null", "2"])
+def test_a_key_that_is_forged_or_replayed_costs_its_own_client_the_round(run_tiny, monkeypatch, minimum):
     share = Identity.share
 
-    def replayed(self, occasion):
+    def replayed(self, occasion, own):
         if self.client_id == "tiny_sums" and occasion.round == 2:
             occasion = Occasion(occasion.run, 1, occasion.attempt)
-        return share(self, occasion)
+        return share(self, occasion, own)
 
     monkeypatch.setattr(Identity, "share", replayed)
-    with pytest.raises(
-        FedProxyError, match=r"key share of client 'tiny_sums' is not signed .* an earlier one sent again"
-    ):
-        run_tiny(*BRIEF, *RULES["fedavg"], SECURE)
+    options = (*BRIEF, *RULES["fedavg"], SECURE, f"federation.min_clients={minimum}")
+    said = "key share of client 'tiny_sums' is not signed by its registered key for round 2"
+    if minimum == "null":
+        with pytest.raises(FedProxyError, match=f"client 'tiny_sums' failed in round 2: .*{said}"):
+            run_tiny(*options)
+        return
+    _, folder = run_tiny(*options)
+    assert list(records(folder)[1]["dropped"]) == ["tiny_sums"]
+    assert said in records(folder)[1]["dropped"]["tiny_sums"]
+
+
+def test_clients_that_came_with_one_share_are_both_left_out(run_tiny, monkeypatch):
+    share = Identity.share
+
+    def copied(self, occasion, own):
+        return share(self, occasion, bytes(31) + b"\1" if self.client_id in ("tiny_sums", "tiny_places") else own)
+
+    monkeypatch.setattr(Identity, "share", copied)
+    _, folder = run_tiny(*BRIEF, *RULES["fedavg"], SECURE, "federation.min_clients=2", "federation.rounds=1")
+    assert set(records(folder)[0]["dropped"]) == {"tiny_sums", "tiny_places"}
+    assert "it has the key share of client 'tiny_places'" in records(folder)[0]["dropped"]["tiny_sums"]
+
+
+def test_a_client_masks_one_set_of_values_under_a_share(run_tiny, monkeypatch):
+    """A server that asks again with no learning would see the update as the difference of the two answers."""
+    train, said = Site.train, []
+
+    def asked_again(self, broadcast, client_id, **options):
+        first = train(self, broadcast, client_id, **options)
+        again = train(self, broadcast, client_id, **options)  # as after an answer that was lost
+        assert all(torch.equal(first.delta[name], again.delta[name]) for name in first.delta)
+        with pytest.raises(ClientError) as refused:
+            train(self, replace(broadcast, job={**broadcast.job, "lr": 1e-9}), client_id, **options)
+        said.append(str(refused.value))
+        return first
+
+    monkeypatch.setattr(Site, "train", asked_again)
+    run_tiny(*BRIEF, *RULES["fedavg"], SECURE, "federation.rounds=1")
+    assert len(said) == 4
+    assert all("has masked other values with this key share" in line for line in said)
+
+
+def test_a_repeated_sum_costs_the_budget_nothing(run_tiny, monkeypatch):
+    """All are charged for the first attempt, which is void; the second has what they released then."""
+    train = Site.train
+
+    def fails(self, broadcast, client_id, **options):
+        if broadcast.round == 2 and client_id == "tiny_sums":  # the last
+            raise ClientError("out of power")
+        return train(self, broadcast, client_id, **options)
+
+    monkeypatch.setattr(Site, "train", fails)
+    budget = ("privacy.unit=client", "privacy.delta=1e-5", "privacy.epsilon=8", "privacy.accountant=rdp")
+    options = (*BRIEF, *RULES["fedavg"], SECURE, *budget, "privacy.clip=0.01", "federation.min_clients=2")
+    _, folder = run_tiny(*options)
+    assert 7.9 < records(folder)[-1]["privacy"]["epsilon"] <= 8
+    for ledger in (folder / "rows/.privacy_ledger").glob("*.json"):
+        assert len(json.loads(ledger.read_text())["entries"]) == (1 if "sums" in ledger.name else 2)
 
 
 def test_noise_and_masks_go_together(run_tiny):

@@ -1,6 +1,6 @@
 """Rounds of which the server learns the sum alone: keys first, then masked updates, again without who is missing."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from fedproxy.errors import ClientError, one_line
 from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.expected import Expected
 from fedproxy.messages import Dropped, Keys, Sites, UpdateFile
-from fedproxy.privacy.keys import SHARE_BYTES
+from fedproxy.privacy.keys import PUBLIC_BYTES, SHARE_BYTES, Occasion, verify
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 LEAST = 2
@@ -18,35 +18,56 @@ LEAST = 2
 
 
 def key_shares(
-    sites: Sites, clients: Sequence[str], run: str, round_: int, attempt: int, folder: Path | None = None
+    sites: Sites,
+    clients: Sequence[str],
+    occasion: Occasion,
+    registered: Mapping[str, bytes],
+    folder: Path | None = None,
 ) -> tuple[dict[str, bytes], dict[str, str]]:
     """Ask a round's clients for their signed key shares.
 
     Args:
         sites: The clients.
         clients: Whom to ask.
-        run: Tells this run's sums from another's.
-        round_: The round.
-        attempt: How often the round was begun before.
+        occasion: The sum that they are for.
+        registered: The clients' registered keys, as far as the server knows them.
         folder: Folder of the server alone, for its copies of what comes as files.
 
     Returns:
-        The shares, and why each client without one is left out; clients verify them, not the server.
+        The shares, and why each client without one is left out. Clients verify shares, whatever the server found; here
+        a share that they would refuse costs its own client the round, and nobody else.
     """
-    form = Form.of(Broadcast(round_, {"share": torch.empty(SHARE_BYTES, dtype=torch.uint8)}), Expected())
+    share = {"share": torch.empty(SHARE_BYTES, dtype=torch.uint8)}
+    form = Form.of(Broadcast(occasion.round, share), Expected())
     shares: dict[str, bytes] = {}
     missing: dict[str, str] = {}
-    messages = {client: Keys(run, round_, attempt) for client in clients}
+    messages = {client: Keys(occasion.run, occasion.round, occasion.attempt) for client in clients}
     with closing(sites.ask(messages)) as answers:
         for answer in answers:
+            client = answer.client_id
             if not isinstance(answer, ClientUpdate | UpdateFile):
-                missing[answer.client_id] = answer.reason if isinstance(answer, Dropped) else "it sent no key share"
+                missing[client] = answer.reason if isinstance(answer, Dropped) else "it sent no key share"
                 continue
             try:
-                shares[answer.client_id] = admit(answer, form, Vault(folder)).delta["share"].numpy().tobytes()
+                sent = admit(answer, form, Vault(folder)).delta["share"].numpy().tobytes()
+                if client in registered:
+                    verify({client: sent}, registered, occasion)
             except ClientError as error:
-                missing[answer.client_id] = f"its key share cannot be used: {one_line(error, 160)}"
-    return shares, missing
+                missing[client] = f"its key share cannot be used: {one_line(error, 240)}"
+                continue
+            shares[client] = sent
+    for client, other in _alike(shares):
+        missing[client] = f"it has the key share of client {other!r}; both must make their own"
+    return {client: share for client, share in shares.items() if client not in missing}, missing
+
+
+def _alike(shares: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
+    """Yield the clients whose share another one has too, with that one."""
+    by_public: dict[bytes, list[str]] = {}
+    for client in sorted(shares):
+        by_public.setdefault(shares[client][:PUBLIC_BYTES], []).append(client)
+    for first, *others in by_public.values():
+        yield from ((client, first if client != first else others[0]) for client in (first, *others) if others)
 
 
 def left(clients: Sequence[str], missing: dict[str, str], least: int | None, round_: int) -> list[str]:
