@@ -243,12 +243,12 @@ def _test_key(seed: int, *words: Any) -> bytes:
 def _request(task: ClientRound) -> str:
     """Return a hash of what a client is asked: what it was sent, and its rows.
 
-    Key shares of a secure sum are left out: they are new each time that a round is repeated, and what was released
-    before it was masked does not depend on them. Noise does not depend on this hash.
+    It decides what an earlier release answers, and no noise depends on it. Left out is what the round and the run's
+    name decide (seeds), and what is new each time that a round is repeated and nothing was made of before the update
+    was masked: key shares of a secure sum.
     """
     sent = task.broadcast
-    seeds = None if sent.seeds is None else asdict(sent.seeds)
-    words = [sent.round, dict(sent.job), seeds, asdict(sent.kept)]
+    words = [sent.round, dict(sent.job), asdict(sent.kept)]
     found = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
     for group, tensors in [("state", task.state), *sorted(sent.extras.items())]:
         if group == SecureSum.name:
