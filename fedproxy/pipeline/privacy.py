@@ -18,6 +18,7 @@ from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.strategies.round_parts import RoundPart
 from fedproxy.strategies.round_parts.privacy import Privacy
 from fedproxy.strategies.round_parts.secure_sum import SecureSum
+from fedproxy.strategies.round_parts.sign_sums import MOST_CLIENTS
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "None")
 """trainer.precision with which rows' gradients can be told apart; None is Lightning's default, 32-true."""
@@ -116,7 +117,13 @@ def _check_secure(config: RunConfig) -> None:
         )
     clients = config.data.partition.count(config.data.tasks, config.data.files)
     drawn = config.federation.clients_per_round
-    if (clients if drawn == "all" else int(drawn)) < 2:
+    together = clients if drawn == "all" else int(drawn)
+    if rule.sum_part and together > MOST_CLIENTS:
+        raise ConfigError(
+            f"federation.clients_per_round must be at most {MOST_CLIENTS} with aggregator {rule.name!r} and "
+            f"privacy.secure_aggregation, got {together}: a number counts the signs of no more"
+        )
+    if together < 2:
         raise ConfigError("privacy.secure_aggregation needs at least 2 clients in a round, got 1: their sum is theirs")
 
 
@@ -232,6 +239,8 @@ def privacy_parts(config: RunConfig, rows: Mapping[str, int], run: str) -> list[
     """
     privacy = config.privacy
     parts: list[RoundPart] = [_part(config, rows, run)] if privacy.on else []
+    if privacy.secure_aggregation and config.aggregator.sum_part:
+        parts.append(RoundPart.made({**config.aggregator.sum_part, "largest": privacy.largest}))
     if privacy.secure_aggregation:
         alike = privacy.on or getattr(config.aggregator, "weighting", "uniform") == "uniform"
         most = 1 if alike else max(rows.values())

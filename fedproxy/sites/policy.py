@@ -9,8 +9,8 @@ from fedproxy.protocol import ClientUpdate
 from fedproxy.sites.privacy_rules import budget_fault, clip_of, parts_of
 from fedproxy.wire.messages import Setup
 
-_ACCOUNTS = ("privacy", "secure_sum")
-"""Groups beside an update that say nothing of a row: what its privacy ledger was charged, and a masked weight."""
+_ACCOUNTS = ("privacy", "secure_sum", "sign_sums")
+"""Groups beside an update that say no more of a row: its ledger's charge, a masked weight, its signs and magnitudes."""
 
 
 class NotAllowedError(Exception):

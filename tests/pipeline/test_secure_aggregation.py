@@ -15,6 +15,8 @@ from fedproxy.federation.client.site import Site
 from fedproxy.federation.server import participation
 from fedproxy.pipeline.checks import check_components
 from fedproxy.privacy.keys import Identity, Occasion
+from fedproxy.privacy.secure_sum import step_of
+from fedproxy.strategies.round_parts.sign_sums import SignSums
 
 BRIEF = ("data.rows_per_task=16", "client.batch_size=8", "evaluation.models=[]", "federation.rounds=2")
 SECURE = "privacy.secure_aggregation=true"
@@ -66,6 +68,11 @@ def test_the_merged_update_is_that_of_a_run_in_the_clear(run_tiny, rule, receive
     largest = max(float(tensor.abs().max()) for name, tensor in plain.items() if name.startswith("state/"))
     for name, tensor in plain.items():
         assert float((tensor - hidden[name]).abs().max()) <= 2e-6 * max(largest, float(tensor.abs().max())), name
+    check_received(received)
+
+
+def check_received(received):
+    """Nothing of a single update can be seen: its bytes are uniform, and its figures those of everybody."""
     assert len(received) == 4
     for update in received:
         values = [update.delta, *update.extras.values()]
@@ -74,6 +81,26 @@ def test_the_merged_update_is_that_of_a_run_in_the_clear(run_tiny, rule, receive
         seen = np.bincount(whole.numpy().view(np.uint8), minlength=256)
         assert chisquare(seen).pvalue > 1e-4
         assert (update.num_examples, update.num_tokens, update.train_loss) == (1, 0, None)
+
+
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_ties_elects_signs_from_the_sum_as_it_does_in_the_clear(run_tiny, scope, received):
+    """AdamW's first steps have one size, so that some sums are nothing but rounding: there either sign may win."""
+    rule = ("aggregator.name=ties", f"aggregator.trim_scope={scope}", "regularizer.name=none", "federation.rounds=1")
+    _, clear = run_tiny(*BRIEF, *rule)
+    trimmed = [SignSums(0.2, scope).reply(None, update) for update in received]
+    received.clear()
+    _, secure = run_tiny(*BRIEF, *rule, SECURE)
+    check_received(received)
+    plain, hidden, open_, total = tensors(clear, 1), tensors(secure, 1), 0, 0
+    assert plain.keys() == hidden.keys()
+    largest = max(float(tensor.abs().max()) for tensor in plain.values())
+    for name, tensor in plain.items():
+        off = (tensor - hidden[name]).abs() > 2e-6 * largest
+        summed = sum(update.delta[name.removeprefix("state/")].double() for update in trimmed)
+        assert not bool((off & (summed.abs() > 4 * step_of(1.0, 4))).any()), name
+        open_, total = open_ + int(off.sum()), total + off.numel()
+    assert open_ < 1e-3 * total
 
 
 def test_a_missing_client_voids_the_sum_and_the_round_is_repeated_without_it(run_tiny, monkeypatch):
@@ -190,7 +217,12 @@ def test_noise_and_masks_go_together(run_tiny):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["aggregator.name=ties", "regularizer.name=none"], r"'ties' needs each client's update and cannot run under"),
+        (
+            ["aggregator.name=ties", "aggregator.vote=weighted", "regularizer.name=none"],
+            r"'ties' needs each client's update with these options and cannot run under secure aggregation; use one of "
+            r".*fedavg.*, or ties with vote=uniform and divisor=count",
+        ),
+        (["aggregator.name=ties", "aggregator.divisor=weight", "regularizer.name=none"], r"'ties' needs each client's"),
         (["aggregator.name=h_ties", "regularizer.name=none"], r"'h_ties' needs each client's update"),
         (["aggregator.name=krum", "regularizer.name=none"], r"'krum' needs each client's update"),
         (["aggregator.name=fedavg", "regularizer.name=conflict"], r"needs the signs of each client's update"),

@@ -15,7 +15,7 @@ from fedproxy.federation.server.checkpoint import CheckpointFolder, Counted, Pro
 from fedproxy.federation.server.files import ClientState, ServerFiles
 from fedproxy.federation.server.participation import OnAnswer, Participation
 from fedproxy.federation.server.sampling import sample_clients
-from fedproxy.federation.server.secure_rounds import key_shares, left
+from fedproxy.federation.server.secure_rounds import key_shares, left, sum_of, sums_in
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
@@ -242,10 +242,7 @@ class Federation:
             updates = part.gather(updates)
         if self._secure is None:
             return updates
-        one, context = self._secure.summed(updates), RoundContext(updates[0].round or 0, self.seed)
-        weights = [float(self.aggregator.linear_weights(group, context).sum()) for group in (updates, [one])]
-        scale = weights[0] / weights[1]
-        return [one if scale == 1 else replace(one, delta={name: one.delta[name] * scale for name in one.delta})]
+        return [sum_of(updates, self._secure, self.aggregator, self.seed)]
 
     def _taken(self, number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
         """Return what a record says of the updates that were taken; losses are means over examples."""
@@ -323,6 +320,8 @@ class Federation:
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext
     ) -> Aggregation:
+        if self._secure is not None and self.aggregator.sum_part:
+            return self.aggregator.merge_sums(sums_in(updates[0], self.parts))
         if self.space == "product":
             return aggregate_products(self.aggregator, updates, memory, context)
         return self.aggregator.aggregate(updates, memory, context)

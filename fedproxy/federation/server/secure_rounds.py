@@ -1,7 +1,8 @@
 """Rounds of which the server learns the sum alone: keys first, then masked updates, again without who is missing."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,11 @@ from fedproxy.federation.server.expected import Expected
 from fedproxy.messages import Dropped, Keys, Sites, UpdateFile
 from fedproxy.privacy.keys import PUBLIC_BYTES, SHARE_BYTES, Occasion, verify
 from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.functional.voting import Sums
+from fedproxy.strategies.round_parts import RoundPart
+from fedproxy.strategies.round_parts.secure_sum import SecureSum
+from fedproxy.strategies.round_parts.sign_sums import SignSums
 
 LEAST = 2
 """Clients of a sum that hides anything."""
@@ -68,6 +74,25 @@ def _alike(shares: Mapping[str, bytes]) -> Iterator[tuple[str, str]]:
         by_public.setdefault(shares[client][:PUBLIC_BYTES], []).append(client)
     for first, *others in by_public.values():
         yield from ((client, first if client != first else others[0]) for client in (first, *others) if others)
+
+
+def sum_of(updates: Sequence[ClientUpdate], secure: SecureSum, aggregator: Aggregator, seed: int) -> ClientUpdate:
+    """Return masked updates as one that the rule weighs as it would have weighed them all.
+
+    Where the rule merges sums, its number of examples is that of the clients.
+    """
+    one, context = secure.summed(updates), RoundContext(updates[0].round or 0, seed)
+    if aggregator.sum_part:
+        return replace(one, num_examples=len(updates))
+    weights = [float(aggregator.linear_weights(group, context).sum()) for group in (updates, [one])]
+    scale = weights[0] / weights[1]
+    return one if scale == 1 else replace(one, delta={name: one.delta[name] * scale for name in one.delta})
+
+
+def sums_in(total: ClientUpdate, parts: Iterable[RoundPart]) -> Mapping[str, Sums]:
+    """Return the sums over clients that a rule merges, which one of the round's parts sent."""
+    (part,) = (part for part in parts if isinstance(part, SignSums))
+    return part.sums(total)
 
 
 def left(clients: Sequence[str], missing: dict[str, str], least: int | None, round_: int) -> list[str]:
