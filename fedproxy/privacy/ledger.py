@@ -11,6 +11,7 @@ charge, before training, and forgets once the release is on the disk. So no two 
 """
 
 import math
+import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,9 +114,9 @@ class Ledger:
                     f"{self.path} holds {len(entries)} releases of client {self.client_id!r}, which has made {known}; "
                     f"{_REMEDY}"
                 )
-            number = _latest(entries, terms.run, round_, request)
+            number, others = _latest(entries, terms.run, round_, request), self._other_runs(content, terms)
             if number is None or (anew and "made" in entries[number]):
-                release, noise = self._allowed(content, terms), key or secrets.token_bytes(KEY_BYTES)
+                release, noise = self._allowed(content, terms, others), key or secrets.token_bytes(KEY_BYTES)
                 number, said = len(entries), {"run": terms.run, "round": round_, "request": request}
                 entries.append({**said, "noise": noise.hex(), "release": release.plain()})
                 content["unit"] = terms.unit
@@ -123,7 +124,7 @@ class Ledger:
             entry = entries[number]
             return Charge(
                 Release(**entry["release"]),
-                self._spent(content, terms),
+                _spent(content, terms, others),
                 number,
                 bytes.fromhex(entry.get("noise", "")),
                 entry.get("made", ""),
@@ -159,7 +160,7 @@ class Ledger:
         own = {entry["round"]: number for number, entry in enumerate(entries) if entry["run"] == run}
         return {*(own[number] for number in own if number >= round_ - 1), *latest.values()}
 
-    def _allowed(self, content: dict[str, Any], terms: Terms) -> Release:
+    def _allowed(self, content: dict[str, Any], terms: Terms, others: Sequence[Release]) -> Release:
         """Return what the next round of a run releases.
 
         Raises:
@@ -170,7 +171,7 @@ class Ledger:
                 f"privacy.unit must be {content['unit']} as in the earlier releases of {self.path}, got {terms.unit}; "
                 "budgets of two units do not add up, use other rows"
             )
-        others, mine = self._other_runs(content, terms), list(_by_run(content["entries"]).get(terms.run, ()))
+        mine = _by_run(content["entries"]).get(terms.run, ())
         before = [*others, *mine]
         left = terms.planned.times(max(1, terms.rounds - len(mine)))
         noise = terms.planned.noise_multiplier or self._noise(content, terms, before, left)
@@ -218,18 +219,14 @@ class Ledger:
         They are looked up at every charge: another run may be at work on the same rows.
         """
         runs: dict[str, list[Sequence[Release]]] = {}
-        for path in sorted({*self.folder.glob("*.json"), self.path}):
-            found = _by_run(content["entries"]) if path == self.path else _kept(path)
+        names = sorted({self.path.name, *(name for name in os.listdir(self.folder) if name.endswith(".json"))})
+        for name in names:
+            own = name == self.path.name
+            found = _by_run(content["entries"]) if own else _kept(os.path.join(self.folder, name))
             for run, releases in found.items():
                 runs.setdefault(run, []).append(releases)
         others = (run for run in sorted(runs) if run != terms.run)
         return [release for run in others for release in max(runs[run], key=lambda releases: _most(releases, terms))]
-
-    def _spent(self, content: Mapping[str, Any], terms: Terms) -> float:
-        if terms.delta is None:
-            return math.inf
-        mine = _by_run(content["entries"]).get(terms.run, ())
-        return spent([*self._other_runs(content, terms), *mine], terms.delta, terms.accountant)
 
     @contextmanager
     def _held(self) -> Iterator[None]:
@@ -265,18 +262,18 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _kept(path: Path) -> Mapping[str, Sequence[Release]]:
+def _kept(path: str) -> Mapping[str, Sequence[Release]]:
     """Return what another client's ledger holds, by run; it is read again where it was written since."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except FileNotFoundError:
         return {}
     return _kept_at(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _kept_at(path: Path, *stamp: int) -> Mapping[str, Sequence[Release]]:
-    return _by_run(_content(path).get("entries", []))
+def _kept_at(path: str, *stamp: int) -> Mapping[str, Sequence[Release]]:
+    return _by_run(_content(Path(path)).get("entries", []))
 
 
 def _by_run(entries: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Release]]:
@@ -291,6 +288,12 @@ def _latest(entries: Sequence[Mapping[str, Any]], run: str, round_: int, request
     asked = [run, round_, request]
     found = [n for n, entry in enumerate(entries) if [entry["run"], entry["round"], entry["request"]] == asked]
     return found[-1] if found else None
+
+
+def _spent(content: Mapping[str, Any], terms: Terms, others: Sequence[Release]) -> float:
+    if terms.delta is None:
+        return math.inf
+    return spent([*others, *_by_run(content["entries"]).get(terms.run, ())], terms.delta, terms.accountant)
 
 
 def _most(releases: Sequence[Release], terms: Terms) -> float:
