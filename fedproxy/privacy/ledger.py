@@ -37,6 +37,8 @@ _READ = ("fedproxy-ledger-1", _FORMAT)
 _REMEDY = "put back a copy of it: without it nobody knows what was released of these rows"
 _WAIT_S = 600.0
 """Charges of all clients of a folder wait for each other; one that finds its noise takes seconds."""
+_OTHER_RUNS = 2
+"""Other runs whose latest release stays."""
 _SLACK = 1e-9
 """Relative difference between two computations of one epsilon."""
 
@@ -153,12 +155,12 @@ class Ledger:
         """Return the numbers of the releases that may be asked for again, a few however long the ledger is.
 
         Of a run that goes on from its last checkpoint, or the one before, these are this round's and the one's before;
-        of each other run its latest.
+        of the other runs that were at work last the latest.
         """
         entries = self._read()["entries"]
-        latest = {entry["run"]: number for number, entry in enumerate(entries)}
+        latest = {entry["run"]: number for number, entry in enumerate(entries) if entry["run"] != run}
         own = {entry["round"]: number for number, entry in enumerate(entries) if entry["run"] == run}
-        return {*(own[number] for number in own if number >= round_ - 1), *latest.values()}
+        return {*(own[number] for number in own if number >= round_ - 1), *sorted(latest.values())[-_OTHER_RUNS:]}
 
     def _allowed(self, content: dict[str, Any], terms: Terms, others: Sequence[Release]) -> Release:
         """Return what the next round of a run releases.

@@ -71,6 +71,9 @@ def test_releases_that_may_be_asked_for_again_are_few(tmp_path):
         ledger.charge(terms(planned=Release(50.0), rounds=8), number, f"key {number}")
         ledger.charge(terms(run="two", planned=Release(50.0), rounds=8), number, f"two {number}")
     assert ledger.needed("one", 4) == {4, 6, 7}  # rounds 3 and 4, and the other run's latest
+    for run in ("three", "four"):
+        ledger.charge(terms(run=run, planned=Release(50.0), rounds=8), 1, run)
+    assert ledger.needed("one", 4) == {4, 6, 8, 9}  # of the other runs the last two
 
 
 def test_a_second_run_on_the_same_rows_gets_what_is_left(tmp_path):
