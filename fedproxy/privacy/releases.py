@@ -15,7 +15,7 @@ from fedproxy.tensor_files import TensorFile, Tensors
 
 FOLDER = "releases"
 """Name of the folder of releases beside the ledgers."""
-_DELTA, _FIGURE = "delta/", "figure/"
+_TENSOR, _FIGURE = "tensor/", "figure/"
 _STALE_S = 86_400.0
 """Nobody still writes a file that was begun a day ago."""
 
@@ -32,19 +32,19 @@ class Releases:
         self._folder = folder
         self._files = RoundFiles(folder / FOLDER / file_stem(client_id), client_id)
 
-    def write(self, number: int, delta: Tensors, figures: Tensors) -> str:
+    def write(self, number: int, tensors: Tensors, figures: Tensors) -> str:
         """Write a release, flush it to the disk, and return its seal.
 
         Args:
             number: Of its charge.
-            delta: The update as it leaves the client, before it is masked.
+            tensors: The update as it leaves the client, before it is masked, or the state that it was made from.
             figures: Single numbers that later steps need beside it.
 
         Raises:
             CheckpointError: If it cannot be written.
         """
         self._open()
-        named: dict[str, Tensor] = {f"{_DELTA}{name}": delta[name] for name in delta}
+        named: dict[str, Tensor] = {f"{_TENSOR}{name}": tensors[name] for name in tensors}
         return self._files.write(number, {**named, **{f"{_FIGURE}{name}": figures[name] for name in figures}})
 
     def read(self, number: int, seal: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -54,8 +54,8 @@ class Releases:
             CheckpointError: If it is damaged, gone, or another than was noted.
         """
         file = TensorFile(self._files.verified(number, seal))
-        delta, figures = file.under(_DELTA), file.under(_FIGURE)
-        return {name: delta[name] for name in delta}, {name: figures[name] for name in figures}
+        tensors, figures = file.under(_TENSOR), file.under(_FIGURE)
+        return {name: tensors[name] for name in tensors}, {name: figures[name] for name in figures}
 
     def keep(self, numbers: Collection[int]) -> None:
         """Delete all releases but these, and what a killed process left half-written.

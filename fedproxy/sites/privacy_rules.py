@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _UNACCOUNTED = ("clip_noise", "statistics")
-"""Round parts whose noise, or groups, no budget counts."""
+"""Round parts whose noise, or groups, no budget counts; with unit client, personal tensors are tuned without noise."""
 
 
 def parts_of(job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -47,5 +47,6 @@ def budget_fault(parts: Sequence[Mapping[str, Any]], epsilon: float, delta: floa
         return "policy.most_epsilon counts on no draw of clients; use privacy.sampling=none"
     if part.get("test_seed") is not None:
         return "policy.most_epsilon asks for noise that nobody foresees; use privacy.test_seed=null"
-    others = sorted(str(other.get("name")) for other in parts if other.get("name") in _UNACCOUNTED)
+    names = {str(other.get("name")) for other in parts}
+    others = sorted(names.intersection(_UNACCOUNTED if part["unit"] == "example" else (*_UNACCOUNTED, "personal")))
     return f"policy.most_epsilon does not account for {others[0]}; remove it" if others else ""

@@ -73,6 +73,24 @@ def test_a_private_run_spends_its_budget_and_tells(private, unit):
     assert {name: tensor.shape for name, tensor in memory.items()} == dict.fromkeys(lines[0]["clients"], (2, 4))
 
 
+@pytest.mark.parametrize("rule", ["fedsa_lora", "none"])
+def test_a_killed_private_run_whose_clients_keep_tensors_goes_on_with_the_same_bits(run_tiny, tmp_path, rule):
+    """Personal tensors are those of the release, though nobody trains; every client has its own."""
+    options = (*BRIEF, *DP, "privacy.unit=example", f"aggregator.name={rule}")
+    _, whole = run_tiny(*options, folder=tmp_path / "whole")
+    killed = tmp_path / "out"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints/round_0002")
+    for path in killed.rglob("report.*"):
+        path.unlink()
+    run_tiny(*options, "resume=auto", folder=killed)
+    assert records(whole) == records(killed)
+    kept = [path.relative_to(whole) for path in whole.glob("checkpoints/**/*.safetensors")]
+    files = [path for path in kept if "round_0002" in str(path)]
+    assert len([path for path in files if path.parts[1] == "clients"]) == 4
+    assert all(same(load_file(whole / path), load_file(killed / path)) for path in files)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_killed_private_run_goes_on_with_the_same_bits_at_no_cost(private, run_tiny, tmp_path, unit):
     _, whole = private(unit)

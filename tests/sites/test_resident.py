@@ -224,6 +224,7 @@ def asked(*parts, **changes):
         ({}, asked(sampling="without_replacement"), "counts on no draw of clients"),
         ({}, asked(test_seed=1), "noise that nobody foresees; use privacy.test_seed=null"),
         ({}, asked({"name": "statistics"}), "does not account for statistics; remove it"),
+        ({}, asked({"name": "personal"}), "does not account for personal; remove it"),
         ({"secure": True}, asked(), "policy.secure lets no update leave that is not masked"),
         ({"most_clip": 0.5}, asked(), "policy.most_clip is 0.5; use parts.clip_noise.clip or privacy.clip"),
         ({"most_clip": 1.0, "least_noise": 1.0}, asked(), "policy.least_noise is 1.0"),

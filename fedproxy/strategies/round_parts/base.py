@@ -109,7 +109,7 @@ class ClientRound:
     privacy: Any = None
     """What the part ``privacy`` charged for this round."""
     released: tuple[Tensors, Tensors] | None = None
-    """What it released before for the same request, the update and its figures: then there is no need to train."""
+    """What it released before for the same request, and figures beside it: then there is no need to train."""
     training: Any = None
     """How rows are sampled and noised (:class:`fedproxy.privacy.dp_sgd.PrivateTraining`); None trains as usual."""
     writes: bool = True

@@ -97,10 +97,9 @@ class Privacy(RoundPart, name="privacy"):
         charge: Charge = task.privacy
         if task.released is None:
             delta = self._hidden(update.delta, charge)
-            self._keep(task, charge, delta)
+            self._keep(task, charge, task.model.state() if self.unit == "example" else delta)
         else:
-            delta, figures = task.released
-            task.steps, task.lr = int(figures["steps"]), float(figures["lr"])
+            delta = self._made_before(task, *task.released)
         extras = {**update.extras, self.name: {"release": _figures(charge)}}
         return replace(
             update, delta=delta, extras=extras, num_examples=1, num_tokens=0, train_loss=None, regularizer_loss=None
@@ -208,10 +207,18 @@ class Privacy(RoundPart, name="privacy"):
             return clipped
         return noised(clipped, charge.release.noise_multiplier * self.clip, SecretStream(charge.key))
 
-    def _keep(self, task: ClientRound, charge: Charge, delta: Tensors) -> None:
+    def _made_before(self, task: ClientRound, kept: Tensors, figures: Tensors) -> Tensors:
+        """Return an earlier release, and leave model and task as they were after it."""
+        task.steps, task.lr = int(figures["steps"]), float(figures["lr"])
+        if self.unit == "client":
+            return kept
+        task.model.load_state(kept)  # what was tuned by DP-SGD may be used as it is, as by personal tensors
+        return {name: tuned.sub_(task.state[name]) for name, tuned in task.model.state().items()}
+
+    def _keep(self, task: ClientRound, charge: Charge, released: Tensors) -> None:
         assert task.ledger is not None, "it was charged"
         figures = {"steps": torch.tensor(task.steps), "lr": torch.tensor(task.lr, dtype=torch.float64)}
-        seal = Releases(task.ledger, task.client_id).write(charge.number, delta, figures)
+        seal = Releases(task.ledger, task.client_id).write(charge.number, released, figures)
         if Ledger(task.ledger, task.client_id).made(charge.number, seal) != seal:
             raise ClientError("another process trained this client for the same round; ask again")
 
