@@ -264,7 +264,7 @@ def _part(config: RunConfig, rows: Mapping[str, int], run: str) -> Privacy:
         noise_at=privacy.noise_at,
         drawn=drawn,
         among=len(names),
-        rounds=config.federation.rounds if secret else _most_rounds(config, names),
+        rounds=max(1, config.federation.rounds) if secret else _most_rounds(config, names),
         run=run,
         physical_batch=privacy.physical_batch,
         test_seed=privacy.test_seed,

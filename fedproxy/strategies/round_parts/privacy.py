@@ -24,6 +24,7 @@ from fedproxy.strategies.round_parts.clip_noise import clip
 from fedproxy.strategies.round_parts.secure_sum import SecureSum
 from fedproxy.strategies.trainable.base import TrainableModel
 
+_LONGEST_RUN = 128
 _log = logging.getLogger(__name__)
 _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 """What a client says of its release; an epsilon without bound is -1."""
@@ -69,6 +70,22 @@ class Privacy(RoundPart, name="privacy"):
     """Fewest updates that a round may have: noise at the server is shared out for so many."""
     noise: ServerNoise | None = field(default=None, metadata={"server": True})
     """Where noise at the server comes from."""
+
+    def __post_init__(self) -> None:
+        """Check the options, which come with a round from the server: what is written into a ledger stays there."""
+        self.require("unit", self.unit in ("example", "client"), "example or client")
+        self.require("accountant", self.accountant in ("pld", "rdp"), "pld or rdp")
+        self.require("noise_at", self.noise_at in ("client", "server"), "client or server")
+        self.require("run", isinstance(self.run, str) and len(self.run) <= _LONGEST_RUN, "a short text")
+        self.require("rounds", type(self.rounds) is int and self.rounds >= 1, "a whole number from 1")
+        for key in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, key)
+            self.require(key, value is None or (_is_number(value) and value >= 0), "a finite number from 0, or null")
+        self.require("clip", _is_number(self.clip) and self.clip > 0, "positive and finite")
+        secret = self.sampling == "without_replacement"
+        self.require("sampling", secret or self.sampling in ("none", "poisson"), "one that is accounted for")
+        self.require("sampling", not secret or self.noise_at == "server", "none where clients add the noise")
+        self.require("drawn", not secret or 0 < self.drawn <= self.among, "at most the clients there are")
 
     def receive(self, task: ClientRound) -> None:
         """Charge the ledger, and say how to train where rows are protected.
@@ -235,6 +252,10 @@ class Privacy(RoundPart, name="privacy"):
             physical_batch=self.physical_batch or int(task.broadcast.job["batch_size"]),
             stream=SecretStream(charge.key),
         )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _figures(charge: Charge) -> Tensor:
