@@ -111,11 +111,6 @@ class Broadcast:
         """Return the seeds of one client's draws."""
         return self.all_seeds.get(client_id, self.seeds)
 
-    def same_file(self, other: "Broadcast") -> bool:
-        """Return whether :meth:`save` writes for both the same objects: seeds alone may differ."""
-        parts = ("state", "job", "extras", "each")
-        return self.round == other.round and all(getattr(self, part) is getattr(other, part) for part in parts)
-
     def save(self, path: str | Path) -> None:
         """Write the broadcast without seeds as one safetensors file; one of many is addressed to its client before."""
         assert self.each is None, "what is written is addressed_to() one client"

@@ -129,8 +129,6 @@ def test_no_broadcasts_file_holds_seeds(tmp_path):
         assert str(number).encode() not in content
     assert sent.addressed_to("bob").seeds == seeds["bob"]
     assert sent.addressed_to("bob").all_seeds == {}
-    assert sent.addressed_to("ann").same_file(sent.addressed_to("bob"))
-    assert not sent.same_file(Broadcast(1, dict(STATE)))
 
 
 def test_a_file_with_many_groups_is_parsed_once(tmp_path, monkeypatch):

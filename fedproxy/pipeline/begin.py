@@ -67,11 +67,11 @@ def _meet(run: Run) -> None:
     check_named_clients(config, clients)
     check_budget(config, clients)
     template = template_of(config) if clients.converse else None
-    inputs = None if run.folder.begins else check_inputs(run, {})
+    inputs = None if run.folder.begins else check_inputs(run, clients)
     if run.folder.replaces:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
     run.folder.claim(config)
-    _note_inputs(run, {}, inputs)
+    _note_inputs(run, clients, inputs)
     run.note(lengths={"rows": sum(clients.values())}, template=template)
     run.display.say(f"{len(clients)} clients at their sites ({_sizes(clients)} rows)")
     run.clients = clients
@@ -116,7 +116,7 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
     run.clients = kept
 
 
-def _note_inputs(run: Run, clients: Clients, inputs: dict[str, Any] | None) -> None:
+def _note_inputs(run: Run, clients: Clients | ClientRows, inputs: dict[str, Any] | None) -> None:
     """Note what the run is made from; its report is made again."""
     unfinished = {name: key for name, key in run.facts.stages.items() if name != "report"}
     run.note(**(check_inputs(run, clients) if inputs is None else inputs), stages=unfinished)

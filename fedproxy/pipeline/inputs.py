@@ -21,7 +21,8 @@ from fedproxy.pipeline.data import rows_sha256
 from fedproxy.reporting.provenance import versions
 from fedproxy.sealed import content_sha256
 
-Clients = Mapping[str, Sequence[Row]]
+Clients = Mapping[str, Sequence[Row] | int]
+"""Clients' rows; of those that lie at real sites the numbers of rows, as their sites say."""
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
     *("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template"),
@@ -52,7 +53,7 @@ def check_inputs(run: Run, clients: Clients) -> dict[str, Any]:
     Raises:
         ChangedInputError: Naming the input, what of it differs, and the way out.
     """
-    now, total = inputs(run, clients), rows_sha256(clients)
+    now, total = inputs(run, clients), _all_rows(clients)
     facts: dict[str, Any] = {"inputs": now, "data_sha256": total}
     before = run.facts.inputs
     if not run.folder.layer_map.is_file() or not before:
@@ -124,6 +125,8 @@ def _difference(name: str, before: Input, now: Input) -> str:
     """Return in words what differs in an input, and nothing where nothing does."""
     if name == "plugins":  # the list of them may change, their code may not
         before, now = ({key: part[key] for key in before.keys() & now.keys()} for part in (before, now))
+    if name == "data" and not before:  # of a run at sites by an older version
+        return ""
     if name == "calibration" and not now:  # deleted: what was made from it is there
         return ""
     said = [
@@ -152,10 +155,17 @@ def _same_weights(run: Run, before: Input, now: Input) -> bool:
 
 def _sources(clients: Clients) -> Input:
     rows: dict[str, list[Row]] = {}
-    for own in clients.values():
-        for row in own:
-            rows.setdefault(row.source, []).append(row)
-    return {name: {"rows": len(rows[name]), "sha256": rows_sha256({name: rows[name]})} for name in sorted(rows)}
+    for row in (row for own in clients.values() if not isinstance(own, int) for row in own):
+        rows.setdefault(row.source, []).append(row)
+    found = {name: {"rows": len(rows[name]), "sha256": rows_sha256({name: rows[name]})} for name in sorted(rows)}
+    elsewhere = {name: {"rows": own, "sha256": ""} for name, own in sorted(clients.items()) if isinstance(own, int)}
+    return found | elsewhere  # sites compare rows themselves
+
+
+def _all_rows(clients: Clients) -> str:
+    numbers = {name: own for name, own in clients.items() if isinstance(own, int)}
+    here = {name: own for name, own in clients.items() if not isinstance(own, int)}
+    return content_sha256(numbers) if numbers else rows_sha256(here)
 
 
 def _template(choice: str) -> Input:
@@ -203,7 +213,7 @@ def _sha(found: Mapping[str, Input], name: str) -> str:
 
 def _shown(part: Any) -> str:
     if isinstance(part, Mapping):
-        return f"{part['rows']} rows (SHA-256 {part['sha256'][:_SHOWN]})"
+        return f"{part['rows']} rows" + (f" (SHA-256 {part['sha256'][:_SHOWN]})" if part["sha256"] else "")
     if isinstance(part, list):
         return f"{part[0]} bytes"
     if not part:

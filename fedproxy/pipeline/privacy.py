@@ -11,13 +11,14 @@ from fedproxy.config import RunConfig
 from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError
 from fedproxy.federation.server.sampling import sample_clients
-from fedproxy.privacy.accounting import Release, calibrate, spent
+from fedproxy.privacy.accounting import Release, calibrate, can_keep, spent
 from fedproxy.privacy.dp_sgd import sampling_of, steps_of
 from fedproxy.privacy.ledger import FOLDER
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.strategies.round_parts import RoundPart
 from fedproxy.strategies.round_parts.privacy import Privacy
 from fedproxy.strategies.round_parts.secure_sum import SecureSum
+from fedproxy.strategies.round_parts.sign_sums import MOST_CLIENTS
 
 PRECISIONS = ("32-true", "32", "bf16-mixed", "None")
 """trainer.precision with which rows' gradients can be told apart; None is Lightning's default, 32-true."""
@@ -116,7 +117,13 @@ def _check_secure(config: RunConfig) -> None:
         )
     clients = config.data.partition.count(config.data.tasks, config.data.files)
     drawn = config.federation.clients_per_round
-    if (clients if drawn == "all" else int(drawn)) < 2:
+    together = clients if drawn == "all" else int(drawn)
+    if rule.sum_part and together > MOST_CLIENTS:
+        raise ConfigError(
+            f"federation.clients_per_round must be at most {MOST_CLIENTS} with aggregator {rule.name!r} and "
+            f"privacy.secure_aggregation, got {together}: a number counts the signs of no more"
+        )
+    if together < 2:
         raise ConfigError("privacy.secure_aggregation needs at least 2 clients in a round, got 1: their sum is theirs")
 
 
@@ -166,13 +173,22 @@ def check_budget(config: RunConfig, rows: Mapping[str, int]) -> None:
         ConfigError: Naming what the plan would spend.
     """
     privacy = config.privacy
-    if not privacy.on or privacy.epsilon is None or privacy.noise_multiplier is None or not config.federation.rounds:
+    if not privacy.on or privacy.epsilon is None or privacy.delta is None or not config.federation.rounds:
         return
-    for promise in _promises(config, rows):
-        if promise.epsilon > privacy.epsilon * (1 + 1e-9):
+    given = privacy.noise_multiplier
+    for planned in _plans(config, rows):
+        quick_first = ("rdp", privacy.accountant)
+        kept = (can_keep(planned, privacy.epsilon, privacy.delta, accountant) for accountant in quick_first)
+        if given is None and not any(kept):
+            raise ConfigError(
+                f"privacy.epsilon={privacy.epsilon:g} is less than {config.federation.rounds} rounds spend with any "
+                f"noise, as far as privacy.accountant={privacy.accountant} can tell (delta {privacy.delta:g}); raise "
+                "privacy.epsilon or lower federation.rounds"
+            )
+        if given is not None and (promise := _promise(config, planned)).epsilon > privacy.epsilon * (1 + 1e-9):
             raise ConfigError(
                 f"privacy.epsilon={privacy.epsilon:g} is less than the {promise.epsilon:.3g} that "
-                f"{config.federation.rounds} rounds spend with privacy.noise_multiplier={privacy.noise_multiplier:g} "
+                f"{config.federation.rounds} rounds spend with privacy.noise_multiplier={given:g} "
                 f"(delta {privacy.delta:g}); lower federation.rounds, raise the noise, or set it to null"
             )
 
@@ -182,11 +198,15 @@ def promised(config: RunConfig, rows: Mapping[str, int]) -> Promise | None:
     if not config.privacy.on or not config.federation.rounds:
         return None
     chosen = config.privacy.noise_multiplier is None  # then all keep the budget, and the noise differs
-    return max(_promises(config, rows), key=lambda made: made.noise_multiplier if chosen else made.epsilon)
+    promises = [_promise(config, planned) for planned in _plans(config, rows)]
+    return max(promises, key=lambda made: made.noise_multiplier if chosen else made.epsilon)
 
 
-def _promises(config: RunConfig, rows: Mapping[str, int]) -> Iterator[Promise]:
-    """Yield what each kind of client promises: where rows are protected, one kind for each number of rows."""
+def _plans(config: RunConfig, rows: Mapping[str, int]) -> Iterator[Release]:
+    """Yield what each kind of client releases over all rounds, whatever its noise.
+
+    Where rows are protected there is a kind for each number of rows.
+    """
     privacy, part = config.privacy, _part(config, rows, "")
     job = config.client
     for count in sorted(set(rows.values())) if privacy.unit == "example" else [0]:
@@ -197,7 +217,7 @@ def _promises(config: RunConfig, rows: Mapping[str, int]) -> Iterator[Promise]:
             one = Release(0.0, part.sampling, part.drawn / part.among, drawn=part.drawn, of=part.among)
         else:
             one = Release(0.0)
-        yield _promise(config, one.times(part.rounds))
+        yield one.times(part.rounds)
 
 
 def _promise(config: RunConfig, planned: Release) -> Promise:
@@ -219,6 +239,8 @@ def privacy_parts(config: RunConfig, rows: Mapping[str, int], run: str) -> list[
     """
     privacy = config.privacy
     parts: list[RoundPart] = [_part(config, rows, run)] if privacy.on else []
+    if privacy.secure_aggregation and config.aggregator.sum_part:
+        parts.append(RoundPart.made({**config.aggregator.sum_part, "largest": privacy.largest}))
     if privacy.secure_aggregation:
         alike = privacy.on or getattr(config.aggregator, "weighting", "uniform") == "uniform"
         most = 1 if alike else max(rows.values())
@@ -242,7 +264,7 @@ def _part(config: RunConfig, rows: Mapping[str, int], run: str) -> Privacy:
         noise_at=privacy.noise_at,
         drawn=drawn,
         among=len(names),
-        rounds=config.federation.rounds if secret else _most_rounds(config, names),
+        rounds=max(1, config.federation.rounds) if secret else _most_rounds(config, names),
         run=run,
         physical_batch=privacy.physical_batch,
         test_seed=privacy.test_seed,

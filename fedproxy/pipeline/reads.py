@@ -41,7 +41,7 @@ _EVALUATION = (
     *_below("evaluation", "tasks files models limit num_fewshot batch_tokens seed include_path evaluators"),
     *_below("evaluation", "apply_chat_template fewshot_as_multiturn system_instruction"),
 )
-MAY_CHANGE = (*UNREAD, *_ENGINE, *_EVALUATION, "federation.rounds")
+MAY_CHANGE = (*UNREAD, *_ENGINE, *_EVALUATION, "federation.rounds", "privacy.peers")
 """Keys that may have another value when a run goes on; ``federation.rounds`` may only grow."""
 
 COMPRESS = Reads(

@@ -127,7 +127,7 @@ def calibrate(
         together = spent([*before, replace(planned, noise_multiplier=noise)], delta, kind)
         return math.log(max(together / epsilon, 1e-12))
 
-    if already > epsilon * (1 - _USED_UP) or left(_MOST_NOISE, accountant) > 0:
+    if already > epsilon * (1 - _USED_UP) or not can_keep(planned, epsilon, delta, accountant, before):
         raise ConfigError(
             f"privacy.epsilon must be above the {already:.3g} that was spent on these rows before (delta {delta:g}), "
             f"got {epsilon:g}; raise privacy.epsilon, the total of all runs on them, or use other rows"
@@ -136,6 +136,13 @@ def calibrate(
         return _least(lambda noise: left(noise, accountant), 1.0)
     found = _least(lambda noise: left(noise, "rdp"), 1.0)
     return found if accountant == "rdp" else _least(lambda noise: left(noise, accountant), found)
+
+
+def can_keep(
+    planned: Release, epsilon: float, delta: float, accountant: str = "pld", before: tuple[Release, ...] = ()
+) -> bool:
+    """Return whether any noise keeps planned releases, with those before, within a budget; see :func:`calibrate`."""
+    return spent([*before, replace(planned, noise_multiplier=_MOST_NOISE)], delta, accountant) <= epsilon
 
 
 def _least(left: Callable[[float], float], start: float) -> float:

@@ -1,7 +1,8 @@
 """What a recipe promises about its clients' privacy: the node ``privacy``."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from typing import Literal
 
 from fedproxy.errors import ConfigError
@@ -36,12 +37,18 @@ class PrivacyConfig:
     """Whether the server learns the sum of a round's updates alone, with any unit; for linear rules."""
     largest: float = 1.0
     """Largest magnitude of a number of an update in a secure sum, which has 31 bits for all clients' together."""
+    peers: dict[str, str] = field(default_factory=dict)
+    """Signing keys of clients at real sites, as ``peers`` of a site's file: with them the server drops a client whose
+    key share its peers would refuse."""
     test_seed: int | None = None
     """Draws noise that can be repeated and foreseen, for tests; null draws from a secret of each client."""
 
     def __post_init__(self) -> None:
         """Check the options."""
         self._require("largest", 0 < self.largest < math.inf, "positive")
+        for peer, key in self.peers.items():
+            if not isinstance(key, str) or not re.fullmatch("[0-9a-f]{64}", key):
+                raise ConfigError(f"privacy.peers.{peer} must be the 64 digits that its site's check shows")
         if self.secure_aggregation and self.noise_at == "server":
             raise ConfigError(
                 "privacy.noise_at must be client with privacy.secure_aggregation, got 'server': it sees no update"

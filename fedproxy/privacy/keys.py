@@ -1,15 +1,14 @@
 """Who may take part in a secure sum: registered signing keys, and a fresh signed key share for every sum."""
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.privacy.noise import derived_key
 
-SHARE_BYTES = 96
+PUBLIC_BYTES, SHARE_BYTES = 32, 96
 """A share on the wire: 32 bytes of X25519 (RFC 7748), then 64 of an Ed25519 signature (RFC 8032)."""
 
 
@@ -30,7 +29,7 @@ class Occasion:
 
 @dataclass(frozen=True)
 class Identity:
-    """A client's long-lived secret, from which its signing key and all of its key shares are derived.
+    """A client's long-lived secret, from which its signing key is derived. What a share hides is made for one sum.
 
     Args:
         client_id: The client.
@@ -45,36 +44,38 @@ class Identity:
         """The Ed25519 key that is registered for this client, 32 bytes."""
         return _raw(self._signing().public_key())
 
-    def share(self, occasion: Occasion) -> bytes:
-        """Return this client's signed key share for one sum."""
-        public = _raw(self._agreeing(occasion).public_key())
+    def share(self, occasion: Occasion, own: bytes) -> bytes:
+        """Return this client's signed key share for one sum.
+
+        Args:
+            occasion: The sum.
+            own: 32 random bytes, made for this share alone.
+        """
+        public = _raw(_agreeing(own).public_key())
         signature: bytes = self._signing().sign(_statement(self.client_id, occasion, public))
         return public + signature
 
-    def secret_with(self, other: str, share: bytes, occasion: Occasion) -> bytes:
+    def secret_with(self, other: str, share: bytes, occasion: Occasion, own: bytes) -> bytes:
         """Return the 32-byte key that this client and another have in common for one sum, and for nothing else.
 
         Args:
             other: The other client.
             share: Its key share, verified.
             occasion: The sum.
+            own: What this client's own share was made of.
 
         Raises:
             ClientError: If the share is none that a key can be agreed on with.
         """
         x25519 = _primitives("x25519")
         try:
-            common = self._agreeing(occasion).exchange(x25519.X25519PublicKey.from_public_bytes(share[:32]))
+            common = _agreeing(own).exchange(x25519.X25519PublicKey.from_public_bytes(share[:PUBLIC_BYTES]))
         except ValueError as error:  # a point of small order
             raise ClientError(f"the key share of client {other!r} is not usable; have it register anew") from error
         return derived_key(common, "pair", *occasion.words, *sorted((self.client_id, other)))
 
     def _signing(self) -> Any:
         return _primitives("ed25519").Ed25519PrivateKey.from_private_bytes(derived_key(self.secret, "sign"))
-
-    def _agreeing(self, occasion: Occasion) -> Any:
-        own = derived_key(self.secret, "agree", *occasion.words, self.client_id)
-        return _primitives("x25519").X25519PrivateKey.from_private_bytes(own)
 
 
 def verify(shares: Mapping[str, bytes], registered: Mapping[str, bytes], occasion: Occasion) -> None:
@@ -95,7 +96,7 @@ def verify(shares: Mapping[str, bytes], registered: Mapping[str, bytes], occasio
             raise ClientError(f"client {client!r} has no registered key; register it at every client or leave it out")
         if len(share) != SHARE_BYTES:
             raise ClientError(f"the key share of client {client!r} is unsigned: it has {len(share)} bytes, not 96")
-        public, signature = share[:32], share[32:]
+        public, signature = share[:PUBLIC_BYTES], share[PUBLIC_BYTES:]
         try:
             key = ed25519.Ed25519PublicKey.from_public_bytes(registered[client])
             key.verify(signature, _statement(client, occasion, public))
@@ -117,9 +118,8 @@ def _statement(client_id: str, occasion: Occasion, public: bytes) -> bytes:
     return json.dumps(said).encode()
 
 
-def fingerprint(names: Sequence[str], registered: Mapping[str, bytes]) -> str:
-    """Return a hash of the registered keys of some clients, to compare by telephone."""
-    return hashlib.sha256(json.dumps({name: registered[name].hex() for name in sorted(names)}).encode()).hexdigest()
+def _agreeing(own: bytes) -> Any:
+    return _primitives("x25519").X25519PrivateKey.from_private_bytes(own)
 
 
 def _raw(key: Any) -> bytes:

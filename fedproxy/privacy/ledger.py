@@ -1,15 +1,22 @@
 """What was released of a client's data, over all rounds and runs: a file beside the data, written before each release.
 
-A ledger also holds the client's secret, from which its noise is drawn. The noise of a release depends on the secret and
-on all that the release depends on: whoever asks for the same thing twice, as a run that goes on does, gets the same
-bits, which cost nothing; whoever asks for anything else is charged.
+One release has one charge and one key, from which its noise is drawn: 32 random bytes that the ledger notes with the
+charge, before training, and forgets once the release is on the disk. So no two releases ever share noise:
+
+- Until there is a release, nothing has left the client. Whoever asks the same again, as a run does that was killed,
+  gets another try under the same charge and key.
+- As soon as there is one, whoever asks the same again gets that very release (:mod:`fedproxy.privacy.releases`), which
+  costs nothing: the client does not train again. If its file is damaged or gone there is a new charge, with a new key.
+- Whoever asks for anything else is charged, and gets other noise.
 """
 
 import math
+import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +31,14 @@ from fedproxy.sealed import read_sealed, write_sealed
 
 FOLDER = ".privacy_ledger"
 """Name of the folder of ledgers beside a client's data."""
-_FORMAT = "fedproxy-ledger-1"
+_FORMAT = "fedproxy-ledger-2"
+_READ = ("fedproxy-ledger-1", _FORMAT)
+"""Formats that are read; what an older one holds was released, and its noise is never drawn again."""
 _REMEDY = "put back a copy of it: without it nobody knows what was released of these rows"
-_WAIT_S = 60.0
+_WAIT_S = 600.0
+"""Charges of all clients of a folder wait for each other; one that finds its noise takes seconds."""
+_OTHER_RUNS = 2
+"""Other runs whose latest release stays."""
 _SLACK = 1e-9
 """Relative difference between two computations of one epsilon."""
 
@@ -56,8 +68,12 @@ class Charge:
     release: Release
     epsilon: float
     """Spent with this round, over all runs."""
-    secret: bytes
-    """Of the client alone."""
+    number: int
+    """Of the charge, in its ledger, from 0."""
+    key: bytes
+    """From which the release's noise is drawn; empty where it is made already."""
+    made: str
+    """Seal of the release, where it is made already."""
     releases: int
     """How many releases the ledger holds."""
 
@@ -74,19 +90,23 @@ class Ledger:
         self.folder, self.client_id = folder, client_id
         self.path = folder / f"{file_stem(client_id)}.json"
 
-    def charge(self, terms: Terms, round_: int, key: str, *, known: int = 0) -> Charge:
-        """Note a round's release before it is made, unless the very same one was noted before.
+    def charge(
+        self, terms: Terms, round_: int, request: str, *, known: int = 0, key: bytes = b"", anew: bool = False
+    ) -> Charge:
+        """Note a round's release before it is made, unless it was noted before for the same request.
 
         Args:
             terms: Budget and plan.
             round_: The round.
-            key: A hash of all that the release depends on.
+            request: A hash of what was asked for.
             known: Releases that the client remembers elsewhere: a ledger that holds fewer was taken away.
+            key: From which noise is drawn if this is a new charge; empty draws one from the operating system.
+            anew: Whether a release that was made for this request cannot be used any more.
 
         Raises:
             ClientError: If the budget does not allow it, the noise would be lower than before, the unit is another,
                 or the ledger is not the one that the client knows.
-            CheckpointError: If the ledger is damaged or cannot be written.
+            CheckpointError: If a ledger is damaged or cannot be written.
         """
         with self._held():
             content = self._read()
@@ -96,19 +116,53 @@ class Ledger:
                     f"{self.path} holds {len(entries)} releases of client {self.client_id!r}, which has made {known}; "
                     f"{_REMEDY}"
                 )
-            if not any(entry["key"] == key for entry in entries):
-                release = self._allowed(content, terms)
-                entries.append({"run": terms.run, "round": round_, "key": key, "release": release.plain()})
+            number, others = _latest(entries, terms.run, round_, request), self._other_runs(content, terms)
+            if number is None or (anew and "made" in entries[number]):
+                release, noise = self._allowed(content, terms, others), key or secrets.token_bytes(KEY_BYTES)
+                number, said = len(entries), {"run": terms.run, "round": round_, "request": request}
+                entries.append({**said, "noise": noise.hex(), "release": release.plain()})
                 content["unit"] = terms.unit
                 write_sealed(self.path, content, private=True)
-            release = Release(**next(entry for entry in entries if entry["key"] == key)["release"])
-            return Charge(release, self._spent(content, terms), bytes.fromhex(content["secret"]), len(entries))
+            entry = entries[number]
+            return Charge(
+                Release(**entry["release"]),
+                _spent(content, terms, others),
+                number,
+                bytes.fromhex(entry.get("noise", "")),
+                entry.get("made", ""),
+                len(entries),
+            )
 
-    def releases(self) -> list[Release]:
-        """Return what was released, over all runs."""
-        return _releases(self._read())
+    def made(self, number: int, seal: str) -> str:
+        """Note that a release is on the disk, before it is sent, and forget the key of its noise.
 
-    def _allowed(self, content: dict[str, Any], terms: Terms) -> Release:
+        Returns:
+            The seal of the one release that may be sent: an earlier one's, where another process was faster.
+
+        Raises:
+            CheckpointError: If the ledger is damaged or cannot be written.
+        """
+        with self._held():
+            content = self._read()
+            entry = content["entries"][number]
+            if "made" not in entry:
+                entry["made"] = seal
+                del entry["noise"]
+                write_sealed(self.path, content, private=True)
+            return str(entry["made"])
+
+    def needed(self, run: str, round_: int) -> set[int]:
+        """Return the numbers of the releases that may be asked for again, a few however long the ledger is.
+
+        Of a run that goes on from its last checkpoint, or the one before, these are this round's and the one's before;
+        of the other runs that were at work last the latest.
+        """
+        entries = self._read()["entries"]
+        latest = {entry["run"]: number for number, entry in enumerate(entries) if entry["run"] != run}
+        own = {entry["round"]: number for number, entry in enumerate(entries) if entry["run"] == run}
+        return {*(own[number] for number in own if number >= round_ - 1), *sorted(latest.values())[-_OTHER_RUNS:]}
+
+    def _allowed(self, content: dict[str, Any], terms: Terms, others: Sequence[Release]) -> Release:
         """Return what the next round of a run releases.
 
         Raises:
@@ -119,8 +173,8 @@ class Ledger:
                 f"privacy.unit must be {content['unit']} as in the earlier releases of {self.path}, got {terms.unit}; "
                 "budgets of two units do not add up, use other rows"
             )
-        before = [*_releases(content), *self._others(content, terms)]
-        mine = [Release(**entry["release"]) for entry in content["entries"] if entry["run"] == terms.run]
+        mine = _by_run(content["entries"]).get(terms.run, ())
+        before = [*others, *mine]
         left = terms.planned.times(max(1, terms.rounds - len(mine)))
         noise = terms.planned.noise_multiplier or self._noise(content, terms, before, left)
         release = replace(terms.planned, noise_multiplier=noise)
@@ -161,61 +215,87 @@ class Ledger:
             "federation.rounds, or use other rows"
         )
 
-    def _others(self, content: dict[str, Any], terms: Terms) -> list[Release]:
-        """Return what earlier runs that dealt these rows out to other clients spent: of each run the most of a client.
+    def _other_runs(self, content: Mapping[str, Any], terms: Terms) -> list[Release]:
+        """Return what all other runs spent: of each the most of a client, since rows may have had another owner there.
 
-        They are looked up once, when a run begins.
+        They are looked up at every charge: another run may be at work on the same rows.
         """
-        kept = content["others"].get(terms.run)
-        if kept is None:
-            kept = content["others"][terms.run] = [release.plain() for release in self._spent_by_others(terms)]
-        return [Release(**release) for release in kept]
-
-    def _spent_by_others(self, terms: Terms) -> Iterator[Release]:
-        runs: dict[str, list[list[Release]]] = {}
-        for path in sorted(self.folder.glob("*.json")):
-            found = {} if path == self.path else Ledger._content(path)
-            by_run: dict[str, list[Release]] = {}
-            for entry in found.get("entries", []):
-                by_run.setdefault(entry["run"], []).append(Release(**entry["release"]))
-            for run, releases in by_run.items():
+        runs: dict[str, list[Sequence[Release]]] = {}
+        names = sorted({self.path.name, *(name for name in os.listdir(self.folder) if name.endswith(".json"))})
+        for name in names:
+            own = name == self.path.name
+            found = _by_run(content["entries"]) if own else _kept(os.path.join(self.folder, name))
+            for run, releases in found.items():
                 runs.setdefault(run, []).append(releases)
-        own = {entry["run"] for entry in self._read()["entries"]}
-        for run in sorted(set(runs) - own - {terms.run}):
-            yield from max(runs[run], key=lambda releases: _most(releases, terms))
-
-    def _spent(self, content: Mapping[str, Any], terms: Terms) -> float:
-        others = [Release(**release) for release in content["others"].get(terms.run, [])]
-        releases = [*_releases(content), *others]
-        return math.inf if terms.delta is None else spent(releases, terms.delta, terms.accountant)
+        others = (run for run in sorted(runs) if run != terms.run)
+        return [release for run in others for release in max(runs[run], key=lambda releases: _most(releases, terms))]
 
     @contextmanager
     def _held(self) -> Iterator[None]:
         try:
             private_folder(self.folder)
-            with FileLock(self.path.with_suffix(".lock"), timeout=_WAIT_S):
+            with FileLock(self.folder / ".lock", timeout=_WAIT_S):
                 yield
         except Timeout as error:
-            raise CheckpointError(f"{self.path} is held by another process for {_WAIT_S:g} s; end that run") from error
+            held = f"{self.folder} is held by another process for {_WAIT_S:g} s; end that run"
+            raise CheckpointError(held) from error
         except OSError as error:
             raise CheckpointError(
                 f"privacy.ledger {self.folder} cannot be written ({error.strerror or error}); choose another folder"
             ) from error
 
     def _read(self) -> dict[str, Any]:
-        fresh = {"format": _FORMAT, "client": self.client_id, "secret": secrets.token_hex(KEY_BYTES)}
-        return Ledger._content(self.path) or {**fresh, "unit": "", "entries": [], "runs": {}, "others": {}}
-
-    @staticmethod
-    def _content(path: Path) -> dict[str, Any]:
-        content = read_sealed(path, remedy=_REMEDY) or {}
-        if content and content.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is not a ledger of format {_FORMAT}; {_REMEDY}")
-        return content
+        fresh = {"format": _FORMAT, "client": self.client_id, "unit": "", "entries": [], "runs": {}}
+        return {**fresh, **_content(self.path), "format": _FORMAT}
 
 
-def _releases(content: Mapping[str, Any]) -> list[Release]:
-    return [Release(**entry["release"]) for entry in content["entries"]]
+def _content(path: Path) -> dict[str, Any]:
+    """Return a ledger's content, nothing where there is none.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    content = read_sealed(path, remedy=_REMEDY) or {}
+    if content and content.get("format") not in _READ:
+        raise CheckpointError(f"{path} is not a ledger of format {_FORMAT}; {_REMEDY}")
+    if content.get("format") == _READ[0]:
+        content = {name: content[name] for name in ("client", "unit", "entries", "runs")}
+        content["entries"] = [{**entry, "request": "", "made": ""} for entry in content["entries"]]
+    return content
+
+
+def _kept(path: str) -> Mapping[str, Sequence[Release]]:
+    """Return what another client's ledger holds, by run; it is read again where it was written since."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return {}
+    return _kept_at(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _kept_at(path: str, *stamp: int) -> Mapping[str, Sequence[Release]]:
+    return _by_run(_content(Path(path)).get("entries", []))
+
+
+def _by_run(entries: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Release]]:
+    runs: dict[str, list[Release]] = {}
+    for entry in entries:
+        runs.setdefault(entry["run"], []).append(Release(**entry["release"]))
+    return dict(runs)
+
+
+def _latest(entries: Sequence[Mapping[str, Any]], run: str, round_: int, request: str) -> int | None:
+    """Return the number of the last charge for a request; an older one's release is gone."""
+    asked = [run, round_, request]
+    found = [n for n, entry in enumerate(entries) if [entry["run"], entry["round"], entry["request"]] == asked]
+    return found[-1] if found else None
+
+
+def _spent(content: Mapping[str, Any], terms: Terms, others: Sequence[Release]) -> float:
+    if terms.delta is None:
+        return math.inf
+    return spent([*others, *_by_run(content["entries"]).get(terms.run, ())], terms.delta, terms.accountant)
 
 
 def _most(releases: Sequence[Release], terms: Terms) -> float:

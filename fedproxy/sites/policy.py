@@ -1,15 +1,16 @@
 """What the owner of the data allows: looked at by the site's own process, whatever the server asks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate
+from fedproxy.sites.privacy_rules import budget_fault, clip_of, parts_of
 from fedproxy.wire.messages import Setup
 
-_ACCOUNTS = ("privacy", "secure_sum")
-"""Groups beside an update that say nothing of a row: what its privacy ledger was charged, and a masked weight."""
+_ACCOUNTS = ("privacy", "secure_sum", "sign_sums")
+"""Groups beside an update that say no more of a row: its ledger's charge, a masked weight, its signs and magnitudes."""
 
 
 class NotAllowedError(Exception):
@@ -35,9 +36,18 @@ class Policy:
     statistics: bool = False
     """Whether groups of tensors beside the update may leave, as Fisher, Gram and SCAFFOLD rules ask for them."""
     most_clip: float | None = None
-    """Updates must be clipped to at most this norm (parts.clip_noise); null does not ask for it."""
+    """Updates, or rows' gradients with privacy.unit=example, must be clipped to at most this norm (parts.clip_noise or
+    privacy.clip); null does not ask for it."""
     least_noise: float = 0.0
-    """Least noise multiplier of the clipped updates; above 0 it needs most_clip."""
+    """Least noise multiplier of what is clipped; above 0 it needs most_clip."""
+    most_epsilon: float | None = None
+    """Most of privacy.epsilon, over all runs on these rows, which the site's own ledgers keep; null asks for none."""
+    most_delta: float = 1e-5
+    """Most of privacy.delta, where most_epsilon is set: well below one over the number of rows or clients."""
+    unit: Literal["any", "example", "client"] = "any"
+    """What privacy.unit must protect, where most_epsilon is set."""
+    secure: bool = False
+    """Whether updates must be masked, so that the server learns sums alone (privacy.secure_aggregation)."""
     plugins: list[str] = field(default_factory=list)
     """Modules that may be imported for the components of a run; none unless listed."""
     personal: bool = True
@@ -61,6 +71,16 @@ class Policy:
         if self.least_noise < 0 or (self.least_noise and self.most_clip is None):
             raise ConfigError(f"policy.least_noise must be at least 0, and 0 without most_clip, got {self.least_noise}")
 
+        if self.most_epsilon is not None and not self.most_epsilon > 0:
+            raise ConfigError(f"policy.most_epsilon must be positive, or null, got {self.most_epsilon}")
+        if not 0 < self.most_delta < 1:
+            raise ConfigError(f"policy.most_delta must be in (0, 1), got {self.most_delta}")
+        if self.most_epsilon is not None and self.evaluate:
+            raise ConfigError(
+                "policy.evaluate must be false where policy.most_epsilon is set, got true: scores on held-out rows are "
+                "not accounted for"
+            )
+
     @property
     def most_bytes(self) -> int:
         """Largest file in bytes."""
@@ -78,6 +98,8 @@ class Policy:
         foreign = sorted(set(setup.plugins).difference(self.plugins))
         if foreign:
             raise NotAllowedError(f"policy.plugins does not list {foreign[0]}")
+        if self.most_epsilon is not None and self.unit != "client" and setup.long_rows == "split":
+            raise NotAllowedError("policy.most_epsilon protects rows, and data.long_rows=split makes several of one")
         if setup.proxy_bytes > self.most_bytes:
             raise NotAllowedError(f"policy.largest_mib is {self.largest_mib}, the proxy has more")
 
@@ -92,18 +114,26 @@ class Policy:
             raise NotAllowedError(f"policy.most_rounds is {self.most_rounds}, this is round {round_}")
         if type(epochs) is not int or not 1 <= epochs <= self.most_epochs:
             raise NotAllowedError(f"policy.most_epochs is {self.most_epochs}, the round asks for {epochs!r}")
+        parts = parts_of(job)
         if self.most_clip is not None:
-            self._check_clip(job.get("parts"))
+            self._check_clip(*clip_of(parts))
+        fault = ""
+        if self.most_epsilon is not None:
+            fault = budget_fault(parts, self.most_epsilon, self.most_delta, self.unit)
+        if not fault and self.secure and not any(part.get("name") == "secure_sum" for part in parts):
+            fault = "policy.secure lets no update leave that is not masked; use privacy.secure_aggregation=true"
+        if fault:
+            raise NotAllowedError(fault)
 
-    def _check_clip(self, parts: Any) -> None:
-        found = [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, Sequence) else []
-        clips = [part for part in found if part.get("name") == "clip_noise"]
-        clip, noise = (clips[0].get("clip"), clips[0].get("noise")) if len(clips) == 1 else (None, None)
+    def _check_clip(self, clip: Any, noise: Any) -> None:
         if not isinstance(clip, int | float) or not 0 < clip <= (self.most_clip or 0):
-            raise NotAllowedError(f"policy.most_clip is {self.most_clip}; use parts.clip_noise.clip of at most that")
-        if not isinstance(noise, int | float) or noise < self.least_noise:
             raise NotAllowedError(
-                f"policy.least_noise is {self.least_noise}; use parts.clip_noise.noise of at least that"
+                f"policy.most_clip is {self.most_clip}; use parts.clip_noise.clip or privacy.clip of at most that"
+            )
+        if self.least_noise and (not isinstance(noise, int | float) or noise < self.least_noise):
+            raise NotAllowedError(
+                f"policy.least_noise is {self.least_noise}; use parts.clip_noise.noise or privacy.noise_multiplier of "
+                "at least that"
             )
 
     def allowed(self, update: ClientUpdate) -> ClientUpdate:

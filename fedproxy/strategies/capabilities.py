@@ -143,10 +143,10 @@ def _check_space(aggregator: Aggregator, space: str) -> None:
 
 
 def _check_secure(aggregator: Aggregator, regularizer: Regularizer) -> None:
-    if not aggregator.linear:
+    if not aggregator.linear and not aggregator.sum_part:
         raise ConfigError(
-            f"aggregator.name: {aggregator.name!r} needs each client's update and cannot run under secure aggregation; "
-            f"use {_with('linear')}"
+            f"aggregator.name: {aggregator.name!r} needs each client's update with these options and cannot run under "
+            f"secure aggregation; use {_with('linear')}, or ties with vote=uniform and divisor=count"
         )
     if "conflict" in regularizer.parts:
         raise ConfigError(

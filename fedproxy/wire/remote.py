@@ -96,7 +96,7 @@ class RemoteSites:
         self.greet(setup)  # sites unpack it now
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
-        """Run the clients of one round; see :class:`fedproxy.protocol.Sites`.
+        """Run the clients of one round; see :class:`fedproxy.messages.Sites`.
 
         A site counts the time itself, and answers with what is finished by then.
 
@@ -179,8 +179,18 @@ class RemoteSites:
         return folder
 
     def _by_site(self, clients: Sequence[str]) -> dict[str, list[str]]:
+        """Return whose clients are whose.
+
+        Raises:
+            ClientError: If no site has a client of this name.
+        """
         by_site: dict[str, list[str]] = {}
         for client in clients:
+            if client not in self._site_of:
+                raise ClientError(
+                    f"no site has a client {client!r} any more; have its site hold it again under this name, or start "
+                    "again with overwrite=true"
+                )
             by_site.setdefault(self._site_of[client], []).append(client)
         return by_site
 

@@ -140,6 +140,36 @@ def test_a_client_weighs_what_it_was_dealt(change, reason):
     assert re.fullmatch(f"the update's {reason}", dropped["bob"])
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"num_examples": 10**9}, r"num_examples must be withheld \(1\), got 1000000000"),
+        ({"num_examples": True}, r"num_examples must be withheld \(1\), got True"),
+        ({"num_tokens": 7}, r"num_tokens must be withheld \(0\), got 7"),
+        ({"train_loss": 1.5}, r"train_loss must be withheld \(None\), got 1.5"),
+        ({"regularizer_loss": 0.0}, r"regularizer_loss must be withheld \(None\), got 0.0"),
+    ],
+)
+def test_where_figures_are_withheld_all_count_alike(change, reason):
+    told = {"num_examples": 1, "num_tokens": 0, "train_loss": None, "regularizer_loss": None}
+    good = [replace(honest(client), **told) for client in ("ann", "bob")]
+    terms = Participation(1, expected=Expected(withheld=True))
+    assert terms.collect(Given(good), broadcast(), ["ann", "bob"]) == (good, {})
+    _, dropped = terms.collect(Given([good[0], replace(good[1], **change)]), broadcast(), ["ann", "bob"])
+    assert re.fullmatch(f"the update's {reason}", dropped["bob"])
+
+
+def test_what_is_sent_in_the_clear_beside_a_masked_update_is_checked():
+    clear, masked = (Group({"a": torch.zeros(2, device="meta")}, masked=masked) for masked in (False, True))
+    terms = Participation(1, expected=Expected(extras={"privacy": clear, "weight": masked}, masked=True))
+    values = {"privacy": {"a": torch.ones(2)}, "weight": {"a": torch.full((2,), float("nan"))}}
+    good = [replace(honest(client), extras=values) for client in ("ann", "bob")]
+    assert terms.collect(Given(good), broadcast(), ["ann", "bob"]) == (good, {})
+    bad = replace(good[1], extras={**values, "privacy": {"a": torch.tensor([1.0, float("nan")])}})
+    _, dropped = terms.collect(Given([good[0], bad]), broadcast(), ["ann", "bob"])
+    assert "extras['privacy'] tensor 'a' must be finite" in dropped["bob"]
+
+
 SQUARES = Expected(
     extras={
         "scaffold": Group({"a": torch.zeros(2, device="meta")}),

@@ -3,13 +3,17 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fedproxy.config import load_config
-from fedproxy.errors import ConfigError, FedProxyError
+from fedproxy.errors import ClientError, ConfigError, FedProxyError
+from fedproxy.federation.client import site
+from fedproxy.federation.client.site import Site
+from fedproxy.names import file_stem
 from fedproxy.pipeline.plan import plan
 from fedproxy.pipeline.privacy import promised
 from fedproxy.privacy.accounting import Release, spent
@@ -71,6 +75,24 @@ def test_a_private_run_spends_its_budget_and_tells(private, unit):
     assert {name: tensor.shape for name, tensor in memory.items()} == dict.fromkeys(lines[0]["clients"], (2, 4))
 
 
+@pytest.mark.parametrize("rule", ["fedsa_lora", "none"])
+def test_a_killed_private_run_whose_clients_keep_tensors_goes_on_with_the_same_bits(run_tiny, tmp_path, rule):
+    """Personal tensors are those of the release, though nobody trains; every client has its own."""
+    options = (*BRIEF, *DP, "privacy.unit=example", f"aggregator.name={rule}")
+    _, whole = run_tiny(*options, folder=tmp_path / "whole")
+    killed = tmp_path / "out"
+    shutil.copytree(whole, killed)
+    shutil.rmtree(killed / "checkpoints/round_0002")
+    for path in killed.rglob("report.*"):
+        path.unlink()
+    run_tiny(*options, "resume=auto", folder=killed)
+    assert records(whole) == records(killed)
+    kept = [path.relative_to(whole) for path in whole.glob("checkpoints/**/*.safetensors")]
+    files = [path for path in kept if "round_0002" in str(path)]
+    assert len([path for path in files if path.parts[1] == "clients"]) == 4
+    assert all(same(load_file(whole / path), load_file(killed / path)) for path in files)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 def test_a_killed_private_run_goes_on_with_the_same_bits_at_no_cost(private, run_tiny, tmp_path, unit):
     _, whole = private(unit)
@@ -84,6 +106,122 @@ def test_a_killed_private_run_goes_on_with_the_same_bits_at_no_cost(private, run
     assert records(whole) == records(killed)
     ledger = next((killed / "rows/.privacy_ledger").glob("*.json"))
     assert len(json.loads(ledger.read_text())["entries"]) == 2  # the second round again, and charged once
+
+
+@pytest.fixture
+def asked_again(monkeypatch):
+    """Have every client of the second round asked twice more: by a server that changed the proxy, and one that lies."""
+    answers = {}
+    train = Site.train
+
+    def thrice(self, broadcast, client_id, **options):
+        first = train(self, broadcast, client_id, **options)
+        if broadcast.round < 2:
+            return first
+        weight = self.model.model.get_input_embeddings().weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.zero_()
+        other_proxy = train(self, broadcast, client_id, **options)
+        with torch.no_grad():
+            weight.copy_(before)
+        lied = replace(broadcast, job={**broadcast.job, "weight_decay": 1e-6})
+        answers[client_id] = first, other_proxy, train(self, lied, client_id, **options)
+        return first
+
+    monkeypatch.setattr(Site, "train", thrice)
+    return answers
+
+
+def noise_of(update):
+    return torch.cat([update.delta[name].reshape(-1) for name in sorted(update.delta)])
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_no_two_answers_of_a_client_share_noise(run_tiny, asked_again, unit):
+    """A second answer under the first one's noise would show their difference, and so the update itself."""
+    options = ("privacy.noise_multiplier=4", "privacy.delta=1e-5", "privacy.accountant=rdp", f"privacy.unit={unit}")
+    _, folder = run_tiny(*BRIEF, *options)
+    assert len(asked_again) == 4
+    for client, (first, other_proxy, lied) in asked_again.items():
+        assert torch.equal(noise_of(first), noise_of(other_proxy))  # what was released, and no training
+        together = torch.stack([noise_of(first), noise_of(lied)])
+        assert abs(float(torch.corrcoef(together)[0, 1])) < {"client": 0.1, "example": 0.5}[unit]
+        ledger = json.loads((folder / f"rows/.privacy_ledger/{file_stem(client)}.json").read_text())
+        assert [entry["round"] for entry in ledger["entries"]] == [1, 2, 2]  # two requests, two charges
+        assert all("noise" not in entry for entry in ledger["entries"])  # released: nobody draws it again
+        releases = list((folder / f"rows/.privacy_ledger/releases/{file_stem(client)}").iterdir())
+        assert len(releases) == 2  # that of the round before, and the last of this one
+
+
+def test_a_release_that_is_damaged_is_made_again_and_charged_again(private, run_tiny, tmp_path, caplog):
+    options = ("privacy.noise_multiplier=4", "privacy.delta=1e-5", "privacy.accountant=rdp", "privacy.unit=client")
+    _, whole = run_tiny(*BRIEF, *options, folder=tmp_path / "out")
+    before = state(whole)
+    shutil.rmtree(whole / "checkpoints/round_0002")
+    for path in [*whole.rglob("report.*"), *whole.rglob("releases/*/round_0001.safetensors")]:
+        path.unlink()
+    run_tiny(*BRIEF, *options, "resume=auto", folder=whole)
+    assert "round 2 is charged again" in caplog.text
+    for ledger in (whole / "rows/.privacy_ledger").glob("*.json"):
+        assert len(json.loads(ledger.read_text())["entries"]) == 3
+    assert not same(before, state(whole))  # other noise
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_round_that_was_killed_before_its_release_is_charged_once(private, run_tiny, tmp_path, monkeypatch, unit):
+    _, whole = private(unit)
+    tune = site.tune
+
+    def killed(task, *rest, **options):
+        update = tune(task, *rest, **options)
+        if task.broadcast.round == 2 and task.client_id == "tiny_sums":
+            raise ClientError("killed")
+        return update
+
+    with monkeypatch.context() as patched:
+        patched.setattr(site, "tune", killed)
+        with pytest.raises(FedProxyError, match="failed in round 2"):
+            run_tiny(*BRIEF, *DP, f"privacy.unit={unit}", folder=tmp_path / "out")
+    run_tiny(*BRIEF, *DP, f"privacy.unit={unit}", "resume=auto", folder=tmp_path / "out")
+    assert records(whole)[1]["privacy"] == records(tmp_path / "out")[1]["privacy"]
+    for ledger in (tmp_path / "out/rows/.privacy_ledger").glob("*.json"):
+        assert len(json.loads(ledger.read_text())["entries"]) == 2
+
+
+def test_a_round_repeated_with_noise_at_the_server_gives_the_same_bits(run_tiny, tmp_path):
+    more = ("privacy.unit=client", "aggregator.name=fedavg", "privacy.noise_at=server")
+    _, whole = run_tiny(*BRIEF, *DP, *more, folder=tmp_path / "out")
+    before = state(whole)
+    shutil.rmtree(whole / "checkpoints/round_0002")
+    for path in whole.rglob("report.*"):
+        path.unlink()
+    run_tiny(*BRIEF, *DP, *more, "resume=auto", folder=whole)
+    assert same(before, state(whole))
+
+
+def test_a_client_that_lowers_its_noise_is_dropped_and_the_run_goes_on(run_tiny, monkeypatch):
+    train = Site.train
+
+    def quieter(self, broadcast, client_id, **options):
+        update = train(self, broadcast, client_id, **options)
+        said = update.extras["privacy"]["release"].clone()
+        if client_id == "tiny_sums":
+            said[0] *= float("nan") if broadcast.round == 1 else 0.5
+        return replace(update, extras={"privacy": {"release": said}})
+
+    monkeypatch.setattr(Site, "train", quieter)
+    _, folder = run_tiny(*BRIEF, *DP, "privacy.unit=client", "federation.min_clients=2", "federation.rounds=1")
+    assert "finite, got NaN" in records(folder)[0]["dropped"]["tiny_sums"]
+
+    def later(self, broadcast, client_id, **options):
+        if broadcast.round == 1:
+            return train(self, broadcast, client_id, **options)
+        return quieter(self, broadcast, client_id, **options)
+
+    monkeypatch.setattr(Site, "train", later)
+    _, folder = run_tiny(*BRIEF, *DP, "privacy.unit=client", "federation.min_clients=2")
+    assert records(folder)[1]["dropped"]["tiny_sums"].startswith("it added noise ")
 
 
 def test_a_ledger_that_was_deleted_ends_the_run(private, run_tiny, tmp_path):

@@ -75,6 +75,13 @@ def test_a_plan_past_its_budget_is_refused_before_any_work():
     check_budget(config(*CLIENT, "privacy.noise_multiplier=3", "federation.rounds=6"), rows)
 
 
+def test_a_plan_that_no_noise_keeps_is_refused_before_any_work():
+    plan = config(*EXAMPLE, "privacy.epsilon=1e-5", "privacy.delta=1e-9", "federation.rounds=60")
+    with pytest.raises(ConfigError, match=r"privacy.epsilon=1e-05 is less than 60 rounds spend with any noise"):
+        check_budget(plan, {"a": 100})
+    check_budget(config(*EXAMPLE, "federation.rounds=60"), {"a": 100})
+
+
 def test_the_smallest_client_spends_most_and_every_client_keeps_the_budget():
     plan = config(*EXAMPLE, "federation.rounds=6", "client.batch_size=16", "client.epochs=1")
     promise = promised(plan, {"a": 100, "b": 300})

@@ -28,15 +28,52 @@ def test_a_plan_is_spent_to_its_budget_and_not_beyond(tmp_path):
     assert charges[0].epsilon < charges[1].epsilon < charges[2].epsilon
     with pytest.raises(ClientError, match=r"privacy.epsilon=8 would be exceeded: .* holds 8 .* raise privacy.epsilon"):
         ledger.charge(terms(), 5, "key 5")
-    assert len(ledger.releases()) == 4  # what was refused is not charged
+    assert len(entries(ledger)) == 4  # what was refused is not charged
 
 
-def test_the_same_release_again_costs_nothing_and_another_of_the_same_round_does(tmp_path):
-    ledger = Ledger(tmp_path, "a")
-    first = ledger.charge(terms(), 1, "key")
+def entries(ledger):
+    return json.loads(ledger.path.read_text())["entries"]
+
+
+def test_until_there_is_a_release_the_same_request_gets_another_try_under_its_charge_and_key(tmp_path):
+    first = Ledger(tmp_path, "a").charge(terms(), 1, "key")
     again = Ledger(tmp_path, "a").charge(terms(), 1, "key")
     assert again == first
-    assert ledger.charge(terms(), 1, "other state").releases == 2
+    assert len(first.key) == 32
+    assert first.made == ""
+
+
+def test_no_two_releases_share_a_key_and_each_is_charged(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    first = ledger.charge(terms(), 1, "key")
+    other = ledger.charge(terms(), 1, "other state")
+    assert ledger.made(first.number, "seal") == "seal"
+    known = ledger.charge(terms(), 1, "key")
+    assert (known.number, known.made, known.key, known.releases) == (first.number, "seal", b"", 2)
+    anew = ledger.charge(terms(), 1, "key", anew=True)  # the release's file is damaged
+    assert (anew.number, anew.made, anew.releases) == (2, "", 3)
+    assert len({first.key, other.key, anew.key}) == 3
+    assert ledger.charge(terms(), 1, "key") == anew
+
+
+def test_the_key_is_forgotten_with_the_release_and_the_first_release_stays(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    charge = ledger.charge(terms(), 1, "key")
+    assert charge.key.hex() in ledger.path.read_text()
+    ledger.made(charge.number, "one")
+    assert charge.key.hex() not in ledger.path.read_text()
+    assert ledger.made(charge.number, "two") == "one"  # of two processes at once
+
+
+def test_releases_that_may_be_asked_for_again_are_few(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    for number in range(1, 5):
+        ledger.charge(terms(planned=Release(50.0), rounds=8), number, f"key {number}")
+        ledger.charge(terms(run="two", planned=Release(50.0), rounds=8), number, f"two {number}")
+    assert ledger.needed("one", 4) == {4, 6, 7}  # rounds 3 and 4, and the other run's latest
+    for run in ("three", "four"):
+        ledger.charge(terms(run=run, planned=Release(50.0), rounds=8), 1, run)
+    assert ledger.needed("one", 4) == {4, 6, 8, 9}  # of the other runs the last two
 
 
 def test_a_second_run_on_the_same_rows_gets_what_is_left(tmp_path):
@@ -58,6 +95,32 @@ def test_rows_dealt_out_anew_count_what_their_earlier_owners_spent(tmp_path):
     assert charge.epsilon == spent([Release(2.0), Release(4.0)], DELTA, "rdp")  # b spent more than a
     same_run = Ledger(tmp_path, "d").charge(terms(planned=Release(4.0), rounds=1), 1, "d")
     assert same_run.epsilon == spent([Release(4.0), Release(4.0)], DELTA, "rdp")  # of run two alone
+
+
+def test_a_row_that_changed_hands_counts_its_earlier_owner_even_where_the_new_one_took_part(tmp_path):
+    """In run one a row was b's, who spent more than a; in run two it is a's."""
+    for client, noise in (("a", 3.0), ("b", 2.0)):
+        Ledger(tmp_path, client).charge(terms(planned=Release(noise), rounds=1), 1, client)
+    charge = Ledger(tmp_path, "a").charge(terms(run="two", planned=Release(4.0), rounds=1), 1, "a again")
+    assert charge.epsilon == spent([Release(2.0), Release(4.0)], DELTA, "rdp")
+
+
+def test_what_other_runs_spend_in_the_meantime_counts(tmp_path):
+    mine = terms(run="two", planned=Release(4.0))
+    Ledger(tmp_path, "a").charge(mine, 1, "a 1")
+    Ledger(tmp_path, "b").charge(terms(planned=Release(2.0), rounds=1), 1, "b")
+    charge = Ledger(tmp_path, "a").charge(mine, 2, "a 2")
+    assert charge.epsilon == spent([Release(4.0, steps=2), Release(2.0)], DELTA, "rdp")
+
+
+def test_a_ledger_of_the_first_format_counts_and_none_of_its_noise_is_drawn_again(tmp_path):
+    ledger = Ledger(tmp_path, "a")
+    entry = {"run": "one", "round": 1, "key": "key", "release": Release(4.0).plain()}
+    old = {"format": "fedproxy-ledger-1", "client": "a", "secret": "00" * 32, "unit": "client"}
+    write_sealed(ledger.path, {**old, "entries": [entry], "runs": {}, "others": {"one": []}})
+    charge = ledger.charge(terms(planned=Release(4.0)), 1, "key")
+    assert charge.releases == 2
+    assert charge.epsilon == spent([Release(4.0, steps=2)], DELTA, "rdp")
 
 
 def test_a_run_that_goes_on_may_not_lower_its_noise(tmp_path):
@@ -93,7 +156,7 @@ def test_a_damaged_ledger_is_refused_and_a_whole_one_is_private(tmp_path):
     with pytest.raises(CheckpointError, match=r"is damaged: .* put back a copy of it: without it nobody knows"):
         ledger.charge(terms(), 2, "key 2")
     write_sealed(ledger.path, {"format": "fedproxy-ledger-9"})
-    with pytest.raises(CheckpointError, match=r"is not a ledger of format fedproxy-ledger-1"):
+    with pytest.raises(CheckpointError, match=r"is not a ledger of format fedproxy-ledger-2"):
         ledger.charge(terms(), 2, "key 2")
 
 
@@ -108,7 +171,7 @@ def test_processes_at_once_are_all_counted(tmp_path):
         worker.start()
     for worker in workers:
         worker.join()
-    assert len(Ledger(tmp_path, "a").releases()) == 4
+    assert len(entries(Ledger(tmp_path, "a"))) == 4
 
 
 def test_without_noise_there_is_no_epsilon(tmp_path):

@@ -8,6 +8,8 @@ from scipy.stats import chisquare
 from fedproxy.errors import ClientError
 from fedproxy.privacy import secure_sum
 from fedproxy.privacy.keys import Identity, Occasion, verify
+from fedproxy.privacy.one_time import OneTime
+from fedproxy.privacy.registration import register_all, registered
 from fedproxy.privacy.secure_sum import added, decode, encode, masked, step_of
 
 NAMES = ("a", "b", "c", "d")
@@ -16,15 +18,18 @@ IDENTITIES = {name: Identity(name, bytes([index]) * 32) for index, name in enume
 REGISTERED = {name: identity.public for name, identity in IDENTITIES.items()}
 
 
+OWN = {name: bytes([16 + index]) * 32 for index, name in enumerate(NAMES)}
+"""What each client's share is made of."""
+
+
 def shares(occasion=WHEN):
-    return {name: identity.share(occasion) for name, identity in IDENTITIES.items()}
+    return {name: identity.share(occasion, OWN[name]) for name, identity in IDENTITIES.items()}
 
 
 def keys_of(name, occasion=WHEN):
     own = IDENTITIES[name]
-    return {
-        other: own.secret_with(other, share, occasion) for other, share in shares(occasion).items() if other != name
-    }
+    others = {other: share for other, share in shares(occasion).items() if other != name}
+    return {other: own.secret_with(other, share, occasion, OWN[name]) for other, share in others.items()}
 
 
 def updates(scale=0.01, count=4, size=20_000):
@@ -108,26 +113,26 @@ def test_both_ends_of_a_pair_have_one_key_and_no_other_pair_has_it():
 
 def test_signed_shares_pass_and_others_are_refused_by_name():
     verify(shares(), REGISTERED, WHEN)
-    forged = Identity("b", b"\7" * 32).share(WHEN)
+    forged = Identity("b", b"\7" * 32).share(WHEN, OWN["b"])
     stolen = shares()["c"]
     for bad, said in (
         (forged, r"key share of client 'b' is not signed by its registered key .* forged"),
         (stolen, r"key share of client 'b' is not signed by its registered key"),
-        (IDENTITIES["b"].share(Occasion("run", 2, 0)), r"client 'b' .* an earlier one sent again"),
-        (IDENTITIES["b"].share(Occasion("run", 3, 1)), r"client 'b' .* an earlier one sent again"),
-        (IDENTITIES["b"].share(Occasion("other", 3, 0)), r"client 'b' .* an earlier one sent again"),
+        (IDENTITIES["b"].share(Occasion("run", 2, 0), OWN["b"]), r"client 'b' .* an earlier one sent again"),
+        (IDENTITIES["b"].share(Occasion("run", 3, 1), OWN["b"]), r"client 'b' .* an earlier one sent again"),
+        (IDENTITIES["b"].share(Occasion("other", 3, 0), OWN["b"]), r"client 'b' .* an earlier one sent again"),
         (shares()["b"][:32], r"key share of client 'b' is unsigned: it has 32 bytes"),
         (shares()["a"][:32] + shares()["b"][32:], r"key share of client 'b' is not signed"),
     ):
         with pytest.raises(ClientError, match=said):
             verify({**shares(), "b": bad}, REGISTERED, WHEN)
     with pytest.raises(ClientError, match=r"client 'e' has no registered key"):
-        verify({**shares(), "e": Identity("e", rb"\9" * 32).share(WHEN)}, REGISTERED, WHEN)
+        verify({**shares(), "e": Identity("e", rb"\9" * 16).share(WHEN, OWN["a"])}, REGISTERED, WHEN)
 
 
 def test_a_share_of_small_order_is_refused():
     with pytest.raises(ClientError, match=r"key share of client 'b' is not usable"):
-        IDENTITIES["a"].secret_with("b", bytes(96), WHEN)
+        IDENTITIES["a"].secret_with("b", bytes(96), WHEN, OWN["a"])
 
 
 def test_codes_and_masks_depend_neither_on_threads_nor_on_how_numbers_are_split(monkeypatch):
@@ -149,3 +154,34 @@ def test_a_number_too_large_is_found_wherever_it_stands(value, monkeypatch):
     numbers[57] = value
     with pytest.raises(ClientError, match=r"tensor 'w' has a magnitude of (nan|inf|1.5), and a secure sum takes"):
         encode({"w": numbers}, 1.0, 2)
+
+
+def test_every_share_is_of_a_new_secret(tmp_path):
+    register_all(tmp_path, ["a", "b"])
+    one, other = OneTime(tmp_path, "a").share(WHEN), OneTime(tmp_path, "a").share(WHEN)
+    assert one[:32] != other[:32]
+    for share in (one, other):
+        verify({"a": share}, registered(tmp_path), WHEN)
+    with pytest.raises(ClientError, match=r"key share of client 'a' is not the last one that it sent"):
+        OneTime(tmp_path, "a").secret_for(WHEN, one, "values")
+
+
+def test_a_share_masks_one_set_of_values(tmp_path):
+    register_all(tmp_path, ["a"])
+    share = OneTime(tmp_path, "a").share(WHEN)
+    own = OneTime(tmp_path, "a").secret_for(WHEN, share, "values")
+    assert OneTime(tmp_path, "a").secret_for(WHEN, share, "values") == own  # an answer that was lost
+    with pytest.raises(ClientError, match=r"client 'a' has masked other values with this key share"):
+        OneTime(tmp_path, "a").secret_for(WHEN, share, "other values")
+    OneTime(tmp_path, "a").share(Occasion("run", 3, 1))
+    OneTime(tmp_path, "a").share(Occasion("other run", 3, 0))
+    with pytest.raises(ClientError, match=r"not the last one"):
+        OneTime(tmp_path, "a").secret_for(WHEN, share, "values")
+
+
+def test_few_secrets_are_kept(tmp_path):
+    register_all(tmp_path, ["a"])
+    made = {run: OneTime(tmp_path, "a").share(Occasion(run, 1, 0)) for run in map(str, range(20))}
+    OneTime(tmp_path, "a").secret_for(Occasion("4", 1, 0), made["4"], "values")
+    with pytest.raises(ClientError, match=r"not the last one"):
+        OneTime(tmp_path, "a").secret_for(Occasion("3", 1, 0), made["3"], "values")

@@ -85,6 +85,12 @@ def updates(site, head):
     return {name: {"file": f"{k:05d}"} for k, name in enumerate(head["task"]["own"])}
 
 
+def test_a_client_that_no_site_has_is_named(tmp_path):
+    remote, _, _ = reached(tmp_path, {"x": ("a", updates)})
+    with pytest.raises(ClientError, match=r"no site has a client 'b' any more; have its site hold it again"):
+        list(remote.run(broadcast("a", "b"), ["a", "b"]))
+
+
 @pytest.mark.parametrize("part", [1 << 20, 700])
 def test_a_round_goes_out_and_comes_back_in_parts_of_any_size(part, tmp_path):
     remote, sites, courier = reached(tmp_path, {"x": ("a", updates), "y": ("bc", updates)}, part_bytes=part)

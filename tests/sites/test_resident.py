@@ -200,6 +200,63 @@ def test_a_round_within_the_rules_is_allowed():
     Policy(most_clip=1.0, least_noise=0.5).check_round(100, {"epochs": 3, "parts": parts})
 
 
+BUDGET = {"name": "privacy", "unit": "client", "epsilon": 3.0, "delta": 1e-6, "noise_at": "client", "clip": 1.0}
+KEEPS = {"most_epsilon": 3, "evaluate": False}
+
+
+def asked(*parts, **changes):
+    return {"epochs": 1, "parts": [*parts, {**BUDGET, **changes}]}
+
+
+@pytest.mark.parametrize(
+    ("rules", "job", "line"),
+    [
+        ({}, JOB, "policy.most_epsilon is 3; use privacy.unit with privacy.epsilon of at most that"),
+        ({}, asked(BUDGET), "policy.most_epsilon is 3; use privacy.unit"),  # two of them
+        ({}, asked(epsilon=8.0), "policy.most_epsilon is 3; use privacy.epsilon of at most that"),
+        ({}, asked(epsilon=None), "policy.most_epsilon is 3; use privacy.epsilon"),
+        ({}, asked(epsilon=float("nan")), "policy.most_epsilon is 3; use privacy.epsilon"),
+        ({}, asked(delta=0.9), "policy.most_delta is 1e-05; use privacy.delta of at most that"),
+        ({}, asked(delta=None), "policy.most_delta is 1e-05"),
+        ({"unit": "example"}, asked(), "policy.unit is example; use privacy.unit=example"),
+        ({}, asked(unit="none"), "policy.unit is any; use privacy.unit=client or example"),
+        ({}, asked(noise_at="server"), "asks for noise at the site; use privacy.noise_at=client"),
+        ({}, asked(sampling="without_replacement"), "counts on no draw of clients"),
+        ({}, asked(test_seed=1), "noise that nobody foresees; use privacy.test_seed=null"),
+        ({}, asked({"name": "statistics"}), "does not account for statistics; remove it"),
+        ({}, asked({"name": "personal"}), "does not account for personal; remove it"),
+        ({"secure": True}, asked(), "policy.secure lets no update leave that is not masked"),
+        ({"most_clip": 0.5}, asked(), "policy.most_clip is 0.5; use parts.clip_noise.clip or privacy.clip"),
+        ({"most_clip": 1.0, "least_noise": 1.0}, asked(), "policy.least_noise is 1.0"),
+        ({"most_clip": 1.0, "least_noise": 1.0}, asked(noise_multiplier=0.5), "policy.least_noise is 1.0"),
+    ],
+)
+def test_a_site_asks_for_a_budget_whatever_the_server_says(rules, job, line):
+    with pytest.raises(NotAllowedError, match=line):
+        Policy(**KEEPS, **rules).check_round(1, job)
+
+
+def test_private_rounds_within_the_rules_are_allowed():
+    Policy(**KEEPS, unit="client", most_clip=1.0).check_round(1, asked())
+    Policy(**KEEPS, unit="example").check_round(1, asked(unit="example", sampling="poisson"))
+    Policy(**KEEPS, most_clip=1.0, least_noise=1.0).check_round(1, asked(noise_multiplier=1.5))
+    Policy(**KEEPS, secure=True).check_round(1, asked({"name": "secure_sum"}))
+
+
+def test_rows_that_are_split_have_no_budget():
+    setup = Setup.parse({**SETUP, "long_rows": "split"})
+    with pytest.raises(NotAllowedError, match=r"policy.most_epsilon protects rows, and data.long_rows=split"):
+        Policy(**KEEPS).check_setup(setup)
+    Policy(**KEEPS, unit="client").check_setup(setup)
+
+
+def test_a_budget_and_scores_that_nobody_accounts_for_do_not_go_together():
+    with pytest.raises(ConfigError, match=r"policy.evaluate must be false where policy.most_epsilon is set"):
+        Policy(most_epsilon=3.0)
+    with pytest.raises(ConfigError, match=r"policy.most_delta must be in \(0, 1\), got 1.0"):
+        Policy(**KEEPS, most_delta=1.0)
+
+
 def test_losses_and_statistics_leave_only_where_they_may():
     update = ClientUpdate("ward", {"a": torch.ones(1)}, 3, 4, train_loss=0.5, seconds=2.0)
     assert Policy().allowed(update) is update

@@ -11,7 +11,9 @@ from fedproxy.data.tokenisation import tokenise
 from fedproxy.errors import ClientError
 from fedproxy.federation.client.scoring import answer_sums
 from fedproxy.models import load_model, load_tokenizer
+from fedproxy.pipeline.inputs import ChangedInputError
 from fedproxy.pipeline.run import run
+from fedproxy.sealed import read_sealed, write_sealed
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.signing import register_site
 from fedproxy.sites.site_config import SitePlace
@@ -197,3 +199,21 @@ def test_a_run_that_goes_on_takes_its_sites_back_with_it(sites, tmp_path):
     run(load_config([*SMALL, "federation.rounds=1", *first]))
     there = trained(tmp_path, "there", *AT_SITES, *words, "resume=auto")
     assert all(here[name].equal(there[name]) for name in here)
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_other_numbers_of_rows(sites, tmp_path):
+    sites()
+    first = [*AT_SITES, f"output_dir={tmp_path / 'there'}"]
+    run(load_config([*SMALL, "federation.rounds=1", *first]))
+    note = tmp_path / "there/server/facts.json"
+    facts = read_sealed(note)
+    assert {name: data["rows"] for name, data in facts["inputs"]["data"].items()} == dict.fromkeys(
+        (task for _, task in OWNERS), 24
+    )
+    client = OWNERS[0][1]
+    facts["inputs"]["data"][client]["rows"] = 23  # as if the site had held one fewer then
+    write_sealed(note, facts)
+    said = rf"data changed since the run in .* began: {client} had 23 rows and has 24 rows"
+    with pytest.raises(ChangedInputError, match=said):
+        run(load_config([*SMALL, *first, "resume=auto"]))

@@ -27,6 +27,7 @@ def check(aggregator="fedavg", regularizer="none", server_optimizer="none", opti
         {},
         {"aggregator": "h_ties", "regularizer": "conflict"},
         {"aggregator": "fedavg", "secure_aggregation": True},
+        {"aggregator": "ties", "secure_aggregation": True},
         {"aggregator": "flexlora", "space": "product", "parts": [Ranks({"a": 4})]},
         {"aggregator": "h_ties", "space": "product", "parts": [Ranks({"a": 4})]},
         {"aggregator": "h_ties", "regularizer": "conflict", "parts": [Ranks({"a": 4}, pad=True)]},
@@ -57,7 +58,10 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
     ("facts", "message"),
     [
         ({"aggregator": "krum", "secure_aggregation": True}, r"'krum' needs each client's update .* use one of fedavg"),
-        ({"aggregator": "ties", "secure_aggregation": True}, "'ties' needs each client's update"),
+        (
+            {"aggregator": "ties", "options": {"vote": "weighted"}, "secure_aggregation": True},
+            "'ties' needs each client's update with these options",
+        ),
         (
             {"regularizer": "conflict", "secure_aggregation": True},
             "regularizer.name: 'conflict' needs the signs of each client's update, which secure aggregation hides",

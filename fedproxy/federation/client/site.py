@@ -17,11 +17,11 @@ from fedproxy.federation.client.training import Job, client_seeds, tune
 from fedproxy.messages import Collect, Done, Evaluate, Facts, Hello, Keys, Message, Rewind, Sums
 from fedproxy.names import file_stem
 from fedproxy.privacy.keys import Occasion
-from fedproxy.privacy.registration import identity_of
+from fedproxy.privacy.one_time import OneTime
 from fedproxy.processes import rank_and_size
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.sealed import content_sha256, tree_sha256
-from fedproxy.strategies.round_parts import ClientRound, made
+from fedproxy.strategies.round_parts import ClientRound, chain, made
 from fedproxy.strategies.round_parts.secure_sum import share_tensor
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -73,11 +73,15 @@ class Site:
         """
         started = time.perf_counter()
         job, seeds = Job(**broadcast.job), client_seeds(broadcast)
-        parts, task = [made(part) for part in job.parts], self._task(broadcast, client_id, job, seeds.parts)
+        parts = chain([made(part) for part in job.parts])  # in whatever order the server names them
+        task = self._task(broadcast, client_id, job, seeds.parts)
         for part in reversed(parts):
             part.receive(task)
-        logs = self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}"
-        update = tune(task, job, seeds, self.trainer, deadline=deadline, logs=logs)
+        if task.released is None or rank_and_size()[1] > 1:  # of several processes, the others do not know
+            logs = self.logs and self.logs / file_stem(client_id) / f"round_{broadcast.round:04d}"
+            update = tune(task, job, seeds, self.trainer, deadline=deadline, logs=logs)
+        else:
+            update = ClientUpdate(client_id, {}, round=broadcast.round)
         for part in parts:
             update = part.reply(task, update)
         if task.kept and task.writes:
@@ -101,7 +105,9 @@ class Site:
             case Keys(run, number, attempt):
                 if self.signing is None:
                     raise ClientError(f"client {client_id!r} has no signing key; register it")
-                share = identity_of(self.signing, client_id).share(Occasion(run, number, attempt))
+                if rank_and_size()[0] != 0:  # the first process sends
+                    return Done(client_id)
+                share = OneTime(self.signing, client_id).share(Occasion(run, number, attempt))
                 return ClientUpdate(client_id, {"share": share_tensor(share)}, round=number)
             case Collect(kept):
                 own = self.memory.load(client_id, kept).get("personal", {})

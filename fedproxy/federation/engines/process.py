@@ -80,7 +80,7 @@ class WorkerProcess:
     """
 
     def __init__(self, setup: Path, *, device: int | None, threads: int, log: Path) -> None:
-        self.log, self.device = log, device
+        self.log = log
         self._unread = b""
         module = "fedproxy.federation.engines.worker"
         command = [sys.executable, "-m", module, str(setup), "" if device is None else str(device), str(threads)]

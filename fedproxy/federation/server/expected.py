@@ -22,8 +22,10 @@ class Expected:
     """Names, shapes and dtypes of the update itself; None takes those of the broadcast state."""
     extras: Mapping[str, Group] = field(default_factory=dict)
     """Groups that every update carries; there may be no others."""
-    hidden: bool = False
-    """Whether updates are masked, so that their values say nothing."""
+    masked: bool = False
+    """Whether the update itself is masked, so that its values say nothing."""
+    withheld: bool = False
+    """Whether clients tell no losses and no counts, and all count alike."""
     own: "Mapping[str, Expected]" = field(default_factory=dict)
     """What is expected of single clients whose updates have another form, by name."""
 
@@ -39,6 +41,7 @@ class Expected:
         *,
         rows: Mapping[str, int] | None = None,
         target_tokens: int | None = None,
+        withheld: bool = False,
     ) -> "Expected":
         """Return what is expected where these parts ride with a round.
 
@@ -47,11 +50,13 @@ class Expected:
             model: The proxy with what is trained attached; its values play no part.
             rows: Rows that each client was dealt.
             target_tokens: Most answer tokens of a row.
+            withheld: Whether clients tell no losses and no counts.
         """
 
         def expected(client_id: str) -> Expected:
             groups = expected_groups(parts, model, client_id)
-            return cls(rows, target_tokens, groups.pop("delta").tensors, groups)
+            delta = groups.pop("delta")
+            return cls(rows, target_tokens, delta.tensors, groups, delta.masked, withheld)
 
         own = {client: expected(client) for part in parts for client in part.differs}
         return replace(expected(""), own=own)

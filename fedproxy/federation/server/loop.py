@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from fedproxy.federation.server.checkpoint import CheckpointFolder, Counted, Pro
 from fedproxy.federation.server.files import ClientState, ServerFiles
 from fedproxy.federation.server.participation import OnAnswer, Participation
 from fedproxy.federation.server.sampling import sample_clients
-from fedproxy.federation.server.secure_rounds import key_shares, left
+from fedproxy.federation.server.secure_rounds import key_shares, left, sum_of, sums_in
 from fedproxy.federation.server.state_checks import StateCheck, check_saved
 from fedproxy.federation.server.validation import RoundValidation
 from fedproxy.files import plain, write_text
 from fedproxy.messages import Sites
+from fedproxy.privacy.keys import Occasion
 from fedproxy.protocol import Broadcast, ClientUpdate, Mapped, nbytes
 from fedproxy.seeding import ClientSeeds
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, RoundContext
@@ -26,7 +28,6 @@ from fedproxy.strategies.aggregators.cohort import Source
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lowrank import factor_mean_error
 from fedproxy.strategies.round_parts import RoundPart, RoundResult, described
-from fedproxy.strategies.round_parts.privacy import figures
 from fedproxy.strategies.round_parts.secure_sum import SecureSum, with_shares
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
@@ -58,6 +59,8 @@ class Federation:
     """Who may be missing, how long a round may take, and what counts as an update."""
     rows: Mapping[str, int] | None = None
     """Each client's rows where the draw of a round's clients weighs them; None draws all alike."""
+    registered: Mapping[str, bytes] = field(default_factory=dict)
+    """Clients' registered signing keys, for secure sums; of clients without one their peers alone verify shares."""
     client_processes: int = 1
     """Processes that train a client, each with a seed of its own for dropout."""
 
@@ -106,14 +109,15 @@ class Federation:
     def _secure_round(self, before: Progress, secure: SecureSum, engine: Sites, on_client: OnAnswer) -> Progress:
         """Run one round of a secure sum, which is repeated without the clients that are missing."""
         number, missing = before.round + 1, dict[str, str]()
-        asked = self._chosen(number)
+        asked, taking = self._chosen(number), replace(self.participation, together=True)
         least, folder = self.participation.min_clients, self.participation.folder
         for attempt in range(len(asked)):
             clients = left(asked, missing, least, number)
-            shares, gone = key_shares(engine, clients, secure.run, number, attempt, folder)
+            occasion = Occasion(secure.run, number, attempt)
+            shares, gone = key_shares(engine, clients, occasion, self.registered, folder)
             if not gone:
-                turn = self._turn(before, clients, lambda sent, at=attempt, own=shares: with_shares(sent, own, at))  # type: ignore[misc]
-                updates, gone = self.participation.collect(engine, turn.broadcast, clients, on_client, turn.take_in)
+                turn = self._turn(before, clients, partial(with_shares, shares=shares, attempt=attempt))
+                updates, gone = taking.collect(engine, turn.broadcast, clients, on_client, turn.take_in)
                 if not gone:
                     return turn.finish(updates, missing)
             missing |= gone
@@ -139,7 +143,7 @@ class Federation:
                 self.files.states.save(update.client_id, number, ClientState(state, memory, merged.memory))
                 norms += merged.diagnostics["update_norms"]
             record: Record = {
-                **_taken(number, updates, dropped),
+                **self._taken(number, updates, dropped),
                 "update_norms": norms,
                 "download_bytes": self._sent_bytes(broadcast, chosen),
                 "server_seconds": time.perf_counter() - trained,
@@ -184,7 +188,7 @@ class Federation:
         return _Turn(
             broadcast,
             chosen,
-            lambda update: self._taken_in(update, broadcast),
+            lambda update: self._taken_in(update, broadcast, before),
             lambda updates, dropped: self._merge(before, started, broadcast, chosen, updates, dropped),
         )
 
@@ -202,7 +206,7 @@ class Federation:
         trained = time.perf_counter()
         sent = self._seen(broadcast).state
         start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
-        received, updates = updates, self._summed(updates)
+        received, updates = updates, self._gathered(updates)
         merged, state, remembered = self._step(
             updates, start, RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
         )
@@ -211,9 +215,9 @@ class Federation:
         for part in self.parts:
             memory[part.name] = dict(part.collect(before.remembered(part.name), result))
         record: Record = {
-            **_taken(number, received, dropped),
-            **(merged.diagnostics if updates is received else {}),  # a sum differs from nobody
-            "conflict_by_layer": merged.conflict_by_layer() if updates is received else None,
+            **self._taken(number, received, dropped),
+            **({} if self._secure else merged.diagnostics),  # a sum differs from nobody
+            "conflict_by_layer": None if self._secure else merged.conflict_by_layer(),
             "factor_mean_error": self._factor_error(before.state, updates),
             "realignment_loss": None,
             **result.figures,
@@ -232,15 +236,27 @@ class Federation:
             _kept(before, number, received),
         )
 
-    def _summed(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
-        """Return the updates, or where they are masked one that the rule weighs as it would have weighed them all."""
-        secure = next((part for part in self.parts if isinstance(part, SecureSum)), None)
-        if secure is None:
+    def _gathered(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """Return the updates as they are merged; masked ones as one that the rule weighs as it would have them all."""
+        for part in self.parts:
+            updates = part.gather(updates)
+        if self._secure is None:
             return updates
-        one, context = secure.summed(updates), RoundContext(updates[0].round or 0, self.seed)
-        weights = [float(self.aggregator.linear_weights(group, context).sum()) for group in (updates, [one])]
-        scale = weights[0] / weights[1]
-        return [one if scale == 1 else replace(one, delta={name: one.delta[name] * scale for name in one.delta})]
+        return [sum_of(updates, self._secure, self.aggregator, self.seed)]
+
+    def _taken(self, number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
+        """Return what a record says of the updates that were taken; losses are means over examples."""
+        examples = [update.num_examples for update in updates]
+        return {
+            "round": number,
+            "clients": [update.client_id for update in updates],
+            **{name: figure for part in self.parts if updates for name, figure in part.told(updates).items()},
+            **({"dropped": dict(dropped)} if dropped else {}),
+            "train_loss": _mean([update.train_loss for update in updates], examples),
+            "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
+            "upload_bytes": sum(update.bytes for update in updates),
+            "client_seconds": sum(update.seconds for update in updates),
+        }
 
     def _broadcast(self, before: Progress, number: int, chosen: Sequence[str]) -> Broadcast:
         """Return what is sent: every part adds what it has."""
@@ -254,9 +270,15 @@ class Federation:
             broadcast = part.seen(broadcast)
         return broadcast
 
-    def _taken_in(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
+    def _taken_in(self, update: ClientUpdate, broadcast: Broadcast, before: Progress) -> ClientUpdate:
+        """Return an update in the form that rules read.
+
+        Raises:
+            ClientError: If it does not go with what a part remembers.
+        """
         taken = update
         for part in reversed(self.parts):
+            part.verify(taken, before.remembered(part.name))
             taken = part.take(taken, broadcast)
         return update if taken is update else replace(taken, wire_bytes=update.bytes)
 
@@ -298,6 +320,8 @@ class Federation:
     def _aggregate(
         self, updates: Sequence[ClientUpdate], memory: Mapping[str, Tensor], context: RoundContext
     ) -> Aggregation:
+        if self._secure is not None and self.aggregator.sum_part:
+            return self.aggregator.merge_sums(sums_in(updates[0], self.parts))
         if self.space == "product":
             return aggregate_products(self.aggregator, updates, memory, context)
         return self.aggregator.aggregate(updates, memory, context)
@@ -337,22 +361,6 @@ class _Moved(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.state)
-
-
-def _taken(number: int, updates: Sequence[ClientUpdate], dropped: Mapping[str, str]) -> Record:
-    """Return what a record says of the updates that were taken; losses are means over examples."""
-    examples = [update.num_examples for update in updates]
-    private = bool(updates) and all("privacy" in update.extras for update in updates)
-    return {
-        "round": number,
-        "clients": [update.client_id for update in updates],
-        **({"privacy": figures(updates)} if private else {}),
-        **({"dropped": dict(dropped)} if dropped else {}),
-        "train_loss": _mean([update.train_loss for update in updates], examples),
-        "regularizer_loss": _mean([update.regularizer_loss for update in updates], examples),
-        "upload_bytes": sum(update.bytes for update in updates),
-        "client_seconds": sum(update.seconds for update in updates),
-    }
 
 
 def _kept(before: Progress, number: int, updates: Sequence[ClientUpdate]) -> dict[str, Counted]:

@@ -31,6 +31,8 @@ class Participation:
     """Longest update, as a multiple of the round's median norm; None checks no length."""
     expected: Expected = field(default_factory=Expected)
     """What the server knows of the updates."""
+    together: bool = False
+    """Whether a client that is dropped voids the round, so that nobody else is waited for."""
     folder: Path | None = None
     """Folder of the server alone, for its copies of updates that come as files; None is the system's temporary one."""
 
@@ -53,10 +55,12 @@ class Participation:
         """
         wanted = self.min_clients or len(clients)
         round_ = _Round(broadcast, self.expected, len(clients), wanted, on_answer, take_in, Vault(self.folder))
-        # closing: where too many clients are dropped, the engine stops those that still run.
+        # closing: where too many clients are dropped, or one too many, the engine stops those that still run.
         with closing(engine.run(broadcast, clients, timeout_s=self.round_timeout_s)) as answers:
             for answer in answers:
                 round_.take(answer)
+                if self.together and round_.dropped:
+                    break
         if self.max_norm_ratio is not None:
             round_.drop_long(self.max_norm_ratio)
         updates = [round_.updates[client] for client in sorted(round_.updates)]

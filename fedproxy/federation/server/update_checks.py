@@ -13,6 +13,8 @@ from fedproxy.strategies.aggregators.cohort import Source
 
 _MOST_COUNTED = 10**9
 """Most examples or tokens of a client whose rows the server does not know."""
+_WITHHELD = {"num_examples": 1, "num_tokens": 0, "train_loss": None, "regularizer_loss": None}
+"""What an update says where its figures are not told: all count alike."""
 _LARGEST_LOSS = 1e9
 _LONGEST_S = 1e8
 """Three years."""
@@ -33,7 +35,7 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
 
     Returns:
         The update's Euclidean norm over all tensors, under ``""``, and that of every group of extras under its name
-        (of sums of squares its square root).
+        (of sums of squares its square root); nothing of what is masked.
 
     Raises:
         ClientError: If round or figures are others than asked for, or a value is not finite, or too large.
@@ -48,11 +50,9 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
     _check_figure(update, "train_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "regularizer_loss", -_LARGEST_LOSS, _LARGEST_LOSS, optional=True)
     _check_figure(update, "seconds", 0.0, _LONGEST_S)
-    if expected.hidden:
-        return {}
-    norms = {"": _norm(update.delta, LARGEST_CHANGE)}
+    norms = {} if expected.masked else {"": _norm(update.delta, LARGEST_CHANGE)}
     for group, form in expected.extras.items():
-        if group not in update.extras:  # it was of the wire alone
+        if form.masked or group not in update.extras:  # it was of the wire alone
             continue
         largest = _LARGEST_EXTRA**2 if form.squares else _LARGEST_EXTRA
         norm = _norm(update.extras[group], largest, f"extras[{group!r}] ", non_negative=form.non_negative)
@@ -84,7 +84,13 @@ def too_long(norms: Mapping[str, float], ratio: float, part: str = "") -> dict[s
 
 
 def _check_counts(update: ClientUpdate, broadcast: Broadcast, expected: Expected) -> None:
-    """Check what an update may weigh; where the server dealt the rows out it knows the numbers itself."""
+    """Check what an update may weigh and tell; where the server dealt the rows out it knows the numbers itself."""
+    if expected.withheld:
+        for name, value in _WITHHELD.items():
+            said = getattr(update, name)
+            if type(said) is not type(value) or said != value:
+                raise ClientError(f"the update's {name} must be withheld ({value}), got {_shown(said)}")
+        return
     rows = None if expected.rows is None else expected.rows.get(update.client_id)
     if rows is None:
         _check_count(update, "num_examples", 1, _MOST_COUNTED)

@@ -36,7 +36,8 @@ from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.validation import round_validation
 from fedproxy.privacy.registration import FOLDER as SIGNING
-from fedproxy.privacy.registration import register_all
+from fedproxy.privacy.registration import register_all, registered
+from fedproxy.privacy.server_noise import ServerNoise
 from fedproxy.protocol import Tensors
 from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.sealed import content_sha256
@@ -44,6 +45,7 @@ from fedproxy.seeding import generator
 from fedproxy.strategies.realignment import Material
 from fedproxy.strategies.round_parts import RoundPart, Rules, parts_of
 from fedproxy.strategies.round_parts.emulator import Aligner, Emulator
+from fedproxy.strategies.round_parts.privacy import Privacy
 from fedproxy.strategies.trainable.base import Trainable, TrainableModel
 
 
@@ -250,7 +252,7 @@ def _federation(
     config, clients = run.config, run.clients
     added = [*config.parts.values(), *privacy_parts(config, clients, checkpoints(run).run)]
     rules = Rules(config.aggregator, config.regularizer, config.realignment, model, added)
-    parts = tuple(replace(part, aligner=aligns) if isinstance(part, Emulator) else part for part in parts_of(rules))
+    parts = tuple(_bound(run, part, aligns) for part in parts_of(rules))
     return Federation(
         clients=sorted(clients),
         clients_per_round=config.federation.clients_per_round,
@@ -270,9 +272,28 @@ def _federation(
             _expected(run, parts, model, facts),
             folder=run.folder.server,
         ),
+        registered=_registered(run),
         client_processes=ClientDevices.of(config.trainer).count,
         rows=clients if config.federation.sampling == "weighted" else None,
     )
+
+
+def _bound(run: Run, part: RoundPart, aligns: Aligner | None) -> RoundPart:
+    """Return a part with what the server alone gives it."""
+    if isinstance(part, Emulator):
+        return replace(part, aligner=aligns)
+    if isinstance(part, Privacy):
+        return replace(part, noise=ServerNoise(run.folder.checkpoints / "server_noise.json"))
+    return part
+
+
+def _registered(run: Run) -> Mapping[str, bytes]:
+    """Return the clients' signing keys as far as the server knows them: at real sites, what the recipe says."""
+    if not run.config.privacy.secure_aggregation:
+        return {}
+    if run.config.engine.at_sites:
+        return {client: bytes.fromhex(key) for client, key in run.config.privacy.peers.items()}
+    return registered(run.folder.rows / SIGNING)
 
 
 def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel, facts: Mapping[str, Facts]) -> Expected:
@@ -281,12 +302,10 @@ def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel, facts
     Of rows that lie at real sites it knows what they said of them.
     """
     privacy, clients = run.config.privacy, run.clients
-    hidden = privacy.secure_aggregation
-    withheld = privacy.on or hidden
-    rows = None if withheld or facts else clients
-    expected = Expected.from_parts(parts, model, rows=rows, target_tokens=_most_targets(run.config, clients))
-    told = expected if withheld or not facts else introduced(expected, facts)
-    return replace(told, hidden=hidden)
+    withheld = privacy.on or privacy.secure_aggregation
+    rows, targets = None if withheld or facts else clients, _most_targets(run.config, clients)
+    expected = Expected.from_parts(parts, model, rows=rows, target_tokens=targets, withheld=withheld)
+    return expected if withheld or not facts else introduced(expected, facts)
 
 
 def _on_round(run: Run, record: Mapping[str, Any]) -> None:

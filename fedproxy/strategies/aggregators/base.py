@@ -18,6 +18,7 @@ from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
 from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
+from fedproxy.strategies.functional.voting import Sums
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 """A block's index in the name of a tensor."""
@@ -131,6 +132,18 @@ class Aggregator(Component, family="aggregator"):
     def base_rank(self, clients: int, rank: int) -> int:
         """Return the rank of what a round of ``clients`` updates moves into a frozen weight."""
         return 0
+
+    @property
+    def sum_part(self) -> Mapping[str, Any]:
+        """Name and options of the round part by which clients send what is merged from sums over them alone.
+
+        A rule that has one may run under secure aggregation, and overrides :meth:`merge_sums`. Linear rules need none.
+        """
+        return {}
+
+    def merge_sums(self, sums: Mapping[str, Sums]) -> Aggregation:
+        """Merge a round of which sums over its clients alone are known, by tensor."""
+        raise NotImplementedError(f"{type(self).__name__} must override merge_sums() where it has a sum_part")
 
     @property
     def min_clients(self) -> int:

@@ -1,5 +1,8 @@
 """Signs and votes, coordinate by coordinate: conflict, sign election and the merges that follow it."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -146,6 +149,37 @@ def plain_ties(deltas: Tensor, *, scratch: Scratch | None = None) -> tuple[Tenso
     waiting = _silent_with_entries(mass, elected, scratch.take(n, slot="silent"))
     count = entries.add_(lead.mul_(elected)).mul_(0.5).clamp_(min=1.0)
     return mass.add_(total.abs_()).mul_(0.5).mul_(elected).div_(count), elected, waiting
+
+
+class Sums(NamedTuple):
+    """What sums over clients say of one trimmed tensor, float32 (*shape) each."""
+
+    total: Tensor
+    """Of the values."""
+    mass: Tensor
+    """Of their magnitudes."""
+    positive: Tensor
+    """How many are positive."""
+    negative: Tensor
+    """How many are negative."""
+
+
+def ties_of_sums(sums: Mapping[str, Sums]) -> dict[str, Tensor]:
+    """Return what :func:`plain_ties` gives, from sums over clients alone; signs that tie are settled by the majority.
+
+    Args:
+        sums: By tensor.
+
+    Returns:
+        The mean of the values of the elected sign, float32 (*shape) by tensor; 0 where there are none.
+    """
+    majority = sum(float(own.total.sign().sum(dtype=torch.float64)) for own in sums.values())
+    sign, merged = float((majority > 0) - (majority < 0)), {}
+    for name, (total, mass, positive, negative) in sums.items():
+        elected = torch.where(total == 0, sign, total.sign())
+        agreeing = (mass + elected * total) / 2 * elected
+        merged[name] = agreeing / torch.where(elected > 0, positive, negative).clamp(min=1.0)
+    return merged
 
 
 def _silent_with_entries(mass: Tensor, elected: Tensor, work: Tensor) -> Tensor:

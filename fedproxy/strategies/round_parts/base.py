@@ -33,6 +33,8 @@ class Group:
     """Sums of squares: the square root of the group's norm is in the units of an update, and is what is compared."""
     non_negative: bool = False
     """No value may be below zero."""
+    masked: bool = False
+    """Values say nothing until all clients' are added up."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,9 @@ class ClientRound:
     signing: Path | None = None
     """Folder of this client's signing secret and of the keys that it has pinned."""
     privacy: Any = None
-    """What the part ``privacy`` charged for this round, and where its noise comes from."""
+    """What the part ``privacy`` charged for this round."""
+    released: tuple[Tensors, Tensors] | None = None
+    """What it released before for the same request, and figures beside it: then there is no need to train."""
     training: Any = None
     """How rows are sampled and noised (:class:`fedproxy.privacy.dp_sgd.PrivateTraining`); None trains as usual."""
     writes: bool = True
@@ -131,7 +135,7 @@ class RoundResult:
     figures: dict[str, Any] = field(default_factory=dict)
     """Further figures of the round's record; parts add theirs."""
     received: Sequence[ClientUpdate] = ()
-    """What each client sent, where ``updates`` is their sum alone."""
+    """What each client sent, of which ``updates`` may be the sum alone."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,25 @@ class RoundPart(Component, family="round_part"):
     def take(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
         """Return an update that passed all checks in the form that rules read; the server's side."""
         return update
+
+    def verify(self, update: ClientUpdate, memory: Tensors) -> None:
+        """Compare an update with what the server remembers; the server's side.
+
+        Raises:
+            ClientError: If they do not go together; the client is dropped.
+        """
+
+    def gather(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """Return all updates of a round that passed the checks in the form in which they are merged; the server's side.
+
+        Args:
+            updates: In sorted client order.
+        """
+        return updates
+
+    def told(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
+        """Return figures for the round's record that stand in its updates, of which there is one at least."""
+        return {}
 
     def collect(self, memory: Tensors, result: RoundResult) -> Tensors:
         """Return the server's memory of this part after a round: it is checkpointed."""

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
+import logging
 import math
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
@@ -11,15 +11,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fedproxy.errors import ClientError
+from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.privacy.accounting import Release
 from fedproxy.privacy.ledger import Charge, Ledger, Terms
 from fedproxy.privacy.noise import SecretStream, noised
-from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.privacy.releases import Releases
+from fedproxy.privacy.server_noise import ServerNoise
+from fedproxy.protocol import ClientUpdate, Tensors
+from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.strategies.round_parts.base import ClientRound, Group, RoundPart, RoundResult
 from fedproxy.strategies.round_parts.clip_noise import clip
+from fedproxy.strategies.round_parts.secure_sum import SecureSum
 from fedproxy.strategies.trainable.base import TrainableModel
 
+_LONGEST_RUN = 128
+_log = logging.getLogger(__name__)
 _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 """What a client says of its release; an epsilon without bound is -1."""
 
@@ -28,9 +34,13 @@ _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 class Privacy(RoundPart, name="privacy"):
     """Bounds what a row or a client adds to a round, hides it under noise, and keeps account of it.
 
-    The client's side charges its ledger before it trains, and works alone: what it does, and which budget it keeps,
-    depends on no promise of the server. It comes first in the chain, so that what other parts compute from the update
-    is made of what was released already. Losses, row and token counts are withheld.
+    The client's side charges its ledger before it trains. The budget, and what it counts as a release, come with the
+    round: a site that does not take the server's word for them sets bounds in its policy. It comes first in the chain,
+    so that what other parts compute from the update is made of what was released already. Losses, row and token counts
+    are withheld.
+
+    A release leaves the client once it is on the disk and its ledger says so; asked for the same again the client sends
+    that one, and does not train (:mod:`fedproxy.privacy.ledger`).
     """
 
     order: ClassVar[int] = 8
@@ -58,6 +68,24 @@ class Privacy(RoundPart, name="privacy"):
     test_seed: int | None = None
     least: int = field(default=1, metadata={"server": True})
     """Fewest updates that a round may have: noise at the server is shared out for so many."""
+    noise: ServerNoise | None = field(default=None, metadata={"server": True})
+    """Where noise at the server comes from."""
+
+    def __post_init__(self) -> None:
+        """Check the options, which come with a round from the server: what is written into a ledger stays there."""
+        self.require("unit", self.unit in ("example", "client"), "example or client")
+        self.require("accountant", self.accountant in ("pld", "rdp"), "pld or rdp")
+        self.require("noise_at", self.noise_at in ("client", "server"), "client or server")
+        self.require("run", isinstance(self.run, str) and len(self.run) <= _LONGEST_RUN, "a short text")
+        self.require("rounds", type(self.rounds) is int and self.rounds >= 1, "a whole number from 1")
+        for key in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, key)
+            self.require(key, value is None or (_is_number(value) and value >= 0), "a finite number from 0, or null")
+        self.require("clip", _is_number(self.clip) and self.clip > 0, "positive and finite")
+        secret = self.sampling == "without_replacement"
+        self.require("sampling", secret or self.sampling in ("none", "poisson"), "one that is accounted for")
+        self.require("sampling", not secret or self.noise_at == "server", "none where clients add the noise")
+        self.require("drawn", not secret or 0 < self.drawn <= self.among, "at most the clients there are")
 
     def receive(self, task: ClientRound) -> None:
         """Charge the ledger, and say how to train where rows are protected.
@@ -68,56 +96,85 @@ class Privacy(RoundPart, name="privacy"):
         if not task.writes:
             return  # another process of this client sends
         batch = int(task.broadcast.job["batch_size"]) * int(task.broadcast.job["accumulate"])
-        release = self._release(len(task.examples), batch, task.broadcast.job)
-        charge, key = self._charge(task, release), _digest(task)
+        charge = self._charged(task, self._release(len(task.examples), batch, task.broadcast.job))
         task.kept[self.name] = {"releases": torch.tensor(charge.releases)}
-        secret = charge.secret if self.test_seed is None else _test_secret(self.test_seed, task.client_id)
-        task.privacy = charge, SecretStream(secret, key)
-        if self.unit == "example":
-            task.training = self._training(task, charge.release, batch, SecretStream(secret, key))
+        task.privacy = charge
+        if self.unit == "example" and task.released is None:
+            task.training = self._training(task, charge, batch)
 
     def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
-        """Clip and noise the update where clients are protected, and withhold what is not accounted for."""
+        """Clip and noise the update where clients are protected, and withhold what is not accounted for.
+
+        Raises:
+            ClientError: If another process of this client was faster with the same release.
+            CheckpointError: If the release cannot be kept; then it does not leave either.
+        """
         if task.privacy is None:
             return update
-        charge, stream = task.privacy
-        delta: Tensors = update.delta
-        if self.unit == "client":
-            delta = clip(delta, self.clip)
-            if self.noise_at == "client" and charge.release.noise_multiplier:
-                delta = noised(delta, charge.release.noise_multiplier * self.clip, stream)
+        charge: Charge = task.privacy
+        if task.released is None:
+            delta = self._hidden(update.delta, charge)
+            self._keep(task, charge, task.model.state() if self.unit == "example" else delta)
+        else:
+            delta = self._made_before(task, *task.released)
         extras = {**update.extras, self.name: {"release": _figures(charge)}}
         return replace(
             update, delta=delta, extras=extras, num_examples=1, num_tokens=0, train_loss=None, regularizer_loss=None
         )
 
-    def take(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
-        """Add the server's share of the noise, of which ``least`` make up the whole.
-
-        The equal mean of n updates then has noise of at least noise_multiplier * clip / n, whoever is dropped later.
-        """
-        if self.noise_at == "client" or not self.noise_multiplier:
-            return update
-        test = None if self.test_seed is None else _test_secret(self.test_seed, update.client_id)
-        stream = SecretStream(test or secrets.token_bytes(32), str(update.round))
-        share = self.noise_multiplier * self.clip / math.sqrt(self.least)
-        return replace(update, delta=noised(update.delta, share, stream))
-
-    def collect(self, memory: Tensors, result: RoundResult) -> Tensors:
-        """Keep what every client has released, one row (noise multiplier, rate, steps, epsilon) for each round.
+    def verify(self, update: ClientUpdate, memory: Tensors) -> None:
+        """Compare the noise of a release with that of the client's earlier ones.
 
         Raises:
-            ClientError: If a client's release has less noise than its earlier ones.
+            ClientError: If it is less.
         """
+        before, now = memory.get(update.client_id), float(update.extras[self.name]["release"][0])
+        if before is not None and now < (most := float(before[:, 0].max())) * (1 - 1e-9):
+            raise ClientError(
+                f"it added noise {now:.4g}, and {most:.4g} before; a run that goes on may not lower "
+                "privacy.noise_multiplier"
+            )
+
+    def gather(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """Add the server's shares of the noise, of which ``least`` make up the whole.
+
+        The equal mean of n updates then has noise of at least noise_multiplier * clip / n. The shares depend on all of
+        them together: a round that is repeated with the same updates gives the same bits.
+
+        Raises:
+            CheckpointError: If the round was merged before, from other updates.
+        """
+        if self.noise_at == "client" or not self.noise_multiplier or not updates:
+            return updates
+        number, sums = updates[0].round or 0, {update.client_id: tensors_sha256(update.delta) for update in updates}
+        if self.test_seed is None:
+            assert self.noise is not None, "the server binds it"
+            key = self.noise.key(number, sums)
+        else:
+            key = _test_key(self.test_seed, number, sums)
+        share = self.noise_multiplier * self.clip / math.sqrt(self.least)
+        return [
+            replace(
+                update,
+                delta=noised(update.delta, share, SecretStream(key, update.client_id)),
+                wire_bytes=update.bytes,
+            )
+            for update in updates
+        ]
+
+    def told(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
+        """Return a round's figures: the most epsilon that a client has spent, and the least noise."""
+        rows = torch.stack([update.extras[self.name]["release"] for update in updates])
+        unbounded = bool((rows[:, 3] < 0).any())
+        epsilon = None if unbounded else float(rows[:, 3].max())
+        return {self.name: {"epsilon": epsilon, "noise_multiplier": float(rows[:, 0].min())}}
+
+    def collect(self, memory: Tensors, result: RoundResult) -> Tensors:
+        """Keep what every client has released, one row (noise multiplier, rate, steps, epsilon) for each round."""
         kept = {name: memory[name] for name in memory}
-        for update in result.received or result.updates:
+        for update in result.received:
             row = update.extras[self.name]["release"][None]
             before = kept.get(update.client_id)
-            if before is not None and float(row[0, 0]) < float(before[:, 0].max()) * (1 - 1e-9):
-                raise ClientError(
-                    f"client {update.client_id!r} added noise {float(row[0, 0]):.4g} in round {result.round}, and "
-                    f"{float(before[:, 0].max()):.4g} before; a run that goes on may not lower privacy.noise_multiplier"
-                )
             kept[update.client_id] = row.clone() if before is None else torch.cat([before, row])
         return kept
 
@@ -137,16 +194,55 @@ class Privacy(RoundPart, name="privacy"):
             return Release(noise, self.sampling, self.drawn / self.among, drawn=self.drawn, of=self.among)
         return Release(noise)
 
-    def _charge(self, task: ClientRound, release: Release) -> Charge:
+    def _charged(self, task: ClientRound, release: Release) -> Charge:
+        """Charge the ledger, or find in ``task.released`` what the same request released before."""
         if task.ledger is None:
             raise ClientError("this client has no place for a privacy ledger; set privacy.ledger")
         terms = Terms(self.run, self.unit, self.epsilon, self.delta, self.accountant, release, self.rounds)
-        known = int(task.memory.get(self.name, {}).get("releases", torch.tensor(0)))
-        return Ledger(task.ledger, task.client_id).charge(terms, task.broadcast.round, _digest(task), known=known)
+        ledger, releases = Ledger(task.ledger, task.client_id), Releases(task.ledger, task.client_id)
+        number, request = task.broadcast.round, _request(task)
+        options: dict[str, Any] = {
+            "known": int(task.memory.get(self.name, {}).get("releases", torch.tensor(0))),
+            "key": b"" if self.test_seed is None else _test_key(self.test_seed, task.client_id, request),
+        }
+        charge = ledger.charge(terms, number, request, **options)
+        if charge.made:
+            try:
+                task.released = releases.read(charge.number, charge.made)
+            except CheckpointError as error:
+                _log.warning("round %d is charged again: %s", number, one_line(error))
+                charge = ledger.charge(terms, number, request, **options, anew=True)
+        releases.keep(ledger.needed(self.run, number))
+        return charge
 
-    def _training(self, task: ClientRound, release: Release, batch: int, stream: SecretStream) -> Any:
+    def _hidden(self, delta: Tensors, charge: Charge) -> Tensors:
+        """Return an update clipped and noised, where a client is protected; DP-SGD has done its own."""
+        if self.unit == "example":
+            return delta
+        clipped = clip(delta, self.clip)
+        if self.noise_at == "server" or not charge.release.noise_multiplier:
+            return clipped
+        return noised(clipped, charge.release.noise_multiplier * self.clip, SecretStream(charge.key))
+
+    def _made_before(self, task: ClientRound, kept: Tensors, figures: Tensors) -> Tensors:
+        """Return an earlier release, and leave model and task as they were after it."""
+        task.steps, task.lr = int(figures["steps"]), float(figures["lr"])
+        if self.unit == "client":
+            return kept
+        task.model.load_state(kept)  # what was tuned by DP-SGD may be used as it is, as by personal tensors
+        return {name: tuned.sub_(task.state[name]) for name, tuned in task.model.state().items()}
+
+    def _keep(self, task: ClientRound, charge: Charge, released: Tensors) -> None:
+        assert task.ledger is not None, "it was charged"
+        figures = {"steps": torch.tensor(task.steps), "lr": torch.tensor(task.lr, dtype=torch.float64)}
+        seal = Releases(task.ledger, task.client_id).write(charge.number, released, figures)
+        if Ledger(task.ledger, task.client_id).made(charge.number, seal) != seal:
+            raise ClientError("another process trained this client for the same round; ask again")
+
+    def _training(self, task: ClientRound, charge: Charge, batch: int) -> Any:
         from fedproxy.privacy.dp_sgd import PrivateTraining, sampling_of
 
+        release = charge.release
         return PrivateTraining(
             clip=self.clip,
             noise_multiplier=release.noise_multiplier,
@@ -154,16 +250,12 @@ class Privacy(RoundPart, name="privacy"):
             steps=sampling_of(len(task.examples), batch)[1],
             charged=release.steps,
             physical_batch=self.physical_batch or int(task.broadcast.job["batch_size"]),
-            stream=stream,
+            stream=SecretStream(charge.key),
         )
 
 
-def figures(updates: Sequence[ClientUpdate]) -> dict[str, float | None]:
-    """Return a round's figures for its record: the most epsilon that a client has spent, and the least noise."""
-    rows = torch.stack([update.extras["privacy"]["release"] for update in updates])
-    epsilon = float(rows[:, 3].max())
-    unbounded = bool((rows[:, 3] < 0).any())
-    return {"epsilon": None if unbounded else epsilon, "noise_multiplier": float(rows[:, 0].min())}
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _figures(charge: Charge) -> Tensor:
@@ -172,16 +264,23 @@ def _figures(charge: Charge) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def _test_secret(seed: int, client_id: str) -> bytes:
-    return hashlib.sha256(json.dumps([seed, client_id]).encode()).digest()
+def _test_key(seed: int, *words: Any) -> bytes:
+    return hashlib.sha256(json.dumps([seed, *words]).encode()).digest()
 
 
-def _digest(task: ClientRound) -> str:
-    """Return a hash of all that a client's release depends on: what it was sent and its rows."""
+def _request(task: ClientRound) -> str:
+    """Return a hash of what a client is asked: what it was sent, and its rows.
+
+    It decides what an earlier release answers, and no noise depends on it. Left out is what the round and the run's
+    name decide (seeds), and what is new each time that a round is repeated and nothing was made of before the update
+    was masked: key shares of a secure sum.
+    """
     sent = task.broadcast
-    seeds = None if sent.seeds is None else asdict(sent.seeds)
-    found = hashlib.sha256(json.dumps([sent.round, dict(sent.job), seeds], sort_keys=True, default=str).encode())
+    words = [sent.round, dict(sent.job), asdict(sent.kept)]
+    found = hashlib.sha256(json.dumps(words, sort_keys=True, default=str).encode())
     for group, tensors in [("state", task.state), *sorted(sent.extras.items())]:
+        if group == SecureSum.name:
+            continue
         for name, part in _bytes(tensors):
             found.update(f"{group}/{name}".encode())
             found.update(part)

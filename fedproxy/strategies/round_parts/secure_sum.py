@@ -10,9 +10,11 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 from fedproxy.privacy.keys import Occasion, verify
+from fedproxy.privacy.one_time import OneTime
 from fedproxy.privacy.registration import identity_of, registered
 from fedproxy.privacy.secure_sum import added, decode, encode, masked
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
+from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.strategies.round_parts.base import ClientRound, Group, RoundPart
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -45,11 +47,12 @@ class SecureSum(RoundPart, name="secure_sum"):
         """Weigh, round and mask the update.
 
         Raises:
-            ClientError: If a key share is not its client's, this client is left out, or a number is too large.
+            ClientError: If a key share is not its client's, this client is left out, a number is too large, or other
+                values were masked with this client's share.
         """
         if not task.writes:
             return update
-        keys, clients = self._keys(task)
+        shares, occasion = self._shares(task)
         weight = 1.0 if self.most == 1 else update.num_examples / self.most
         if not 0 < weight <= 1:
             raise ClientError(
@@ -60,7 +63,8 @@ class SecureSum(RoundPart, name="secure_sum"):
         groups |= {name: update.extras[name] for name in update.extras if name not in _CLEAR}
         groups[self.name] = {"weight": torch.tensor(weight)}
         flat = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
-        hidden = masked(encode(flat, self.largest, clients), task.client_id, keys)
+        values = encode(flat, self.largest, len(shares))
+        hidden = masked(values, task.client_id, _keys(task, shares, occasion, tensors_sha256(values)))
         sent = {group: {name: hidden[f"{group}/{name}"] for name in tensors} for group, tensors in groups.items()}
         clear = {name: update.extras[name] for name in _CLEAR if name in update.extras}
         return replace(
@@ -76,7 +80,10 @@ class SecureSum(RoundPart, name="secure_sum"):
     def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Turn all groups into fixed point, and add the weight."""
         up = {**up, self.name: Group({"weight": torch.empty((), device="meta")})}
-        return {name: group if name in _CLEAR else Group(_integers(group.tensors)) for name, group in up.items()}
+        return {
+            name: group if name in _CLEAR else Group(_integers(group.tensors), masked=True)
+            for name, group in up.items()
+        }
 
     def summed(self, updates: Sequence[ClientUpdate]) -> ClientUpdate:
         """Return as one update what the masked updates of all clients of a round are together.
@@ -93,19 +100,24 @@ class SecureSum(RoundPart, name="secure_sum"):
         whole = [{name: update[name] for name in update} for update in updates]
         return decode(added(whole), self.largest, len(updates))
 
-    def _keys(self, task: ClientRound) -> tuple[dict[str, bytes], int]:
-        """Return the keys that this client has with every other one of the round, and how many take part."""
+    def _shares(self, task: ClientRound) -> tuple[dict[str, bytes], Occasion]:
+        """Return the verified key shares of all clients of the sum, and which sum it is."""
         group = task.broadcast.extras.get(self.name, {})
         shares = {name.removeprefix(_SHARE): _bytes(group[name]) for name in group if name.startswith(_SHARE)}
         if task.signing is None or task.client_id not in shares:
             raise ClientError(f"client {task.client_id!r} is asked for a part of a sum that it has no key share in")
         occasion = Occasion(self.run, task.broadcast.round, int(group[ATTEMPT]))
-        own = identity_of(task.signing, task.client_id)
         verify(shares, registered(task.signing), occasion)
-        if shares[task.client_id] != own.share(occasion):
-            raise ClientError(f"the key share of client {task.client_id!r} is not the one that it sent")
-        others = {name: share for name, share in shares.items() if name != task.client_id}
-        return {name: own.secret_with(name, share, occasion) for name, share in others.items()}, len(shares)
+        return shares, occasion
+
+
+def _keys(task: ClientRound, shares: Mapping[str, bytes], occasion: Occasion, values: str) -> dict[str, bytes]:
+    """Return the keys that a client has with every other one of the round, for values of this hash alone."""
+    assert task.signing is not None, "its shares were verified"
+    own = OneTime(task.signing, task.client_id).secret_for(occasion, shares[task.client_id], values)
+    identity = identity_of(task.signing, task.client_id)
+    others = {name: share for name, share in shares.items() if name != task.client_id}
+    return {name: identity.secret_with(name, share, occasion, own) for name, share in others.items()}
 
 
 def with_shares(broadcast: Broadcast, shares: Mapping[str, bytes], attempt: int) -> Broadcast:
