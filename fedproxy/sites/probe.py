@@ -12,6 +12,8 @@ from pathlib import Path
 from fedproxy.errors import one_line
 
 _WAIT_S = 10.0
+_STARTS_RUNS = "/v1/control/start-run"
+"""What must not be reached: a SuperLink without a front door answers 405 here, and 404 at the prefix alone."""
 CLOCK_S = 60.0
 """Most seconds that clocks may differ; Flower refuses what is 305 s apart."""
 
@@ -69,7 +71,7 @@ def _ask(connection: http.client.HTTPSConnection, address: str) -> list[Finding]
         return [*found, Finding("connection", False, said)]
     found.append(Finding("connection", True, f"{address} answers"))
     found.append(_clock(date, here))
-    connection.request("GET", "/v1/control/")
+    connection.request("GET", _STARTS_RUNS)
     answer = connection.getresponse()
     answer.read(1 << 16)
     closed = answer.status == 404

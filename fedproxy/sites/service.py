@@ -43,7 +43,7 @@ class Service:
         self._slots = threading.BoundedSemaphore(_MOST_AT_ONCE)
         self._ended = False
         try:
-            place = socket_folder(folder)
+            place = socket_folder(folder, apart=bool(relay_user))
             self.path = place / "site.sock"
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.bind(str(self.path))

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pwd
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from fedproxy.modules.trainer import make_trainer
 from fedproxy.sites.keys import expires, make_site_key
 from fedproxy.sites.probe import Finding, is_port_free, probe
 from fedproxy.sites.programs import Program
+from fedproxy.sites.relay_user import handed_over
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.service import Service
 from fedproxy.sites.signing import register_site
@@ -200,38 +200,19 @@ def _supernode(place: SitePlace, socket: Path) -> Program:
     ca = place.path(config.server.ca).absolute()
     flower = Flower(home, config.flower)
     private_folder(home)
+    more = {"FEDPROXY_SITE_SOCKET": str(socket)}
     if config.relay_user:
-        home, key, ca = _handed_over(config.relay_user, folder, key, ca)
+        home, key, ca = handed_over(config.relay_user, folder, key, ca)
         flower = Flower(home, config.flower)
+        more["HOME"] = str(home)
     return Program(
         "SuperNode",
         flower.supernode(config.server.address, ca, key, config.node_port),
-        flower.environment(FEDPROXY_SITE_SOCKET=str(socket)),
+        flower.environment(**more),
         place.folder / "logs" / "supernode.log",
         user=config.relay_user,
         reasons={REFUSED: "the hub does not let it in: it counts its last life for a minute, or does not know its key"},
     )
-
-
-def _handed_over(user: str, folder: Path, key: Path, ca: Path) -> tuple[Path, Path, Path]:
-    """Give Flower's own user what it needs, in a folder of its own: key, certificate, and nothing else of the site.
-
-    Raises:
-        ConfigError: If that cannot be done.
-    """
-    place = folder.with_name(f"{folder.name}_{user}")
-    try:
-        known = pwd.getpwnam(user)
-        place.mkdir(mode=0o700, exist_ok=True)
-        (place / "flower").mkdir(exist_ok=True)
-        for source in (key, ca):
-            (place / source.name).write_bytes(source.read_bytes())
-            (place / source.name).chmod(0o600)
-        for path in (place, *place.iterdir()):
-            os.chown(path, known.pw_uid, known.pw_gid)
-    except (OSError, KeyError) as error:
-        raise ConfigError(f"relay_user={user!r}: its folder {place} cannot be made ({one_line(error)})") from error
-    return place / "flower", place / key.name, place / ca.name
 
 
 def _watch(place: SitePlace, node: Program, say: Say, until: Callable[[], bool]) -> None:
