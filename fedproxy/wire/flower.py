@@ -20,7 +20,7 @@ from typing import Any
 
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.files import parse_json, private_folder, read_json
-from fedproxy.wire.courier import NONE_YET, TOO_LARGE, CourierError, Node, Reply
+from fedproxy.wire.courier import NO_ANSWER, NONE_YET, TOO_LARGE, CourierError, Node, Reply
 from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, Source, receive, send
 
 VERSIONS = ">=1.42,<1.44"
@@ -177,8 +177,11 @@ class FlowerCourier:
         line = {"op": "pull", "id": message, "most": most, "too_large": TOO_LARGE}
         said = self._ask(line, answer=payload, most=most)
         match said:
-            case {"state": "reply", "head": dict(head)}:
-                return Reply("reply", head)
+            case {"state": "reply", "text": str(text)}:
+                try:
+                    return Reply("reply", parse_json(text, dict))
+                except ValueError:
+                    return Reply("error", {}, NO_ANSWER)
             case {"state": "error", "code": int(code)}:
                 return Reply("error", {}, code)
         return NONE_YET

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle
-from fedproxy.wire.courier import LOST, TOO_LARGE, Courier, CourierError, Node
+from fedproxy.wire.courier import LOST, NO_ANSWER, TOO_LARGE, Courier, CourierError, Node
 from fedproxy.wire.frames import NOTHING, Head, Source, sha256
 from fedproxy.wire.inbox import Inbox, Piece
 from fedproxy.wire.messages import told
@@ -21,7 +21,11 @@ _STEP_S = 300.0
 """Seconds that a part of a file may take."""
 _AGAIN = ("site_down", "busy", "damaged")
 """Refusals after which a site is asked again."""
-_ERRORS = {1: "its relay does not start", 2: "its relay failed", TOO_LARGE: "it sends more than it was asked for"}
+_ERRORS = {
+    1: "its relay does not start",
+    NO_ANSWER: "its relay failed",
+    TOO_LARGE: "it sends more than it was asked for",
+}
 _LOOK_S, _PAUSE_S, _AGAIN_S = 2.0, 0.25, 2.0
 
 
