@@ -1,4 +1,4 @@
-"""The relay's two ends with a stand-in for Flower: one site's nonsense is that site's alone, and no error's text leaves."""
+"""The relay with a stand-in for Flower: one site's nonsense is its own error, and no error's text leaves."""
 
 import importlib
 import json
