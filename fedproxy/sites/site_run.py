@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -11,9 +12,10 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, ClientError, FedProxyError, one_line
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.engines.pool import WorkerPool
 from fedproxy.federation.engines.workers import Workers
 from fedproxy.files import private_folder, read_json, write_json
-from fedproxy.messages import Answer, Answers, Collect, Done, Dropped, Evaluate, Facts, Message, Sites, Sums, UpdateFile
+from fedproxy.messages import Answer, Answers, Collect, Done, Dropped, Evaluate, Facts, Message, Sums, UpdateFile
 from fedproxy.privacy.ledger import FOLDER as LEDGER
 from fedproxy.privacy.registration import FOLDER as SIGNING
 from fedproxy.protocol import Broadcast, ClientUpdate, Kept
@@ -48,7 +50,7 @@ class SiteRun:
         self.folder, self.config, self.rows = private_folder(folder), config, rows
         self._setup: Setup | None = None
         self._proxy: Path | None = None
-        self._sites: Sites | None = None
+        self._sites: WorkerPool | None = None
         note = self.folder / "run.json"
         if not note.exists():
             write_json(note, {"rows": rows.sha256})
@@ -67,10 +69,19 @@ class SiteRun:
             setup: What the server says.
             proxy: Folder of the proxy; None while it has not arrived.
         """
-        if (setup, proxy) != (self._setup, self._proxy):
+        if not self.is_set_up(setup, proxy):
             self.close()
             write_json(self.folder / "setup.json", asdict(setup))
         self._setup, self._proxy = setup, proxy
+
+    def is_set_up(self, setup: Setup, proxy: Path | None) -> bool:
+        """Return whether clients are made in just this way."""
+        return (setup, proxy) == (self._setup, self._proxy)
+
+    @property
+    def wanted(self) -> str:
+        """Hash of the proxy that clients are made of; empty where nothing has been said of it."""
+        return "" if self._setup is None else self._setup.proxy
 
     def setup_before(self) -> Setup | None:
         """Return how clients were made when this process, or one before it, was last told."""
@@ -82,8 +93,14 @@ class SiteRun:
         """Whether clients can be made."""
         return self._setup is not None and self._proxy is not None
 
-    def train(self, task: Train, bundle: Path) -> "Answered":
-        """Train clients, or return what they answered when the same was asked before."""
+    def train(self, task: Train, bundle: Path, seconds: float) -> "Answered":
+        """Train clients, or return what they answered when the same was asked before.
+
+        Args:
+            task: What to do.
+            bundle: The files that they start from.
+            seconds: How long all of it may take, beside the workers' start.
+        """
         known = Answered.find(self.folder / "answers", _key({**asdict(task), "seconds": 0}))
         if known.is_whole:
             return known
@@ -91,9 +108,11 @@ class SiteRun:
         for client, place in task.files.items():
             places.setdefault(place, []).append(client)
         known.begin()
+        until = time.monotonic() + seconds + (_START_S if self._sites is None else 0.0)
         with self._unpacked(bundle) as files:
             for place, clients in places.items():
-                self._train(known, task, files[place] if place < len(files) else None, clients)
+                left = max(0.0, min(seconds, until - time.monotonic()))
+                self._train(known, task, files[place] if place < len(files) else None, clients, left)
         return known.finish()
 
     @contextmanager
@@ -105,7 +124,7 @@ class SiteRun:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _train(self, answers: "Answered", task: Train, file: Path | None, clients: list[str]) -> None:
+    def _train(self, answers: "Answered", task: Train, file: Path | None, clients: list[str], seconds: float) -> None:
         if file is None:
             raise ClientError("the task names a file that its bundle does not hold")
         broadcast = Broadcast.load(file)
@@ -118,11 +137,16 @@ class SiteRun:
         whole = replace(broadcast, all_seeds=seeds, all_kept=kept)
         known = [client for client in clients if client in self.rows]
         answers.take(self._unknown(clients))
-        with closing(self._opened().run(whole, known, timeout_s=task.seconds)) as found:
+        with closing(self._opened().run(whole, known, timeout_s=seconds)) as found:
             answers.take(found, self.policy)
 
-    def ask(self, asked: Ask, bundle: Path | None) -> "Answered":
+    def ask(self, asked: Ask, bundle: Path | None, seconds: float) -> "Answered":
         """Ask clients something outside of rounds.
+
+        Args:
+            asked: What each is asked.
+            bundle: The tensors that go with it.
+            seconds: How long it may take, beside the workers' start.
 
         Raises:
             NotAllowedError: If the policy does not allow it.
@@ -135,7 +159,7 @@ class SiteRun:
             known = {name: said for name, said in asked.messages.items() if name in self.rows}
             messages = {name: Message.of(said, tensors) for name, said in known.items()}
             self._check(messages.values())
-            with closing(self._opened().ask(messages)) as found:
+            with closing(self._opened().ask(messages, timeout_s=seconds)) as found:
                 answers.take(found, self.policy)
         return answers.finish()
 
@@ -162,7 +186,7 @@ class SiteRun:
         if sites is not None:
             sites.close()
 
-    def _opened(self) -> Sites:
+    def _opened(self) -> WorkerPool:
         if self._setup is None or self._proxy is None:
             raise ClientError("the proxy has not arrived")
         if self._sites is None:

@@ -1,17 +1,23 @@
 """A site's own process: what it is asked is checked against its policy, and what it says quotes no row."""
 
+import hashlib
 import json
 import os
 import socket
 import stat
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 import torch
 
 import fedproxy
 from fedproxy.errors import ClientError, ConfigError, DataError
+from fedproxy.messages import Dropped, Rewind
 from fedproxy.privacy.registration import FOLDER, registered
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.protocol import Broadcast, ClientUpdate, Kept
+from fedproxy.seeding import ClientSeeds
 from fedproxy.sites.policy import NotAllowedError, Policy
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.service import Service
@@ -21,7 +27,7 @@ from fedproxy.sites.site_rows import SiteRows
 from fedproxy.sites.site_run import Answered, SiteRun
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.frames import NOTHING, receive, send
-from fedproxy.wire.messages import PROTOCOL, Setup, Train
+from fedproxy.wire.messages import PROTOCOL, Ask, Setup, Train
 
 RUN = "ab" * 16
 SECRET = "Mrs Miller, born 1950"
@@ -118,7 +124,7 @@ def test_a_site_pins_its_peers_keys_and_shows_its_own(place):
         ({"kind": "shell"}, "unknown", "does not know this kind"),
         ({"kind": "get", "file": "x"}, "unknown", "say hello first"),
         ({"kind": "train"}, "unknown", "say hello first"),
-        ({"kind": "put", "piece": {}}, "damaged", "does not say which file"),
+        ({"kind": "put", "piece": {}}, "unknown", "say hello first"),
     ],
 )
 def test_what_the_policy_does_not_allow_or_nobody_knows_is_refused_in_one_line(change, error, line, place, nothing):
@@ -271,6 +277,56 @@ def service(tmp_path):
     made.close()
 
 
+def test_what_a_killed_process_left_of_messages_goes(tmp_path):
+    (tmp_path / "messages_old").mkdir()
+    (tmp_path / "messages_old/part").write_bytes(b"x")
+    Service(lambda head, path: ({}, NOTHING), tmp_path / "socket").close()
+    assert not list(tmp_path.glob("messages_*"))
+
+
+def test_a_relay_that_drips_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.sites.service._READ_S", 0.5)
+    service = Service(lambda head, path: ({"ok": 1}, NOTHING), tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.connect(str(service.path))
+        began = time.monotonic()
+        opened.settimeout(10)
+
+        def drip():
+            with suppress(OSError):
+                for _ in range(100):
+                    opened.sendall(b" ")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        assert json.loads(opened.makefile("rb").readline())["error"] == "not_ours"
+        assert time.monotonic() - began < 5
+    service.close()
+
+
+def test_a_trouble_of_the_system_does_not_end_the_service(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.sites.service._AGAIN_S", 0.01)
+    service = Service(lambda head, path: ({"ok": 1}, NOTHING), tmp_path / "socket")
+    real, failed = service._socket, []
+
+    class Troubled:
+        def accept(self):
+            if len(failed) < 3:
+                failed.append(1)
+                raise OSError(24, "Too many open files")
+            return real.accept()
+
+        def close(self):
+            real.close()
+
+    service._socket = Troubled()
+    for _ in range(2):  # the first is still taken by the accept that waited
+        assert json.loads(talk(service, b'{"size":0}\n'))["ok"] == 1
+    assert len(failed) == 3
+    service.close()
+    assert not service._thread.is_alive() or service._thread.join(2) is None
+
+
 def test_a_folder_with_a_long_path_gets_its_socket_elsewhere(tmp_path):
     folder = tmp_path / ("long" * 20)
     folder.mkdir()
@@ -313,4 +369,77 @@ def test_a_broadcast_of_another_round_than_its_task_is_refused(place, tmp_path, 
     (tmp_path / "bundle").write_bytes(b"".join(Bundle({"0": tmp_path / "sent"}).read(0, 1 << 20)))
     task = Train(1, {"ward": {}}, {"ward": 0}, "a" * 64, 1.0)
     with pytest.raises(ClientError, match="of another round than the task"):
-        run.train(task, tmp_path / "bundle")
+        run.train(task, tmp_path / "bundle", 1.0)
+
+
+def piece_of(data, total=None, offset=0, file=None):
+    part = hashlib.sha256(data).hexdigest()
+    return {"file": file or part, "total": total or len(data), "offset": offset, "part": part}
+
+
+def test_parts_are_taken_within_a_run_alone_and_files_that_nothing_needs_go(place, tmp_path):
+    resident, payload = resident_of(place()), tmp_path / "part"
+    payload.write_bytes(b"x" * 100)
+
+    def put(file, **more):
+        return resident.serve(hello(kind="put", piece=piece_of(b"x" * 100, 1000, file=file * 64), **more), payload)[0]
+
+    assert put("b")["error"] == "unknown"
+    resident.serve(hello(), payload)
+    assert put("b", run="cd" * 16)["error"] == "unknown"
+    assert put(SETUP["proxy"][0]) == {"have": 100}
+    for file in "bcdef":
+        assert put(file) == {"have": 100}
+    kept = {path.name[0] for path in (place().folder / "inbox").iterdir()}
+    assert kept == {SETUP["proxy"][0], "f"}  # what is set up, and what came last
+    resident.serve(hello(kind="put", piece={}), payload)
+    assert resident.serve(hello(kind="put", piece={}), payload)[0]["why"].startswith("a part does not say which file")
+
+
+def test_workers_that_train_are_not_taken_away_by_another_run_or_setup(place, nothing):
+    resident = resident_of(place())
+    resident.serve(hello(), nothing)
+    with resident._working(1.0) as left:
+        assert 0 < left <= 1.0
+        assert "greeting" in resident.serve(hello(), nothing)[0]
+        for other in ({"run": "cd" * 16}, {"setup": {**SETUP, "proxy_bytes": 11}}):
+            assert resident.serve(hello(**other), nothing)[0] == {"error": "busy"}
+    assert "greeting" in resident.serve(hello(run="cd" * 16), nothing)[0]
+
+
+class FakePool:
+    """Notes the time that clients are given, and uses some of it."""
+
+    def __init__(self, spends):
+        self.spends, self.given = spends, []
+
+    def run(self, broadcast, clients, *, timeout_s):
+        self.given.append(timeout_s)
+        time.sleep(self.spends)
+        yield from (Dropped(client, "late") for client in clients)
+
+    def ask(self, messages, *, timeout_s):
+        self.given.append(timeout_s)
+        yield from (Dropped(client, "late") for client in messages)
+
+    def close(self):
+        pass
+
+
+def test_a_rounds_time_is_one_for_all_of_its_files_and_a_question_has_one_too(place, tmp_path):
+    site = place()
+    run = SiteRun(tmp_path / "run", site.config, SiteRows(site.rows(), site.folder / "rows"))
+    run.set_up(Setup.parse(SETUP), tmp_path)
+    run._sites = pool = FakePool(spends=0.3)
+    paths = {}
+    for name in "01":
+        Broadcast(1, {"a": torch.ones(1)}, {"epochs": 1}).save(tmp_path / name)
+        paths[name] = tmp_path / name
+    (tmp_path / "bundle").write_bytes(b"".join(Bundle(paths).read(0, 1 << 20)))
+    own = Broadcast(1, {}, {"epochs": 1}, all_seeds={"ward": ClientSeeds(1, [2])}).addressed_to("ward").beside()
+    task = Train(1, {"ward": own, "other": own}, {"ward": 0, "other": 1}, "a" * 64, 1.0)
+    run.train(task, tmp_path / "bundle", 1.0)
+    assert pool.given[0] == pytest.approx(1.0, abs=0.05)
+    assert pool.given[1] == pytest.approx(0.7, abs=0.1)
+    run.ask(Ask({"ward": Rewind(1, Kept()).plain()}, None, 7.0), None, 5.0)
+    assert pool.given[2] == 5.0
