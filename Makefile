@@ -41,7 +41,7 @@ test-slow: $(VENV)/.installed  ## The rest: slow, browser and gpu tests, each sk
 	$(BIN)/python -m pytest -m 'browser or gpu'
 
 test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine, and our rules beside Flower's
-	$(BIN)/python -m pytest -m flower
+	$(BIN)/python -m pytest -m 'flower and not slow'
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

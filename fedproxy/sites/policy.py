@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedproxy.errors import ConfigError
-from fedproxy.protocol import ClientUpdate
 from fedproxy.wire.messages import Setup
+
+if TYPE_CHECKING:
+    from fedproxy.protocol import ClientUpdate
 
 _ACCOUNTS = ("privacy", "secure_sum")
 """Groups beside an update that say nothing of a row: what its privacy ledger was charged, and a masked weight."""
@@ -106,7 +108,7 @@ class Policy:
                 f"policy.least_noise is {self.least_noise}; use parts.clip_noise.noise of at least that"
             )
 
-    def allowed(self, update: ClientUpdate) -> ClientUpdate:
+    def allowed(self, update: "ClientUpdate") -> "ClientUpdate":
         """Return an update without the figures that may not leave.
 
         Raises:

@@ -1,6 +1,5 @@
 """Flower's programs as a site or a hub keeps them: started, watched, started again, and ended whole."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.sites.relay_user import other_user
 
-_log = logging.getLogger(__name__)
 _KEEPER = Path(__file__).parent / "keeper.py"
 AGAIN_S = 10.0
 """Seconds after which a program that ended is started again."""
@@ -73,11 +71,6 @@ class Program:
     def runs(self) -> bool:
         """Whether it runs."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the program's keeper."""
-        return None if self._process is None else self._process.pid
 
     def look(self) -> str | None:
         """Start the program again if it ended a while ago; return a line when it has just ended."""

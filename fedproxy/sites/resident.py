@@ -120,7 +120,7 @@ class Resident:
                 proxy = self._proxy(setup)
                 have = setup.proxy_bytes if proxy is not None else self.inbox.have(setup.proxy)
                 self._set_up(self._entered(name), setup, proxy)
-        greeting = Greeting(dict(self.rows), fedproxy.__version__, time.time(), have, self.rows.converse, {})
+        greeting = Greeting(dict(self.rows), fedproxy.__version__, time.time(), have, self.rows.converse)
         return {"greeting": vars(greeting)}, NOTHING
 
     def _entered(self, name: str) -> SiteRun:

@@ -1,6 +1,7 @@
 """One run at a site: its setup, its workers, what its clients remember, and the latest answers."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,14 +20,17 @@ from fedproxy.messages import Answer, Answers, Collect, Done, Dropped, Evaluate,
 from fedproxy.privacy.ledger import FOLDER as LEDGER
 from fedproxy.privacy.registration import FOLDER as SIGNING
 from fedproxy.protocol import Broadcast, ClientUpdate, Kept
+from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.seeding import ClientSeeds
 from fedproxy.sites.policy import NotAllowedError, Policy
 from fedproxy.sites.site_config import SiteConfig
 from fedproxy.sites.site_rows import SiteRows
+from fedproxy.sites.trained_rounds import TrainedRounds
 from fedproxy.wire.bundle import Bundle, unpack
 from fedproxy.wire.messages import Ask, Setup, Train
 
 _START_S = 300.0
+_PATH = re.compile(r"(?<![\w./])/[^\s'\",;:()]+")
 _KEPT_ANSWERS = 2
 
 
@@ -48,6 +52,7 @@ class SiteRun:
 
     def __init__(self, folder: Path, config: SiteConfig, rows: SiteRows) -> None:
         self.folder, self.config, self.rows = private_folder(folder), config, rows
+        self.trained = TrainedRounds(rows.folder.parent)
         self._setup: Setup | None = None
         self._proxy: Path | None = None
         self._sites: WorkerPool | None = None
@@ -110,9 +115,11 @@ class SiteRun:
         known.begin()
         until = time.monotonic() + seconds + (_START_S if self._sites is None else 0.0)
         with self._unpacked(bundle) as files:
+            sent = [Broadcast.load(file) for file in files]
+            whole = _key({**asdict(task), "seconds": 0, "bundle": [_content(broadcast) for broadcast in sent]})
             for place, clients in places.items():
                 left = max(0.0, min(seconds, until - time.monotonic()))
-                self._train(known, task, files[place] if place < len(files) else None, clients, left)
+                self._train(known, task, whole, sent[place] if place < len(sent) else None, clients, left)
         return known.finish()
 
     @contextmanager
@@ -124,15 +131,25 @@ class SiteRun:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _train(self, answers: "Answered", task: Train, file: Path | None, clients: list[str], seconds: float) -> None:
-        if file is None:
+    def _train(
+        self,
+        answers: "Answered",
+        task: Train,
+        content: str,
+        broadcast: Broadcast | None,
+        clients: list[str],
+        seconds: float,
+    ) -> None:
+        if broadcast is None:
             raise ClientError("the task names a file that its bundle does not hold")
-        broadcast = Broadcast.load(file)
         if broadcast.round != task.round:
             raise ClientError("the broadcast is of another round than the task")
         self.policy.check_round(task.round, broadcast.job)
+        self.trained.note(f"{self.folder.name}_{content}", self.policy)
         own = {client: broadcast.with_own(task.own[client]) for client in clients}
         seeds: dict[str, ClientSeeds] = {name: sent.seeds for name, sent in own.items() if sent.seeds is not None}
+        if self.policy.least_noise:
+            seeds = {name: self.trained.own_draws(sent, content, name) for name, sent in seeds.items()}
         kept: dict[str, Kept] = {name: sent.kept for name, sent in own.items()}
         whole = replace(broadcast, all_seeds=seeds, all_kept=kept)
         known = [client for client in clients if client in self.rows]
@@ -166,6 +183,8 @@ class SiteRun:
     def _check(self, messages: Iterable[Message]) -> None:
         if not self.policy.personal and any(isinstance(message, Collect) for message in messages):
             raise NotAllowedError("policy.personal does not let personal tensors leave")
+        if self.policy.most_clip is not None and any(isinstance(message, Collect) for message in messages):
+            raise NotAllowedError("policy.most_clip lets no personal tensors leave, which nothing clips")
         if not self.policy.evaluate and any(isinstance(message, Evaluate) for message in messages):
             raise NotAllowedError("policy.evaluate does not let the site be evaluated on")
 
@@ -265,7 +284,7 @@ class Answered:
 
     def _taken(self, answer: Answer, policy: Policy) -> Mapping[str, Any]:
         if isinstance(answer, Dropped):
-            return {"dropped": one_line(answer.reason)}
+            return {"dropped": one_line(without_paths(answer.reason))}
         if isinstance(answer, Done):
             return {"done": True}
         if isinstance(answer, Facts):
@@ -304,8 +323,20 @@ def _summed(sums: Sums, policy: Policy) -> Mapping[str, Any]:
 def reason(error: Exception) -> str:
     """Return what the server is told of an error of this package; others may quote rows and are told by kind."""
     if isinstance(error, CheckpointError | ClientError):
-        return one_line(error)
+        return one_line(without_paths(str(error)))
     return type(error).__name__ if not isinstance(error, FedProxyError) else "its site cannot do this; see its log"
+
+
+def without_paths(text: str) -> str:
+    """Return a text with the last names alone of this machine's paths."""
+    return _PATH.sub(lambda found: Path(found[0]).name, text)
+
+
+def _content(broadcast: Broadcast) -> str:
+    """Return a hash of what a broadcast says; files that say the same may differ in the order of their metadata."""
+    groups = {"state": broadcast.state, **{f"extras/{name}": group for name, group in broadcast.extras.items()}}
+    tensors = {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
+    return tensors_sha256(tensors, {"round": str(broadcast.round), "job": json.dumps(broadcast.job, sort_keys=True)})
 
 
 def _key(said: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Came:
     """What came of asking one site."""
 
     site: str
@@ -102,7 +102,7 @@ class Link:
         most: int = 0,
         margin_s: float = MARGIN_S,
         remind_s: float | None = None,
-    ) -> Iterator[Answer]:
+    ) -> Iterator[Came]:
         """Send each site its line and its bytes, and yield what comes of it, as it comes.
 
         The time that an answer's receiver needs for it, to fetch the rest of its files, is not the other sites'.
@@ -174,7 +174,7 @@ class Link:
         part = bundle.part(offset, self.terms.part_bytes)
         return _piece(bundle, offset, part), part
 
-    def fetch(self, run: str, answer: Answer) -> Path:
+    def fetch(self, run: str, answer: Came) -> Path:
         """Return the whole file of which an answer brought the first part; the rest is asked for now.
 
         Raises:
@@ -243,7 +243,7 @@ class Link:
             self._nodes = {node.name: node for node in self._opened().nodes() if node.name}
             self._looked = now
 
-    def _give_up(self, left: dict[str, _Asked], limit: float) -> Iterator[Answer]:
+    def _give_up(self, left: dict[str, _Asked], limit: float) -> Iterator[Came]:
         """Yield the sites that are not waited for any more."""
         now = time.monotonic()
         for site, asked in list(left.items()):
@@ -277,7 +277,7 @@ class Link:
                 asked.message, asked.tries = sent[self._nodes[site].id], asked.tries + (not asked.refused)
                 asked.opened = self._openings
 
-    def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Answer]:
+    def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Came]:
         """Look for replies one at a time, so that never more than one lies in memory."""
         for site, asked in list(left.items()):
             courier = self._opened()
@@ -307,10 +307,10 @@ class Link:
             else:
                 del left[site]
                 lost = None if "have" in reply.head else told(reply.head)
-                yield Answer(site, reply.head, file, lost)
+                yield Came(site, reply.head, file, lost)
 
-    def _lost(self, site: str, why: str) -> Answer:
-        return Answer(site, {}, self.folder / "answer", why)
+    def _lost(self, site: str, why: str) -> Came:
+        return Came(site, {}, self.folder / "answer", why)
 
 
 def _piece(bundle: Bundle, offset: int, part: Source) -> dict[str, Any]:

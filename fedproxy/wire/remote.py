@@ -246,7 +246,7 @@ class RemoteSites:
             yield from found
 
     def _taken(
-        self, answer: wire.Answer, clients: Sequence[str], folder: Path, messages: Mapping[str, Message] | None
+        self, answer: wire.Came, clients: Sequence[str], folder: Path, messages: Mapping[str, Message] | None
     ) -> Iterator[Answer]:
         """Yield what a site answers for its clients; nothing of it is trusted.
 

@@ -214,5 +214,5 @@ def test_a_site_that_sends_a_byte_at_a_time_is_given_up_at_once(first, tmp_path)
     line, part = piece(0, first)
     (tmp_path / "answer").write_bytes(part.data)
     with pytest.raises(ClientError, match="it sends less of a file than it was asked for"):
-        link.fetch("0" * 32, wire.Answer("a", line, tmp_path / "answer"))
+        link.fetch("0" * 32, wire.Came("a", line, tmp_path / "answer"))
     assert len(courier.sent) == (first == 1000)

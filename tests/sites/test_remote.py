@@ -29,7 +29,7 @@ class FakeSite:
     def serve(self, head, payload):
         if head["kind"] == "hello":
             clients = dict.fromkeys(self.clients, 5)
-            facts = {"clients": clients, "version": "1", "clock": 0.0, "have": 0, "converse": False, "policy": {}}
+            facts = {"clients": clients, "version": "1", "clock": 0.0, "have": 0, "converse": False}
             return {"greeting": facts}, NOTHING
         if head.get("piece"):
             self.inbox.add(Piece.parse(head["piece"], most=1 << 30), payload)

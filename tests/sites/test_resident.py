@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import threading
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 import fedproxy
-from fedproxy.errors import ClientError, ConfigError, DataError
-from fedproxy.messages import Dropped, Rewind
+from fedproxy.errors import CheckpointError, ClientError, ConfigError, DataError
+from fedproxy.messages import Collect, Dropped, Rewind
 from fedproxy.privacy.registration import FOLDER, registered
 from fedproxy.protocol import Broadcast, ClientUpdate, Kept
 from fedproxy.seeding import ClientSeeds
@@ -24,7 +25,7 @@ from fedproxy.sites.service import Service
 from fedproxy.sites.signing import register_site
 from fedproxy.sites.site_config import SitePlace
 from fedproxy.sites.site_rows import SiteRows
-from fedproxy.sites.site_run import Answered, SiteRun
+from fedproxy.sites.site_run import Answered, SiteRun, reason, without_paths
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.frames import NOTHING, receive, send
 from fedproxy.wire.messages import PROTOCOL, Ask, Setup, Train
@@ -407,13 +408,88 @@ def test_workers_that_train_are_not_taken_away_by_another_run_or_setup(place, no
     assert "greeting" in resident.serve(hello(run="cd" * 16), nothing)[0]
 
 
+def task_of(folder, round_=1, seed=1, **job):
+    """Return a task for client ward, and its bundle."""
+    Broadcast(round_, {"a": torch.ones(1)}, {"epochs": 1, **job}).save(folder / "broadcast")
+    bundle = Bundle({"0": folder / "broadcast"})
+    (folder / "bundle").write_bytes(b"".join(bundle.read(0, 1 << 20)))
+    seeds = {"ward": ClientSeeds(1, [2], seed)}
+    own = Broadcast(1, {}, {"epochs": 1}, all_seeds=seeds).addressed_to("ward").beside()
+    return Train(round_, {"ward": own}, {"ward": 0}, bundle.sha256, 1.0), folder / "bundle"
+
+
+def run_of(site, folder, pool):
+    run = SiteRun(folder, site.config, SiteRows(site.rows(), site.folder / "rows"))
+    run.set_up(Setup.parse(SETUP), folder)
+    run._sites = pool
+    return run
+
+
+def test_rounds_are_counted_over_all_runs_and_whatever_number_the_server_gives_them(place, tmp_path):
+    site, pool = place("policy: {most_rounds: 3, most_epochs: 1}"), FakePool()
+    first, second = (run_of(site, tmp_path / name, pool) for name in ("a", "b"))
+    for run, seed in ((first, 1), (first, 2), (second, 2)):
+        run.train(*task_of(tmp_path, seed=seed), 1.0)
+        run.train(*task_of(tmp_path, seed=seed), 1.0)  # asked again: counted once
+    with pytest.raises(NotAllowedError, match=r"most_epochs"):
+        second.train(*task_of(tmp_path, seed=3, epochs=2), 1.0)
+    for run in (first, second):
+        with pytest.raises(NotAllowedError, match=r"policy.most_rounds is 3, the site has trained in as many"):
+            run.train(*task_of(tmp_path, seed=3), 1.0)
+    assert len(json.loads((site.folder / "trained_rounds.json").read_text())) == 3
+
+
+def test_noise_that_the_site_asks_for_is_drawn_from_its_own_secret(place, tmp_path):
+    clip = {"parts": [{"name": "clip_noise", "clip": 1.0, "noise": 1.0}]}
+    drawn = {}
+    for name, policy in (("own", "policy: {most_clip: 1.0, least_noise: 0.5}"), ("sent", "")):
+        pool = FakePool()
+        run = run_of(place(policy), tmp_path / name, pool)
+        for seed in (1, 2):
+            run.train(*task_of(tmp_path, seed=seed, **clip), 1.0)
+        for old in (tmp_path / name / "answers").iterdir():
+            shutil.rmtree(old)
+        run.train(*task_of(tmp_path, seed=2, **clip), 1.0)
+        drawn[name] = [sent.all_seeds["ward"].parts for sent in pool.sent]
+    assert drawn["sent"] == [1, 2, 2]
+    assert drawn["own"][1] == drawn["own"][2] != drawn["own"][0]
+    assert not set(drawn["own"]) & {1, 2}
+    secret = tmp_path / "site/draws.key"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    secret.unlink()
+    run_of(place("policy: {most_clip: 1.0, least_noise: 0.5}"), tmp_path / "other", pool).train(
+        *task_of(tmp_path, seed=2, **clip), 1.0
+    )
+    assert pool.sent[-1].all_seeds["ward"].parts not in drawn["own"]
+
+
+def test_tensors_that_nothing_clips_do_not_leave_where_updates_must_be_clipped(place, tmp_path):
+    run = run_of(place("policy: {most_clip: 1.0}"), tmp_path / "run", FakePool())
+    with pytest.raises(NotAllowedError, match=r"policy.most_clip lets no personal tensors leave"):
+        run.ask(Ask({"ward": Collect(Kept()).plain()}, None, 1.0), None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("memory of ward in /home/x/site/runs/ab/store/ward.json is damaged", "memory of ward in ward.json is damaged"),
+        ("cannot read '/srv/a b/c'", "cannot read 'a b/c'"),
+        ("3/4 of rows, and/or 1 / 2", "3/4 of rows, and/or 1 / 2"),
+    ],
+)
+def test_what_the_server_is_told_holds_no_path_of_this_machine(text, told):
+    assert without_paths(text) == told
+    assert reason(CheckpointError(text)) == told
+
+
 class FakePool:
     """Notes the time that clients are given, and uses some of it."""
 
-    def __init__(self, spends):
-        self.spends, self.given = spends, []
+    def __init__(self, spends=0.0):
+        self.spends, self.given, self.sent = spends, [], []
 
     def run(self, broadcast, clients, *, timeout_s):
+        self.sent.append(broadcast)
         self.given.append(timeout_s)
         time.sleep(self.spends)
         yield from (Dropped(client, "late") for client in clients)
