@@ -82,7 +82,8 @@ class Resident:
             word: Refusal = "full" if error.errno in _FULL else "failed"
             reply, said = (refusal(word, error.strerror or ""), NOTHING), str(error)
         except FedProxyError as error:
-            reply, said = (refusal("failed", reason(error)), NOTHING), str(error)
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+            reply, said = (refusal("full") if full else refusal("failed", reason(error)), NOTHING), str(error)
         except Exception as error:
             _log.exception("a message could not be served")
             reply, said = (refusal("failed", type(error).__name__), NOTHING), repr(error)

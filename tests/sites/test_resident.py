@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import stat
+import subprocess
 import threading
 import time
 from contextlib import suppress
@@ -28,7 +29,7 @@ from fedproxy.sites.site_rows import SiteRows
 from fedproxy.sites.site_run import Answered, SiteRun, reason, without_paths
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.frames import NOTHING, receive, send
-from fedproxy.wire.messages import PROTOCOL, Ask, Setup, Train
+from fedproxy.wire.messages import PROTOCOL, Ask, Setup, Train, told
 
 RUN = "ab" * 16
 SECRET = "Mrs Miller, born 1950"
@@ -168,6 +169,46 @@ def test_a_full_disk_is_told_as_such(place, nothing, monkeypatch):
     monkeypatch.setattr("fedproxy.wire.inbox.Inbox.have", fail)
     head, _ = resident_of(place()).serve(hello(), nothing)
     assert head["error"] == "full"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can make a small disk, where mounting is allowed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_is_told_and_the_file_goes_on_when_there_is_room(place, small_disk, tmp_path):
+    resident, part = resident_of(place(f"folder: {small_disk / 'site'}")), tmp_path / "part"
+    part.write_bytes(b"x" * 700_000)
+    resident.serve(hello(), part)
+
+    def put(offset):
+        piece = piece_of(part.read_bytes(), 2_100_000, offset, SETUP["proxy"])
+        return resident.serve(hello(kind="put", piece=piece), part)[0]
+
+    assert put(0) == {"have": 700_000}
+    (small_disk / "other").write_bytes(b"x" * 900_000)
+    assert told(put(700_000)).startswith("its disk is full")
+    (small_disk / "other").unlink()
+    assert put(700_000) == {"have": 1_400_000}
+
+
+def test_a_disk_that_is_full_behind_an_error_of_ours_is_told_as_such(place, nothing, monkeypatch):
+    def fail(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise CheckpointError("/x/y cannot be written") from error
+
+    monkeypatch.setattr("fedproxy.wire.inbox.Inbox.have", fail)
+    head, _ = resident_of(place()).serve(hello(), nothing)
+    assert told(head) == "its disk is full"
 
 
 def test_what_a_run_keeps_stays_for_the_latest_runs_alone(place, nothing):
