@@ -25,7 +25,7 @@ def test_what_was_started_is_ended_and_what_does_not_hear_is_killed(monkeypatch)
     over.wait()
     processes = [over, started("import time; time.sleep(600)"), deaf]
     began = time.monotonic()
-    demo._end(processes)
+    demo.end_all(processes)
     assert time.monotonic() - began < 20
     assert [process.returncode for process in processes] == [0, -15, -9]
 
@@ -59,7 +59,7 @@ def test_the_second_demonstration_goes_to_the_port_of_the_first(tmp_path, monkey
     pytest.importorskip("cryptography", reason="keys come with fedproxy[flower]")
     addresses = []
     for _ in range(2):
-        monkeypatch.setattr(demo, "_command", commands := Commands(tmp_path))
+        monkeypatch.setattr(demo, "command", commands := Commands(tmp_path))
         assert demo.main([str(tmp_path), *WORDS]) == 7
         assert all(process.poll() is not None for process in commands.processes)
         assert commands.lines[-1][0] == "fit"
@@ -78,7 +78,7 @@ def test_a_program_that_does_not_come_up_ends_all_others(tmp_path, monkeypatch):
                 process.terminate()
             return process
 
-    monkeypatch.setattr(demo, "_command", commands := Failing(tmp_path))
+    monkeypatch.setattr(demo, "command", commands := Failing(tmp_path))
     with pytest.raises(ConfigError, match=r"site ward_a.yaml does not come up"):
         demo.main([str(tmp_path), *WORDS])
     assert all(process.poll() is not None for process in commands.processes)
