@@ -44,8 +44,8 @@ test-slow: $(VENV)/.installed  ## The rest: slow, browser and gpu tests, each sk
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'slow and not flower and not gpu and not browser'
 	$(BIN)/python -m pytest -m 'browser or gpu'
 
-test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine, and our rules beside Flower's
-	$(BIN)/python -m pytest -m flower
+test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine; -m 'flower and slow' kills for half an hour
+	$(BIN)/python -m pytest tests/sites -m 'flower and not slow'
 
 test-example: $(VENV)/.installed  ## A plugin in a package of its own, installed and run
 	$(BIN)/python -m pip install --quiet --no-deps --editable examples/fedproxy-huber

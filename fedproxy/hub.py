@@ -29,22 +29,15 @@ def main(arguments: Sequence[str]) -> int:
     from fedproxy.sites import hub_commands
 
     if verb == "init":
-        given = options(rest, {"hosts": list, "port": int, "superlink_port": int})
-        hub_commands.init(
-            path,
-            hosts=given.get("hosts", ["localhost"]),
-            port=given.get("port", 8443),
-            superlink_port=given.get("superlink_port", 9093),
-            say=print,
-        )
+        hub_commands.init(path, options(rest, hub_commands.HubInit), say=print)
     elif verb == "register":
         name, key = _two(rest)
         hub_commands.register(path, name, Path(key), say=print)
     elif verb == "up":
-        options(rest, {})
+        options(rest)
         hub_commands.up(path, say=_say)
     else:
-        options(rest, {})
+        options(rest)
         return hub_commands.status(path, say=print)
     return 0
 

@@ -26,25 +26,23 @@ def main(arguments: Sequence[str]) -> int:
     from fedproxy.sites.arguments import options, worded
 
     verb, path, rest = worded(arguments, "site", ("init", "check", "up", "status"))
-    given = options(rest, {"name": str, "address": str, "node_port": int} if verb == "init" else {})
     from fedproxy.sites import site_commands
 
     if verb == "init":
-        site_commands.init(
-            path,
-            name=given.get("name", path.stem),
-            address=given.get("address", "localhost:8443"),
-            node_port=given.get("node_port", 9094),
-            say=print,
-        )
+        site_commands.init(path, options(rest, site_commands.SiteInit), say=print)
         return 0
-    if verb == "check":
-        return site_commands.check(path, say=print)
+    options(rest)
     if verb == "status":
         return site_commands.status(path, say=print)
+    if verb == "check":
+        from fedproxy.sites.site_check import check
+
+        return check(path, say=print)
+    from fedproxy.sites.site_up import up
+
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     logging.getLogger("fedproxy.sites").setLevel(logging.INFO)
-    site_commands.up(path, say=_say)
+    up(path, say=_say)
     return 0
 
 

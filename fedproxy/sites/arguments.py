@@ -1,13 +1,13 @@
 """Words of the commands ``hub`` and ``site``: what to do, a file and what it says, and ``key=value``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedproxy.config.loading import build
-from fedproxy.config.values import typed
+from fedproxy.config.loading import build, parse_arguments
 from fedproxy.errors import ConfigError, nearest, one_line
-from fedproxy.yaml_files import parse_yaml, read_mapping
+from fedproxy.yaml_files import read_mapping
 
 C = TypeVar("C")
 
@@ -28,24 +28,18 @@ def worded(arguments: Sequence[str], command: str, verbs: Sequence[str]) -> tupl
     return arguments[0], Path(arguments[1]), list(arguments[2:])
 
 
-def options(words: Sequence[str], known: Mapping[str, type]) -> dict[str, Any]:
-    """Return ``key=value`` words with their values as the types that they have.
+@dataclass(frozen=True)
+class NoOptions:
+    """Of commands that take none."""
+
+
+def options(words: Sequence[str], cls: type[Any] = NoOptions) -> Any:
+    """Return ``key=value`` words as the dataclass whose fields they name.
 
     Raises:
         ConfigError: Naming the first word that cannot be used.
     """
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or key not in known:
-            raise ConfigError(f"{one_line(repr(word), 60)} is not an option here{nearest(key, known)}")
-        hint: Any = list[str] if known[key] is list else known[key]
-        try:
-            value = text if hint is str else parse_yaml(text)
-        except ValueError as error:
-            raise ConfigError(f"{key}: {one_line(text, 40)} cannot be read ({error})") from None
-        found[key] = typed(hint, [value] if hint == list[str] and isinstance(value, str) else value, key)
-    return found
+    return build(cls, parse_arguments(words, cls), "")
 
 
 def read_file(path: Path, cls: type[C], kind: str) -> C:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from fedproxy.command import run_command
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.files import private_folder, write_text
+from fedproxy.sites.hub_config import HubPlace
 
 USAGE = """
 usage: python -m fedproxy.sites.demo [FOLDER] [key=value ...]
@@ -29,7 +30,7 @@ examples:
   python -m fedproxy.sites.demo /tmp/demo recipe=fedproxy_tiny data.rows_per_task=64
 """
 _SITES = {"ward_a": (0, 2), "ward_b": (2, 4)}
-_UP_S = 180.0
+_UP_S, _END_S = 180.0, 90.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -41,26 +42,41 @@ def main(arguments: Sequence[str]) -> int:
     if not any(word.startswith("recipe=") for word in words):
         words = ["recipe=fedproxy_llama", *words]
     config = load_config(["federation.rounds=2", *words])
-    tasks, rows, port = config.data.tasks, config.data.rows_per_task, _free_port()
+    tasks, rows = config.data.tasks, config.data.rows_per_task
     if len(tasks) < 4:
         raise ConfigError(f"the demonstration gives each of two sites two of a recipe's tasks, and it has {len(tasks)}")
-    _done(folder, "hub", "init", "hub.yaml", "hosts=[localhost]", f"port={port}", f"superlink_port={_free_port()}")
+    ports = (f"port={free_port()}", f"superlink_port={free_port()}")
+    finish(folder, "hub", "init", "hub.yaml", "hosts=[localhost]", *ports)
+    port = HubPlace.read(folder / "hub.yaml").config.port  # of the first time, where there was one
     for name, (first, last) in _SITES.items():
-        _done(folder, "site", "init", f"{name}.yaml", f"name={name}")
+        finish(folder, "site", "init", f"{name}.yaml", f"name={name}")
         (folder / name / "keys" / "ca.crt").write_bytes((folder / "hub/keys/ca.crt").read_bytes())
         write_text(folder / f"{name}.yaml", _site(name, tasks[first:last], rows, port, config.trainer))
-        _done(folder, "hub", "register", "hub.yaml", name, f"{name}/keys/site.pub")
+        finish(folder, "hub", "register", "hub.yaml", name, f"{name}/keys/site.pub")
     started: list[subprocess.Popen[bytes]] = []
     try:
-        started.append(_up(folder, "hub", "hub.yaml", "hub is up"))
-        started += [_up(folder, "site", f"{name}.yaml", "is up") for name in _SITES]
+        bring_up(started, folder, "hub", "hub.yaml", "hub is up")
+        for name in _SITES:
+            bring_up(started, folder, "site", f"{name}.yaml", "is up")
         far = ("engine.name=flower", f"engine.hub={folder / 'hub'}", "data.partition.name=sites")
         own = ("federation.rounds=2", "data.partition.clients=4", f"output_dir={folder / 'run'}", "resume=auto")
-        return _command(folder, "fit", *own, *words, *far).wait()
+        started.append(command(folder, "fit", *own, *words, *far))
+        return started[-1].wait()
     finally:
-        for process in reversed(started):
+        end_all(started)
+
+
+def end_all(started: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """End processes, the run first, and those that do not end in time by force."""
+    for process in reversed(started):
+        if process.poll() is None:
             process.terminate()
-        for process in started:
+    until = time.monotonic() + _END_S
+    for process in reversed(started):
+        try:
+            process.wait(timeout=max(0.0, until - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 
@@ -69,39 +85,51 @@ def _site(name: str, tasks: Sequence[str], rows: int | None, port: int, trainer:
     return (
         f"name: {name}\nfolder: {name}\nserver: {{address: 'localhost:{port}', ca: {name}/keys/ca.crt, "
         f"key: {name}/keys/site}}\nclients:\n{clients}policy: {{least_rows: 20}}\n"
-        f"node_port: {_free_port()}\nworkers: 1\n"
+        f"node_port: {free_port()}\nworkers: 1\n"
         f"trainer: {json.dumps(trainer)}\n"
     )
 
 
-def _done(folder: Path, *words: str) -> None:
-    if _command(folder, *words).wait():
+def finish(folder: Path, *words: str) -> None:
+    """Run a command to its end.
+
+    Raises:
+        ConfigError: If it fails, or does not end in time.
+    """
+    process = command(folder, *words)
+    try:
+        failed = process.wait(timeout=_UP_S)
+    except subprocess.TimeoutExpired:
+        end_all([process])
+        failed = 1
+    if failed:
         raise ConfigError(f"python -m fedproxy.{' '.join(words)} failed in {folder}; mend what it says above")
 
 
-def _up(folder: Path, command: str, file: str, sign: str) -> "subprocess.Popen[bytes]":
-    """Start a hub or a site and wait until it says that it is up."""
+def bring_up(started: list["subprocess.Popen[bytes]"], folder: Path, what: str, file: str, sign: str) -> None:
+    """Start a hub or a site, note it among what is started, and wait until it says that it is up."""
     log = folder / f"{Path(file).stem}.log"
     with open(log, "wb") as output:
-        process = _command(folder, command, "up", file, output=output)
+        process = command(folder, what, "up", file, output=output)
+    started.append(process)
     until = time.monotonic() + _UP_S
     while sign not in log.read_text():
         if process.poll() is not None or time.monotonic() > until:
-            process.terminate()
-            raise ConfigError(f"{command} {file} does not come up ({one_line(log.read_text()[-200:])}); see {log}")
+            raise ConfigError(f"{what} {file} does not come up ({one_line(log.read_text()[-200:])}); see {log}")
         time.sleep(0.2)
     print(log.read_text().splitlines()[0], flush=True)
-    return process
 
 
-def _command(folder: Path, *words: str, output: BinaryIO | None = None) -> "subprocess.Popen[bytes]":
+def command(folder: Path, *words: str, output: BinaryIO | None = None) -> "subprocess.Popen[bytes]":
+    """Start one of FedProxy's commands in a folder; a run stays in this process's own."""
     line = [sys.executable, "-m", f"fedproxy.{words[0]}", *words[1:]]
     paths = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     where = Path.cwd() if words[0] == "fit" else folder
     return subprocess.Popen(line, cwd=where, env={**os.environ, **paths}, stdout=output, stderr=output)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return int(place.getsockname()[1])

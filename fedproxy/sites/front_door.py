@@ -11,9 +11,6 @@ from fedproxy.errors import ConfigError
 from fedproxy.files import private_folder, write_text
 from fedproxy.sites.hub_config import HubPlace
 
-PATHS = ("/v1/fleet/", "/health")
-"""What of the SuperLink is published."""
-
 _NGINX = """\
 # Written by python -m fedproxy.hub; changes are lost.
 worker_processes 1;

@@ -1,26 +1,28 @@
 """What ``python -m fedproxy.hub`` does."""
 
-import logging
+import json
 import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedproxy.config.loading import build
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.files import parse_json, private_folder, read_whole, write_bytes, write_json, write_text
 from fedproxy.interrupts import check_interrupt
 from fedproxy.locks import locked
 from fedproxy.names import check_name, file_stem
 from fedproxy.sites.front_door import nginx_command, write_front_door
-from fedproxy.sites.hub_config import HubPlace
+from fedproxy.sites.hub_config import HubConfig, HubPlace
 from fedproxy.sites.keys import check_public_key, expires, make_authority, make_certificate
-from fedproxy.sites.probe import is_port_free, probe
+from fedproxy.sites.probe import freed, is_port_free, probe
 from fedproxy.sites.programs import Program
 from fedproxy.sites.sockets import socket_folder
 from fedproxy.wire.flower import LINK
+from fedproxy.yaml_files import parse_yaml
 
-_log = logging.getLogger("fedproxy.hub")
 _UP_S, _LOOK_S, _PROBE_S = 60.0, 0.5, 30.0
 _TEXT = """\
 # The server's side of a federation: python -m fedproxy.hub up {file}
@@ -36,15 +38,30 @@ front_door: nginx            # or external, with folder/front_door/ as a pattern
 Say = Callable[[str], None]
 
 
-def init(path: Path, *, hosts: list[str], port: int, superlink_port: int, say: Say) -> None:
+@dataclass(frozen=True)
+class HubInit:
+    """What ``hub init`` is told."""
+
+    hosts: list[str] = field(default_factory=lambda: ["localhost"])
+    """Names or addresses that sites reach this machine by."""
+    port: int = 8443
+    """Port of the front door."""
+    superlink_port: int = 9093
+    """Port on this machine alone that Flower's SuperLink listens on."""
+
+
+def init(path: Path, asked: HubInit, *, say: Say) -> None:
     """Write a hub's file, unless there is one, and make its keys; its certificate is made anew.
 
     Raises:
-        ConfigError: If the file that is there cannot be used.
+        ConfigError: If the hosts or ports cannot be used, or the file that is there.
     """
     if not path.exists():
-        shown = "[" + ", ".join(hosts) + "]"
-        write_text(path, _TEXT.format(file=path.name, hosts=shown, port=port, superlink=superlink_port))
+        hosts = json.dumps(asked.hosts)
+        facts = {"hosts": hosts, "port": asked.port, "superlink": asked.superlink_port}
+        text = _TEXT.format(file=one_line(path.name), **facts)
+        build(HubConfig, parse_yaml(text), "")
+        write_text(path, text)
     place = HubPlace.read(path)
     for folder in (place.folder, place.keys, place.registered):
         private_folder(folder)
@@ -92,10 +109,11 @@ def up(path: Path, *, say: Say, until: Callable[[], bool] = lambda: False) -> No
     config = place.config
     if not (place.keys / "hub.key").exists():
         raise ConfigError(f"{place.keys} holds no keys; run python -m fedproxy.hub init {path} first")
+    place.flower.version()
     with locked(place.folder, "folder"):
         for key in ("port", "superlink_port"):
             wanted = key == "superlink_port" or config.front_door == "nginx"
-            if wanted and not is_port_free(getattr(config, key)):
+            if wanted and not freed(getattr(config, key)):
                 raise ConfigError(f"{key}={getattr(config, key)} is in use by another program; choose another")
         sockets = socket_folder(place.folder / "sockets")
         programs = _programs(place, sockets)
@@ -182,7 +200,7 @@ def _watch(place: HubPlace, programs: list[Program], say: Say, until: Callable[[
 
 def _own_address(place: HubPlace) -> str:
     own = place.config.listen
-    return f"{'127.0.0.1' if own in ('0.0.0.0', '::') else own}:{place.config.port}"
+    return f"{'127.0.0.1' if own == '0.0.0.0' else own}:{place.config.port}"
 
 
 def _link(place: HubPlace, sockets: Path) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedproxy.errors import ConfigError
-from fedproxy.protocol import ClientUpdate
 from fedproxy.sites.privacy_rules import budget_fault, clip_of, parts_of
 from fedproxy.wire.messages import Setup
+
+if TYPE_CHECKING:
+    from fedproxy.protocol import ClientUpdate
 
 _ACCOUNTS = ("privacy", "secure_sum", "sign_sums")
 """Groups beside an update that say no more of a row: its ledger's charge, a masked weight, its signs and magnitudes."""
@@ -136,7 +138,7 @@ class Policy:
                 "at least that"
             )
 
-    def allowed(self, update: ClientUpdate) -> ClientUpdate:
+    def allowed(self, update: "ClientUpdate") -> "ClientUpdate":
         """Return an update without the figures that may not leave.
 
         Raises:

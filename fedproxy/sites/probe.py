@@ -10,8 +10,11 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from fedproxy.errors import one_line
+from fedproxy.interrupts import check_interrupt
 
-_WAIT_S = 10.0
+_WAIT_S, _LOOK_S = 10.0, 0.5
+_STARTS_RUNS = "/v1/control/start-run"
+"""What must not be reached: a SuperLink without a front door answers 405 here, and 404 at the prefix alone."""
 CLOCK_S = 60.0
 """Most seconds that clocks may differ; Flower refuses what is 305 s apart."""
 
@@ -69,7 +72,7 @@ def _ask(connection: http.client.HTTPSConnection, address: str) -> list[Finding]
         return [*found, Finding("connection", False, said)]
     found.append(Finding("connection", True, f"{address} answers"))
     found.append(_clock(date, here))
-    connection.request("GET", "/v1/control/")
+    connection.request("GET", _STARTS_RUNS)
     answer = connection.getresponse()
     answer.read(1 << 16)
     closed = answer.status == 404
@@ -99,6 +102,17 @@ def _certificate(error: ssl.SSLCertVerificationError, host: str) -> str:
     if "mismatch" in reason or "doesn't match" in reason.lower():
         return f"the hub's is not for {host!r}; use a name under hosts in its hub.yaml"
     return f"the hub's is not signed by the ca.crt given here ({one_line(reason, 60)}); ask its owner for the right one"
+
+
+def freed(port: int, seconds: float = 20.0) -> bool:
+    """Return whether a port is free, or gets free in time, as those of a process that was just killed do."""
+    until = time.monotonic() + seconds
+    while not is_port_free(port):
+        check_interrupt()
+        if time.monotonic() > until:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def is_port_free(port: int) -> bool:

@@ -1,8 +1,6 @@
 """Flower's programs as a site or a hub keeps them: started, watched, started again, and ended whole."""
 
-import logging
 import os
-import pwd
 import subprocess
 import sys
 import time
@@ -11,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedproxy.errors import ConfigError, one_line
+from fedproxy.sites.relay_user import other_user
 
-_log = logging.getLogger(__name__)
 _KEEPER = Path(__file__).parent / "keeper.py"
 AGAIN_S = 10.0
 """Seconds after which a program that ended is started again."""
@@ -50,7 +48,7 @@ class Program:
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         large = self.log.exists() and self.log.stat().st_size > _MOST_LOG
-        known = _other(self.user)
+        known = other_user(self.user) if self.user else None
         try:
             with open(self.log, "wb" if large else "ab") as log:
                 self._process = subprocess.Popen(
@@ -65,18 +63,14 @@ class Program:
                     extra_groups=None if known is None else [],
                 )
         except OSError as error:
-            raise ConfigError(f"{self.name} cannot be started ({error.strerror})") from error
+            way_out = f"; user {self.user!r} must be able to run {sys.executable}" if self.user else ""
+            raise ConfigError(f"{self.name} cannot be started ({error.strerror}){way_out}") from error
         self.starts += 1
 
     @property
     def runs(self) -> bool:
         """Whether it runs."""
         return self._process is not None and self._process.poll() is None
-
-    @property
-    def pid(self) -> int | None:
-        """Process id of the program's keeper."""
-        return None if self._process is None else self._process.pid
 
     def look(self) -> str | None:
         """Start the program again if it ended a while ago; return a line when it has just ended."""
@@ -116,20 +110,3 @@ class Program:
                 return file.read().decode("utf-8", "replace")
         except OSError:
             return ""
-
-
-def _other(user: str) -> "pwd.struct_passwd | None":
-    """Return the other user that a process is started as.
-
-    Raises:
-        ConfigError: If there is none of this name, or this process may not.
-    """
-    if not user:
-        return None
-    try:
-        known = pwd.getpwnam(user)
-    except KeyError:
-        raise ConfigError(f"there is no user {one_line(user, 40)!r}; make one, or leave relay_user empty") from None
-    if os.geteuid() not in (0, known.pw_uid):
-        raise ConfigError(f"only root can start Flower as user {user!r}; start as root, or leave relay_user empty")
-    return None if os.geteuid() == known.pw_uid else known

@@ -6,8 +6,9 @@ import logging
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Resident:
         self.inbox = Inbox(self.folder / "inbox")
         self._run: tuple[str, SiteRun] | None = None
         self._works, self._files = threading.Lock(), threading.Lock()
+        self._held = Counter[str]()
 
     def serve(self, head: Head, payload: Path) -> Reply:
         """Do what a message asks; whatever goes wrong is told in one of a few words.
@@ -80,7 +82,8 @@ class Resident:
             word: Refusal = "full" if error.errno in _FULL else "failed"
             reply, said = (refusal(word, error.strerror or ""), NOTHING), str(error)
         except FedProxyError as error:
-            reply, said = (refusal("failed", reason(error)), NOTHING), str(error)
+            full = isinstance(error.__cause__, OSError) and error.__cause__.errno in _FULL
+            reply, said = (refusal("full") if full else refusal("failed", reason(error)), NOTHING), str(error)
         except Exception as error:
             _log.exception("a message could not be served")
             reply, said = (refusal("failed", type(error).__name__), NOTHING), repr(error)
@@ -117,15 +120,16 @@ class Resident:
             with self._files:
                 proxy = self._proxy(setup)
                 have = setup.proxy_bytes if proxy is not None else self.inbox.have(setup.proxy)
-                self._entered(name).set_up(setup, proxy)
-        greeting = Greeting(dict(self.rows), fedproxy.__version__, time.time(), have, self.rows.converse, {})
+                self._set_up(self._entered(name), setup, proxy)
+        greeting = Greeting(dict(self.rows), fedproxy.__version__, time.time(), have, self.rows.converse)
         return {"greeting": vars(greeting)}, NOTHING
 
     def _entered(self, name: str) -> SiteRun:
-        """Return the run of this name; another one that is served now ends."""
+        """Return the run of this name; another one that is served now ends, unless its clients are at work."""
         if self._run is not None and self._run[0] != name:
-            self._run[1].close()
-            self._run = None
+            with self._working(0.0):
+                self._run[1].close()
+                self._run = None
         if self._run is None:
             runs = private_folder(self.folder / "runs")
             self._run = name, SiteRun(runs / name, self.config, self.rows)
@@ -134,6 +138,11 @@ class Resident:
             for path in old[: max(0, len(old) - self.config.keep_runs + 1)]:
                 shutil.rmtree(path, ignore_errors=True)
         return self._run[1]
+
+    def _set_up(self, run: SiteRun, setup: Setup, proxy: Path | None) -> None:
+        if not run.is_set_up(setup, proxy):
+            with self._working(0.0):
+                run.set_up(setup, proxy)
 
     def _entered_already(self, head: Head) -> SiteRun:
         """Return the run that a message is of; after a restart of this process it is entered again."""
@@ -146,7 +155,7 @@ class Resident:
                 setup = run.setup_before()
                 if setup is not None:
                     self.config.policy.check_setup(setup)
-                    run.set_up(setup, self._proxy(setup))
+                    self._set_up(run, setup, self._proxy(setup))
         entered = self._run
         if entered is None or not entered[1].is_ready:
             raise RefusedError("unknown", "the proxy has not arrived; say hello first")
@@ -171,45 +180,58 @@ class Resident:
         return folder
 
     def _add(self, head: Head, payload: Path) -> int:
+        """Take in a part of a file; where a file begins, others go that nothing needs."""
+        if not (self.folder / "runs" / run_id(head.get("run"))).is_dir():
+            raise RefusedError("unknown", "say hello first")
         try:
             piece = Piece.parse(head.get("piece"), most=self.config.policy.most_bytes)
             with self._files:
                 if (self.folder / "proxies" / piece.file).is_dir():
                     return piece.total
+                if not self.inbox.have(piece.file):
+                    wanted = self._run and self._run[1].wanted
+                    self.inbox.sweep({piece.file, *list(self._held), *([wanted] if wanted else [])})
                 return self.inbox.add(piece, payload)
         except ClientError as error:
             raise RefusedError("damaged", str(error)) from error
 
     def _train(self, head: Head, payload: Path) -> Reply:
         run, task = self._entered_already(head), Train.parse(head.get("task"))
-        bundle = self._brought(task.bundle, head, payload)
-        with self._working(task.seconds):
-            answered = run.train(task, bundle)
+        with self._brought(task.bundle, head, payload) as bundle, self._working(task.seconds) as left:
+            answered = run.train(task, bundle, left)
         with self._files:
-            self.inbox.sweep({task.bundle})
+            self.inbox.sweep({task.bundle, *list(self._held)})
         return self._reply(answered, head)
 
     def _ask(self, head: Head, payload: Path) -> Reply:
         run, asked = self._entered_already(head), Ask.parse(head.get("question"))
-        bundle = None if asked.bundle is None else self._brought(asked.bundle, head, payload)
-        with self._working(asked.seconds):
-            return self._reply(run.ask(asked, bundle), head)
-
-    def _brought(self, file: str, head: Head, payload: Path) -> Path:
-        """Return where a bundle lies whose last part a message brings."""
-        self._add(head, payload)
-        bundle = self.inbox.whole(file)
-        if bundle is None:
-            raise RefusedError("damaged", "what goes with the message has not arrived whole")
-        return bundle
+        brought: AbstractContextManager[Path | None] = nullcontext()
+        if asked.bundle is not None:
+            brought = self._brought(asked.bundle, head, payload)
+        with brought as bundle, self._working(asked.seconds) as left:
+            return self._reply(run.ask(asked, bundle, left), head)
 
     @contextmanager
-    def _working(self, seconds: float) -> Iterator[None]:
-        """Hold the workers, of which another message may have to be done with first."""
+    def _brought(self, file: str, head: Head, payload: Path) -> Iterator[Path]:
+        """Hold a bundle whose last part a message brings, and tell where it lies."""
+        self._held[file] += 1
+        try:
+            self._add(head, payload)
+            bundle = self.inbox.whole(file)
+            if bundle is None:
+                raise RefusedError("damaged", "what goes with the message has not arrived whole")
+            yield bundle
+        finally:
+            self._held -= Counter([file])
+
+    @contextmanager
+    def _working(self, seconds: float) -> Iterator[float]:
+        """Hold the workers, of which another message may have to be done with first; tell how many seconds are left."""
+        began = time.monotonic()
         if not self._works.acquire(timeout=seconds):
             raise RefusedError("busy")
         try:
-            yield
+            yield max(0.0, seconds - (time.monotonic() - began))
         finally:
             self._works.release()
 

@@ -8,8 +8,9 @@ import socket
 import struct
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fedproxy.errors import ConfigError, one_line
@@ -19,7 +20,9 @@ from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, receive, send
 from fedproxy.wire.messages import LONGEST_S, refusal
 
 _log = logging.getLogger(__name__)
+_SCRATCH = "messages_"
 _MOST_AT_ONCE = 4
+_AGAIN_S = 1.0
 _READ_S = 300.0
 """Seconds that a message may take to come in."""
 
@@ -39,11 +42,13 @@ class Service:
     def __init__(self, serve: Callable[[Head, Path], Reply], folder: Path, relay_user: str = "") -> None:
         self._serve = serve
         self._may = {os.geteuid()}
-        self._scratch = Path(tempfile.mkdtemp(prefix="messages_", dir=folder.parent))
+        for left in folder.parent.glob(f"{_SCRATCH}*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        self._scratch = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=folder.parent))
         self._slots = threading.BoundedSemaphore(_MOST_AT_ONCE)
         self._ended = False
         try:
-            place = socket_folder(folder)
+            place = socket_folder(folder, apart=bool(relay_user))
             self.path = place / "site.sock"
             self._socket = socket.socket(socket.AF_UNIX)
             self._socket.bind(str(self.path))
@@ -73,8 +78,11 @@ class Service:
         while not self._ended:
             try:
                 opened, _ = self._socket.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not self._ended:
+                    _log.warning("the relay cannot be let in (%s)", one_line(error))
+                    time.sleep(_AGAIN_S)  # too many open files, which ends
+                continue
             if not self._slots.acquire(blocking=False):
                 opened.close()  # a relay has one message at a time
                 continue
@@ -89,7 +97,8 @@ class Service:
                 opened.settimeout(_READ_S)
                 with opened.makefile("rwb") as stream:
                     try:
-                        head = receive(stream, payload, most=MOST_PART)
+                        with _cut_after(opened, _READ_S):
+                            head = receive(stream, payload, most=MOST_PART)
                     except BrokenFrameError as error:
                         _log.warning("the relay sent what is no message (%s)", error)
                         send(stream, refusal("not_ours"), NOTHING)
@@ -105,6 +114,23 @@ class Service:
             with suppress(OSError):
                 payload.unlink()
             self._slots.release()
+
+
+@contextmanager
+def _cut_after(opened: socket.socket, seconds: float) -> Iterator[None]:
+    """Read no more of a connection after so long, however much comes in until then."""
+
+    def cut() -> None:
+        with suppress(OSError):
+            opened.shutdown(socket.SHUT_RD)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _user_of(opened: socket.socket) -> int:

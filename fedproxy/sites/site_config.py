@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedproxy.config.loading import build
-from fedproxy.config.schema import DataConfig
 from fedproxy.data.formats import DataFormat
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
 from fedproxy.names import check_name, check_names
-from fedproxy.pipeline.data import client_rows
 from fedproxy.sites.arguments import read_file
 from fedproxy.sites.policy import Policy
 
@@ -53,6 +51,9 @@ class ClientData:
         Raises:
             ConfigError, DataError, AssetError: If they cannot be used.
         """
+        from fedproxy.config.schema import DataConfig  # heavy, and a site's file is read without rows too
+        from fedproxy.pipeline.data import client_rows
+
         own = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ("files", "seed")}
         files = {name: path if ":" in path else str(folder / path) for name, path in self.files.items()}
         config = DataConfig(files=files, **own)

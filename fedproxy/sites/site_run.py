@@ -1,7 +1,9 @@
 """One run at a site: its setup, its workers, what its clients remember, and the latest answers."""
 
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -11,20 +13,24 @@ from typing import Any
 
 from fedproxy.errors import CheckpointError, ClientError, FedProxyError, one_line
 from fedproxy.federation.client.setup import LocalSetup
+from fedproxy.federation.engines.pool import WorkerPool
 from fedproxy.federation.engines.workers import Workers
 from fedproxy.files import private_folder, read_json, write_json
-from fedproxy.messages import Answer, Answers, Collect, Done, Dropped, Evaluate, Facts, Message, Sites, Sums, UpdateFile
+from fedproxy.messages import Answer, Answers, Collect, Done, Dropped, Evaluate, Facts, Message, Sums, UpdateFile
 from fedproxy.privacy.ledger import FOLDER as LEDGER
 from fedproxy.privacy.registration import FOLDER as SIGNING
 from fedproxy.protocol import Broadcast, ClientUpdate, Kept
+from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.seeding import ClientSeeds
 from fedproxy.sites.policy import NotAllowedError, Policy
 from fedproxy.sites.site_config import SiteConfig
 from fedproxy.sites.site_rows import SiteRows
+from fedproxy.sites.trained_rounds import TrainedRounds
 from fedproxy.wire.bundle import Bundle, unpack
 from fedproxy.wire.messages import Ask, Setup, Train
 
 _START_S = 300.0
+_PATH = re.compile(r"(?<![\w./])/[^\s'\",;:()]+")
 _KEPT_ANSWERS = 2
 
 
@@ -46,9 +52,10 @@ class SiteRun:
 
     def __init__(self, folder: Path, config: SiteConfig, rows: SiteRows) -> None:
         self.folder, self.config, self.rows = private_folder(folder), config, rows
+        self.trained = TrainedRounds(rows.folder.parent)
         self._setup: Setup | None = None
         self._proxy: Path | None = None
-        self._sites: Sites | None = None
+        self._sites: WorkerPool | None = None
         note = self.folder / "run.json"
         if not note.exists():
             write_json(note, {"rows": rows.sha256})
@@ -67,10 +74,19 @@ class SiteRun:
             setup: What the server says.
             proxy: Folder of the proxy; None while it has not arrived.
         """
-        if (setup, proxy) != (self._setup, self._proxy):
+        if not self.is_set_up(setup, proxy):
             self.close()
             write_json(self.folder / "setup.json", asdict(setup))
         self._setup, self._proxy = setup, proxy
+
+    def is_set_up(self, setup: Setup, proxy: Path | None) -> bool:
+        """Return whether clients are made in just this way."""
+        return (setup, proxy) == (self._setup, self._proxy)
+
+    @property
+    def wanted(self) -> str:
+        """Hash of the proxy that clients are made of; empty where nothing has been said of it."""
+        return "" if self._setup is None else self._setup.proxy
 
     def setup_before(self) -> Setup | None:
         """Return how clients were made when this process, or one before it, was last told."""
@@ -82,8 +98,14 @@ class SiteRun:
         """Whether clients can be made."""
         return self._setup is not None and self._proxy is not None
 
-    def train(self, task: Train, bundle: Path) -> "Answered":
-        """Train clients, or return what they answered when the same was asked before."""
+    def train(self, task: Train, bundle: Path, seconds: float) -> "Answered":
+        """Train clients, or return what they answered when the same was asked before.
+
+        Args:
+            task: What to do.
+            bundle: The files that they start from.
+            seconds: How long all of it may take, beside the workers' start.
+        """
         known = Answered.find(self.folder / "answers", _key({**asdict(task), "seconds": 0}))
         if known.is_whole:
             return known
@@ -91,9 +113,13 @@ class SiteRun:
         for client, place in task.files.items():
             places.setdefault(place, []).append(client)
         known.begin()
+        until = time.monotonic() + seconds + (_START_S if self._sites is None else 0.0)
         with self._unpacked(bundle) as files:
+            sent = [Broadcast.load(file) for file in files]
+            whole = _key({**asdict(task), "seconds": 0, "bundle": [_content(broadcast) for broadcast in sent]})
             for place, clients in places.items():
-                self._train(known, task, files[place] if place < len(files) else None, clients)
+                left = max(0.0, min(seconds, until - time.monotonic()))
+                self._train(known, task, whole, sent[place] if place < len(sent) else None, clients, left)
         return known.finish()
 
     @contextmanager
@@ -105,24 +131,39 @@ class SiteRun:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _train(self, answers: "Answered", task: Train, file: Path | None, clients: list[str]) -> None:
-        if file is None:
+    def _train(
+        self,
+        answers: "Answered",
+        task: Train,
+        content: str,
+        broadcast: Broadcast | None,
+        clients: list[str],
+        seconds: float,
+    ) -> None:
+        if broadcast is None:
             raise ClientError("the task names a file that its bundle does not hold")
-        broadcast = Broadcast.load(file)
         if broadcast.round != task.round:
             raise ClientError("the broadcast is of another round than the task")
         self.policy.check_round(task.round, broadcast.job)
+        self.trained.note(f"{self.folder.name}_{content}", self.policy)
         own = {client: broadcast.with_own(task.own[client]) for client in clients}
         seeds: dict[str, ClientSeeds] = {name: sent.seeds for name, sent in own.items() if sent.seeds is not None}
+        if self.policy.least_noise:
+            seeds = {name: self.trained.own_draws(sent, content, name) for name, sent in seeds.items()}
         kept: dict[str, Kept] = {name: sent.kept for name, sent in own.items()}
         whole = replace(broadcast, all_seeds=seeds, all_kept=kept)
         known = [client for client in clients if client in self.rows]
         answers.take(self._unknown(clients))
-        with closing(self._opened().run(whole, known, timeout_s=task.seconds)) as found:
+        with closing(self._opened().run(whole, known, timeout_s=seconds)) as found:
             answers.take(found, self.policy)
 
-    def ask(self, asked: Ask, bundle: Path | None) -> "Answered":
+    def ask(self, asked: Ask, bundle: Path | None, seconds: float) -> "Answered":
         """Ask clients something outside of rounds.
+
+        Args:
+            asked: What each is asked.
+            bundle: The tensors that go with it.
+            seconds: How long it may take, beside the workers' start.
 
         Raises:
             NotAllowedError: If the policy does not allow it.
@@ -135,13 +176,15 @@ class SiteRun:
             known = {name: said for name, said in asked.messages.items() if name in self.rows}
             messages = {name: Message.of(said, tensors) for name, said in known.items()}
             self._check(messages.values())
-            with closing(self._opened().ask(messages)) as found:
+            with closing(self._opened().ask(messages, timeout_s=seconds)) as found:
                 answers.take(found, self.policy)
         return answers.finish()
 
     def _check(self, messages: Iterable[Message]) -> None:
         if not self.policy.personal and any(isinstance(message, Collect) for message in messages):
             raise NotAllowedError("policy.personal does not let personal tensors leave")
+        if self.policy.most_clip is not None and any(isinstance(message, Collect) for message in messages):
+            raise NotAllowedError("policy.most_clip lets no personal tensors leave, which nothing clips")
         if not self.policy.evaluate and any(isinstance(message, Evaluate) for message in messages):
             raise NotAllowedError("policy.evaluate does not let the site be evaluated on")
 
@@ -162,7 +205,7 @@ class SiteRun:
         if sites is not None:
             sites.close()
 
-    def _opened(self) -> Sites:
+    def _opened(self) -> WorkerPool:
         if self._setup is None or self._proxy is None:
             raise ClientError("the proxy has not arrived")
         if self._sites is None:
@@ -241,7 +284,7 @@ class Answered:
 
     def _taken(self, answer: Answer, policy: Policy) -> Mapping[str, Any]:
         if isinstance(answer, Dropped):
-            return {"dropped": one_line(answer.reason)}
+            return {"dropped": one_line(without_paths(answer.reason))}
         if isinstance(answer, Done):
             return {"done": True}
         if isinstance(answer, Facts):
@@ -280,8 +323,20 @@ def _summed(sums: Sums, policy: Policy) -> Mapping[str, Any]:
 def reason(error: Exception) -> str:
     """Return what the server is told of an error of this package; others may quote rows and are told by kind."""
     if isinstance(error, CheckpointError | ClientError):
-        return one_line(error)
+        return one_line(without_paths(str(error)))
     return type(error).__name__ if not isinstance(error, FedProxyError) else "its site cannot do this; see its log"
+
+
+def without_paths(text: str) -> str:
+    """Return a text with the last names alone of this machine's paths."""
+    return _PATH.sub(lambda found: Path(found[0]).name, text)
+
+
+def _content(broadcast: Broadcast) -> str:
+    """Return a hash of what a broadcast says; files that say the same may differ in the order of their metadata."""
+    groups = {"state": broadcast.state, **{f"extras/{name}": group for name, group in broadcast.extras.items()}}
+    tensors = {f"{group}/{name}": tensor for group, own in groups.items() for name, tensor in own.items()}
+    return tensors_sha256(tensors, {"round": str(broadcast.round), "job": json.dumps(broadcast.job, sort_keys=True)})
 
 
 def _key(said: Mapping[str, Any]) -> str:

@@ -10,6 +10,8 @@ from fedproxy.wire.frames import Head, Source
 
 LOST: Mapping[int, str] = {3: "its message was lost", 4: "its reply was lost", 5: "it went away", 8: "its relay died"}
 """Transport errors after which a message is sent once more, in words."""
+NO_ANSWER = 2
+"""Error of a reply that no relay of ours sent, or that cannot be read."""
 TOO_LARGE = 1000
 """Error of a reply that brings more bytes than were asked for."""
 

@@ -6,6 +6,7 @@ application of Flower's and uses what Flower calls stable.
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -20,11 +21,11 @@ from typing import Any
 
 from fedproxy.errors import ConfigError, one_line
 from fedproxy.files import parse_json, private_folder, read_json
-from fedproxy.wire.courier import NONE_YET, TOO_LARGE, CourierError, Node, Reply
+from fedproxy.wire.courier import NO_ANSWER, NONE_YET, TOO_LARGE, CourierError, Node, Reply
 from fedproxy.wire.frames import NOTHING, BrokenFrameError, Head, Source, receive, send
 
-VERSIONS = ">=1.42,<1.44"
-"""Versions of Flower whose command lines these are."""
+VERSIONS = ((1, 42), (1, 44))
+"""The first version of Flower whose command lines these are, and the first whose they may not be."""
 RELAY = Path(__file__).parent.parent / "sites" / "relay"
 """The relay application."""
 LINK = "link.json"
@@ -62,6 +63,22 @@ class Flower:
                 f"'fedproxy[flower]', or name the folder of its commands under flower"
             )
         return found
+
+    def version(self) -> str:
+        """Return the version of these commands.
+
+        Raises:
+            ConfigError: If they are not there, or not of a version that is known.
+        """
+        said = self._run("--version").stdout
+        found = re.search(r"(\d+)\.(\d+)[\w.]*", said)
+        first, beyond = (".".join(map(str, version)) for version in VERSIONS)
+        if found is None or not VERSIONS[0] <= (int(found[1]), int(found[2])) < VERSIONS[1]:
+            has = found[0] if found else one_line(repr(said), 40)
+            raise ConfigError(
+                f"Flower must be {first} or newer, below {beyond}, got {has}; pip install 'fedproxy[flower]'"
+            )
+        return found[0]
 
     def environment(self, **more: str) -> dict[str, str]:
         """Return the environment of Flower's processes: no telemetry, no look for updates, no secrets of ours."""
@@ -133,13 +150,7 @@ class Flower:
         (self.home / "config.toml").write_text(text)
 
     def _ask(self, *words: str) -> dict[str, Any]:
-        line = [self.command("flwr"), *words, "--format", "json"]
-        try:
-            done = subprocess.run(
-                line, env=self.environment(), capture_output=True, text=True, timeout=_SUBMIT_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise ConfigError(f"flwr {words[0]} gave no answer in {_SUBMIT_S:g} s; is the hub up?") from None
+        done = self._run(*words, "--format", "json")
         said = done.stdout or done.stderr
         with suppress(ValueError):
             answer = parse_json(done.stdout, dict)
@@ -147,6 +158,15 @@ class Flower:
                 return answer
             said = str(answer.get("error-message") or said)
         raise ConfigError(f"flwr {words[0]} failed ({one_line(said)}); is the hub up?")
+
+    def _run(self, *words: str) -> "subprocess.CompletedProcess[str]":
+        line, env = [self.command("flwr"), *words], self.environment()
+        try:
+            return subprocess.run(line, env=env, capture_output=True, text=True, timeout=_SUBMIT_S, check=False)
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"flwr {words[0]} gave no answer in {_SUBMIT_S:g} s; is the hub up?") from None
+        except OSError as error:
+            raise ConfigError(f"{line[0]} cannot be started ({error.strerror})") from error
 
 
 class FlowerCourier:
@@ -177,8 +197,11 @@ class FlowerCourier:
         line = {"op": "pull", "id": message, "most": most, "too_large": TOO_LARGE}
         said = self._ask(line, answer=payload, most=most)
         match said:
-            case {"state": "reply", "head": dict(head)}:
-                return Reply("reply", head)
+            case {"state": "reply", "text": str(text)}:
+                try:
+                    return Reply("reply", parse_json(text, dict))
+                except ValueError:
+                    return Reply("error", {}, NO_ANSWER)
             case {"state": "error", "code": int(code)}:
                 return Reply("error", {}, code)
         return NONE_YET

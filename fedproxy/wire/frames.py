@@ -56,23 +56,6 @@ class Bytes:
 NOTHING = Bytes()
 
 
-@dataclass(frozen=True)
-class FileSource:
-    """The bytes of a file."""
-
-    path: Path
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return self.path.stat().st_size
-
-    def pieces(self) -> Iterator[bytes]:
-        """Yield them in order."""
-        with open(self.path, "rb") as file:
-            yield from iter(lambda: file.read(_AT_ONCE), b"")
-
-
 def send(stream: Stream, head: Mapping[str, Any], payload: Source = NOTHING) -> None:
     """Write one frame.
 

@@ -1,6 +1,7 @@
 """The server's side of the wire: asks sites, waits for them within limits, and sends and fetches files in parts."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle
-from fedproxy.wire.courier import LOST, TOO_LARGE, Courier, CourierError, Node
+from fedproxy.wire.courier import LOST, NO_ANSWER, TOO_LARGE, Courier, CourierError, Node
 from fedproxy.wire.frames import NOTHING, Head, Source, sha256
 from fedproxy.wire.inbox import Inbox, Piece
 from fedproxy.wire.messages import told
@@ -21,7 +22,11 @@ _STEP_S = 300.0
 """Seconds that a part of a file may take."""
 _AGAIN = ("site_down", "busy", "damaged")
 """Refusals after which a site is asked again."""
-_ERRORS = {1: "its relay does not start", 2: "its relay failed", TOO_LARGE: "it sends more than it was asked for"}
+_ERRORS = {
+    1: "its relay does not start",
+    NO_ANSWER: "its relay failed",
+    TOO_LARGE: "it sends more than it was asked for",
+}
 _LOOK_S, _PAUSE_S, _AGAIN_S = 2.0, 0.25, 2.0
 
 
@@ -40,7 +45,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Answer:
+class Came:
     """What came of asking one site."""
 
     site: str
@@ -58,6 +63,8 @@ class _Asked:
     line: Head
     payload: Source
     message: str | None = None
+    opened: int = 0
+    """Which opening of the courier it was sent through; it is known to no later one."""
     tries: int = 0
     away_since: float | None = None
     not_before: float = 0.0
@@ -78,7 +85,7 @@ class Link:
         folder.mkdir(parents=True, exist_ok=True)
         self._courier: Courier | None = None
         self._nodes: Mapping[str, Node] = {}
-        self._looked = 0.0
+        self._looked, self._openings = 0.0, 0
 
     def close(self) -> None:
         """Let go of the courier."""
@@ -94,8 +101,11 @@ class Link:
         *,
         most: int = 0,
         margin_s: float = MARGIN_S,
-    ) -> Iterator[Answer]:
+        remind_s: float | None = None,
+    ) -> Iterator[Came]:
         """Send each site its line and its bytes, and yield what comes of it, as it comes.
+
+        The time that an answer's receiver needs for it, to fetch the rest of its files, is not the other sites'.
 
         Args:
             lines: What to say, by site.
@@ -103,6 +113,7 @@ class Link:
             payloads: Bytes that go with the lines, by site; those that several sites are sent are uploaded once.
             most: Most bytes that may come back with an answer.
             margin_s: How much longer it may take until a site has said so.
+            remind_s: Seconds after which a line of the log says, again and again, who has not answered yet.
 
         Raises:
             CourierError: If the courier cannot be opened again.
@@ -111,17 +122,23 @@ class Link:
         sent = payloads or {}
         left = {site: _Asked(line, sent.get(site, NOTHING)) for site, line in lines.items()}
         limit = now + seconds + margin_s + self.terms.wait_s
+        remind = math.inf if remind_s is None else now + remind_s
         while left:
             try:
+                for answer in self._pull(left, file, most):
+                    began = time.monotonic()
+                    yield answer
+                    limit += time.monotonic() - began
                 self._look()
                 yield from self._give_up(left, limit)
                 self._push(left, seconds + margin_s)
-                yield from self._pull(left, file, most)
+                if remind_s is not None and left and time.monotonic() > remind:
+                    _log.warning("no answer yet from %s: busy with an earlier round, or away", ", ".join(sorted(left)))
+                    remind = time.monotonic() + remind_s
             except CourierError as error:
                 self._reconnect(error)
-                for asked in left.values():
-                    asked.message = None
-            time.sleep(_PAUSE_S)
+            if left:
+                time.sleep(_PAUSE_S)
 
     def send(self, run: str, bundle: Bundle, have: Mapping[str, int], *, all_of_it: bool) -> dict[str, str]:
         """Send a bundle to sites in parts, each uploaded once for all that lack it.
@@ -144,7 +161,7 @@ class Link:
             line = {"kind": "put", "run": run, "piece": _piece(bundle, offset, part)}
             for answer in self.ask(dict.fromkeys(to, line), _STEP_S, dict.fromkeys(to, part)):
                 there = answer.head.get("have")
-                if answer.lost is not None or type(there) is not int or not offset < there <= bundle.size:
+                if answer.lost is not None or type(there) is not int or not offset + part.size <= there <= bundle.size:
                     lost[answer.site] = answer.lost or "it takes no part of what it is sent"
                     del have[answer.site]
                 else:
@@ -157,7 +174,7 @@ class Link:
         part = bundle.part(offset, self.terms.part_bytes)
         return _piece(bundle, offset, part), part
 
-    def fetch(self, run: str, answer: Answer) -> Path:
+    def fetch(self, run: str, answer: Came) -> Path:
         """Return the whole file of which an answer brought the first part; the rest is asked for now.
 
         Raises:
@@ -166,22 +183,31 @@ class Link:
         piece = Piece.parse(answer.head.get("piece"), most=self.terms.most_bytes)
         inbox = Inbox(self.folder / "inbox")
         inbox.drop(piece.file)
-        have = inbox.add(piece, answer.file)
+        have = self._added(inbox, piece, answer.file, 0)
         while have < piece.total:
             line = {"kind": "get", "run": run, "file": piece.file, "offset": have, "length": self.terms.part_bytes}
             for part in self.ask({answer.site: line}, _STEP_S, most=self.terms.part_bytes):
                 if part.lost is not None:
                     raise ClientError(part.lost)
-                before, following = have, Piece.parse(part.head.get("piece"), most=self.terms.most_bytes)
-                if following.file != piece.file:
+                following = Piece.parse(part.head.get("piece"), most=self.terms.most_bytes)
+                if (following.file, following.total) != (piece.file, piece.total):
                     raise ClientError("it sends another file than it announced")
-                have = inbox.add(following, part.file)
-                if have <= before:
-                    raise ClientError("it sends nothing of what it announced")
+                have = self._added(inbox, following, part.file, have)
         whole = inbox.whole(piece.file)
         if whole is None:
             raise ClientError("it announced another file than it sent")
         return whole
+
+    def _added(self, inbox: Inbox, piece: Piece, file: Path, have: int) -> int:
+        """Add a part that follows ``have`` bytes, and return how many are there now; a short one costs its site's turn.
+
+        Raises:
+            ClientError: If it is not the whole of what was asked for.
+        """
+        now = inbox.add(piece, file)
+        if now < min(have + self.terms.part_bytes, piece.total):
+            raise ClientError("it sends less of a file than it was asked for")
+        return now
 
     def _last(self, bundle: Bundle) -> int:
         size = self.terms.part_bytes
@@ -190,6 +216,7 @@ class Link:
     def _opened(self) -> Courier:
         if self._courier is None:
             self._courier = self._connect()
+            self._openings += 1
         return self._courier
 
     def _reconnect(self, error: CourierError) -> None:
@@ -216,7 +243,7 @@ class Link:
             self._nodes = {node.name: node for node in self._opened().nodes() if node.name}
             self._looked = now
 
-    def _give_up(self, left: dict[str, _Asked], limit: float) -> Iterator[Answer]:
+    def _give_up(self, left: dict[str, _Asked], limit: float) -> Iterator[Came]:
         """Yield the sites that are not waited for any more."""
         now = time.monotonic()
         for site, asked in list(left.items()):
@@ -248,13 +275,17 @@ class Link:
             for site in sites:
                 asked = left[site]
                 asked.message, asked.tries = sent[self._nodes[site].id], asked.tries + (not asked.refused)
+                asked.opened = self._openings
 
-    def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Answer]:
+    def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Came]:
         """Look for replies one at a time, so that never more than one lies in memory."""
         for site, asked in list(left.items()):
+            courier = self._opened()
+            if asked.opened != self._openings:
+                asked.message = None
             if asked.message is None:
                 continue
-            reply = self._opened().pull(asked.message, file, most=most)
+            reply = courier.pull(asked.message, file, most=most)
             if reply.state == "none":
                 continue
             asked.message = None
@@ -276,10 +307,10 @@ class Link:
             else:
                 del left[site]
                 lost = None if "have" in reply.head else told(reply.head)
-                yield Answer(site, reply.head, file, lost)
+                yield Came(site, reply.head, file, lost)
 
-    def _lost(self, site: str, why: str) -> Answer:
-        return Answer(site, {}, self.folder / "answer", why)
+    def _lost(self, site: str, why: str) -> Came:
+        return Came(site, {}, self.folder / "answer", why)
 
 
 def _piece(bundle: Bundle, offset: int, part: Source) -> dict[str, Any]:

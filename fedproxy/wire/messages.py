@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedproxy.errors import ClientError, ConfigError, one_line
@@ -154,8 +154,6 @@ class Greeting:
     """Bytes of the proxy that it holds."""
     converse: bool = False
     """Whether there are conversations among its rows, which a chat template frames."""
-    policy: Mapping[str, Any] = field(default_factory=dict)
-    """What its owner allows."""
 
     @classmethod
     def parse(cls, said: object) -> "Greeting":
@@ -172,7 +170,6 @@ class Greeting:
             "clock": type(values["clock"]) in (int, float),
             "have": _whole(values["have"]),
             "converse": isinstance(values["converse"], bool),
-            "policy": isinstance(values["policy"], dict),
         }
         _require(checks, values, "greeting")
         return cls(**{**values, "version": one_line(values["version"], 40)})

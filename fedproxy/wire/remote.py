@@ -46,6 +46,9 @@ class RemoteSites:
     def greet(self, setup: Setup | None = None) -> dict[str, Greeting]:
         """Say hello to all sites, and note whose clients they are.
 
+        A site that is online is waited for, since it takes no message before the round ends that it is at, maybe one
+        of a run that was killed.
+
         Args:
             setup: How clients are to be made; None before there is a proxy.
 
@@ -61,7 +64,7 @@ class RemoteSites:
             "setup": said,
         }
         found: dict[str, Greeting] = {}
-        for answer in self.link.ask(dict.fromkeys(self.sites, line), _HELLO_S):
+        for answer in self.link.ask(dict.fromkeys(self.sites, line), LONGEST_S, remind_s=_HELLO_S):
             if answer.lost is not None:
                 raise ClientError(_lost(answer.site, answer.lost))
             try:
@@ -253,7 +256,7 @@ class RemoteSites:
             yield from found
 
     def _taken(
-        self, answer: wire.Answer, clients: Sequence[str], folder: Path, messages: Mapping[str, Message] | None
+        self, answer: wire.Came, clients: Sequence[str], folder: Path, messages: Mapping[str, Message] | None
     ) -> Iterator[Answer]:
         """Yield what a site answers for its clients; nothing of it is trusted.
 

@@ -1,7 +1,8 @@
-"""A hub and its sites on this machine, as their owners start them: own processes, own folders, own keys, TLS."""
+"""A federation on this machine, set up by the commands of docs/deploy.md: own processes, folders and keys, TLS."""
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 FLOWER = os.environ.get("FEDPROXY_FLOWER", str(Path(sys.executable).parent))
 """Folder of Flower's commands."""
+PAGE = Path(__file__).parent.parent.parent / "docs/deploy.md"
 
 
 def skip_where_it_cannot_run():
@@ -29,19 +31,23 @@ def free_port():
         return place.getsockname()[1]
 
 
+def commands_of(page):
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python -m fedproxy")]
+
+
+def environment():
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
 class Command:
     """One of FedProxy's commands in a process of its own."""
 
-    def __init__(self, folder, *words):
-        self.log = folder / f"{words[0]}_{Path(words[-1]).stem if words[0] != 'fit' else 'run'}.log"
+    def __init__(self, folder, module, *words, name):
+        self.log = folder / f"{name}.log"
         with open(self.log, "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", f"fedproxy.{words[0]}", *words[1:]],
-                cwd=folder,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-            )
+            line = [sys.executable, "-m", module, *words]
+            self.process = subprocess.Popen(line, cwd=folder, stdout=log, stderr=log, env=environment())
 
     @property
     def said(self):
@@ -51,7 +57,7 @@ class Command:
         end = time.monotonic() + seconds
         while not re.search(pattern, self.said):
             assert self.process.poll() is None, self.said
-            assert time.monotonic() < end, self.said
+            assert time.monotonic() < end, f"no {pattern!r} in {seconds} s:\n{self.said}"
             time.sleep(0.2)
         return self
 
@@ -60,73 +66,126 @@ class Command:
         self.process.wait()
 
     def end(self):
-        if self.process.poll() is None:
-            self.process.terminate()
-        return self.process.wait(timeout=90)
+        return end_all([self])[0]
 
 
-def run(folder, *words):
+def end_all(commands):
+    """End commands, all at once, and return their exit statuses."""
+    for command in commands:
+        if command.process.poll() is None:
+            command.process.terminate()
+    codes = []
+    for command in commands:
+        try:
+            codes.append(command.process.wait(timeout=90))
+        except subprocess.TimeoutExpired:
+            command.kill()
+            codes.append(None)
+    return codes
+
+
+def run(folder, module, *words):
     done = subprocess.run(
-        [sys.executable, "-m", *words],
+        [sys.executable, "-m", module, *words],
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env=environment(),
         check=False,
+        timeout=300,
     )
     return done.returncode, done.stdout + done.stderr
 
 
 class Loopback:
-    """A federation of some sites."""
+    """A federation of some sites.
 
-    def __init__(self, folder, sites, policy=""):
-        self.folder, self.port, self.sites = folder, free_port(), {}
-        hub = ["port=" + str(self.port), "superlink_port=" + str(free_port())]
-        assert run(folder, "fedproxy.hub", "init", "hub.yaml", "hosts=[localhost]", *hub)[0] == 0
-        self.write(folder / "hub.yaml", f"flower: {FLOWER}\n")
-        self.hub = Command(folder, "hub", "up", "hub.yaml").until("hub is up")
-        for name, tasks in sites.items():
-            self.add(name, tasks, policy)
-            assert run(folder, "fedproxy.hub", "register", "hub.yaml", name, f"{name}/keys/site.pub")[0] == 0
-            self.start(name)
-        for name in sites:
-            self.sites[name].until("is up")
+    Every command of the page is run as it stands there, but for ports, and once more for each further site. Its last
+    one, which starts a run, is left to tests.
+    """
 
-    def add(self, name, tasks, policy=""):
+    def __init__(self, folder, sites):
+        self.folder, self.port, self.tasks = folder, free_port(), sites
+        self.sites, self.hub, self.outputs, self.fit = {}, None, {}, []
+        try:
+            for module, *words in commands_of(PAGE):
+                if module == "fedproxy.fit":
+                    self.fit = words
+                else:
+                    self._follow(module, words)
+        except BaseException:
+            self.close()
+            raise
+
+    def _follow(self, module, words):
+        names = list(self.tasks) if "ward_a" in " ".join(words) else [None]
+        if words[0] in ("check", "status"):
+            names = names[:1]
+        for name in names:
+            own = [word.replace("ward_a", name or "").replace(":8443", f":{self.port}") for word in words]
+            own = [word.replace("hub.example", "localhost") for word in own]
+            if words[0] == "up":
+                self.start(name)
+                continue
+            if words[0] == "init":
+                own += [f"node_port={free_port()}"] if name else [f"port={self.port}", f"superlink_port={free_port()}"]
+            self.do(module, *own)
+            if words[0] == "init":
+                self._mend(name or "hub")
+        if words[0] == "up" and names != [None]:
+            for name in names:
+                self.sites[name].until(f"localhost:{self.port} answers")
+
+    def do(self, module, *words):
+        """Run a command, which must succeed."""
+        code, said = run(self.folder, module, *words)
+        assert code == 0, (module, words, said)
+        self.outputs[f"{module} {words[0]}"] = said
+
+    def _mend(self, name):
+        """Do what the page asks an owner to do: say where the rows are, and put the hub's certificate in place."""
+        path = self.folder / f"{name}.yaml"
+        text = path.read_text() + f"flower: {FLOWER}\n"
+        if name != "hub":
+            shutil.copy(self.folder / "hub/keys/ca.crt", self.folder / name / "keys/ca.crt")
+            tasks = self.tasks.get(name, ("tiny_sums",))
+            clients = "".join(f"  {task}: {{tasks: [{task}], rows_per_task: 24}}\n" for task in tasks)
+            text = re.sub(r"clients:\n.*?(?=policy:)", f"clients:\n{clients}", text, flags=re.DOTALL)
+            text = text.replace("accelerator: auto", "accelerator: cpu").replace("workers: auto", "workers: 1")
+        path.write_text(text)
+
+    def add(self, name):
         """Make a site that is not registered."""
-        address = f"address=localhost:{self.port}"
-        words = ("init", f"{name}.yaml", f"name={name}", address, f"node_port={free_port()}")
-        assert run(self.folder, "fedproxy.site", *words)[0] == 0
-        shutil.copy(self.folder / "hub/keys/ca.crt", self.folder / name / "keys/ca.crt")
-        clients = "".join(f"  {task}: {{tasks: [{task}], rows_per_task: 24}}\n" for task in tasks)
-        own = (
-            f"name: {name}\nfolder: {name}\nnode_port: {free_port()}\nflower: {FLOWER}\nworkers: 1\n"
-            f"server: {{address: 'localhost:{self.port}', ca: {name}/keys/ca.crt, key: {name}/keys/site}}\n"
-            f"trainer: {{accelerator: cpu, devices: 1, precision: 32-true}}\nclients:\n{clients}{policy}"
-        )
-        (self.folder / f"{name}.yaml").write_text(own)
+        self.do("fedproxy.site", "init", f"{name}.yaml", f"address=localhost:{self.port}", f"node_port={free_port()}")
+        self._mend(name)
 
     def start(self, name):
-        self.sites[name] = Command(self.folder, "site", "up", f"{name}.yaml")
+        """Start a site, or the hub, where there is no name."""
+        if name is None:
+            self.hub = Command(self.folder, "fedproxy.hub", "up", "hub.yaml", name="hub").until("hub is up")
+            return self.hub
+        self.sites[name] = Command(self.folder, "fedproxy.site", "up", f"{name}.yaml", name=name)
         return self.sites[name]
 
-    def pids(self, word):
-        """Return the processes of this federation's folder, or ports, whose command line has a word."""
+    def run(self, *words):
+        """Start the page's run, on a small model, with words added."""
+        page = [
+            word.replace("=fedproxy_llama", "=fedproxy_tiny").replace("clients=2", "clients=4") for word in self.fit
+        ]
+        return Command(self.folder, "fedproxy.fit", *page, *words, name="run")
+
+    def pids(self, *words):
+        """Return the processes of this federation's folder whose command line has all of some words."""
         found = []
         for entry in Path("/proc").iterdir():
             try:
                 line = (entry / "cmdline").read_bytes().decode().replace("\0", " ") if entry.name.isdigit() else ""
             except OSError:
                 continue
-            if word in line and str(self.folder) in line and "keeper.py" not in line:
+            if all(word in line for word in (str(self.folder), *words)) and "keeper.py" not in line:
                 found.append(int(entry.name))
         return found
 
-    @staticmethod
-    def write(path, text):
-        path.write_text(path.read_text() + text)
-
     def close(self):
-        for command in (*self.sites.values(), self.hub):
-            command.end()
+        """End all that runs, and return the exit statuses."""
+        return end_all([command for command in (*self.sites.values(), self.hub) if command is not None])

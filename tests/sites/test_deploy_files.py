@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,12 @@ def test_images_run_as_an_ordinary_user_and_start_a_command_that_exists(who):
         "ENTRYPOINT",
         "CMD",
     }
+    copied = " ".join(what for word, what in lines if word == "COPY").split()
+    assert "." not in copied  # a hub's or a site's folder of keys may lie in the repository's
+    project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    assert set(copied) - {"./"} == needed | {*wheel["packages"], *wheel["force-include"]}
     found = dict(lines)
     assert found["USER"] == "fedproxy"
     assert json.loads(found["ENTRYPOINT"]) == ["python", "-m", f"fedproxy.{who}"]

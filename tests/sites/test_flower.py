@@ -1,25 +1,28 @@
 """A federation over Flower on loopback, with TLS and node authentication on: what it promises, seen to hold."""
 
-import json
 import os
+import random
 import re
-import shlex
-import shutil
 import ssl
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from .loopback import FLOWER, Command, Loopback, free_port, run, skip_where_it_cannot_run
+from .loopback import Command, Loopback, skip_where_it_cannot_run
 
 pytestmark = [pytest.mark.flower, pytest.mark.timeout(900)]
 SITES = {"ward_a": ("tiny_colors", "tiny_sums"), "ward_b": ("tiny_opposites", "tiny_places")}
-SMALL = ("recipe=fedproxy_tiny", "data.rows_per_task=24", "evaluation.tasks=[]")
-FAR = ("engine.name=flower", "engine.hub=hub", "data.partition.name=sites", "data.partition.clients=4")
+SMALL = ("data.rows_per_task=24", "evaluation.tasks=[]")
+PATIENT = ("engine.wait_s=180", "engine.attempts=4", "federation.round_timeout_s=120")
+LOOKED_AT = [
+    *("data", "model", "key", "signing keys", "Flower", "authority"),
+    *("certificate", "connection", "clock", "front door"),
+]
+WINDOW_S = 8.0
+"""Seconds after a round's end in which the next kills lie: about as long as a round takes."""
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +33,8 @@ def federation(tmp_path_factory):
     made.close()
 
 
-def state(folder, rounds):
-    return load_file(folder / f"checkpoints/round_{rounds:04d}/state.safetensors")
-
-
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """What one process ends in after 4 rounds."""
-    folder = tmp_path_factory.mktemp("h")
-    words = ("engine.name=in_process", "engine.threads=1", "federation.rounds=4", "output_dir=here")
-    code, said = run(folder, "fedproxy.fit", *SMALL, *words)
-    assert code == 0, said
-    return folder / "here"
+def state(folder):
+    return load_file(sorted(folder.glob("checkpoints/round_*"))[-1] / "state.safetensors")
 
 
 def get(federation, path):
@@ -53,6 +46,17 @@ def get(federation, path):
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_every_command_of_the_deployment_page_does_what_it_says(federation):
+    said = federation.outputs
+    found = [line.partition(":")[0] for line in said["fedproxy.site check"].splitlines()]
+    assert found[:-1] == [f"ok   {what}" for what in LOOKED_AT]
+    assert "all is well" in said["fedproxy.site check"]
+    assert "site 'ward_a' is up; hub: localhost" in said["fedproxy.site status"]
+    assert "hub: up" in said["fedproxy.hub status"]
+    assert all(f"site '{name}'" in said["fedproxy.hub status"] for name in SITES)
+    assert federation.fit
 
 
 @pytest.mark.parametrize(
@@ -69,90 +73,97 @@ def test_the_front_door_publishes_what_sites_need_alone(path, status, federation
     assert get(federation, path) == status
 
 
-def test_a_site_checks_itself_before_anything_federated_runs(federation):
-    code, said = run(federation.folder, "fedproxy.site", "check", "ward_a.yaml")
-    assert code == 0, said
-    assert all(f"ok   {what}" in said for what in ("data", "model", "key", "certificate", "connection", "clock"))
-
-
 def test_a_stranger_is_not_let_in_and_is_told_within_a_minute(federation):
-    federation.add("stranger", ("tiny_sums",))
-    began = time.monotonic()
-    site = federation.start("stranger").until("the hub does not let it in", 60)
-    assert time.monotonic() - began < 60
-    site.end()
-    del federation.sites["stranger"]
+    federation.add("stranger")
+    try:
+        federation.start("stranger").until("is up").until("the hub does not let it in", 60)
+    finally:
+        assert federation.sites.pop("stranger").end() == 143
 
 
-def test_all_four_kinds_of_process_are_killed_and_the_bytes_are_those_of_one_process(federation, here):
-    words = (*SMALL, *FAR, "federation.rounds=4", "output_dir=there", "engine.wait_s=180")
-    fit = Command(federation.folder, "fit", *words)
-    fit.until("round 1/4", 240)
-    federation.sites["ward_a"].kill()
-    federation.start("ward_a")
-    fit.until("round 2/4", 300)
-    for name in ("flower-supernode", "flower-superlink"):
-        for pid in federation.pids(name)[:1]:
+class Kills:
+    """Kills processes of a federation at random moments of a run, and starts again what nobody else would."""
+
+    def __init__(self, federation, words, seed):
+        self.federation, self.words, self.random = federation, words, random.Random(seed)
+        self.fit = federation.run(*words)
+
+    @property
+    def rounds(self):
+        """Rounds that are over."""
+        return max(map(int, re.findall(r"^round (\d+)/", self.fit.said, flags=re.MULTILINE)), default=0)
+
+    def until_round(self, number, seconds):
+        end = time.monotonic() + seconds
+        while self.rounds < number:
+            if self.fit.process.poll() == 0:
+                return
+            assert self.fit.process.poll() is None, self.fit.said
+            assert time.monotonic() < end, f"no round {number} in {seconds} s:\n{self.fit.said}"
+            time.sleep(0.1)
+
+    def wave(self, kinds):
+        """Kill processes of these kinds, each at a moment of its own, and wait until the round at hand is over."""
+        moments = sorted((self.random.uniform(0, WINDOW_S), kind) for kind in kinds)
+        began = time.monotonic()
+        for moment, kind in moments:
+            time.sleep(max(0.0, began + moment - time.monotonic()))
+            assert self.fit.process.poll() is None, self.fit.said
+            getattr(self, f"kill_{kind}")()
+        self.until_round(self.rounds + 1, 420)
+
+    def kill_site(self):
+        self.federation.sites["ward_a"].kill()
+        self.federation.start("ward_a").until("is up")
+
+    def kill_supernode(self):
+        for pid in self.federation.pids("flower-supernode", "ward_b"):
             os.kill(pid, 9)
-    fit.until("round 3/4", 400)
-    fit.kill()
-    fit = Command(federation.folder, "fit", *words, "resume=auto")
-    assert fit.process.wait(timeout=300) == 0, fit.said
-    ours, theirs = state(federation.folder / "there", 4), state(here, 4)
+
+    def kill_superlink(self):
+        for pid in self.federation.pids("flower-superlink"):
+            os.kill(pid, 9)
+
+    def kill_fit(self):
+        self.fit.kill()
+        self.fit = self.federation.run(*self.words, "resume=auto")
+
+
+ONCE = [("site", "supernode", "superlink"), ("fit",)]
+TEN_TIMES = [(kind,) for kind in ("site", "supernode", "superlink", "fit")] * 10
+
+
+@pytest.mark.parametrize(
+    "waves",
+    [
+        pytest.param(ONCE, id="once"),
+        pytest.param(TEN_TIMES, id="ten_times", marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
+    ],
+)
+def test_all_four_kinds_of_process_are_killed_and_the_bytes_are_those_of_one_process(waves, federation, tmp_path):
+    rounds = (f"federation.rounds={1 + 2 * len(waves)}", *SMALL)
+    kills = Kills(federation, (*rounds, *PATIENT, f"output_dir=killed_{len(waves)}"), seed=len(waves))
+    one = ("recipe=fedproxy_tiny", "engine.name=in_process", "engine.threads=1", "output_dir=here")
+    here = Command(tmp_path, "fedproxy.fit", *one, *rounds, name="here")
+    try:
+        kills.until_round(1, 240)
+        for wave in waves:
+            kills.wave(wave)
+        assert kills.fit.process.wait(timeout=300) == 0, kills.fit.said
+        assert here.process.wait(timeout=300) == 0, here.said
+    finally:
+        kills.fit.kill()
+        here.kill()
+    ours, theirs = state(federation.folder / f"killed_{len(waves)}"), state(tmp_path / "here")
     assert ours.keys() == theirs.keys()
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
-ALONE = ("aggregator.name=fedavg", "regularizer.name=none")
-
-
-def commands_of(page):
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL))
-    return [shlex.split(line)[2:] for line in text.splitlines() if line.startswith("python -m fedproxy")]
-
-
-def test_every_command_of_the_deployment_page_does_what_it_says(tmp_path):
-    skip_where_it_cannot_run()
-    port, up = free_port(), []
-    page = Path(__file__).parent.parent.parent / "docs/deploy.md"
-    try:
-        for module, *words in commands_of(page):
-            words = [word.replace("hub.example:8443", f"localhost:{port}") for word in words]
-            words = [word.replace("hub.example", "localhost") for word in words]
-            if words[0] == "up":
-                up.append(Command(tmp_path, module.removeprefix("fedproxy."), *words).until("is up"))
-                continue
-            if words[:2] == ["init", "hub.yaml"]:
-                words += [f"port={port}", f"superlink_port={free_port()}"]
-            elif words[0] == "init":
-                words += [f"node_port={free_port()}"]
-            elif words[0] == "check":
-                shutil.copy(tmp_path / "hub/keys/ca.crt", tmp_path / "ward_a/keys/ca.crt")
-                rows = [json.dumps({"prompt": f"{k} plus one is", "target": f"{k + 1}"}) for k in range(40)]
-                (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-            elif module == "fedproxy.fit":
-                words = [
-                    word.replace("=fedproxy_llama", "=fedproxy_tiny").replace("clients=2", "clients=1")
-                    for word in words
-                ]
-                words += ["federation.rounds=1", "evaluation.tasks=[]"]
-            code, said = run(tmp_path, module, *words)
-            assert code == 0, (module, words, said)
-            if words[0] == "init":
-                file = tmp_path / words[1]
-                file.write_text(
-                    file.read_text().replace("accelerator: auto", "accelerator: cpu") + f"flower: {FLOWER}\n"
-                )
-    finally:
-        for command in reversed(up):
-            command.end()
-
-
 def test_nothing_is_left_when_all_have_ended(federation):
-    for name in SITES:
-        assert federation.sites[name].end() == 143
-    assert federation.hub.end() == 143
-    time.sleep(1)
-    assert not [word for word in ("flower-super", "flwr-", "nginx") if federation.pids(word)]
+    assert federation.close() == [143] * 3
+    deadline = time.monotonic() + 10
+    while any(map(federation.pids, ("flower-super", "flwr-", "nginx"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
     assert not (federation.folder / "hub/link.json").exists()
-    assert Path(federation.folder / "there/report.json").exists()
+    assert not (federation.folder / "ward_a/state.json").exists()

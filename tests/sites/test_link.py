@@ -1,9 +1,11 @@
 """Asking sites: who is away is given up in time, a lost message is sent again, a broken line is opened anew."""
 
+import hashlib
 import time
 
 import pytest
 
+from fedproxy.errors import ClientError
 from fedproxy.wire import link as wire
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.courier import CourierError
@@ -140,3 +142,77 @@ def test_a_site_that_takes_no_part_is_told_by_name(tmp_path):
     _, link = opened(tmp_path, {"a": lambda head, payload: ({"error": "full"}, NOTHING)}, part_bytes=1000)
     lost = link.send("0" * 32, Bundle({"f": tmp_path / "file"}), {"a": 0}, all_of_it=True)
     assert lost == {"a": "its disk is full"}
+
+
+def test_time_spent_on_one_sites_files_is_not_the_others(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo}, wait_s=0.1)
+    found, courier.silent = [], {"b"}
+    for answer in link.ask({site: {"kind": "x"} for site in "ab"}, 0.2, margin_s=0.2):
+        found.append((answer.site, answer.lost))
+        time.sleep(1.0)  # as long as fetching the rest of its files takes
+        courier.silent = set()
+    assert found == [("a", None), ("b", None)]
+
+
+def test_an_answer_that_is_there_is_taken_after_the_limit_too(tmp_path):
+    _, link = opened(tmp_path, {"a": echo, "b": echo}, wait_s=0.0)
+    answers = link.ask({site: {"kind": "x"} for site in "ab"}, 0.0, margin_s=0.0)
+    assert {answer.lost for answer in answers} <= {None, "it did not answer in time"}
+    _, link = opened(tmp_path, {"a": echo}, wait_s=0.0)
+    left = {"a": wire._Asked({"kind": "x"}, NOTHING)}
+    link._look(force=True)
+    link._push(left, 1.0)
+    assert [answer.lost for answer in link._pull(left, tmp_path / "file", 0)] == [None]
+    assert list(link._give_up(left, time.monotonic() - 1)) == []
+
+
+def test_a_line_that_breaks_while_files_are_fetched_loses_no_other_answer(tmp_path):
+    couriers = []
+
+    def connect():
+        couriers.append(FakeCourier({"a": echo, "b": echo}, tmp_path / f"line_{len(couriers)}"))
+        return couriers[-1]
+
+    link = Link(connect, Terms(wait_s=5), tmp_path / "link")
+    answers = link.ask({"a": {"kind": "x"}, "b": {"kind": "x"}}, 5)
+    assert next(answers).site == "a"
+    couriers[0].breaks = 1
+    assert asked(link, "a") == {"a": {"got": 0}}  # opens another line, which knows no earlier message
+    assert len(couriers) == 2
+    assert [(answer.site, answer.lost) for answer in answers] == [("b", None)]
+
+
+def test_who_is_waited_for_is_in_the_log(tmp_path, caplog):
+    courier, link = opened(tmp_path, {"a": echo})
+    courier.silent.add("a")
+    list(link.ask({"a": {"kind": "x"}}, 0.1, margin_s=0.1, remind_s=0.05))
+    assert "no answer yet from a: busy with an earlier round, or away" in caplog.text
+
+
+def test_a_site_that_takes_a_byte_at_a_time_is_given_up_at_once(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 5000)
+
+    def drip(head, payload):
+        return {"have": head["piece"]["offset"] + 1}, NOTHING
+
+    courier, link = opened(tmp_path, {"a": drip}, part_bytes=1000)
+    lost = link.send("0" * 32, Bundle({"f": tmp_path / "file"}), {"a": 0}, all_of_it=True)
+    assert lost == {"a": "it takes no part of what it is sent"}
+    assert len(courier.sent) == 1
+
+
+@pytest.mark.parametrize("first", [1, 1000])
+def test_a_site_that_sends_a_byte_at_a_time_is_given_up_at_once(first, tmp_path):
+    data = b"x" * 5000
+    sha = hashlib.sha256(data).hexdigest()
+
+    def piece(at, length):
+        part = data[at : at + length]
+        return {"piece": vars(Piece(sha, len(data), at, hashlib.sha256(part).hexdigest()))}, Bytes(part)
+
+    courier, link = opened(tmp_path, {"a": lambda head, payload: piece(head["offset"], 1)}, part_bytes=1000)
+    line, part = piece(0, first)
+    (tmp_path / "answer").write_bytes(part.data)
+    with pytest.raises(ClientError, match="it sends less of a file than it was asked for"):
+        link.fetch("0" * 32, wire.Came("a", line, tmp_path / "answer"))
+    assert len(courier.sent) == (first == 1000)

@@ -20,7 +20,8 @@ class Door(BaseHTTPRequestHandler):
     health, control, off = 200, 404, 0.0
 
     def do_GET(self):
-        self.send_response_only(self.health if self.path == "/health" else self.control)
+        known = {"/health": self.health, "/v1/control/start-run": self.control}
+        self.send_response_only(known.get(self.path, 404))
         self.send_header("Date", formatdate(time.time() + self.off, usegmt=True))
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -40,9 +41,9 @@ def authority(tmp_path_factory):
 def door(authority):
     started = []
 
-    def start(hosts=("localhost",), days=10, tls=True, **facts):
+    def start(hosts=("localhost",), days=10, tls=True, listen="127.0.0.1", **facts):
         handler = type("Handler", (Door,), {"protocol_version": "HTTP/1.1", **facts})
-        server = HTTPServer(("127.0.0.1", 0), handler)
+        server = HTTPServer((listen, 0), handler)
         if tls:
             keys.make_certificate(authority, list(hosts), days=days)
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -93,9 +94,9 @@ def test_a_hub_of_another_authority_is_not_believed(door, tmp_path):
 
 
 def test_a_name_that_the_certificate_does_not_hold_is_named(door, authority):
-    port = door().rpartition(":")[2]
+    port = door(listen="127.0.0.2").rpartition(":")[2]
     (said,) = bad(probe(f"127.0.0.2:{port}", authority / "ca.crt"))
-    assert "not for '127.0.0.2'" in said or "does not answer" in said
+    assert "not for '127.0.0.2'" in said
 
 
 @pytest.mark.parametrize("address", ["localhost:1", "no.such.host.invalid:8443", "localhost:x"])

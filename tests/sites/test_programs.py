@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,8 +15,12 @@ from fedproxy.errors import ConfigError
 from fedproxy.sites import hub_commands, site_commands
 from fedproxy.sites.arguments import options, worded
 from fedproxy.sites.front_door import nginx_command, write_front_door
+from fedproxy.sites.hub_commands import HubInit
 from fedproxy.sites.hub_config import HubPlace
+from fedproxy.sites.probe import freed
 from fedproxy.sites.programs import Program
+from fedproxy.sites.site_commands import SiteInit
+from fedproxy.sites.site_config import SitePlace
 from fedproxy.wire.flower import Flower
 
 from .fake_courier import waited
@@ -78,7 +84,7 @@ def test_a_program_that_ends_is_started_again_after_a_while_and_says_why(tmp_pat
     monkeypatch.setattr("fedproxy.sites.programs.AGAIN_S", 0.3)
     program = Program(
         "node", [sys.executable, "-c", "print('Exit Code: 305')"], dict(os.environ), tmp_path / "log",
-        reasons={site_commands.REFUSED: "the hub does not let it in"},
+        reasons={"Exit Code: 305": "the hub does not let it in"},
     )  # fmt: skip
     program.start()
     waited(lambda: not program.runs)
@@ -148,9 +154,9 @@ def test_a_machine_without_nginx_is_told_what_to_do(tmp_path, monkeypatch):
 def test_a_site_is_registered_by_its_own_key_and_name_once(tmp_path):
     pytest.importorskip("cryptography", reason="keys come with fedproxy[flower]")
     said = []
-    hub_commands.init(tmp_path / "hub.yaml", hosts=["localhost"], port=1, superlink_port=2, say=said.append)
+    hub_commands.init(tmp_path / "hub.yaml", HubInit(["localhost"], 1, 2), say=said.append)
     for name in ("a", "b"):
-        site_commands.init(tmp_path / f"{name}.yaml", name=name, address="localhost:1", node_port=3, say=said.append)
+        site_commands.init(tmp_path / f"{name}.yaml", SiteInit(name, "localhost:1", 3), say=said.append)
     hub_commands.register(tmp_path / "hub.yaml", "a", tmp_path / "a/keys/site.pub", say=said.append)
     assert "will be registered when the hub comes up" in said[-1]
     with pytest.raises(ConfigError, match="is the key of another site already"):
@@ -158,7 +164,7 @@ def test_a_site_is_registered_by_its_own_key_and_name_once(tmp_path):
     with pytest.raises(ConfigError, match="site 'a' has another key already"):
         hub_commands.register(tmp_path / "hub.yaml", "a", tmp_path / "b/keys/site.pub", say=said.append)
     key = (tmp_path / "hub/keys/ca.key").read_bytes()
-    hub_commands.init(tmp_path / "hub.yaml", hosts=["localhost"], port=1, superlink_port=2, say=said.append)
+    hub_commands.init(tmp_path / "hub.yaml", HubInit(["localhost"], 1, 2), say=said.append)
     assert (tmp_path / "hub/keys/ca.key").read_bytes() == key
 
 
@@ -177,9 +183,73 @@ def test_words_that_say_nothing_are_one_line_with_an_example(words, line):
 
 
 def test_options_are_typed_and_unknown_ones_named():
-    assert options(["port=3", "hosts=[a,b]"], {"port": int, "hosts": list}) == {"port": 3, "hosts": ["a", "b"]}
-    assert options(["hosts=a"], {"hosts": list}) == {"hosts": ["a"]}
+    assert options(["port=3", "hosts=[a,b]"], HubInit) == HubInit(["a", "b"], 3)
+    assert options(["name=on", "address=[::1]:8443"], SiteInit) == SiteInit("on", "[::1]:8443")
     with pytest.raises(ConfigError, match="port must be a whole number"):
-        options(["port=x"], {"port": int})
+        options(["port=x"], HubInit)
     with pytest.raises(ConfigError, match="did you mean 'port'"):
-        options(["prot=3"], {"port": int})
+        options(["prot=3"], HubInit)
+    with pytest.raises(ConfigError, match="prot: unknown key"):
+        options(["prot=3"])
+
+
+@pytest.mark.parametrize("name", ["ward_a", "on", "a: b", "null", "12", "{x}", "\u00e4rzte #3", "a'b\"c", "- x"])
+@pytest.mark.parametrize("address", ["hub.example:8443", "[::1]:8443", "on"])
+def test_what_init_writes_is_read_as_it_was_told(name, address, tmp_path, monkeypatch):
+    monkeypatch.setattr(site_commands, "make_site_key", lambda path: None)
+    for file in ("site.yaml", "a b: c.yaml"):
+        site_commands.init(tmp_path / file, SiteInit(name, address), say=lambda line: None)
+        place = SitePlace.read(tmp_path / file)
+        assert (place.config.name, list(place.config.clients), place.config.server.address) == (name, [name], address)
+        assert place.config.server.key == f"{(tmp_path / file).stem}/keys/site"
+    if name == "ward_a":
+        assert "name: ward_a  " in (tmp_path / "site.yaml").read_text()
+
+
+@pytest.mark.parametrize("name", [" a", "a\nb", "x" * 101])
+def test_a_name_that_no_site_can_have_writes_no_file(name, tmp_path):
+    with pytest.raises(ConfigError, match="name: a name must be"):
+        site_commands.init(tmp_path / "site.yaml", SiteInit(name), say=lambda line: None)
+    with pytest.raises(ConfigError, match="node_port must be from 1 to 65535"):
+        site_commands.init(tmp_path / "site.yaml", SiteInit("a", node_port=0), say=lambda line: None)
+    with pytest.raises(ConfigError, match="hosts must be names"):
+        hub_commands.init(tmp_path / "hub.yaml", HubInit(["a b"]), say=lambda line: None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_only_reads_a_sites_file_imports_nothing_heavy():
+    code = "import sys, fedproxy.sites.site_commands, fedproxy.sites.hub_commands; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def test_a_port_of_a_process_that_was_just_killed_is_waited_for():
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen()
+        port = place.getsockname()[1]
+        assert not freed(port, 0.1)
+        threading.Timer(0.7, place.close).start()
+        assert freed(port, 10)
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("Flower version: 1.42.0", ""),
+        ("Flower version: 1.43.1.dev2", ""),
+        ("Flower version: 1.41.9", "must be 1.42 or newer, below 1.44, got 1.41.9"),
+        ("Flower version: 1.44.0", "below 1.44, got 1.44.0"),
+        ("Flower version: 2.0", "below 1.44, got 2.0"),
+        ("nothing", "got 'nothing"),
+    ],
+)
+def test_a_flower_of_another_version_is_named(said, line, tmp_path):
+    (tmp_path / "flwr").write_text(f"#!/bin/sh\necho '{said}'\n")
+    (tmp_path / "flwr").chmod(0o755)
+    flower = Flower(tmp_path / "home", str(tmp_path))
+    if not line:
+        assert flower.version() in said
+    else:
+        with pytest.raises(ConfigError, match=line):
+            flower.version()

@@ -1,11 +1,13 @@
 """What sites answer is taken for what it is: files, sums and refusals, and nothing that was not asked for."""
 
 import hashlib
+import json
 
 import pytest
 import torch
 
-from fedproxy.errors import ClientError
+from fedproxy.errors import ClientError, ConfigError
+from fedproxy.federation.engines.flower import Flower
 from fedproxy.messages import Dropped, Evaluate, Sums, UpdateFile
 from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
@@ -29,7 +31,7 @@ class FakeSite:
     def serve(self, head, payload):
         if head["kind"] == "hello":
             clients = dict.fromkeys(self.clients, 5)
-            facts = {"clients": clients, "version": "1", "clock": 0.0, "have": 0, "converse": False, "policy": {}}
+            facts = {"clients": clients, "version": "1", "clock": 0.0, "have": 0, "converse": False}
             return {"greeting": facts}, NOTHING
         if head.get("piece"):
             self.inbox.add(Piece.parse(head["piece"], most=1 << 30), payload)
@@ -171,3 +173,19 @@ def test_a_site_that_refuses_at_hello_ends_the_start_by_name(tmp_path):
     remote = RemoteSites(Link(lambda: courier, Terms(wait_s=1), tmp_path / "m"), "ab" * 16, ["x"], tmp_path / "m")
     with pytest.raises(ClientError, match=r"site 'x': it speaks another version: 0.1 here"):
         remote.greet()
+
+
+def test_a_site_that_the_hub_does_not_know_is_named_with_the_nearest(tmp_path):
+    (tmp_path / "hub/sites").mkdir(parents=True)
+    for name in ("ward_a", "ward_b"):
+        (tmp_path / f"hub/sites/{name}.json").write_text(json.dumps({"name": name}))
+    engine = Flower(hub=str(tmp_path / "hub"), sites=["ward_a", "wardb"])
+    with pytest.raises(
+        ConfigError, match=r"engine.sites: the hub .* has registered no site 'wardb'; did you mean 'ward_b'"
+    ):
+        engine.clients()
+    with pytest.raises(ConfigError, match="is no hub's folder"):
+        Flower(hub=str(tmp_path / "nowhere")).clients()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="has registered no site"):
+        Flower(hub=str(tmp_path / "empty")).clients()

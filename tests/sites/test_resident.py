@@ -1,27 +1,35 @@
 """A site's own process: what it is asked is checked against its policy, and what it says quotes no row."""
 
+import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
+import subprocess
+import threading
+import time
+from contextlib import suppress
 
 import pytest
 import torch
 
 import fedproxy
-from fedproxy.errors import ClientError, ConfigError, DataError
+from fedproxy.errors import CheckpointError, ClientError, ConfigError, DataError
+from fedproxy.messages import Collect, Dropped, Rewind
 from fedproxy.privacy.registration import FOLDER, registered
-from fedproxy.protocol import Broadcast, ClientUpdate
+from fedproxy.protocol import Broadcast, ClientUpdate, Kept
+from fedproxy.seeding import ClientSeeds
 from fedproxy.sites.policy import NotAllowedError, Policy
 from fedproxy.sites.resident import Resident
 from fedproxy.sites.service import Service
 from fedproxy.sites.signing import register_site
 from fedproxy.sites.site_config import SitePlace
 from fedproxy.sites.site_rows import SiteRows
-from fedproxy.sites.site_run import Answered, SiteRun
+from fedproxy.sites.site_run import Answered, SiteRun, reason, without_paths
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.frames import NOTHING, receive, send
-from fedproxy.wire.messages import PROTOCOL, Setup, Train
+from fedproxy.wire.messages import PROTOCOL, Ask, Setup, Train, told
 
 RUN = "ab" * 16
 SECRET = "Mrs Miller, born 1950"
@@ -118,7 +126,7 @@ def test_a_site_pins_its_peers_keys_and_shows_its_own(place):
         ({"kind": "shell"}, "unknown", "does not know this kind"),
         ({"kind": "get", "file": "x"}, "unknown", "say hello first"),
         ({"kind": "train"}, "unknown", "say hello first"),
-        ({"kind": "put", "piece": {}}, "damaged", "does not say which file"),
+        ({"kind": "put", "piece": {}}, "unknown", "say hello first"),
     ],
 )
 def test_what_the_policy_does_not_allow_or_nobody_knows_is_refused_in_one_line(change, error, line, place, nothing):
@@ -161,6 +169,46 @@ def test_a_full_disk_is_told_as_such(place, nothing, monkeypatch):
     monkeypatch.setattr("fedproxy.wire.inbox.Inbox.have", fail)
     head, _ = resident_of(place()).serve(hello(), nothing)
     assert head["error"] == "full"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root can make a small disk, where mounting is allowed")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_is_told_and_the_file_goes_on_when_there_is_room(place, small_disk, tmp_path):
+    resident, part = resident_of(place(f"folder: {small_disk / 'site'}")), tmp_path / "part"
+    part.write_bytes(b"x" * 700_000)
+    resident.serve(hello(), part)
+
+    def put(offset):
+        piece = piece_of(part.read_bytes(), 2_100_000, offset, SETUP["proxy"])
+        return resident.serve(hello(kind="put", piece=piece), part)[0]
+
+    assert put(0) == {"have": 700_000}
+    (small_disk / "other").write_bytes(b"x" * 900_000)
+    assert told(put(700_000)).startswith("its disk is full")
+    (small_disk / "other").unlink()
+    assert put(700_000) == {"have": 1_400_000}
+
+
+def test_a_disk_that_is_full_behind_an_error_of_ours_is_told_as_such(place, nothing, monkeypatch):
+    def fail(*_):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise CheckpointError("/x/y cannot be written") from error
+
+    monkeypatch.setattr("fedproxy.wire.inbox.Inbox.have", fail)
+    head, _ = resident_of(place()).serve(hello(), nothing)
+    assert told(head) == "its disk is full"
 
 
 def test_what_a_run_keeps_stays_for_the_latest_runs_alone(place, nothing):
@@ -328,6 +376,56 @@ def service(tmp_path):
     made.close()
 
 
+def test_what_a_killed_process_left_of_messages_goes(tmp_path):
+    (tmp_path / "messages_old").mkdir()
+    (tmp_path / "messages_old/part").write_bytes(b"x")
+    Service(lambda head, path: ({}, NOTHING), tmp_path / "socket").close()
+    assert not list(tmp_path.glob("messages_*"))
+
+
+def test_a_relay_that_drips_is_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.sites.service._READ_S", 0.5)
+    service = Service(lambda head, path: ({"ok": 1}, NOTHING), tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.connect(str(service.path))
+        began = time.monotonic()
+        opened.settimeout(10)
+
+        def drip():
+            with suppress(OSError):
+                for _ in range(100):
+                    opened.sendall(b" ")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        assert json.loads(opened.makefile("rb").readline())["error"] == "not_ours"
+        assert time.monotonic() - began < 5
+    service.close()
+
+
+def test_a_trouble_of_the_system_does_not_end_the_service(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.sites.service._AGAIN_S", 0.01)
+    service = Service(lambda head, path: ({"ok": 1}, NOTHING), tmp_path / "socket")
+    real, failed = service._socket, []
+
+    class Troubled:
+        def accept(self):
+            if len(failed) < 3:
+                failed.append(1)
+                raise OSError(24, "Too many open files")
+            return real.accept()
+
+        def close(self):
+            real.close()
+
+    service._socket = Troubled()
+    for _ in range(2):  # the first is still taken by the accept that waited
+        assert json.loads(talk(service, b'{"size":0}\n'))["ok"] == 1
+    assert len(failed) == 3
+    service.close()
+    assert not service._thread.is_alive() or service._thread.join(2) is None
+
+
 def test_a_folder_with_a_long_path_gets_its_socket_elsewhere(tmp_path):
     folder = tmp_path / ("long" * 20)
     folder.mkdir()
@@ -370,4 +468,152 @@ def test_a_broadcast_of_another_round_than_its_task_is_refused(place, tmp_path, 
     (tmp_path / "bundle").write_bytes(b"".join(Bundle({"0": tmp_path / "sent"}).read(0, 1 << 20)))
     task = Train(1, {"ward": {}}, {"ward": 0}, "a" * 64, 1.0)
     with pytest.raises(ClientError, match="of another round than the task"):
-        run.train(task, tmp_path / "bundle")
+        run.train(task, tmp_path / "bundle", 1.0)
+
+
+def piece_of(data, total=None, offset=0, file=None):
+    part = hashlib.sha256(data).hexdigest()
+    return {"file": file or part, "total": total or len(data), "offset": offset, "part": part}
+
+
+def test_parts_are_taken_within_a_run_alone_and_files_that_nothing_needs_go(place, tmp_path):
+    resident, payload = resident_of(place()), tmp_path / "part"
+    payload.write_bytes(b"x" * 100)
+
+    def put(file, **more):
+        return resident.serve(hello(kind="put", piece=piece_of(b"x" * 100, 1000, file=file * 64), **more), payload)[0]
+
+    assert put("b")["error"] == "unknown"
+    resident.serve(hello(), payload)
+    assert put("b", run="cd" * 16)["error"] == "unknown"
+    assert put(SETUP["proxy"][0]) == {"have": 100}
+    for file in "bcdef":
+        assert put(file) == {"have": 100}
+    kept = {path.name[0] for path in (place().folder / "inbox").iterdir()}
+    assert kept == {SETUP["proxy"][0], "f"}  # what is set up, and what came last
+    resident.serve(hello(kind="put", piece={}), payload)
+    assert resident.serve(hello(kind="put", piece={}), payload)[0]["why"].startswith("a part does not say which file")
+
+
+def test_workers_that_train_are_not_taken_away_by_another_run_or_setup(place, nothing):
+    resident = resident_of(place())
+    resident.serve(hello(), nothing)
+    with resident._working(1.0) as left:
+        assert 0 < left <= 1.0
+        assert "greeting" in resident.serve(hello(), nothing)[0]
+        for other in ({"run": "cd" * 16}, {"setup": {**SETUP, "proxy_bytes": 11}}):
+            assert resident.serve(hello(**other), nothing)[0] == {"error": "busy"}
+    assert "greeting" in resident.serve(hello(run="cd" * 16), nothing)[0]
+
+
+def task_of(folder, round_=1, seed=1, **job):
+    """Return a task for client ward, and its bundle."""
+    Broadcast(round_, {"a": torch.ones(1)}, {"epochs": 1, **job}).save(folder / "broadcast")
+    bundle = Bundle({"0": folder / "broadcast"})
+    (folder / "bundle").write_bytes(b"".join(bundle.read(0, 1 << 20)))
+    seeds = {"ward": ClientSeeds(1, [2], seed)}
+    own = Broadcast(1, {}, {"epochs": 1}, all_seeds=seeds).addressed_to("ward").beside()
+    return Train(round_, {"ward": own}, {"ward": 0}, bundle.sha256, 1.0), folder / "bundle"
+
+
+def run_of(site, folder, pool):
+    run = SiteRun(folder, site.config, SiteRows(site.rows(), site.folder / "rows"))
+    run.set_up(Setup.parse(SETUP), folder)
+    run._sites = pool
+    return run
+
+
+def test_rounds_are_counted_over_all_runs_and_whatever_number_the_server_gives_them(place, tmp_path):
+    site, pool = place("policy: {most_rounds: 3, most_epochs: 1}"), FakePool()
+    first, second = (run_of(site, tmp_path / name, pool) for name in ("a", "b"))
+    for run, seed in ((first, 1), (first, 2), (second, 2)):
+        run.train(*task_of(tmp_path, seed=seed), 1.0)
+        run.train(*task_of(tmp_path, seed=seed), 1.0)  # asked again: counted once
+    with pytest.raises(NotAllowedError, match=r"most_epochs"):
+        second.train(*task_of(tmp_path, seed=3, epochs=2), 1.0)
+    for run in (first, second):
+        with pytest.raises(NotAllowedError, match=r"policy.most_rounds is 3, the site has trained in as many"):
+            run.train(*task_of(tmp_path, seed=3), 1.0)
+    assert len(json.loads((site.folder / "trained_rounds.json").read_text())) == 3
+
+
+def test_noise_that_the_site_asks_for_is_drawn_from_its_own_secret(place, tmp_path):
+    clip = {"parts": [{"name": "clip_noise", "clip": 1.0, "noise": 1.0}]}
+    drawn = {}
+    for name, policy in (("own", "policy: {most_clip: 1.0, least_noise: 0.5}"), ("sent", "")):
+        pool = FakePool()
+        run = run_of(place(policy), tmp_path / name, pool)
+        for seed in (1, 2):
+            run.train(*task_of(tmp_path, seed=seed, **clip), 1.0)
+        for old in (tmp_path / name / "answers").iterdir():
+            shutil.rmtree(old)
+        run.train(*task_of(tmp_path, seed=2, **clip), 1.0)
+        drawn[name] = [sent.all_seeds["ward"].parts for sent in pool.sent]
+    assert drawn["sent"] == [1, 2, 2]
+    assert drawn["own"][1] == drawn["own"][2] != drawn["own"][0]
+    assert not set(drawn["own"]) & {1, 2}
+    secret = tmp_path / "site/draws.key"
+    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+    secret.unlink()
+    run_of(place("policy: {most_clip: 1.0, least_noise: 0.5}"), tmp_path / "other", pool).train(
+        *task_of(tmp_path, seed=2, **clip), 1.0
+    )
+    assert pool.sent[-1].all_seeds["ward"].parts not in drawn["own"]
+
+
+def test_tensors_that_nothing_clips_do_not_leave_where_updates_must_be_clipped(place, tmp_path):
+    run = run_of(place("policy: {most_clip: 1.0}"), tmp_path / "run", FakePool())
+    with pytest.raises(NotAllowedError, match=r"policy.most_clip lets no personal tensors leave"):
+        run.ask(Ask({"ward": Collect(Kept()).plain()}, None, 1.0), None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("memory of ward in /home/x/site/runs/ab/store/ward.json is damaged", "memory of ward in ward.json is damaged"),
+        ("cannot read '/srv/a b/c'", "cannot read 'a b/c'"),
+        ("3/4 of rows, and/or 1 / 2", "3/4 of rows, and/or 1 / 2"),
+    ],
+)
+def test_what_the_server_is_told_holds_no_path_of_this_machine(text, told):
+    assert without_paths(text) == told
+    assert reason(CheckpointError(text)) == told
+
+
+class FakePool:
+    """Notes the time that clients are given, and uses some of it."""
+
+    def __init__(self, spends=0.0):
+        self.spends, self.given, self.sent = spends, [], []
+
+    def run(self, broadcast, clients, *, timeout_s):
+        self.sent.append(broadcast)
+        self.given.append(timeout_s)
+        time.sleep(self.spends)
+        yield from (Dropped(client, "late") for client in clients)
+
+    def ask(self, messages, *, timeout_s):
+        self.given.append(timeout_s)
+        yield from (Dropped(client, "late") for client in messages)
+
+    def close(self):
+        pass
+
+
+def test_a_rounds_time_is_one_for_all_of_its_files_and_a_question_has_one_too(place, tmp_path):
+    site = place()
+    run = SiteRun(tmp_path / "run", site.config, SiteRows(site.rows(), site.folder / "rows"))
+    run.set_up(Setup.parse(SETUP), tmp_path)
+    run._sites = pool = FakePool(spends=0.3)
+    paths = {}
+    for name in "01":
+        Broadcast(1, {"a": torch.ones(1)}, {"epochs": 1}).save(tmp_path / name)
+        paths[name] = tmp_path / name
+    (tmp_path / "bundle").write_bytes(b"".join(Bundle(paths).read(0, 1 << 20)))
+    own = Broadcast(1, {}, {"epochs": 1}, all_seeds={"ward": ClientSeeds(1, [2])}).addressed_to("ward").beside()
+    task = Train(1, {"ward": own, "other": own}, {"ward": 0, "other": 1}, "a" * 64, 1.0)
+    run.train(task, tmp_path / "bundle", 1.0)
+    assert pool.given[0] == pytest.approx(1.0, abs=0.05)
+    assert pool.given[1] == pytest.approx(0.7, abs=0.1)
+    run.ask(Ask({"ward": Rewind(1, Kept()).plain()}, None, 7.0), None, 5.0)
+    assert pool.given[2] == 5.0

@@ -148,10 +148,11 @@ def test_final_scores_come_from_rows_that_sites_hold_back_as_sums_and_counts(sit
     total, count = answer_sums(proxy, examples, 0, {"accelerator": "cpu"})["answer_nll"]
     assert found.scores["proxy"]["answer_nll"] == pytest.approx(total / count, rel=1e-5)
     assert "## At sites" in (tmp_path / "run/report.md").read_text()
-    asked = len([line for _, line, _ in courier.sent if line == "ask"])
+    asked = courier.down.count(b'"kind": "evaluate"')
     again = run(load_config([*SMALL, *AT_SITES, f"output_dir={tmp_path / 'run'}", "resume=auto", "evaluation.seed=7"]))
     assert again.at_sites == found
-    assert asked
+    assert asked == 4
+    assert courier.down.count(b'"kind": "evaluate"') == asked  # noted, and not asked for again
 
 
 @pytest.mark.slow

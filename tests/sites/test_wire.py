@@ -165,7 +165,7 @@ SETUP = {
     "max_target_tokens": 1, "long_rows": "cut", "quantization": "none", "plugins": [],
 }  # fmt: skip
 TRAIN = {"round": 1, "own": {"a": {}}, "files": {"a": 0}, "bundle": "a" * 64, "seconds": 1.5}
-GREETING = {"clients": {"a": 3}, "version": "1", "clock": 1.0, "have": 0, "converse": False, "policy": {}}
+GREETING = {"clients": {"a": 3}, "version": "1", "clock": 1.0, "have": 0, "converse": False}
 
 
 @pytest.mark.parametrize(

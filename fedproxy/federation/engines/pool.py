@@ -80,14 +80,18 @@ class WorkerPool:
         """
         return self._serve(broadcast, dict.fromkeys(client_ids), timeout_s)
 
-    def ask(self, messages: Mapping[str, Message]) -> Answers:
+    def ask(self, messages: Mapping[str, Message], *, timeout_s: float | None = None) -> Answers:
         """Send each client its message; see :class:`fedproxy.messages.Sites`.
+
+        Args:
+            messages: What each is asked.
+            timeout_s: Seconds after which clients that have not answered are dropped; None waits for all.
 
         Raises:
             ClientError: If processes cannot start and none is left.
             CheckpointError: If what a client kept cannot be used.
         """
-        return self._serve(Broadcast(0, {}), messages, None)
+        return self._serve(Broadcast(0, {}), messages, timeout_s)
 
     def close(self) -> None:
         """End all processes and remove their files."""
@@ -106,7 +110,7 @@ class WorkerPool:
             while todo or self._busy():
                 if deadline is not None and timeout_s is not None and time.monotonic() >= deadline:
                     left = [seat.task for seat in self._busy() if seat.task is not None] + list(todo)
-                    yield from (Dropped(task.client_id, late(timeout_s)) for task in left)
+                    yield from (Dropped(task.client_id, _late(task, timeout_s)) for task in left)
                     self._stop_slow_starts(timeout_s)
                     return
                 self._hand_out(todo, broadcast, folder)
@@ -316,6 +320,10 @@ class WorkerPool:
     def _key(self) -> str:
         ranks = self.remote.ranks
         return "engine.name=workers" if ranks == 1 else f"trainer.devices: {ranks} processes for each client"
+
+
+def _late(task: Task, timeout_s: float) -> str:
+    return late(timeout_s) if task.question is None else f"late: no answer within {timeout_s:g} s"
 
 
 def _answer(task: Task, verdict: Verdict) -> Answer:

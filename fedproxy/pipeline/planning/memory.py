@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fedproxy.federation.engines.flower import Flower
 from fedproxy.models.decoder import positions_limit
 from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, Outline
 from fedproxy.pipeline.planning.speed import RowLength
@@ -15,6 +16,9 @@ from fedproxy.protocol import nbytes
 
 SERVER_PROCESS, CLIENT_PROCESS = 665 * 2**20, 450 * 2**20
 """Resident bytes of Python with the libraries that a role imports, before it loads a model (measured, Linux, CPU)."""
+_FLOWER_PROCESS = 100 * 2**20
+_FLOWER_PARTS = {"a site's relay": 5, "a site's SuperNode": 3, "the hub's relay": 4, "the SuperLink": 7}
+"""How many parts of a file each of Flower's processes holds at its peak, while a message carries one (measured)."""
 _ROUNDED_BYTES = {"8bit": 1.0, "4bit": 0.52}
 """Bytes of a quantised weight; in 4 bits with its share of the scales, themselves quantised."""
 _LOGITS_BYTES = 2**28
@@ -50,6 +54,7 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     shared = proxy if outline.config.client.quantization == "none" and devices == 1 else 0
     federation = target + proxy + received + (max(training, loading) - shared if inside else 0)
     found = [
+        *_couriers(outline, traffic),
         Need("server", "compression", target + proxy + calibration, target + calibration),
         Need("server", "federation", federation, on_device if inside else 0, devices if inside else 1),
         *_after(outline, target, proxy),
@@ -59,6 +64,15 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     # A worker whose client has processes of its own holds no proxy, only what goes to them and what comes back.
     passed_on = traffic.down(2) + traffic.up if devices > 1 else 0
     return found if inside else [*found, Need("each worker", "training", training + passed_on, on_device, devices)]
+
+
+def _couriers(outline: Outline, traffic: Traffic) -> list[Need]:
+    """Return what Flower's processes hold, libraries included, while files pass in parts."""
+    engine = outline.config.engine
+    if not isinstance(engine, Flower):
+        return []
+    part = min(engine.part_mb << 20, max(traffic.proxy, traffic.all_down(1), traffic.all_up()))
+    return [Need(who, "a part", count * part + _FLOWER_PROCESS, 0) for who, count in _FLOWER_PARTS.items()]
 
 
 def _loading(outline: Outline) -> int:

@@ -35,6 +35,20 @@ def test_saved_bytes_are_those_that_training_keeps(words):
     assert saved_bytes(Outline.of(config), 4, 37) == pytest.approx(measured, rel=0.1)
 
 
+def test_flowers_processes_hold_a_few_parts_of_a_file():
+    sites = ("engine.name=flower", "data.partition.name=sites", "data.partition.clients=4", "data.rows_per_task=24")
+    large = plan(["recipe=fedproxy_llama", *sites])
+    # measured over 1 GiB in parts of 128 MiB: 740, 430, 540 and 960 MiB
+    found = [
+        large.peak(who) >> 20 for who in ("a site's relay", "a site's SuperNode", "the hub's relay", "the SuperLink")
+    ]
+    assert found == [740, 484, 612, 996]
+    assert plan(["recipe=fedproxy_llama", *sites, "engine.part_mb=32"]).peak("a site's relay") >> 20 == 260
+    tiny = plan([TINY, *sites])
+    assert tiny.peak("a site's relay") == (100 << 20) + 5 * tiny.traffic.proxy  # no more than there is to send
+    assert not [need for need in plan([TINY]).memory if "relay" in need.role]
+
+
 def test_what_lies_in_memory_by_stage():
     with_all, bare = plan([TINY]), plan([TINY, "evaluation.models=[]", "engine.name=workers"])
     target, proxy = 4 * with_all.target_parameters, 4 * with_all.proxy_parameters

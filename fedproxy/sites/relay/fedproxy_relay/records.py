@@ -5,6 +5,8 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from fedproxy_relay.frames import LONGEST_LINE
+
 _BYTES = "fedproxy.file"
 
 
@@ -20,10 +22,26 @@ def unpacked(content: RecordDict) -> tuple[dict[str, Any], bytes]:
     Raises:
         ValueError: If it is none of ours.
     """
-    try:
-        head, array = json.loads(content["head"]["json"]), content["file"]["part"]
-    except (KeyError, TypeError, ValueError):
-        raise ValueError("not a message of this app") from None
-    if not isinstance(head, dict) or array.stype != _BYTES:
+    text, payload = unread(content)
+    head = json.loads(text)
+    if not isinstance(head, dict):
         raise ValueError("not a message of this app")
-    return head, array.data
+    return head, payload
+
+
+def unread(content: RecordDict) -> tuple[str, bytes]:
+    """Return the line of a message's content as the text that it came as, and the payload.
+
+    Raises:
+        ValueError: If it is none of ours.
+    """
+    try:
+        text, array = content["head"]["json"], content["file"]["part"]
+        kind, payload = array.stype, array.data
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError("not a message of this app") from None
+    if not isinstance(text, str) or kind != _BYTES or not isinstance(payload, bytes):
+        raise ValueError("not a message of this app")
+    if len(json.dumps(text)) > LONGEST_LINE // 2:
+        raise ValueError("its line is too long")
+    return text, payload
