@@ -40,8 +40,6 @@ class Policy:
     most_clip: float | None = None
     """Updates, or rows' gradients with privacy.unit=example, must be clipped to at most this norm (parts.clip_noise or
     privacy.clip); null does not ask for it."""
-    least_noise: float = 0.0
-    """Least noise multiplier of what is clipped; above 0 it needs most_clip."""
     most_epsilon: float | None = None
     """Most of privacy.epsilon, over all runs on these rows, which the site's own ledgers keep; null asks for none."""
     most_delta: float = 1e-5
@@ -70,9 +68,6 @@ class Policy:
                 raise ConfigError(f"policy.{key} must be at least 1, got {getattr(self, key)}")
         if self.most_clip is not None and self.most_clip <= 0:
             raise ConfigError(f"policy.most_clip must be positive, or null, got {self.most_clip}")
-        if self.least_noise < 0 or (self.least_noise and self.most_clip is None):
-            raise ConfigError(f"policy.least_noise must be at least 0, and 0 without most_clip, got {self.least_noise}")
-
         if self.most_epsilon is not None and not self.most_epsilon > 0:
             raise ConfigError(f"policy.most_epsilon must be positive, or null, got {self.most_epsilon}")
         if not 0 < self.most_delta < 1:
@@ -118,7 +113,7 @@ class Policy:
             raise NotAllowedError(f"policy.most_epochs is {self.most_epochs}, the round asks for {epochs!r}")
         parts = parts_of(job)
         if self.most_clip is not None:
-            self._check_clip(*clip_of(parts))
+            self._check_clip(clip_of(parts))
         fault = ""
         if self.most_epsilon is not None:
             fault = budget_fault(parts, self.most_epsilon, self.most_delta, self.unit)
@@ -127,15 +122,10 @@ class Policy:
         if fault:
             raise NotAllowedError(fault)
 
-    def _check_clip(self, clip: Any, noise: Any) -> None:
+    def _check_clip(self, clip: Any) -> None:
         if not isinstance(clip, int | float) or not 0 < clip <= (self.most_clip or 0):
             raise NotAllowedError(
                 f"policy.most_clip is {self.most_clip}; use parts.clip_noise.clip or privacy.clip of at most that"
-            )
-        if self.least_noise and (not isinstance(noise, int | float) or noise < self.least_noise):
-            raise NotAllowedError(
-                f"policy.least_noise is {self.least_noise}; use parts.clip_noise.noise or privacy.noise_multiplier of "
-                "at least that"
             )
 
     def allowed(self, update: "ClientUpdate") -> "ClientUpdate":

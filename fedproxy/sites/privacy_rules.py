@@ -13,13 +13,10 @@ def parts_of(job: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [part for part in parts if isinstance(part, Mapping)] if isinstance(parts, Sequence) else []
 
 
-def clip_of(parts: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-    """Return the clip and the noise multiplier of a round, nothing where there is not exactly one part with them."""
+def clip_of(parts: Sequence[Mapping[str, Any]]) -> Any:
+    """Return the clip of a round, None where there is not exactly one part with a clip."""
     found = [part for part in parts if part.get("name") in ("clip_noise", "privacy")]
-    if len(found) != 1:
-        return None, None
-    key = "noise" if found[0]["name"] == "clip_noise" else "noise_multiplier"
-    return found[0].get("clip"), found[0].get(key)
+    return found[0].get("clip") if len(found) == 1 else None
 
 
 def budget_fault(parts: Sequence[Mapping[str, Any]], epsilon: float, delta: float, unit: str) -> str:

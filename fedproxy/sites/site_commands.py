@@ -41,8 +41,7 @@ policy:                      # what the server may ask for; looked at here, what
   figures: losses            # or counts: no losses leave
   statistics: false          # Fisher, Gram and SCAFFOLD tensors do not leave
   personal: true             # personal tensors may be handed in after the last round
-  # most_clip: 1.0           # updates must be clipped to this norm ...
-  # least_noise: 0.5         # ... and noised at least so much
+  # most_clip: 1.0           # updates must be clipped to this norm
   # most_epsilon: 3          # no round without a budget, at most this over all runs (needs evaluate: false)
   # secure: true             # no update leaves that is not masked
   plugins: []                # modules of the server's that may be imported here

@@ -148,8 +148,6 @@ class SiteRun:
         self.trained.note(f"{self.folder.name}_{content}", self.policy)
         own = {client: broadcast.with_own(task.own[client]) for client in clients}
         seeds: dict[str, ClientSeeds] = {name: sent.seeds for name, sent in own.items() if sent.seeds is not None}
-        if self.policy.least_noise:
-            seeds = {name: self.trained.own_draws(sent, content, name) for name, sent in seeds.items()}
         kept: dict[str, Kept] = {name: sent.kept for name, sent in own.items()}
         whole = replace(broadcast, all_seeds=seeds, all_kept=kept)
         known = [client for client in clients if client in self.rows]

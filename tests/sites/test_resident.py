@@ -230,12 +230,6 @@ JOB = {"epochs": 1, "parts": []}
         ({}, 1, {}, "policy.most_epochs"),
         ({"most_clip": 1.0}, 1, JOB, "policy.most_clip is 1.0"),
         ({"most_clip": 1.0}, 1, {"epochs": 1, "parts": [{"name": "clip_noise", "clip": 2.0}]}, "policy.most_clip"),
-        (
-            {"most_clip": 1.0, "least_noise": 0.5},
-            1,
-            {"epochs": 1, "parts": [{"name": "clip_noise", "clip": 1.0, "noise": 0.1}]},
-            "policy.least_noise is 0.5",
-        ),
     ],
 )
 def test_a_round_that_asks_for_more_is_refused_by_rule(rules, round_, job, line):
@@ -245,7 +239,7 @@ def test_a_round_that_asks_for_more_is_refused_by_rule(rules, round_, job, line)
 
 def test_a_round_within_the_rules_is_allowed():
     parts = [{"name": "clip_noise", "clip": 0.5, "noise": 1.0}]
-    Policy(most_clip=1.0, least_noise=0.5).check_round(100, {"epochs": 3, "parts": parts})
+    Policy(most_clip=1.0).check_round(100, {"epochs": 3, "parts": parts})
 
 
 BUDGET = {"name": "privacy", "unit": "client", "epsilon": 3.0, "delta": 1e-6, "noise_at": "client", "clip": 1.0}
@@ -275,8 +269,6 @@ def asked(*parts, **changes):
         ({}, asked({"name": "personal"}), "does not account for personal; remove it"),
         ({"secure": True}, asked(), "policy.secure lets no update leave that is not masked"),
         ({"most_clip": 0.5}, asked(), "policy.most_clip is 0.5; use parts.clip_noise.clip or privacy.clip"),
-        ({"most_clip": 1.0, "least_noise": 1.0}, asked(), "policy.least_noise is 1.0"),
-        ({"most_clip": 1.0, "least_noise": 1.0}, asked(noise_multiplier=0.5), "policy.least_noise is 1.0"),
     ],
 )
 def test_a_site_asks_for_a_budget_whatever_the_server_says(rules, job, line):
@@ -287,7 +279,6 @@ def test_a_site_asks_for_a_budget_whatever_the_server_says(rules, job, line):
 def test_private_rounds_within_the_rules_are_allowed():
     Policy(**KEEPS, unit="client", most_clip=1.0).check_round(1, asked())
     Policy(**KEEPS, unit="example").check_round(1, asked(unit="example", sampling="poisson"))
-    Policy(**KEEPS, most_clip=1.0, least_noise=1.0).check_round(1, asked(noise_multiplier=1.5))
     Policy(**KEEPS, secure=True).check_round(1, asked({"name": "secure_sum"}))
 
 
@@ -320,7 +311,7 @@ def test_losses_and_statistics_leave_only_where_they_may():
     ("text", "line"),
     [
         ("policy: {most_rounds: 0}", "policy.most_rounds must be at least 1"),
-        ("policy: {least_noise: 1}", "policy.least_noise must be"),
+        ("policy: {least_noise: 1}", "policy.least_noise: unknown key"),
         ("policy: {figures: all}", "policy.figures must be one of losses, counts"),
         ("policy: {epochs: 3}", "policy.epochs: unknown key"),
         ("workers: 0", "workers must be"),
@@ -535,30 +526,6 @@ def test_rounds_are_counted_over_all_runs_and_whatever_number_the_server_gives_t
         with pytest.raises(NotAllowedError, match=r"policy.most_rounds is 3, the site has trained in as many"):
             run.train(*task_of(tmp_path, seed=3), 1.0)
     assert len(json.loads((site.folder / "trained_rounds.json").read_text())) == 3
-
-
-def test_noise_that_the_site_asks_for_is_drawn_from_its_own_secret(place, tmp_path):
-    clip = {"parts": [{"name": "clip_noise", "clip": 1.0, "noise": 1.0}]}
-    drawn = {}
-    for name, policy in (("own", "policy: {most_clip: 1.0, least_noise: 0.5}"), ("sent", "")):
-        pool = FakePool()
-        run = run_of(place(policy), tmp_path / name, pool)
-        for seed in (1, 2):
-            run.train(*task_of(tmp_path, seed=seed, **clip), 1.0)
-        for old in (tmp_path / name / "answers").iterdir():
-            shutil.rmtree(old)
-        run.train(*task_of(tmp_path, seed=2, **clip), 1.0)
-        drawn[name] = [sent.all_seeds["ward"].parts for sent in pool.sent]
-    assert drawn["sent"] == [1, 2, 2]
-    assert drawn["own"][1] == drawn["own"][2] != drawn["own"][0]
-    assert not set(drawn["own"]) & {1, 2}
-    secret = tmp_path / "site/draws.key"
-    assert stat.S_IMODE(secret.stat().st_mode) == 0o600
-    secret.unlink()
-    run_of(place("policy: {most_clip: 1.0, least_noise: 0.5}"), tmp_path / "other", pool).train(
-        *task_of(tmp_path, seed=2, **clip), 1.0
-    )
-    assert pool.sent[-1].all_seeds["ward"].parts not in drawn["own"]
 
 
 def test_tensors_that_nothing_clips_do_not_leave_where_updates_must_be_clipped(place, tmp_path):
