@@ -38,10 +38,11 @@ def main(arguments: Sequence[str]) -> dict[str, object]:
     names = [f"site_{number:02d}" for number in range(numbers["sites"])]
     folder.mkdir(parents=True, exist_ok=True)
     set_up(folder, names, flower)
-    hub, *sites = started = [up(folder, "hub", "hub", "hub is up")]
+    hub = up(folder, "hub", "hub")
+    sites, fit = [], None
     try:
-        sites = [up(folder, "site", name) for name in names]
-        started += sites
+        wait_for(folder / "hub.log", "hub is up")
+        sites += [up(folder, "site", name) for name in names]
         for name in names:
             wait_for(folder / f"{name}.log", "is up")
         words = (
@@ -51,11 +52,10 @@ def main(arguments: Sequence[str]) -> dict[str, object]:
             "federation.min_clients=1", "resume=auto", *(f"{key}={value}" for key, value in given.items()),
         )  # fmt: skip
         fit = command(folder, "fit", *words)
-        started.append(fit)
         watch(folder, fit, hub, sites, names, numbers["every"])
         status = fit.returncode
     finally:
-        end_all(started)
+        end_all([process for process in (hub, *sites, fit) if process is not None])
     return {**numbers, "status": status, **figures(folder, numbers["warm"])}
 
 
@@ -82,13 +82,10 @@ def set_up(folder: Path, names: Sequence[str], flower: str) -> None:
         finish(folder, "hub", "register", "hub.yaml", name, f"{name}/keys/site.pub")
 
 
-def up(folder: Path, what: str, name: str, sign: str = ""):
+def up(folder: Path, what: str, name: str):
     """Start a hub or a site; its log begins anew."""
     with open(folder / f"{name}.log", "wb") as log:
-        process = command(folder, what, "up", f"{name}.yaml", output=log)
-    if sign:
-        wait_for(folder / f"{name}.log", sign)
-    return process
+        return command(folder, what, "up", f"{name}.yaml", output=log)
 
 
 def wait_for(log: Path, sign: str) -> None:
@@ -157,4 +154,5 @@ def figures(folder: Path, warm: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     print(json.dumps(main(sys.argv[1:]), indent=2))
