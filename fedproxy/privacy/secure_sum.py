@@ -88,6 +88,8 @@ def _split(numbers: Numbers) -> list[Numbers]:
 
 def _in_threads(work: Callable[[T], R], shares: Sequence[T]) -> list[R]:
     """Do independent work; ours, since PyTorch's threads wait for each other after every operation."""
+    if len(shares) < 2:
+        return list(map(work, shares))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         return list(pool.map(work, shares))
 
