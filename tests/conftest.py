@@ -1,5 +1,8 @@
 """Small random models of several families."""
 
+import os
+import signal
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -8,6 +11,8 @@ from fedproxy.registry import Component
 
 # Tiny matrices gain nothing from a second thread, and lose much where other processes want the core.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would everything that tests start
 
 SIZES = {
     "llama": {"num_key_value_heads": 2},

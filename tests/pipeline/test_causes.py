@@ -21,7 +21,10 @@ class Odd(Regularizer, name="odd"):
         raise LookupError("no such \\x1b[31mthing")
 """
 HINT = "(FEDPROXY_DEBUG=1 shows the traceback)"
-SMALL = ("recipe=fedproxy_tiny", "data.rows_per_task=8", "federation.rounds=1", "evaluation.models=[]")
+SMALL = (
+    "recipe=fedproxy_tiny", "data.tasks=[tiny_sums,tiny_places]", "data.rows_per_task=8", "federation.rounds=1",
+    "evaluation.models=[]",
+)  # fmt: skip
 
 
 def command(folder, name, *words, debug):
