@@ -1,6 +1,7 @@
 """A finished run that the same command asks for again is recognised before anything heavy is imported."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,16 +47,18 @@ def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
 def note_finished(arguments: Sequence[str], config: "RunConfig") -> None:
     """Note that these arguments finished a run, unless its questions lie in files, which may change.
 
+    The run is finished without it too: what cannot be noted takes longer to be recognised.
+
     Args:
         arguments: Words of the command line.
         config: What they say.
     """
     from fedproxy.pipeline.asked import asked_of, asked_sha256
 
-    early = read_early(arguments)
-    if early is not None and not asked_sha256(config, asked_of(config)):
-        folder = Path(config.output_dir)
-        write_json(_note(folder), _content(early[1], folder / "report.json"))
+    early, folder = read_early(arguments), Path(config.output_dir)
+    with suppress(OSError, FedProxyError):
+        if early is not None and not asked_sha256(config, asked_of(config)):
+            write_json(_note(folder), _content(early[1], folder / "report.json"))
 
 
 def _note(folder: Path) -> Path:

@@ -81,3 +81,14 @@ def test_questions_in_files_are_looked_at_each_time(run, tmp_path):
     asked = [*words[:-1], f"evaluation.files.own={tmp_path}/own.jsonl", f"output_dir={tmp_path}/run", "resume=auto"]
     fit.main(asked)
     assert finished(asked) is None
+
+
+def test_a_full_disk_at_the_note_is_no_error(run, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    words, _ = run
+    monkeypatch.setattr("fedproxy.pipeline.finished.write_json", full)
+    fit.main([*words[:-1], f"output_dir={tmp_path}/run"])
+    assert not (tmp_path / "run/server/finished.json").exists()
+    assert (tmp_path / "run/report.json").is_file()
