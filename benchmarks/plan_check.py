@@ -24,6 +24,7 @@ from fedproxy.pipeline.planning.memory import CLIENT_PROCESS, SERVER_PROCESS
 DEFAULTS = {"recipe": "fedproxy_llama", "data.rows_per_task": "16", "federation.rounds": "1", "evaluation.limit": "5"}
 ENGINE = ("engine.name=workers", "engine.workers=1")
 POLL_S = 0.05
+WORKER = b"fedproxy.federation.engines.worker"
 
 
 def main(words: list[str]) -> dict[str, object]:
@@ -54,7 +55,7 @@ def peaks(arguments: list[str]) -> tuple[int, int]:
         server = client = 0
         while run.poll() is None:
             server = max(server, peak_of(run.pid))
-            client = max([client, *(peak_of(pid) for pid in children(run.pid))])
+            client = max([client, *(peak_of(pid) for pid in workers(run.pid))])
             time.sleep(POLL_S)
         if run.returncode:
             log.seek(0)
@@ -62,12 +63,13 @@ def peaks(arguments: list[str]) -> tuple[int, int]:
     return server, client
 
 
-def children(pid: int) -> list[int]:
-    """Return the processes that another one started."""
+def workers(pid: int) -> list[int]:
+    """Return the workers that another process started; one that has not begun yet still shows its parent's memory."""
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
-            found += map(int, thread.read_text().split())
+            started = [int(child) for child in thread.read_text().split()]
+            found += [child for child in started if WORKER in Path(f"/proc/{child}/cmdline").read_bytes()]
         except OSError:  # it ended meanwhile
             continue
     return found

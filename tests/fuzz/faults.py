@@ -58,11 +58,17 @@ def made() -> None:
 
 
 def escape() -> None:
-    raise ConfigError("a \x1b[31mred value")
+    _end("a \x1b[31mred value")
 
 
 def long() -> None:
-    raise ConfigError("x" * 5000)
+    _end("x" * 5000)
+
+
+def _end(message: str) -> None:
+    """End as a command that did not pass its error through the one border."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main(arguments: list[str]) -> None:
