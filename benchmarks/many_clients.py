@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.plan_check import workers
+from benchmarks.plan_check import children
 
 DEFAULTS = {"clients": 512, "fewer": 32, "per_round": 16, "rounds": 30, "warm": 10}
 
@@ -72,7 +72,7 @@ def run(clients: int, per_round: int, rounds: int, overrides: Sequence[str], fol
 
 def descendants(pid: int) -> list[int]:
     """Return the processes that another one started, and those that they started."""
-    own = workers(pid)
+    own = children(pid)
     return [*own, *(far for near in own for far in descendants(near))]
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from fedproxy.config import load_config
@@ -55,7 +56,7 @@ def peaks(arguments: list[str]) -> tuple[int, int]:
         server = client = 0
         while run.poll() is None:
             server = max(server, peak_of(run.pid))
-            client = max([client, *(peak_of(pid) for pid in workers(run.pid))])
+            client = max([client, *(peak_of(pid) for pid in filter(is_worker, children(run.pid)))])
             time.sleep(POLL_S)
         if run.returncode:
             log.seek(0)
@@ -63,16 +64,21 @@ def peaks(arguments: list[str]) -> tuple[int, int]:
     return server, client
 
 
-def workers(pid: int) -> list[int]:
-    """Return the workers that another process started; one that has not begun yet still shows its parent's memory."""
+def children(pid: int) -> list[int]:
+    """Return the processes that another one started."""
     found: list[int] = []
     for thread in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            started = [int(child) for child in thread.read_text().split()]
-            found += [child for child in started if WORKER in Path(f"/proc/{child}/cmdline").read_bytes()]
-        except OSError:  # it ended meanwhile
-            continue
+        with suppress(OSError):  # it ended meanwhile
+            found += map(int, thread.read_text().split())
     return found
+
+
+def is_worker(pid: int) -> bool:
+    """Return whether a process has begun to be a worker: before, it shows its parent's memory."""
+    try:
+        return WORKER in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def peak_of(pid: int) -> int:
