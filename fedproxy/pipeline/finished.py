@@ -56,8 +56,10 @@ def note_finished(arguments: Sequence[str], config: "RunConfig") -> None:
     from fedproxy.pipeline.asked import asked_of, asked_sha256
 
     early, folder = read_early(arguments), Path(config.output_dir)
+    if early is None or config.evaluation.files:  # not read again to say so
+        return
     with suppress(OSError, FedProxyError):
-        if early is not None and not asked_sha256(config, asked_of(config)):
+        if not asked_sha256(config, asked_of(config)):
             write_json(_note(folder), _content(early[1], folder / "report.json"))
 
 

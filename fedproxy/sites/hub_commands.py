@@ -40,7 +40,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class HubInit:
-    """What ``hub init`` is told."""
+    """Options of ``hub init``."""
 
     hosts: list[str] = field(default_factory=lambda: ["localhost"])
     """Names or addresses that sites reach this machine by."""

@@ -1,4 +1,4 @@
-"""What a site demands of the privacy of a round: it is told by the server, and looked at here."""
+"""What a site asks of the privacy options that the server sends with a round."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -57,7 +57,7 @@ node_port: {node_port}       # on this machine alone
 
 @dataclass(frozen=True)
 class SiteInit:
-    """What ``site init`` is told."""
+    """Options of ``site init``."""
 
     name: str = ""
     """As the hub registers the site; empty is the file's name."""
