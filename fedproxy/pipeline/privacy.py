@@ -12,6 +12,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.errors import ConfigError
 from fedproxy.federation.server.sampling import sample_clients
 from fedproxy.privacy.accounting import Release, calibrate, can_keep, spent
+from fedproxy.privacy.adaptive_clip import split_noise
 from fedproxy.privacy.dp_sgd import sampling_of, steps_of
 from fedproxy.privacy.ledger import FOLDER
 from fedproxy.reporting.privacy import PrivacyReport
@@ -259,6 +260,7 @@ def _part(config: RunConfig, rows: Mapping[str, int], run: str) -> Privacy:
         delta=privacy.delta,
         noise_multiplier=privacy.noise_multiplier,
         clip=privacy.clip or 1.0,
+        quantile=privacy.quantile,
         accountant=privacy.accountant,
         sampling=privacy.counted_sampling,
         noise_at=privacy.noise_at,
@@ -298,6 +300,8 @@ def privacy_lines(config: RunConfig, rows: Mapping[str, int] | None, parameters:
     draw = {"none": "no draw", "poisson": "Poisson draws"}.get(privacy.counted_sampling, "secret draws of a fixed size")
     yield "privacy", f"{bound}{delta} for each {privacy.unit}, by {privacy.accountant} with {draw} counted on"
     part, z = _part(config, rows, ""), promise.noise_multiplier
+    if privacy.quantile is not None:
+        z = split_noise(z)[0]
     if privacy.unit == "example":
         sample = promise.release.rate * min(rows.values())
         of, ratio = f"a step's mean over {sample:.3g} rows", z * math.sqrt(parameters) / sample
@@ -330,7 +334,8 @@ def privacy_report(config: RunConfig, rounds: Sequence[Mapping[str, Any]]) -> Pr
         accountant=privacy.accountant,
         sampling=privacy.counted_sampling,
         noise_multiplier=min((line["noise_multiplier"] for line in told), default=None),
-        clip=privacy.clip,
+        clip=told[-1].get("clip", privacy.clip) if told else privacy.clip,
+        quantile=privacy.quantile,
         noise_at=privacy.noise_at,
         withheld=WITHHELD,
         foreseeable=privacy.test_seed is not None,

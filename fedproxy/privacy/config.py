@@ -22,6 +22,9 @@ class PrivacyConfig:
     """Standard deviation of the noise in units of ``clip``; null takes the least that keeps the budget."""
     clip: float | None = 1.0
     """Largest L2 norm of what one unit adds: a row's gradient or a client's update; null does not clip."""
+    quantile: float | None = None
+    """Share of clients whose updates stay whole, in (0, 1): from ``clip`` on, the clip follows it from round to round,
+    at 5 % more noise; with unit client. Null keeps ``clip``."""
     accountant: Literal["pld", "rdp"] = "pld"
     """How epsilon is computed (dp-accounting): privacy loss distributions, or Rényi divergences, quicker and looser."""
     sampling: Literal["auto", "poisson", "without_replacement", "none"] = "auto"
@@ -54,12 +57,13 @@ class PrivacyConfig:
                 "privacy.noise_at must be client with privacy.secure_aggregation, got 'server': it sees no update"
             )
         if self.unit == "none":
-            for key in ("epsilon", "delta", "noise_multiplier", "ledger", "test_seed"):
+            for key in ("epsilon", "delta", "noise_multiplier", "quantile", "ledger", "test_seed"):
                 if getattr(self, key) is not None:
                     raise ConfigError(f"privacy.unit must be example or client where privacy.{key} is set, got none")
             return
         self._check_numbers()
         self._check_sampling()
+        self._check_quantile()
 
     @property
     def on(self) -> bool:
@@ -115,6 +119,23 @@ class PrivacyConfig:
             )
         if self.accountant != "rdp":
             raise ConfigError("privacy.accountant must be rdp with privacy.sampling=without_replacement, got 'pld'")
+
+    def _check_quantile(self) -> None:
+        if self.quantile is None:
+            return
+        self._require("quantile", 0 < self.quantile < 1, "in (0, 1), or null")
+        if self.unit != "client":
+            raise ConfigError(
+                f"privacy.quantile must be null with privacy.unit=example, got {self.quantile}: it is of clients' "
+                "updates; set privacy.clip for the gradients of rows"
+            )
+        if self.clip is None:
+            raise ConfigError("privacy.clip must be a number with privacy.quantile, got null: it is the first round's")
+        if self.secure_aggregation:
+            raise ConfigError(
+                f"privacy.quantile must be null with privacy.secure_aggregation, got {self.quantile}: how many updates "
+                "were within the clip is no part of the sum"
+            )
 
     def _require(self, key: str, ok: bool, rule: str) -> None:
         if not ok:

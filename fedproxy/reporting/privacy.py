@@ -26,6 +26,9 @@ class PrivacyReport:
     noise_multiplier: float | None = None
     """Least of all clients and rounds, in units of the clip."""
     clip: float | None = None
+    """Of the last round, where it follows the updates' norms."""
+    quantile: float | None = None
+    """Share of updates that the clip should leave whole, where it follows them."""
     noise_at: str = "client"
     withheld: Sequence[str] = ()
     """What clients did not tell."""
@@ -38,6 +41,7 @@ def privacy_table(found: PrivacyReport | None) -> Table | None:
     if found is None:
         return None
     spent = "without bound: there was no noise" if found.epsilon is None else show.number(found.epsilon, 4)
+    follows = "" if found.quantile is None else f", follows the quantile {found.quantile:g}"
     rows = [
         ("protected", _UNITS.get(found.unit, found.unit)),
         ("epsilon, most of a client", spent),
@@ -45,7 +49,7 @@ def privacy_table(found: PrivacyReport | None) -> Table | None:
         ("delta", show.NONE if found.delta is None else f"{found.delta:g}"),
         ("accountant, sampling", f"{found.accountant}, {found.sampling}"),
         ("noise, in units of the clip", show.number(found.noise_multiplier, 4)),
-        ("clip", show.number(found.clip, 4)),
+        (f"clip{follows}", show.number(found.clip, 4)),
         ("noise added by", f"the {found.noise_at}"),
         ("withheld by clients", ", ".join(found.withheld)),
     ]

@@ -36,6 +36,17 @@ def config(*overrides):
             [*CLIENT, "privacy.sampling=without_replacement", "privacy.noise_at=server", "privacy.accountant=pld"],
             r"privacy.accountant must be rdp with privacy.sampling=without_replacement",
         ),
+        ([*CLIENT, "privacy.quantile=1"], r"privacy.quantile must be in \(0, 1\), or null, got 1"),
+        ([*EXAMPLE, "privacy.quantile=0.5"], r"privacy.quantile must be null with privacy.unit=example, got 0.5"),
+        (["privacy.quantile=0.5"], r"privacy.unit must be example or client where privacy.quantile is set, got none"),
+        (
+            ["privacy.unit=client", "privacy.quantile=0.5", "privacy.noise_multiplier=0", "privacy.clip=null"],
+            r"privacy.clip must be a number with privacy.quantile, got null",
+        ),
+        (
+            [*CLIENT, "privacy.quantile=0.5", "privacy.secure_aggregation=true"],
+            r"privacy.quantile must be null with privacy.secure_aggregation, got 0.5",
+        ),
         ([*EXAMPLE, "privacy.physical_batch=0"], r"privacy.physical_batch must be at least 1, or null, got 0"),
         (["parts.privacy.clip=1"], r"parts.privacy comes with the node privacy; use privacy.unit"),
     ],

@@ -1,11 +1,12 @@
 """Download a wheel with pip, with all of the user's settings: index, proxy, certificates, credentials."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedproxy.data.assets.entries import Wheel
@@ -47,9 +48,9 @@ def download_with_pip(wheel: Wheel, folder: Path, advance: Callable[[int], None]
 def salvage(wheel: Wheel, folder: Path, part: Path) -> None:
     """Keep the longest piece of the wheel that interrupted runs of pip left, and remove their temporary folders."""
     stale = list(folder.glob(f"{_prefix(wheel)}*"))
-    pieces = [piece for scratch in stale for piece in scratch.rglob(wheel.file) if piece.stat().st_size]
-    longest = max(pieces, key=lambda piece: piece.stat().st_size, default=None)
-    if longest and (not part.exists() or part.stat().st_size < longest.stat().st_size):
+    pieces = {piece: size for scratch in stale for piece, size in _pieces(scratch, wheel.file) if size}
+    longest = max(pieces, key=pieces.__getitem__, default=None)
+    if longest and (not part.exists() or part.stat().st_size < pieces[longest]):
         shutil.copyfile(longest, part)  # a copy: an orphaned pip may still write to the original
     for scratch in stale:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -66,7 +67,7 @@ def _run(wheel: Wheel, scratch: Path, advance: Callable[[int], None]) -> None:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             while process.poll() is None:
-                advance(_size(scratch, wheel.file))
+                advance(max((size for _, size in _pieces(scratch, wheel.file)), default=0))
                 _wait(process)
         finally:
             if process.poll() is None:
@@ -81,15 +82,15 @@ def _wait(process: "subprocess.Popen[bytes]") -> None:
         return
 
 
-def _size(folder: Path, file: str) -> int:
-    """Bytes so far of a file that another process is writing somewhere below a folder."""
-    sizes = [0]
-    for path in folder.rglob(file):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue
-    return max(sizes)
+def _pieces(folder: Path, file: str) -> Iterator[tuple[Path, int]]:
+    """Yield the files of a name below a folder, with their bytes so far.
+
+    Another process writes there: folders and files may vanish while this looks at them.
+    """
+    for parent, _, names in os.walk(folder):
+        if file in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield (path := Path(parent, file)), path.stat().st_size
 
 
 def _prefix(wheel: Wheel) -> str:

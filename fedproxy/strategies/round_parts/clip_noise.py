@@ -42,11 +42,16 @@ class ClipNoise(RoundPart, name="clip_noise"):
         return replace(update, delta=clipped)
 
 
+def norm(delta: Mapping[str, Tensor]) -> float:
+    """Return the L2 norm of an update over all of its tensors."""
+    squares = [torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2 for tensor in delta.values()]
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+
 def clip(delta: Mapping[str, Tensor], bound: float) -> dict[str, Tensor]:
     """Return an update scaled down to an L2 norm of at most ``bound`` over all of its tensors; shorter ones stay."""
-    squares = [torch.linalg.vector_norm(tensor, dtype=torch.float64) ** 2 for tensor in delta.values()]
-    norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
-    return dict(delta) if norm <= bound else {name: tensor * (bound / norm) for name, tensor in delta.items()}
+    length = norm(delta)
+    return dict(delta) if length <= bound else {name: tensor * (bound / length) for name, tensor in delta.items()}
 
 
 def _normal(like: Tensor, draws: torch.Generator) -> Tensor:

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.privacy.accounting import Release
+from fedproxy.privacy.adaptive_clip import next_clip, split_noise
 from fedproxy.privacy.ledger import Charge, Ledger, Terms
 from fedproxy.privacy.noise import SecretStream, noised
 from fedproxy.privacy.releases import Releases
 from fedproxy.privacy.server_noise import ServerNoise
-from fedproxy.protocol import ClientUpdate, Tensors
+from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.strategies.round_parts.base import ClientRound, Group, RoundPart, RoundResult
-from fedproxy.strategies.round_parts.clip_noise import clip
+from fedproxy.strategies.round_parts.clip_noise import clip, norm
 from fedproxy.strategies.round_parts.secure_sum import SecureSum
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -28,6 +29,8 @@ _LONGEST_RUN = 128
 _log = logging.getLogger(__name__)
 _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 """What a client says of its release; an epsilon without bound is -1."""
+_CLIP = " clip"
+"""Where the server keeps the next round's clip among what clients released: no client's name begins with a blank."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ class Privacy(RoundPart, name="privacy"):
     noise_multiplier: float | None = None
     """In units of ``clip``; None is the least that keeps the budget over ``rounds``."""
     clip: float = 1.0
+    """Of this round, as clients read it; of the first one, as the server's own part has it."""
+    quantile: float | None = None
+    """Share of updates that the clip should leave whole, which it then follows; None keeps it."""
     accountant: str = "pld"
     sampling: str = "none"
     """Draw that is accounted for: poisson, none or without_replacement."""
@@ -82,10 +88,21 @@ class Privacy(RoundPart, name="privacy"):
             value = getattr(self, key)
             self.require(key, value is None or (_is_number(value) and value >= 0), "a finite number from 0, or null")
         self.require("clip", _is_number(self.clip) and self.clip > 0, "positive and finite")
+        share = self.quantile
+        self.require("quantile", share is None or (_is_number(share) and 0 < share < 1), "in (0, 1), or null")
+        self.require("quantile", share is None or self.unit == "client", "null where rows are protected")
         secret = self.sampling == "without_replacement"
         self.require("sampling", secret or self.sampling in ("none", "poisson"), "one that is accounted for")
         self.require("sampling", not secret or self.noise_at == "server", "none where clients add the noise")
         self.require("drawn", not secret or 0 < self.drawn <= self.among, "at most the clients there are")
+
+    def send(self, broadcast: Broadcast, memory: Tensors) -> Broadcast:
+        """Say the round's clip, where it follows the clients."""
+        if _CLIP not in memory:
+            return broadcast
+        here = {"clip": float(memory[_CLIP])}
+        parts = [{**node, **here} if node["name"] == self.name else node for node in broadcast.job["parts"]]
+        return replace(broadcast, job={**broadcast.job, "parts": parts})
 
     def receive(self, task: ClientRound) -> None:
         """Charge the ledger, and say how to train where rows are protected.
@@ -112,12 +129,15 @@ class Privacy(RoundPart, name="privacy"):
         if task.privacy is None:
             return update
         charge: Charge = task.privacy
+        told = {"release": _figures(charge)}
         if task.released is None:
-            delta = self._hidden(update.delta, charge)
-            self._keep(task, charge, task.model.state() if self.unit == "example" else delta)
+            delta, within = self._hidden(update.delta, charge)
+            self._keep(task, charge, task.model.state() if self.unit == "example" else delta, within)
         else:
-            delta = self._made_before(task, *task.released)
-        extras = {**update.extras, self.name: {"release": _figures(charge)}}
+            delta, within = self._made_before(task, *task.released), task.released[1]
+        if self.quantile is not None:
+            told["within"] = within["within"]
+        extras = {**update.extras, self.name: told}
         return replace(
             update, delta=delta, extras=extras, num_examples=1, num_tokens=0, train_loss=None, regularizer_loss=None
         )
@@ -135,6 +155,14 @@ class Privacy(RoundPart, name="privacy"):
                 "privacy.noise_multiplier"
             )
 
+    def take(self, update: ClientUpdate, broadcast: Broadcast) -> ClientUpdate:
+        """Note beside an update which clip it was made under, where that changes."""
+        if self.quantile is None:
+            return update
+        clip = next(node["clip"] for node in broadcast.job["parts"] if node["name"] == self.name)
+        told = {**update.extras[self.name], "clip": torch.tensor(clip, dtype=torch.float64)}
+        return replace(update, extras={**update.extras, self.name: told})
+
     def gather(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """Add the server's shares of the noise, of which ``least`` make up the whole.
 
@@ -146,42 +174,46 @@ class Privacy(RoundPart, name="privacy"):
         """
         if self.noise_at == "client" or not self.noise_multiplier or not updates:
             return updates
-        number, sums = updates[0].round or 0, {update.client_id: tensors_sha256(update.delta) for update in updates}
+        number, sums = updates[0].round or 0, {update.client_id: _sum(update, self.name) for update in updates}
         if self.test_seed is None:
             assert self.noise is not None, "the server binds it"
             key = self.noise.key(number, sums)
         else:
             key = _test_key(self.test_seed, number, sums)
-        share = self.noise_multiplier * self.clip / math.sqrt(self.least)
-        return [
-            replace(
-                update,
-                delta=noised(update.delta, share, SecretStream(key, update.client_id)),
-                wire_bytes=update.bytes,
-            )
-            for update in updates
-        ]
+        return [self._with_share(update, SecretStream(key, update.client_id)) for update in updates]
 
     def told(self, updates: Sequence[ClientUpdate]) -> dict[str, Any]:
         """Return a round's figures: the most epsilon that a client has spent, and the least noise."""
         rows = torch.stack([update.extras[self.name]["release"] for update in updates])
         unbounded = bool((rows[:, 3] < 0).any())
         epsilon = None if unbounded else float(rows[:, 3].max())
-        return {self.name: {"epsilon": epsilon, "noise_multiplier": float(rows[:, 0].min())}}
+        clip = {} if self.quantile is None else {"clip": float(updates[0].extras[self.name]["clip"])}
+        return {self.name: {"epsilon": epsilon, "noise_multiplier": float(rows[:, 0].min()), **clip}}
 
     def collect(self, memory: Tensors, result: RoundResult) -> Tensors:
-        """Keep what every client has released, one row (noise multiplier, rate, steps, epsilon) for each round."""
+        """Keep what every client has released, one row (noise multiplier, rate, steps, epsilon) for each round.
+
+        Where the clip follows the clients, the next round's is beside it.
+        """
         kept = {name: memory[name] for name in memory}
         for update in result.received:
             row = update.extras[self.name]["release"][None]
             before = kept.get(update.client_id)
             kept[update.client_id] = row.clone() if before is None else torch.cat([before, row])
+        if self.quantile is not None:
+            told = [update.extras[self.name] for update in result.updates]
+            within = 0.5 + float(torch.stack([one["within"] for one in told]).mean())
+            clip = next_clip(float(told[0]["clip"]), within, self.quantile)
+            kept[_CLIP] = torch.tensor(clip, dtype=torch.float64)
         return kept
 
     def expects(self, up: Mapping[str, Group], model: TrainableModel, client_id: str = "") -> Mapping[str, Group]:
         """Add the figures of the release."""
-        form = torch.empty(len(_FIGURES), dtype=torch.float64, device="meta")
-        return {**up, self.name: Group({"release": form})}
+        sizes: dict[str, tuple[int, ...]] = {"release": (len(_FIGURES),)}
+        if self.quantile is not None:
+            sizes["within"] = ()
+        forms = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
+        return {**up, self.name: Group(forms)}
 
     def _release(self, rows: int, batch: int, job: Mapping[str, Any]) -> Release:
         noise = self.noise_multiplier or 0.0
@@ -215,14 +247,32 @@ class Privacy(RoundPart, name="privacy"):
         releases.keep(ledger.needed(self.run, number))
         return charge
 
-    def _hidden(self, delta: Tensors, charge: Charge) -> Tensors:
-        """Return an update clipped and noised, where a client is protected; DP-SGD has done its own."""
+    def _hidden(self, delta: Tensors, charge: Charge) -> tuple[Tensors, Tensors]:
+        """Return an update clipped and noised, where a client is protected, and what else it tells.
+
+        DP-SGD has done its own.
+        """
         if self.unit == "example":
-            return delta
-        clipped = clip(delta, self.clip)
-        if self.noise_at == "server" or not charge.release.noise_multiplier:
-            return clipped
-        return noised(clipped, charge.release.noise_multiplier * self.clip, SecretStream(charge.key))
+            return delta, {}
+        clipped, stream = clip(delta, self.clip), SecretStream(charge.key)
+        noise = 0.0 if self.noise_at == "server" else charge.release.noise_multiplier
+        if self.quantile is None:
+            return noised(clipped, noise * self.clip, stream), {}
+        noise, of_count = split_noise(noise)
+        within = torch.tensor(0.5 if norm(delta) <= self.clip else -0.5, dtype=torch.float64)
+        return noised(clipped, noise * self.clip, stream), noised({"within": within}, of_count, stream)
+
+    def _with_share(self, update: ClientUpdate, stream: SecretStream) -> ClientUpdate:
+        """Return an update with its share of the noise that the server adds, one of ``least`` that make it up."""
+        share = (self.noise_multiplier or 0.0) / math.sqrt(self.least)
+        if self.quantile is None:
+            return replace(update, delta=noised(update.delta, share * self.clip, stream), wire_bytes=update.bytes)
+        told = update.extras[self.name]
+        share, of_count = split_noise(share)
+        delta = noised(update.delta, share * float(told["clip"]), stream)
+        within = noised({"within": told["within"]}, of_count, stream)
+        extras = {**update.extras, self.name: {**told, **within}}
+        return replace(update, delta=delta, extras=extras, wire_bytes=update.bytes)
 
     def _made_before(self, task: ClientRound, kept: Tensors, figures: Tensors) -> Tensors:
         """Return an earlier release, and leave model and task as they were after it."""
@@ -232,9 +282,9 @@ class Privacy(RoundPart, name="privacy"):
         task.model.load_state(kept)  # what was tuned by DP-SGD may be used as it is, as by personal tensors
         return {name: tuned.sub_(task.state[name]) for name, tuned in task.model.state().items()}
 
-    def _keep(self, task: ClientRound, charge: Charge, released: Tensors) -> None:
+    def _keep(self, task: ClientRound, charge: Charge, released: Tensors, beside: Tensors) -> None:
         assert task.ledger is not None, "it was charged"
-        figures = {"steps": torch.tensor(task.steps), "lr": torch.tensor(task.lr, dtype=torch.float64)}
+        figures = {"steps": torch.tensor(task.steps), "lr": torch.tensor(task.lr, dtype=torch.float64), **beside}
         seal = Releases(task.ledger, task.client_id).write(charge.number, released, figures)
         if Ledger(task.ledger, task.client_id).made(charge.number, seal) != seal:
             raise ClientError("another process trained this client for the same round; ask again")
@@ -262,6 +312,12 @@ def _figures(charge: Charge) -> Tensor:
     release, epsilon = charge.release, charge.epsilon
     values = [release.noise_multiplier, release.rate, release.steps, epsilon if math.isfinite(epsilon) else -1.0]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _sum(update: ClientUpdate, name: str) -> str:
+    """Return a hash of all that the server's noise hides of an update."""
+    within = {f"{name}/within": update.extras[name]["within"]} if "within" in update.extras[name] else {}
+    return tensors_sha256({**{part: update.delta[part] for part in update.delta}, **within})
 
 
 def _test_key(seed: int, *words: Any) -> bytes:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -176,3 +177,14 @@ def test_a_file_index_is_read_from_disk(small, no_pip, monkeypatch, tmp_path):
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     path = download(small.wheel, tmp_path / "downloads", progress=False)
     assert path.read_bytes() == small.path.read_bytes()
+
+
+def test_folders_that_pip_removes_while_they_are_looked_through_do_not_matter(tmp_path):
+    for name in ("a", "b/c", "b/d", "e"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "x.whl").write_bytes(b"part")
+    found = pip._pieces(tmp_path, "x.whl")
+    _, size = next(found)
+    assert size == 4
+    shutil.rmtree(tmp_path)
+    assert list(found) == []
