@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py                                     # SmolLM2, 200 questions, zero-shot and 5-shot
     python benchmarks/evaluation.py limit=50 shots=[0] tasks=[arc_easy] batch_size=8 output=bench.json
+    python benchmarks/evaluation.py limit=100 shots=[5] tasks=[gsm8k,triviaqa]          # answers that are generated
 
 Each task's questions are cut into `parts`; for each part both models answer all requests, tokenisation included, and
 who goes first alternates. Wall and CPU times are summed over parts; on a busy machine the CPU ratio is steadier.
@@ -56,7 +57,7 @@ class Side:
     def answer(self, requests):
         """Return the answers to lm-eval requests and add the time they took."""
         wall, cpu = time.perf_counter(), time.process_time()
-        answers = self.lm.loglikelihood(requests, disable_tqdm=True)
+        answers = getattr(self.lm, requests[0].request_type)(requests, disable_tqdm=True)
         self.wall += time.perf_counter() - wall
         self.cpu += time.process_time() - cpu
         return answers
@@ -79,10 +80,12 @@ def measure(name, shots, options, ours, stock):
         flat = [request for question in asked for request in question]
         order = ("ours", "stock") if part % 2 else ("stock", "ours")
         answers = {side: sides[side].answer(flat) for side in order}
-        difference = max(
-            difference, *(abs(a[0] - b[0]) for a, b in zip(answers["ours"], answers["stock"], strict=True))
-        )
-        greedy_flips += sum(a[1] != b[1] for a, b in zip(answers["ours"], answers["stock"], strict=True))
+        pairs = list(zip(answers["ours"], answers["stock"], strict=True))
+        if flat[0].request_type == "loglikelihood":
+            difference = max(difference, *(abs(a[0] - b[0]) for a, b in pairs))
+            greedy_flips += sum(a[1] != b[1] for a, b in pairs)
+        else:
+            greedy_flips += sum(a != b for a, b in pairs)
         flips += count_flips(loaded.task, asked, answers)
     return {
         "task": name,

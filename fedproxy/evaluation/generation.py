@@ -1,14 +1,12 @@
 """Greedy answers in batches: the same tokens that ``generate`` gives prompt by prompt, in fewer forwards."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-Tokens = Sequence[int]
-_HALF_NOISE, _NOISE = 1e-1, 1e-3
-"""Largest difference of logits that rounding makes, in their standard deviations: below float32, and in it."""
+from fedproxy.evaluation.decoding import SlotDecoder, Tokens, noise, read, token_bytes
 
 
 def generate(
@@ -18,11 +16,13 @@ def generate(
     *,
     ends: Sequence[int],
     batch_tokens: int,
+    stops: Callable[[list[int]], bool] = lambda tokens: False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[list[list[int]], bool]:
     """Continue every prompt by the likeliest tokens, until an end token or its limit.
 
-    Prompts of similar length are padded on their left into one batch. Whether a model reads such padding as nothing is
+    Prompts are padded on their left and decoded side by side (:class:`~fedproxy.evaluation.decoding.SlotDecoder`), or
+    by ``generate`` in batches where a model's cache does not suit that. Whether a model reads padding as nothing is
     tried on the shortest prompt beside a longer one; a model that does not gets its prompts one by one.
 
     Args:
@@ -30,21 +30,28 @@ def generate(
         prompts: Token ids, none empty.
         limits: Most new tokens of each prompt.
         ends: Tokens that end an answer.
-        batch_tokens: Most tokens of a batch, padding and answers included; a single prompt may have more.
+        batch_tokens: Most tokens that are read at once, padding included; a single prompt may have more.
+        stops: Whether an answer of these tokens has ended as well; it may go on where ``generate`` makes it.
         progress: Called with the number of prompts that are done.
 
     Returns:
-        New tokens of every prompt without the end token, and whether batches were possible.
+        New tokens of every prompt without the end token, and whether prompts could be put side by side.
     """
     if not prompts:
         return [], True
-    order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
-    together = _ignores_padding(model, prompts, order)
-    found: list[list[int]] = [[] for _ in prompts]
-    done = 0
-    with _plain_settings(model):
+    ending = frozenset(ends)
+    with _plain_settings(model), torch.inference_mode():
+        together = _ignores_padding(model, prompts)
+        size = token_bytes(model, prompts) if together and len(prompts) > 1 else None
+        if size is not None:
+            decoder = SlotDecoder(model, size, batch_tokens)
+            over: Callable[[list[int]], bool] = lambda tokens: tokens[-1] in ending or stops(tokens)  # noqa: E731
+            return [_before_end(row, ending) for row in decoder.answers(prompts, limits, over, progress)], True
+        found: list[list[int]] = [[] for _ in prompts]
+        done = 0
+        order = sorted(range(len(prompts)), key=lambda index: (limits[index], len(prompts[index]), index))
         for batch in _batches(order, prompts, limits, batch_tokens if together else 1):
-            answers = _answers(model, [prompts[index] for index in batch], limits[batch[0]], ends)
+            answers = _answers(model, [prompts[index] for index in batch], limits[batch[0]], ending)
             for index, answer in zip(batch, answers, strict=True):
                 found[index] = answer
             done += len(batch)
@@ -67,54 +74,39 @@ def _batches(
         yield batch
 
 
-def _answers(model: PreTrainedModel, prompts: Sequence[Tokens], limit: int, ends: Sequence[int]) -> list[list[int]]:
-    ids, mask = _padded(prompts, model.device)
-    config = GenerationConfig(
-        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=list(ends) or None, pad_token_id=0
-    )
-    with torch.inference_mode():
-        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    return [_before_end(row, ends) for row in whole[:, ids.shape[1] :].tolist()]
-
-
-def _before_end(tokens: list[int], ends: Sequence[int]) -> list[int]:
-    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-def _padded(prompts: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, int64 (prompts, longest), padded on the left."""
+def _answers(model: PreTrainedModel, prompts: Sequence[Tokens], limit: int, ends: Collection[int]) -> list[list[int]]:
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return ids.to(device), mask.to(device)
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, num_beams=1, eos_token_id=list(ends) or None, pad_token_id=0
+    )
+    whole = model.generate(
+        input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
+    )
+    return [_before_end(row, ends) for row in whole[:, longest:].tolist()]
 
 
-def _ignores_padding(model: PreTrainedModel, prompts: Sequence[Tokens], order: Sequence[int]) -> bool:
+def _before_end(tokens: list[int], ends: Collection[int]) -> list[int]:
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _ignores_padding(model: PreTrainedModel, prompts: Sequence[Tokens]) -> bool:
     """Tell whether the next token's logits are the same behind padding: tried on the shortest and a longer prompt."""
-    if len(order) < 2:
+    if len(prompts) < 2:
         return True
-    by_length = sorted(order, key=lambda index: (len(prompts[index]), index))
-    short, other = prompts[by_length[0]], prompts[by_length[min(len(order) - 1, 8)]]
+    by_length = sorted(prompts, key=len)
+    short, other = by_length[0], by_length[min(len(prompts) - 1, 8)]
     if len(short) == len(other):
         short = short[1:] or short
     try:
-        alone, behind = (_next_logits(model, rows) for rows in ([short], [short, other]))
+        alone, behind = (read(model, rows)[0].float() for rows in ([short], [short, other]))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a forward that takes no position ids or no mask may raise anything
         return False
-    precise = model.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(alone.device.type)
     gap = (alone[0] - behind[0]).abs().max() / alone[0].std().clamp(min=1e-6)
-    return bool(gap <= (_NOISE if precise else _HALF_NOISE))
-
-
-def _next_logits(model: PreTrainedModel, prompts: Sequence[Tokens]) -> torch.Tensor:
-    """Return the logits of the token after each prompt, float32 (prompts, vocabulary)."""
-    ids, mask = _padded(prompts, model.device)
-    places = (mask.cumsum(-1) - 1).clamp(min=0)
-    with torch.inference_mode():
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, position_ids=places).logits[:, -1].float()
-    return logits
+    return bool(gap <= noise(model))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from fedproxy.data.assets import open_qa
 from fedproxy.errors import EvaluationError
 from fedproxy.evaluation.harness import check_tasks, evaluate_model
 from fedproxy.evaluation.offline_tasks import offline_tasks
+from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_checks import headlines
 from fedproxy.evaluation.task_loading import load_task
@@ -72,7 +73,7 @@ def test_scores_are_stock_lm_evals(questions, model, tokenizer, name, monkeypatc
 def test_a_right_answer_scores_under_every_filter(questions, model, tokenizer, monkeypatch):
     monkeypatch.setattr(model.config, "max_position_embeddings", 1024)
     said = iter(["2+2 is\n#### 2", "so 4", "#### 6", "no"])
-    monkeypatch.setattr(HFLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
+    monkeypatch.setattr(PrefixSharingLM, "generate_until", lambda self, requests, **_: [next(said) for _ in requests])
     result = evaluate_model(model, tokenizer, ["gsm8k"])
     scores = result.scores["gsm8k"]
     assert (scores["exact_match:strict-match"], scores["exact_match:flexible-extract"]) == (0.5, 0.75)

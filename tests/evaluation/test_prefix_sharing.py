@@ -235,9 +235,55 @@ def test_other_request_types_are_hflms(tokenizer):
     assert ours.loglikelihood_rolling(rolling, disable_tqdm=True) == stock.loglikelihood_rolling(
         rolling, disable_tqdm=True
     )
-    settings = {"until": ["."], "max_gen_toks": 5, "do_sample": False}
-    generate = instances([("the sky", settings), (CONTEXT, settings)], "generate_until")
-    assert ours.generate_until(generate, disable_tqdm=True) == stock.generate_until(generate, disable_tqdm=True)
+
+
+PROMPTS = ["the sky", CONTEXT, "snow is", "Question: What is green?\nAnswer:", "a cup"]
+SETTINGS = {
+    "greedy": {"until": ["."], "max_gen_toks": 5, "do_sample": False},
+    "long": {"until": ["e", " s"], "max_gen_toks": 24},
+    "text": {"until": "a", "max_new_tokens": 9, "temperature": 0.0},
+    "endless": {"until": [], "max_gen_toks": 12, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generated_answers_are_hflms_whatever_ends_them(tokenizer, family, monkeypatch):
+    """Requests of all settings at once; slots are used where the family suits them, with no word to HFLM."""
+    model = build(family, FAMILIES[family], tokenizer)
+    ours = PrefixSharingLM(model, tokenizer, batch_size=2)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    asked = instances([(text, options) for text in PROMPTS for options in SETTINGS.values()], "generate_until")
+    wanted = stock.generate_until(asked, disable_tqdm=True)
+    monkeypatch.setattr(HFLM, "generate_until", None)
+    assert ours.generate_until(asked, disable_tqdm=True) == wanted
+    assert len(set(map(len, wanted))) > 3
+
+
+@pytest.mark.parametrize(
+    "more", [{"do_sample": True, "temperature": 1.0}, {"repetition_penalty": 1.5}, {"num_beams": 2}]
+)
+def test_what_is_not_greedy_search_is_left_to_hflm(tokenizer, more):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    ours = PrefixSharingLM(model, tokenizer, batch_size=2)
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    asked = instances([(text, {"until": ["."], "max_gen_toks": 5, **more}) for text in PROMPTS], "generate_until")
+    texts = []
+    for side in (ours, stock):
+        torch.manual_seed(0)
+        texts.append(side.generate_until(asked, disable_tqdm=True))
+    assert texts[0] == texts[1]
+
+
+def test_a_models_own_settings_for_generation_count(tokenizer):
+    model = build("llama", FAMILIES["llama"], tokenizer)
+    asked = instances([(text, SETTINGS["long"]) for text in PROMPTS], "generate_until")
+    ours = PrefixSharingLM(model, tokenizer, batch_size=2)
+    plain = ours.generate_until(asked, disable_tqdm=True)
+    model.generation_config.repetition_penalty = 3.0
+    stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    wanted = stock.generate_until(asked, disable_tqdm=True)
+    assert ours.generate_until(asked, disable_tqdm=True) == wanted
+    assert wanted != plain
 
 
 def test_progress_ends_at_the_number_of_requests(tokenizer):
