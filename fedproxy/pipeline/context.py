@@ -1,6 +1,5 @@
 """What the stages of one run share: its recipe, its folder, what is known of it, and models that are loaded once."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
@@ -223,7 +222,6 @@ class Run:
     def let_go(self) -> None:
         """Free the target, which is loaded again where it is needed, and the memory of all weights in mapped files."""
         self.__dict__.pop("target", None)
-        gc.collect()  # modules refer to each other in circles
         release()
 
     @property
