@@ -13,6 +13,7 @@ from fedproxy.files import whole_folder, write_text
 from fedproxy.models.anonymity import strip_origin, with_template
 from fedproxy.models.loading import SPECIAL, check_model, load_tokenizer_files, load_weights
 from fedproxy.models.logit_offset import is_logit_offset, join_from
+from fedproxy.models.mapped import release
 from fedproxy.models.quiet import without_bars, without_reports
 
 __all__ = [
@@ -117,6 +118,7 @@ def state_sha256(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.named_parameters()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        release()
     return digest.hexdigest()
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from fedproxy.errors import ModelError, first_line, one_line
 from fedproxy.models.block_fields import cut_fields, cut_slices, depth_of
 from fedproxy.models.checkpoints import without_reports
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.mapped import release
 from fedproxy.models.positions import positions
 from fedproxy.models.structure import check_structure
 
@@ -92,6 +93,7 @@ class Decoder:
             names = self.weight_names(old)
             block = copied({name: source[self.full_name(old, name)] for name in names})
             state |= {self.full_name(new, name): tensor for name, tensor in block.items()}
+            release()
         return self.rebuilt(config, state)
 
     def _check_outline(self, config: Any, kept: Sequence[int]) -> None:
@@ -256,6 +258,23 @@ def set_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
             owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             owner._buffers[leaf] = tensor
+
+
+class Overlay(Mapping[str, Tensor]):
+    """Named weights of which some are others, which may be computed when they are read."""
+
+    def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+        self._weights, self._others = weights, others
+        self._names = dict.fromkeys([*weights, *others])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._others[name] if name in self._others else self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

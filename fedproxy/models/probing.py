@@ -10,7 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from fedproxy.errors import ConfigError, FedProxyError, ModelError, first_line
 from fedproxy.models.checkpoints import special_ids, without_reports
 from fedproxy.models.decoder import Decoder, positions_limit
+from fedproxy.models.mapped import release
 from fedproxy.models.skipping import skipping
+from fedproxy.models.streaming import released_by_block
 
 _ROWS, _TOKENS = 5, 8
 _GENERATED = 2  # the first comes from the prompt's own pass, the second from one step with the cache
@@ -136,7 +138,13 @@ def check_subset(decoder: Decoder, proxy: PreTrainedModel, kept: Sequence[int]) 
     ids, shallow = _probe(decoder.model), Decoder.of(proxy)
     for new, old in enumerate(kept):
         _check_buffers(kind, shallow.blocks[new], decoder.blocks[old], old, remedy)
-    with _running(kind, remedy), _short_windows(decoder.model), _short_windows(proxy):
+    release()
+    with (
+        _running(kind, remedy),
+        _short_windows(decoder.model),
+        _short_windows(proxy),
+        released_by_block(decoder.model),
+    ):
         with skipping(decoder, sorted(set(range(len(decoder))) - set(kept))):
             expected = _logits(decoder.model, ids)
         with skipping(shallow, sorted(set(range(len(shallow))) - set(place.values()))):

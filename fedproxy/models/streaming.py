@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.models.decoder import Decoder
+from fedproxy.models.mapped import release
 
 _SPARE = 0.8
 """Share of the device's free memory that a whole model may take; the rest is for activations."""
@@ -79,6 +80,18 @@ def _replace(modules: Any, bring: Callable[[Tensor], Tensor]) -> list[tuple[dict
 def _restore(homes: list[tuple[dict[str, Any], str, Tensor]]) -> None:
     for store, name, tensor in homes:
         store[name] = tensor
+
+
+@contextmanager
+def released_by_block(*models: PreTrainedModel) -> Iterator[None]:
+    """Give back the memory of mapped weights whenever a block has run, for the length of the context."""
+    blocks = [block for model in models for block in Decoder.of(model).blocks]
+    handles = [block.register_forward_hook(lambda *_: release()) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

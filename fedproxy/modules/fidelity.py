@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from fedproxy.errors import DataError
+from fedproxy.models.mapped import release
 
 _CHUNK = 256
 """Tokens whose distributions over the vocabulary are compared at a time."""
@@ -57,6 +58,7 @@ def compare(target: PreTrainedModel, proxy: PreTrainedModel, batches: Iterable[M
             started = time.perf_counter()
             logits.append(_logits(model, batch)[predicts])
             seconds[which] += time.perf_counter() - started
+            release()  # the two need not be in memory together
         for start in range(0, len(following), _CHUNK):
             p, q, goal = (part[start : start + _CHUNK] for part in (*logits, following))
             sums += _sums(p, q, goal.to(p.device)).cpu()

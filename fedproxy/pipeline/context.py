@@ -18,6 +18,7 @@ from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
+from fedproxy.models.mapped import release
 from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
@@ -125,6 +126,7 @@ class Run:
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
         self._facts: Facts | None = None
         self._clients: ClientRows | None = None
+        self._is_compressed = False
 
     @property
     def clients(self) -> ClientRows:
@@ -217,14 +219,21 @@ class Run:
         """The target and its tokenizer, loaded when first asked for."""
         return load_model(self.target_path, dtype=self.config.target.dtype), load_tokenizer(self.target_path)
 
-    @cached_property
+    def let_go(self) -> None:
+        """Free the target, which is loaded again where it is needed, and the memory of all weights in mapped files."""
+        self.__dict__.pop("target", None)
+        release()
+
+    @property
     def fusible_target(self) -> PreTrainedModel:
         """The target, found to be the one that was compressed; its weights are hashed once in a run.
 
         Raises:
             ModelError: If it is another one.
         """
-        self.layer_map.require_target(state_sha256(self.target[0]))
+        if not self._is_compressed:
+            self.layer_map.require_target(state_sha256(self.target[0]))
+            self._is_compressed = True
         return self.target[0]
 
     def proxy(self) -> PreTrainedModel:

@@ -71,6 +71,7 @@ def evaluate(
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
                 kept = _score(run, label, words, models[name](client), tokenizer, asked, settings, shared)
+                run.let_go()
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
 

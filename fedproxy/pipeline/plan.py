@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def compression_bytes(self) -> int:
-        """Most that compression holds: the target's weights, the proxy's and one block's activations."""
+        """Most that compression holds."""
         return self.peak("server", "compression")
 
     def peak(self, role: str, stage: str | None = None) -> int:

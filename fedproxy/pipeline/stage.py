@@ -132,6 +132,7 @@ def left_to_do(stages: Sequence[Stage], run: Run, reuse: Reuse | None = None) ->
     """
     for stage in stages:
         stage.check(run)
+        run.let_go()
         if not stage.is_done(run):
             taken = reuse is not None and reuse.take(stage, run)
             if not taken:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from fedproxy.config import RunConfig
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.files import ServerFiles
-from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.models.decoder import Overlay, set_weights, share_weights
 from fedproxy.names import file_stem
 from fedproxy.protocol import Tensors
 from fedproxy.seeding import generator
@@ -40,15 +40,15 @@ class TunedProxy:
 
     proxy: PreTrainedModel
     """The plain proxy as broadcast."""
-    merged: dict[str, Tensor]
-    """Changed weights, LoRA merged, float32, by their name in the plain proxy."""
+    merged: Mapping[str, Tensor]
+    """Changed weights, LoRA merged, float32, by their name in the plain proxy; each is computed when it is read."""
     emulator: Mapping[str, Tensor] = field(default_factory=dict)
     """Frozen blocks as last re-aligned: part of the tuned proxy that clients hold, but never plugged in."""
 
     def model(self) -> PreTrainedModel:
         """Return the tuned proxy as a plain model in the proxy's dtype; it shares unchanged weights."""
         tuned = share_weights(self.proxy)
-        changed = {**self.emulator, **self.merged}
+        changed = Overlay(self.emulator, self.merged)
         set_weights(tuned, {name: weight.to(self.proxy.dtype) for name, weight in changed.items()})
         return tuned
 
@@ -92,6 +92,6 @@ class TunedProxies(Mapping[str, TunedProxy]):
             self._last = None  # let go of the other one first
             model = self._trainable.attach(self.proxy, generator(self._seed, "trainable"))
             model.load_state(self._states[client])
-            merged = dict(model.merged_weights())
+            merged = model.merged_weights()
             self._last = client, TunedProxy(model.detach(), merged)
         return self._last[1]

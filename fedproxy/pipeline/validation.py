@@ -13,6 +13,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.evaluation.validation import Question, row_questions, score_questions, task_questions
 from fedproxy.federation.server.validation import RoundValidation, Scores
 from fedproxy.models import placed
+from fedproxy.models.decoder import Overlay
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.context import Run
@@ -117,7 +118,7 @@ def _fused(run: Run, model: TrainableModel) -> Callable[[], PreTrainedModel]:
     def fuse() -> PreTrainedModel:
         if not plain:
             plain.update(run.proxy().state_dict())
-        after = {**plain, **model.merged_weights()}
+        after = Overlay(plain, model.merged_weights())
         return run.config.fusion.join(run.fusible_target, plain, after, run.layer_map)
 
     return fuse

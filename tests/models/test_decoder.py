@@ -11,7 +11,7 @@ from transformers import (
 
 from fedproxy.errors import CheckpointError, ModelError
 from fedproxy.models import Decoder, load_model, save_model, state_sha256
-from fedproxy.models.decoder import copied, parameter_count, set_weights, share_weights
+from fedproxy.models.decoder import Overlay, copied, parameter_count, set_weights, share_weights
 
 FAMILIES = ["llama", "qwen2", "gemma2", "granite", "cohere", "opt", "gpt2"]
 IDS = torch.tensor([[1, 5, 9, 7, 3, 11], [1, 4, 8, 2, 6, 10]])
@@ -167,3 +167,12 @@ def test_a_full_disk_leaves_the_older_model_and_no_half_one(tmp_path, make_model
         save_model(model, model, tmp_path / "proxy", card="")
     assert [path.name for path in tmp_path.iterdir()] == ["proxy"]
     assert (tmp_path / "proxy" / "README.md").read_text() == "older"
+
+
+def test_an_overlay_has_the_others_where_there_are_some():
+    weights, others = {"a": torch.zeros(1), "b": torch.zeros(1)}, {"b": torch.ones(1), "c": torch.ones(1)}
+    both = Overlay(weights, others)
+    assert list(both) == ["a", "b", "c"]
+    assert len(both) == 3
+    assert {name: float(weight) for name, weight in both.items()} == {"a": 0.0, "b": 1.0, "c": 1.0}
+    assert "d" not in both

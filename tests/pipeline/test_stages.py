@@ -2,6 +2,8 @@
 
 import dataclasses
 import traceback
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,11 @@ import pytest
 import fedproxy
 from fedproxy import fit
 from fedproxy.config import RunConfig, load_config
+from fedproxy.data.assets import resolve
 from fedproxy.errors import CheckpointError, ClientError
 from fedproxy.modules.causal_lm import CausalLMModule
-from fedproxy.pipeline import context
-from fedproxy.pipeline.context import Facts
+from fedproxy.pipeline import context, evaluation
+from fedproxy.pipeline.context import Facts, Run
 from fedproxy.pipeline.reads import MAY_CHANGE, STAGES, UNREAD, lies_below
 from fedproxy.pipeline.run import run
 from fedproxy.pipeline.stages import federate
@@ -129,6 +132,29 @@ def test_the_target_is_hashed_once_however_often_it_is_fused(tmp_path, monkeypat
     report = go(tmp_path / "run", *words)
     assert len([line for line in report.rounds if line.validation]) == 2
     assert len(hashed) == 1
+
+
+def test_one_large_model_is_there_at_a_time(tmp_path, monkeypatch):
+    """The target, tuned and fused models go before the next one comes: nothing holds on to them."""
+    loaded, left = [], []
+    let_go = Run.let_go
+
+    def noted(load, path, **options):
+        model = load(path, **options)
+        loaded.append((Path(path).name, weakref.ref(model)))
+        return model
+
+    def watched(self):
+        let_go(self)
+        left.append([name for name, model in loaded if name != "proxy" and model() is not None])
+
+    for module in (context, evaluation):
+        monkeypatch.setattr(module, "load_model", partial(noted, module.load_model))
+    monkeypatch.setattr(Run, "let_go", watched)
+    go(tmp_path / "run", "evaluation.models=[target, proxy, proxy_tuned, fused]")
+    assert {name for name, _ in loaded} == {"proxy", "fused", resolve("asset:tiny-llama").name}
+    assert len(left) == 5 + 4  # stages, and models that were scored
+    assert left == [[]] * len(left)
 
 
 def test_facts_of_another_version_are_one_line(tmp_path):

@@ -29,6 +29,18 @@ def test_weighting_by_examples_tokens_or_nothing():
     assert fedavg(*updates).diagnostics["weights"] == [0.25, 0.75]
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25])  # squares of the others are no float32
+def test_figures_that_decide_nothing_are_right_to_five_digits(scale):
+    rows = scale * torch.randn(4, 50_000, generator=torch.Generator().manual_seed(0))
+    rows[3] = rows[0] + 0.1 * rows[1]
+    figures = fedavg(*(client(f"{k}", row) for k, row in enumerate(rows)), weighting="uniform").diagnostics
+    exact = rows.double()
+    norms = exact.norm(dim=1)
+    assert figures["update_norms"] == pytest.approx(norms.tolist(), rel=1e-5)
+    cosines = torch.tensor(figures["cosine"], dtype=torch.float64)
+    torch.testing.assert_close(cosines, exact @ exact.T / torch.outer(norms, norms), rtol=0, atol=1e-5)
+
+
 def test_bfloat16_is_averaged_in_float32():
     # 256 clients of 1 + i/128: a bfloat16 running mean is about 2 % off; rounding once gives bfloat16(1.99609375) = 2
     values = [torch.full((2,), 1 + i / 128, dtype=torch.bfloat16) for i in range(256)]

@@ -111,6 +111,21 @@ def test_parallel_clients_all_keep_r0():
     assert set(result.diagnostics["retention"]) == {0.8}
 
 
+def test_inner_products_that_decide_are_of_float64():
+    # Four clients, each the next one's update turned by a quarter: all are as far from the others, and keep r0.
+    start = 1 + torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    updates = [ClientUpdate(f"c{k}", {"w": start.roll(k << 14)}) for k in range(4)]
+
+    def kept(**options):
+        survey = Surveyor(Cohort(updates), **options).run()
+        return retention(heterogeneity(survey.cosine), r0=1.0, delta=0.2).tolist()
+
+    assert kept() == [1.0] * 4
+    assert Aggregator.by_name("h_ties")().aggregate(updates).diagnostics["retention"] == [1.0] * 4
+    # The rounding of float32 products tells them apart, and Eq (10) makes a fifth of the coordinates of it.
+    assert min(kept(decides=False)) == pytest.approx(0.8)
+
+
 def test_retention_is_clipped_and_falls_with_heterogeneity():
     spread = torch.tensor([0.2, 0.4, 0.6], dtype=torch.float64)
     torch.testing.assert_close(retention(spread, r0=1.0, delta=0.2), torch.tensor([1.0, 0.9, 0.8], dtype=torch.float64))

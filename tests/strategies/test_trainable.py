@@ -132,6 +132,19 @@ def test_merged_weights_in_a_plain_model_give_the_adapted_logits(make, modules, 
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"dora": True}])
+def test_merged_weights_are_computed_when_read_and_outlive_the_adapter(options):
+    trainable = attach(make_llama(), modules=["q_proj", "down_proj"], **options)
+    randomise(trainable)
+    merged = trainable.merged_weights()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    first, second = merged[name], merged[name]
+    assert first.data_ptr() != second.data_ptr()  # none is kept
+    plain = trainable.detach()
+    assert torch.equal(merged[name], first)
+    assert not torch.equal(plain.state_dict()[name], first)
+
+
 def test_merged_weight_by_hand():
     model = make_llama(1)
     trainable = attach(model, modules=["v_proj"], r=1, alpha=3)

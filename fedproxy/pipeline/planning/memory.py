@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from fedproxy.federation.engines.flower import Flower
-from fedproxy.models.decoder import positions_limit
+from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, Outline
 from fedproxy.pipeline.planning.speed import RowLength
 from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.protocol import nbytes
+from fedproxy.strategies.trainable.weights import WeightsModel
 
 SERVER_PROCESS, CLIENT_PROCESS = 665 * 2**20, 450 * 2**20
 """Resident bytes of Python with the libraries that a role imports, before it loads a model (measured, Linux, CPU)."""
@@ -42,20 +43,20 @@ class Need:
 def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     """Return the peak of every stage of every role.
 
-    What ``fit`` does is counted, without healing, distillation and re-alignment; ``compress`` measures fidelity on top.
+    What ``fit`` does is counted, without healing, distillation and re-alignment. Weights that are mapped from files
+    count where they are used; of stages that go over them block by block, one block does.
     """
     (training, on_device), loading = _training(outline, traffic, row), _loading(outline)
     target = outline.target_parameters * outline.weight_bytes
     proxy = outline.proxy_parameters * outline.weight_bytes
-    calibration = calibration_bytes(outline)
     inside, devices = outline.config.engine.name == "in_process", outline.devices.count
     received = _received(outline, traffic, in_memory=inside)
     # Rounded weights are a model of their own, and so are those of a client's own processes.
     shared = proxy if outline.config.client.quantization == "none" and devices == 1 else 0
-    federation = target + proxy + received + (max(training, loading) - shared if inside else 0)
+    federation = proxy + received + (max(training, loading) - shared if inside else 0) + _fused_between_rounds(outline)
     found = [
         *_couriers(outline, traffic),
-        Need("server", "compression", target + proxy + calibration, target + calibration),
+        Need("server", "compression", _compression(outline, target, proxy), target + calibration_bytes(outline)),
         Need("server", "federation", federation, on_device if inside else 0, devices if inside else 1),
         *_after(outline, target, proxy),
         *([Need("client", "loading", loading, 0)] if loading else []),
@@ -64,6 +65,24 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     # A worker whose client has processes of its own holds no proxy, only what goes to them and what comes back.
     passed_on = traffic.down(2) + traffic.up if devices > 1 else 0
     return found if inside else [*found, Need("each worker", "training", training + passed_on, on_device, devices)]
+
+
+def _compression(outline: Outline, target: int, proxy: int) -> int:
+    """Return what compression holds: the whole target while blocks are scored, and then the proxy beside it.
+
+    The proxy is cut, compared and saved with one block of a mapped target in memory.
+    """
+    scoring = target + calibration_bytes(outline)
+    if not outline.mapped:
+        return scoring + proxy
+    return max(scoring, proxy + _outside(outline.target) + max(map(_weights, outline.target.blocks)))
+
+
+def _fused_between_rounds(outline: Outline) -> int:
+    """Return what the target adds where rounds are scored by the fused model, or align the proxy with the target."""
+    config, target = outline.config, outline.target_parameters * outline.weight_bytes
+    fused = config.federation.validation.every and config.federation.validation.model == "fused"
+    return target * bool(fused or config.realignment.reads[0]) + (_moved(outline) if fused else 0)
 
 
 def _couriers(outline: Outline, traffic: Traffic) -> list[Need]:
@@ -110,29 +129,39 @@ def _received(outline: Outline, traffic: Traffic, *, in_memory: bool) -> int:
 
 
 def _after(outline: Outline, target: int, proxy: int) -> list[Need]:
-    """Return the needs of fusion and evaluation."""
-    config = outline.config
-    merged = nbytes(dict(outline.trainable.merged_weights()))
-    blocks = sum(p.numel() for b in outline.target.blocks for p in b.parameters()) * outline.weight_bytes
-    share = len(outline.proxy) / len(outline.target)
-    tuned = target + proxy + merged
-    fusing = tuned + (int(blocks * min(1.0, share)) if _copies(outline) else 0)
-    found = [Need("server", "fusion", fusing, 0)]
-    if config.evaluation.models:
+    """Return the needs of fusion and evaluation, which hold one model at a time.
+
+    A fused model has new tensors for what moved, and the target's own for the rest.
+    """
+    config, merged = outline.config, dict(outline.trainable.merged_weights())
+    changed = sum(weight.numel() for weight in merged.values()) * outline.weight_bytes
+    kept = nbytes(merged) if isinstance(outline.trainable, WeightsModel) else 0  # others are merged when they are read
+    joined = target + 2 * proxy + changed if config.fusion.adds_logits else target
+    twice = 0 if outline.mapped else _moved(outline)
+    work = 4 * max((weight.numel() * 4 for weight in merged.values()), default=0)
+    found = [Need("server", "fusion", kept + joined + twice + work, 0)]
+    sizes = {"target": target, "proxy": proxy, "proxy_tuned": proxy + changed, "fused": joined}
+    scored = max((sizes[name] for name in config.evaluation.models), default=0)
+    if scored:
         tokens, vocabulary = config.evaluation.batch_tokens, int(outline.text.vocab_size)
         work = _forward_bytes(outline, tokens) + min(_LOGITS_BYTES, tokens * vocabulary * 4)
-        joined = target + 2 * proxy if config.fusion.adds_logits else target
-        fused = joined if "fused" in config.evaluation.models else 0
-        found.append(Need("server", "evaluation", tuned + fused + work, max(fused, target) + work))
+        found.append(Need("server", "evaluation", kept + scored + work, scored + work))
     return found
 
 
-def _copies(outline: Outline) -> bool:
-    """Say whether fusion makes new tensors of all moved weights, or passes the merged ones on."""
-    if outline.weight_bytes != 4:
-        return True
-    target, before, after = torch.zeros(1), torch.ones(1), torch.full((1,), 2.0)
-    return outline.config.fusion.combine(target, before, after) is not after
+def _moved(outline: Outline) -> int:
+    """Return the bytes of the target's weights that fusion moves."""
+    blocks = _weights(outline.target.blocks)
+    return (
+        0
+        if outline.config.fusion.adds_logits
+        else blocks * min(len(outline.proxy), len(outline.target)) // len(outline.target)
+    )
+
+
+def _outside(decoder: Decoder) -> int:
+    """Return the bytes of what belongs to no block."""
+    return _weights(decoder.model) - _weights(decoder.blocks)
 
 
 def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, int]:
@@ -161,7 +190,7 @@ def _gathered(outline: Outline) -> int:
     Counted: the block that runs and the next one, and what belongs to no block.
     """
     blocks = [_weights(block) for block in outline.proxy.blocks]
-    return 2 * max(blocks) + _weights(outline.proxy.model) - _weights(outline.proxy.blocks)
+    return 2 * max(blocks) + _outside(outline.proxy)
 
 
 def _weights(module: nn.Module) -> int:

@@ -40,6 +40,9 @@ class Outline:
     """Tied tensors counted once, as everywhere."""
     proxy_parameters: int
     """Of the plain proxy, what clients add to it left out."""
+    mapped: bool
+    """The target's files have the precision that the recipe asks for, so that they are mapped and not read; taken for
+    granted where they do not say."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Outline":
@@ -51,6 +54,7 @@ class Outline:
         """
         dtype = getattr(torch, config.target.dtype)
         shape = target_config(config)  # an asset may have to be made first
+        mapped = getattr(shape, "dtype", None) in (None, dtype)
         with torch.device("meta"):
             target = Decoder.of(build(shape, dtype))
             proxy = build(config.compression.outline(target), dtype)
@@ -58,7 +62,7 @@ class Outline:
         counts = parameter_count(target.model), parameter_count(proxy)
         options = config.trainable.placed(LayerMap(places, ""))
         trainable = options.attach(proxy, generator(config.seed))
-        outline = cls(config, target, Decoder.of(proxy), trainable, *counts)
+        outline = cls(config, target, Decoder.of(proxy), trainable, *counts, mapped)
         if outline.clients_in_round > outline.clients:
             raise ConfigError(
                 f"federation.clients_per_round must be at most the {outline.clients} clients there are, "

@@ -11,6 +11,7 @@ from fedproxy.config import RunConfig
 from fedproxy.data.assets import cache_root
 from fedproxy.models import Decoder, LayerMap, placed, save_model
 from fedproxy.models.decoder import disclosed_count, parameter_count, positions_limit
+from fedproxy.models.mapped import release
 from fedproxy.models.probing import check_packing, check_target
 from fedproxy.modules.devices import one_device
 from fedproxy.modules.fidelity import compare
@@ -97,6 +98,7 @@ def _cut(run: Run, texts: Sequence[str]) -> tuple[PreTrainedModel, LayerMap, Any
         if config.client.packing and config.federation.rounds:
             check_packing(target)
         scores = config.compression.score(Decoder.of(target), _stepped(batches, bar))
+    release()  # the target's blocks come one at a time from here on
     proxy, layer_map = config.compression.build(target, scores)
     run.display.say(f"compressed: {describe(layer_map, len(Decoder.of(target)))} ({config.compression.name})")
     return proxy, layer_map, scores

@@ -16,7 +16,7 @@ from fedproxy.federation.server.files import ServerFiles
 from fedproxy.files import whole_folder
 from fedproxy.models import placed, save_model
 from fedproxy.models.anonymity import with_template
-from fedproxy.models.decoder import positions_limit
+from fedproxy.models.decoder import Overlay, positions_limit
 from fedproxy.modules.text_nll import text_nll
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import public_texts, text_batches
@@ -78,7 +78,7 @@ def _tuned(run: Run) -> TunedProxies:
     model, progress = run.after_federation
     states = _states(run, progress)
     trainable = run.config.trainable.placed(run.layer_map)
-    merged = dict(model.merged_weights()) if MERGED in states else None
+    merged = model.merged_weights() if MERGED in states else None
     proxy = _as_broadcast(run, model)
     known = None if merged is None else TunedProxy(proxy, merged, progress.remembered("emulator"))
     return TunedProxies(proxy, trainable, states, seed=run.config.seed, known=known)
@@ -109,7 +109,7 @@ def plug_in(run: Run, tuned: TunedProxy, client: str) -> None:
     """Fuse one tuned proxy, that of ``client`` or :data:`MERGED`, with the target and write the result."""
     target, tokenizer = run.fusible_target, run.target[1]
     layer_map = run.layer_map
-    weights = {**tuned.proxy.state_dict(), **tuned.merged}
+    weights = Overlay(tuned.proxy.state_dict(), tuned.merged)
     fusion = run.config.fusion
     if fusion.judged_texts:
         fusion = fusion.settle(

@@ -258,7 +258,8 @@ class Aggregator(Component, family="aggregator"):
         return self.reads_survey and not simple
 
     def _surveyor(self, cohort: Cohort, *, signs: bool) -> Surveyor:
-        return Surveyor(cohort, ignore_unmoved=self.zero_unmoved_conflict, signs=signs, sink=Sink())
+        ignored, decides = self.zero_unmoved_conflict, self._surveys_first
+        return Surveyor(cohort, ignore_unmoved=ignored, signs=signs, sink=Sink(), decides=decides)
 
 
 def require_finite(merged: Tensors, rule: str, context: RoundContext | None, memory: Memory | None = None) -> None:

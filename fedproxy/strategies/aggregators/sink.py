@@ -38,6 +38,10 @@ class Sink:
         """Write values, float32 (n,), at a place of the flattened tensor, in the tensor's dtype."""
         self._tensors[name].view(-1)[start : start + len(values)] = values
 
+    def room(self, name: str, start: int, count: int) -> Tensor:
+        """Return where ``count`` values go, from ``start`` of the flattened tensor, to be written in place."""
+        return self._tensors[name].view(-1)[start : start + count]
+
     def count(self, name: str, values: Tensor) -> None:
         """Count what is not zero among values that were written, float32 (n,)."""
         signs = torch.sign(values, out=self._scratch.take(len(values)))

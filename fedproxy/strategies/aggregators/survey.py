@@ -18,6 +18,8 @@ from fedproxy.strategies.functional.voting import over_clients
 Groups = Sequence[Sequence[int]]
 """Clients that are equal in something, in groups of two or more; each begins with its lowest."""
 _HEAD = 16
+_LEAST, _MOST = 1e-20, 1e30
+"""Squared lengths of a block's rows between which float32 neither underflows nor overflows."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,20 @@ class Surveyor:
         ignore_unmoved: Give coordinates that nobody moved conflict 0 instead of Eq (7)'s 1.
         signs: Take in signs and conflict too; without, only inner products.
         sink: Where the conflict map goes; memory if None.
+        decides: A rule goes by the inner products, which are then of float64 products throughout. Where they are only
+            reported, products are summed in float32 over a block, and blocks in float64.
     """
 
     def __init__(
-        self, cohort: Cohort, *, ignore_unmoved: bool = False, signs: bool = True, sink: Sink | None = None
+        self,
+        cohort: Cohort,
+        *,
+        ignore_unmoved: bool = False,
+        signs: bool = True,
+        sink: Sink | None = None,
+        decides: bool = True,
     ) -> None:
-        self._cohort, self._sink, self._with_signs = cohort, sink or Sink(), signs
+        self._cohort, self._sink, self._with_signs, self._decides = cohort, sink or Sink(), signs, decides
         self._mask_unmoved = ignore_unmoved or len(cohort) == 1
         self._ones = torch.ones(len(cohort))
         self._doubles, self._scratch = Scratch(torch.float64), Scratch()
@@ -135,23 +145,23 @@ class Surveyor:
         self.close(name)
 
     def _take_in(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
-        clients, count, seen = len(rows), len(rows[0]), self._seen[name]
-        wide = self._doubles.take(clients, count)
-        for row, double in zip(rows, wide, strict=True):
-            double.copy_(row)
-        torch.addmm(seen.gram, wide, wide.T, out=seen.gram)
+        seen, wide = self._seen[name], self._scratch.take(len(rows), len(rows[0]))
+        if self._decides or not _add_rounded(seen.gram, torch.stack(tuple(rows), out=wide)):
+            doubles = self._doubles.take(*wide.shape)
+            for row, double in zip(rows, doubles, strict=True):
+                double.copy_(row)
+            torch.addmm(seen.gram, doubles, doubles.T, out=seen.gram)
         # Updates that differ do so in the first block: there is next to nothing left to compare after it.
         seen.equals = _still_equal(seen.equals, rows)
         if self._with_signs:
-            self._take_in_signs(name, start, rows)
+            for row, sign in zip(rows, wide, strict=True):
+                torch.sign(row, out=sign)
+            self._take_in_signs(name, start, wide)
 
-    def _take_in_signs(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
-        clients, count, seen = len(rows), len(rows[0]), self._seen[name]
-        signs = self._scratch.take(clients, count)
-        for row, sign in zip(rows, signs, strict=True):
-            torch.sign(row, out=sign)
+    def _take_in_signs(self, name: str, start: int, signs: Tensor) -> None:
+        (clients, count), seen = signs.shape, self._seen[name]
         lead = over_clients(self._ones, signs, out=self._scratch.take(count, slot="lead")).abs_()
-        conflict = torch.mul(lead, -1.0 / clients, out=self._scratch.take(count, slot="conflict")).add_(1.0)
+        conflict = torch.mul(lead, -1.0 / clients, out=self._sink.room(name, start, count)).add_(1.0)
         led = float(lead.sum())
         seen.size += count
         if float(torch.dot(signs.view(-1), signs.view(-1))) == signs.numel():  # nobody stood still anywhere
@@ -165,7 +175,15 @@ class Surveyor:
             seen.moved += float(movers.sign().sum())
             seen.agreement += float(lead.div_(movers.clamp_(min=1.0)).sum())
             seen.conflict += float(conflict.sum())
-        self._sink.write(name, start, conflict)
+
+
+def _add_rounded(gram: Tensor, rows: Tensor) -> bool:
+    """Add the inner products of float32 rows (clients, n), or return False where float32 cannot hold their squares."""
+    products = rows @ rows.T
+    fits = all(_LEAST < square < _MOST for square in products.diagonal().tolist())
+    if fits:
+        gram.add_(products)
+    return fits
 
 
 def _still_equal(groups: Groups, rows: Sequence[Tensor]) -> Groups:

@@ -14,6 +14,7 @@ from fedproxy.errors import ConfigError, DataError, ModelError
 from fedproxy.models.decoder import Decoder, hidden_state
 from fedproxy.models.feed_forward import FeedForward
 from fedproxy.models.layer_map import LayerMap
+from fedproxy.models.mapped import release
 
 NEEDS_GAPS = "healing.rows needs a compressor that removes whole blocks; leave it out, or choose another"
 _INSTEAD = "leave healing out and distil instead (distillation.steps)"
@@ -123,6 +124,7 @@ def heal(
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
     wanted = _states_behind(target, batches, [behind for _, behind in found])
+    release()  # the target has said all
     healed = []
     for own, behind in found:
         before, after = _heal_gap(decoder, own, batches, wanted.pop(behind), ridge)

@@ -13,6 +13,7 @@ from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.models.feed_forward import FeedForward
+from fedproxy.models.mapped import release
 from fedproxy.registry import Component
 
 Weights = Mapping[str, Tensor]
@@ -105,13 +106,18 @@ class Fusion(Component, family="fusion"):
                 source, goal = decoder.full_name(new, name), decoder.full_name(old, name)
                 weight = own[goal]
                 part = places.gather(name, weight)
-                for which, weights in (("before", before), ("after", after)):
-                    if source not in weights or weights[source].shape != part.shape:
-                        raise ModelError(
-                            f"fusion: the proxy {which} tuning has no {source} of shape {tuple(part.shape)}"
-                        )
-                value = self.combine(part.float(), before[source].float(), after[source].float())
+                untuned, tuned = _like(part, before, source, "before"), _like(part, after, source, "after")
+                value = self.combine(part.float(), untuned, tuned)
                 yield goal, places.scatter(name, weight, value.to(weight.dtype))
+            release()
+
+
+def _like(part: Tensor, weights: Weights, name: str, which: str) -> Tensor:
+    """Return a proxy's weight, float32, of the shape of ``part``; it may be computed on being read."""
+    weight = weights.get(name)
+    if weight is None or weight.shape != part.shape:
+        raise ModelError(f"fusion: the proxy {which} tuning has no {name} of shape {tuple(part.shape)}")
+    return weight.float()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def tuned_model(before: PreTrainedModel | Weights, after: PreTrainedModel | Weig
         raise ModelError(f"fusion.name={fusion} needs the proxy itself, not its weights alone; give the model")
     tuned = share_weights(before)
     own = state_of(before)
-    changed = {name: weight for name, weight in after.items() if has_moved(own[name], weight)}
-    set_weights(tuned, {name: weight.to(own[name].dtype) for name, weight in changed.items()})
+    changed = ((name, weight) for name, weight in after.items() if has_moved(own[name], weight))
+    set_weights(tuned, {name: weight.to(own[name].dtype) for name, weight in changed})
     tuned.name_or_path = ""
     return tuned

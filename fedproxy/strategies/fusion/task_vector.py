@@ -63,8 +63,8 @@ class TaskVector(Fusion, name="task_vector"):
             ConfigError: If there are not as many scales as proxy blocks.
         """
         untuned, tuned = state_of(before), state_of(after)
-        scaled = dict(_scaled(Decoder.of(target), untuned, tuned, self._scales(len(layer_map.proxy_to_target))))
-        return super().join(target, untuned, {**tuned, **scaled}, layer_map)
+        scales = self._scales(len(layer_map.proxy_to_target))
+        return super().join(target, untuned, _Scaled(Decoder.of(target), untuned, tuned, scales), layer_map)
 
     def settle(
         self, target: PreTrainedModel, before: PreTrainedModel, after: Weights, layer_map: LayerMap, judge: Judge
@@ -96,16 +96,29 @@ class TaskVector(Fusion, name="task_vector"):
         return tuple(map(float, self.scale))
 
 
-def _scaled(
-    decoder: Decoder, before: Weights, after: Weights, scales: tuple[float, ...]
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield every changed weight of the proxy's blocks, float32, with its change scaled."""
-    for name, weight in after.items():
-        index = decoder.block_index(name)
-        if index is None or scales[index] == 1.0 or name not in before or not has_moved(before[name], weight):
-            continue
-        start = before[name].float()
-        yield name, changed_by(start, scales[index] * (weight.float() - start))
+@dataclass(frozen=True)
+class _Scaled(Weights):
+    """The proxy's weights after tuning; of its blocks each change is scaled, float32, when it is read."""
+
+    decoder: Decoder
+    before: Weights
+    after: Weights
+    scales: tuple[float, ...]
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight, index = self.after[name], self.decoder.block_index(name)
+        if index is None or self.scales[index] == 1.0 or name not in self.before:
+            return weight
+        start = self.before[name]
+        if not has_moved(start, weight):
+            return weight
+        return changed_by(start.float(), self.scales[index] * (weight.float() - start.float()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.after)
+
+    def __len__(self) -> int:
+        return len(self.after)
 
 
 def _is_factor(value: Any) -> bool:

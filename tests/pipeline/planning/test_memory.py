@@ -52,9 +52,14 @@ def test_flowers_processes_hold_a_few_parts_of_a_file():
 def test_what_lies_in_memory_by_stage():
     with_all, bare = plan([TINY]), plan([TINY, "evaluation.models=[]", "engine.name=workers"])
     target, proxy = 4 * with_all.target_parameters, 4 * with_all.proxy_parameters
-    assert with_all.peak("server", "compression") == target + proxy + with_all.activation_bytes
-    # evaluation: target, proxy, merged weights of the tuned one, the fused model, and one batch
-    assert with_all.peak("server", "evaluation") > with_all.peak("server", "fusion") + target
+    # blocks are scored with the target alone; the proxy is cut from the file it is mapped from, one block at a time
+    assert with_all.peak("server", "compression") == target + with_all.activation_bytes
+    # four float32 tensors of the largest weight's size, beside what is moved and what stays: together one target
+    assert with_all.peak("server", "fusion") == target + 4 * 4 * 64 * 128
+    # models are scored one after another: the target is the largest, with one batch's states and logits
+    tokens = load_config([TINY]).evaluation.batch_tokens
+    batch = 4 * tokens * (4 * 64 + 3 * 128) + min(2**28, 4 * tokens * 512)
+    assert with_all.peak("server", "evaluation") == target + batch
     assert {need.role for need in with_all.memory} == {"server", "client"}
     assert {need.role for need in bare.memory} == {"server", "client", "each worker"}
     assert not [need for need in bare.memory if need.stage == "evaluation"]
@@ -184,12 +189,35 @@ def test_what_clients_keep_does_not_grow_the_server(rule, engine):
     assert many.peak("server", "federation") <= shared.peak("server", "federation")
 
 
+def test_weights_of_another_precision_than_their_files_are_not_mapped():
+    plain, half = plan([TINY]), plan([TINY, "target.dtype=bfloat16"])  # the files are in float32
+    target, proxy = 2 * half.target_parameters, 2 * half.proxy_parameters
+    assert half.peak("server", "compression") == target + proxy + half.activation_bytes
+    blocks = target - 2 * (2 * 512 * 64 + 64)  # embedding, head and last norm
+    assert half.peak("server", "fusion") == target + blocks // 2 + 4 * 4 * 64 * 128  # three of six blocks are new
+    assert half.peak("server", "evaluation") < plain.peak("server", "evaluation")
+
+
 def test_fusion_that_keeps_more_takes_more():
-    plain, delta, joined = (plan([TINY, word]) for word in ("fusion.mode=replace", "fusion.mode=delta", LOGITS))
-    proxy = 4 * plain.proxy_parameters
-    # replaced weights are the merged ones; a delta makes new ones; logits are added by three models instead of one
-    assert delta.peak("server", "fusion") > plain.peak("server", "fusion")
-    assert joined.peak("server", "evaluation") == plain.peak("server", "evaluation") + 2 * proxy
+    plain, joined = plan([TINY]), plan([TINY, LOGITS])
+    linear = 3 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)  # what LoRA changes in three blocks
+    more = 4 * (2 * plain.proxy_parameters + linear)  # logits are added by three models instead of one
+    for stage in ("fusion", "evaluation"):
+        assert joined.peak("server", stage) == plain.peak("server", stage) + more
+
+
+@pytest.mark.parametrize(
+    ("words", "blocks"),
+    [
+        (("realignment={name: emulator, steps: 1}", "trainable.blocks=last", "aggregator.name=fedavg"), 0),
+        (("federation.validation={every: 1, model: fused}", "regularizer.name=none"), 3),
+    ],
+)
+def test_rounds_that_need_the_target_take_it_too(words, blocks):
+    plain = plan([TINY, *(word for word in words if not word.startswith(("realignment", "federation")))])
+    with_target = plan([TINY, *words])
+    more = with_target.peak("server", "federation") - plain.peak("server", "federation")
+    assert more >= 4 * plain.target_parameters + blocks * 4 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
 
 
 def test_nothing_is_trained():
