@@ -3,13 +3,11 @@
 from collections.abc import Callable, Mapping
 
 import lightning
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from fedproxy.errors import ClientError
-from fedproxy.models.sharding import is_sharded
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.metrics import AnswerAccuracy, AnswerPerplexity, step_mean
@@ -46,12 +44,12 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         parameters: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
-        self.tuned = dict(model.named_parameters() if parameters is None else parameters)
-        self.tuned = {name: own for name, own in self.tuned.items() if own.requires_grad}
+        own = model.named_parameters() if parameters is None else parameters.items()
+        self.tuned = {name: parameter for name, parameter in own if parameter.requires_grad}
         if not self.tuned:
             raise ClientError("the proxy has no trainable parameter; choose trainable.name=lora")
         self.model, self.lr, self.weight_decay = model, lr, weight_decay
-        self.schedule, self.optimizer = schedule, optimizer or AdamW()
+        self.schedule, self.optimizer = schedule or (lambda step: 1.0), optimizer or AdamW()
         self.step_loss = step_mean()
         self.train_accuracy, self.train_perplexity = AnswerAccuracy(), AnswerPerplexity()
         self.val_accuracy, self.val_perplexity = AnswerAccuracy(), AnswerPerplexity()
@@ -74,9 +72,11 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
             self.train_perplexity.update(nll)
         self.step_loss.update(loss.detach())
         self.log("train/task_loss", loss.detach())
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True)
-        self.log("train/perplexity", self.train_perplexity, on_step=False, on_epoch=True)
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's metrics: in each step that would cost more than measuring them."""
+        self.log_dict({"train/accuracy": self.train_accuracy, "train/perplexity": self.train_perplexity})
 
     def on_train_end(self) -> None:
         """Leave the model ready to be evaluated."""
@@ -90,15 +90,9 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         self.val_perplexity.update(answer_nll(logits, targets))
         self.log_dict({"val/accuracy": self.val_accuracy, "val/perplexity": self.val_perplexity})
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimiser and, where there is a schedule, what sets its rate before each step."""
+    def configure_optimizers(self) -> dict[str, object]:
+        """Return the optimiser and what sets its rate before each step."""
         tuned, options = list(self.tuned.values()), {"lr": self.lr, "weight_decay": self.weight_decay}
         optimizer = self.optimizer.make(self.trainer, tuned, **options)
-        if self.schedule is None:
-            return optimizer
-        return [optimizer], [{"scheduler": LambdaLR(optimizer, self.schedule), "interval": "step"}]
-
-    def cpu(self) -> "CausalLMModule":
-        """Move to the CPU, as Lightning asks after a fit; sharded and quantised weights stay where they were made."""
-        stays = is_sharded(self.tuned) or getattr(self.model, "is_quantized", False)
-        return self if stays else super().cpu()
+        scheduler = LambdaLR(optimizer, self.schedule)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

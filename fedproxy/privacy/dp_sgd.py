@@ -152,6 +152,9 @@ class PrivateLMModule(CausalLMModule):
         if schedule is not None:
             schedule.step()
 
+    def on_train_epoch_end(self) -> None:
+        """Log nothing: what the model answers stays with the client."""
+
 
 def row_losses(nll: Tensor, labels: Tensor) -> Tensor:
     """Return each row's mean loss over its answer tokens, (rows); a row without any has 0.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fedproxy.errors import ClientError
+from fedproxy.models.sharding import is_sharded
 from fedproxy.modules.callbacks import Deadline, Regularize
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.datamodule import ExampleDataModule
@@ -101,6 +102,8 @@ def tune(
         callbacks=[term] if deadline is None else [term, Deadline(deadline)],
         root=logs,
     )
+    if is_sharded(module.tuned) or getattr(model.model, "is_quantized", False):
+        module.cpu = lambda: module  # Lightning moves modules there after a fit; these weights stay where they are
     parameters, seed = model.parameters(), seeds.dropout[rank_and_size()[0]]
     with (
         _resting(parameters[name] for name in job.frozen),
