@@ -46,11 +46,12 @@ from transformers import (
 )
 
 from fedproxy.data.assets import resolve
-from fedproxy.data.batching import ExampleLoader, ShuffledBatches
+from fedproxy.data.batching import ShuffledBatches
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.strategies.trainable import Trainable
@@ -136,7 +137,7 @@ def prepare_ours(examples: list[Example], pad_id: int, turns: Turns) -> Callable
 
     def run() -> None:
         turns.take("fedproxy")
-        loader = ExampleLoader(examples, BATCH, pad_id=pad_id, generator=torch.Generator().manual_seed(0))
+        loader = ExampleDataModule(examples, BATCH, pad_id=pad_id, generator=torch.Generator().manual_seed(0))
         module = CausalLMModule(trainable.model, lr=LR, parameters=trainable.parameters())
         fit(make_trainer({"accelerator": "cpu"}, max_grad_norm=1.0, callbacks=[EndOfStep()]), module, loader, seed=0)
         turns.give("fedproxy", done=True)
@@ -214,8 +215,8 @@ def break_down(examples: list[Example], pad_id: int, steps: int = 10) -> dict[st
         yield
         seconds[part] += sign * (time.perf_counter() - started)
 
-    loader = ExampleLoader(examples, BATCH, pad_id=pad_id, generator=torch.Generator().manual_seed(0))
-    batches = list(islice(loader, steps))
+    loader = ExampleDataModule(examples, BATCH, pad_id=pad_id, generator=torch.Generator().manual_seed(0))
+    batches = list(islice(loader.train_dataloader(), steps))
     for batch in batches[:1] + batches:
         if batch is batches[0]:
             seconds = dict.fromkeys(seconds, 0.0)  # the first batch is run twice, once to warm up

@@ -27,10 +27,10 @@ from lightning.pytorch.callbacks import Callback
 from transformers import AutoModelForCausalLM
 
 from fedproxy.config import load_config
-from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.tokenisation import Example
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.pipeline.planning.outline import target_config
 from fedproxy.pipeline.planning.speed import RowLength, training_operations
@@ -119,7 +119,7 @@ def lora_steps(lora: Any, options: argparse.Namespace, row: RowLength) -> dict[s
     options_of_trainer = {"accelerator": device.type, "devices": 1, "precision": "32-true"}
     trainer = make_trainer(options_of_trainer, max_epochs=1, callbacks=[clock])
     module = CausalLMModule(model, lr=1e-4, parameters=lora.parameters())
-    fit(trainer, module, ExampleLoader(examples, options.batch, pad_id=0, generator=rng))
+    fit(trainer, module, ExampleDataModule(examples, options.batch, pad_id=0, generator=rng))
     model.to(device)
     seconds = clock.median(skip=3)
     rate = options.batch * training_operations(Decoder.of(model), lora, row) / seconds / 1e12

@@ -21,10 +21,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedproxy.data.assets import resolve
-from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.examples import Example
 from fedproxy.files import flush
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, sampling_of
 from fedproxy.privacy.noise import SecretStream
@@ -65,7 +65,7 @@ def sides(trainable, rows: list[Example]) -> dict[str, Callable[[], int]]:
     stream = SecretStream(bytes(32), "benchmark")
 
     def plain() -> int:
-        loader = ExampleLoader(rows, BATCH, pad_id=0, generator=torch.Generator().manual_seed(0))
+        loader = ExampleDataModule(rows, BATCH, pad_id=0, generator=torch.Generator().manual_seed(0))
         fit(make_trainer({"accelerator": "cpu"}, max_grad_norm=1.0), CausalLMModule(trainable.model, **options), loader)
         return len(rows)
 

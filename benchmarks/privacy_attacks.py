@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedproxy.data.batching import ExampleLoader, collate
+from fedproxy.data.batching import collate
 from fedproxy.data.examples import Example
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.losses import answer_nll
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.accounting import Release, calibrate
@@ -54,7 +55,7 @@ def tuned(members: Sequence[Example], seed: int, epsilon: float | None) -> dict[
     trainable = model()
     options = {"lr": 1e-2, "parameters": trainable.parameters()}
     if epsilon is None:
-        loader = ExampleLoader(members, BATCH, pad_id=0, generator=torch.Generator().manual_seed(seed))
+        loader = ExampleDataModule(members, BATCH, pad_id=0, generator=torch.Generator().manual_seed(seed))
         module = CausalLMModule(trainable.model, **options)
     else:
         rate, steps = sampling_of(len(members), BATCH)

@@ -11,16 +11,29 @@ from fedproxy.interrupts import describe, exit_code, handled, interruption
 BAD_INPUT = 2
 
 
-def run_command(main: Callable[[Sequence[str]], int | None], usage: str) -> None:
+def run_command(
+    main: Callable[[Sequence[str]], int | None],
+    usage: str,
+    describe_keys: Callable[[Sequence[str]], str] | None = None,
+) -> None:
     """Run a command's ``main`` on the process's arguments and exit; see :func:`exit_code_of`.
 
     ``--help`` prints ``usage`` before anything heavy is imported.
+
+    Args:
+        main: The command.
+        usage: What it does, with examples.
+        describe_keys: Returns what ``--help`` says of the keys that further words name, and of all without words.
     """
     arguments = sys.argv[1:]
-    if any(argument in ("-h", "--help") for argument in arguments):
+    words = [argument for argument in arguments if argument not in ("-h", "--help")]
+    if len(words) == len(arguments):
+        sys.exit(exit_code_of(lambda: main(arguments)))
+    if describe_keys is None:
         print(usage.strip())
         sys.exit(0)
-    sys.exit(exit_code_of(lambda: main(arguments)))
+    named = [word for word in words if "=" not in word]
+    sys.exit(exit_code_of(lambda: print(*([] if named else [usage.strip()]), describe_keys(named), sep="\n")))
 
 
 def exit_code_of(work: Callable[[], int | None]) -> int:

@@ -16,7 +16,8 @@ examples:
   python -m fedproxy.fit recipe=fedproxy_llama federation.rounds=5 aggregator.name=fedavg
   python -m fedproxy.fit recipe=my_recipe.yaml output_dir=runs/mine overwrite=true
 
-`python -m fedproxy.recipes ls` lists the recipes, docs/configuration.md every key.
+`python -m fedproxy.recipes ls` lists the recipes. `--help aggregator` or `--help client.lr` says all about a node or a
+key; docs/configuration.md has every key.
 """
 
 
@@ -42,5 +43,12 @@ def main(arguments: Sequence[str]) -> None:
     print(f"report: {folder}/report.md (and report.html, report.json)")
 
 
+def describe_keys(nodes: Sequence[str]) -> str:
+    """Return what ``--help`` says of a recipe's keys."""
+    from fedproxy.config import help as texts
+
+    return texts.describe_keys(nodes)
+
+
 if __name__ == "__main__":
-    run_command(main, USAGE)
+    run_command(main, USAGE, describe_keys)

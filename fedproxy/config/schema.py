@@ -345,7 +345,8 @@ class RunConfig:
         default_factory=lambda: {"accelerator": "auto", "devices": "auto", "precision": "32-true"}
     )
     """Options of lightning.Trainer, for clients and distillation alike; ``devices`` above 1 and ``strategy``
-    (ddp, fsdp) are for clients alone, and ``devices: auto`` is one for each client."""
+    (ddp, fsdp) are for clients alone, and ``devices: auto`` is one for each client. ``callbacks`` are classes of
+    plugins or of Lightning, ``profiler`` may be one: ``[my_plugin.MyCallback]``."""
     loggers: list[str] = field(default_factory=list)
     """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 

@@ -67,7 +67,7 @@ class _Reader:
         if module in _REAL:
             return vars(importlib.import_module(module))
         if module not in self._modules:
-            path = _file(module)
+            path = source_file(module)
             names: Names = {"__name__": module, "import_members": self._members, "__path__": [str(path.parent)]}
             self._modules[module] = names  # before it is filled: modules may import each other in a circle
             for statement in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -137,7 +137,8 @@ def _execute(statement: ast.stmt, names: Names) -> None:
         return
 
 
-def _file(module: str) -> Path:
+def source_file(module: str) -> Path:
+    """Return where a module of this package lies."""
     path = _PACKAGE.joinpath(*module.split(".")[1:])
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 

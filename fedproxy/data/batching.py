@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from fedproxy.data.examples import IGNORED
-from fedproxy.data.packing import pack
 from fedproxy.data.tokenisation import Example
-from fedproxy.errors import ClientError
 from fedproxy.processes import rank_and_size
 
 
@@ -65,68 +64,24 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-class ExampleLoader:
-    """Endless epochs of collated batches: every iteration is one epoch in a new order.
-
-    Processes that train one model together split every batch: a step sees the same examples whatever their number. Each
-    part then holds ``share``, 0-dim float32, by which its mean loss counts: n times its part of the batch's target
-    tokens, so that the mean over the n processes is the mean over all the batch's tokens.
+class LengthGroupedBatchSampler(Sampler[list[int]]):
+    """Endless epochs of :func:`batches`: every iteration is one epoch in a new order, drawn when it is read.
 
     Args:
-        examples: All examples of a client.
+        lengths: Tokens of each example.
         batch_size: Examples of a batch.
-        pad_id: Token that fills up short examples.
         generator: CPU generator of the order; each epoch advances it.
-        packing: Put rows of a batch side by side where that saves padding. Batches are of the same rows either way.
-
-    Raises:
-        ClientError: If there are no examples.
     """
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        batch_size: int,
-        *,
-        pad_id: int,
-        generator: torch.Generator,
-        packing: bool = False,
-    ) -> None:
-        if not examples:
-            raise ClientError("a client has no training rows; give it rows or leave it out of the federation")
-        self.examples = examples
-        self.batch_size = batch_size
-        self.pad_id = pad_id
-        self.generator, self.packing = generator, packing
-        self._tokens: list[int] = []
+    def __init__(self, lengths: Sequence[int], batch_size: int, generator: torch.Generator) -> None:
+        self.lengths, self.batch_size, self.generator = lengths, batch_size, generator
 
     def __len__(self) -> int:
         """Batches of one epoch."""
-        return -(-len(self.examples) // self.batch_size)
+        return -(-len(self.lengths) // self.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        lengths = [len(example.input_ids) for example in self.examples]
-        rank, processes = rank_and_size()
-        for chosen in batches(lengths, self.batch_size, self.generator):
-            whole = [self.examples[index] for index in chosen]
-            self._tokens.append(sum(example.target_length for example in whole))
-            yield self._joined(whole) if processes == 1 else self._part(whole, rank, processes)
-
-    def tokens_of(self, batches: int) -> int:
-        """Return the target tokens of the first batches that were handed out, of all processes together."""
-        return sum(self._tokens[:batches])
-
-    def _part(self, whole: list[Example], rank: int, processes: int) -> dict[str, Tensor]:
-        """Return one process's part of a batch: neighbours in length go to different processes."""
-        own = whole[rank::processes]
-        tokens = sum(example.target_length for example in own)
-        share = processes * tokens / sum(example.target_length for example in whole)
-        # A process without examples runs one that counts nothing: the others wait for it in every step.
-        return {**self._joined(own or whole[:1]), "share": torch.tensor(share)}
-
-    def _joined(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        packed = pack(examples, self.pad_id) if self.packing else None
-        return collate(examples, self.pad_id) if packed is None else packed
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from batches(self.lengths, self.batch_size, self.generator)
 
 
 class ShuffledBatches:

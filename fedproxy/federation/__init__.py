@@ -1,0 +1,1 @@
+"""The round loop, the clients, and what runs them."""

@@ -169,7 +169,11 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
 
 class ThreeCaches(Cache):  # type: ignore[misc]
-    """The layers of three caches as one, so that reordering or cropping it does so for all three models."""
+    """The layers of three caches as one, so that reordering or cropping it does so for all three models.
+
+    Args:
+        models: The models that each fill one of them.
+    """
 
     def __init__(self, models: tuple[PreTrainedModel, ...]) -> None:
         self.views = [DynamicCache(config=model.config) for model in models]

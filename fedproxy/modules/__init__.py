@@ -1,0 +1,1 @@
+"""LightningModules for tuning and distillation, with their data, callbacks, losses and the Trainer factory."""

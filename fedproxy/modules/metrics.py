@@ -2,10 +2,15 @@
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 
 # Sums over many batches need float64, which Apple's GPUs lack.
 _SUM_DTYPE = torch.float32 if torch.backends.mps.is_available() else torch.float64
+
+
+def step_mean() -> MeanMetric:
+    """Return a mean over the steps of a fit that never makes the device wait, summed in float64 where there is one."""
+    return MeanMetric(nan_strategy="disable").set_dtype(_SUM_DTYPE)
 
 
 class AnswerPerplexity(Metric):  # type: ignore[misc]

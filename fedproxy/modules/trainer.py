@@ -3,6 +3,7 @@
 import inspect
 import logging
 import signal
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,7 +35,7 @@ _ELSEWHERE = {
     "accumulate_grad_batches": "client.accumulate",
     "gradient_clip_val": "client.max_grad_norm",
     "default_root_dir": "output_dir",
-    "callbacks": "a plugin",
+    "use_distributed_sampler": "trainer.devices",
 }
 _KINDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -112,8 +114,8 @@ def make_trainer(
         max_steps: Optimiser steps after which the fit ends, -1 for no limit.
         accumulate: Batches whose gradients are added up before a step.
         max_grad_norm: Largest gradient norm; longer gradients are scaled down. None for no limit.
-        callbacks: Lightning callbacks.
-        root: Folder for what a logger, a profiler or a checkpoint callback writes; made when something is written.
+        callbacks: Lightning callbacks, which come before the recipe's own.
+        root: Folder for what a logger, a profiler or a callback writes; made when something is written.
 
     Raises:
         ConfigError: If an option is unknown or Lightning refuses its value.
@@ -127,6 +129,9 @@ def make_trainer(
         if name not in _LOGGERS:
             raise ConfigError(f"trainer.logger: unknown logger {name!r}{nearest(name, _LOGGERS)}")
         arguments["logger"] = _build(_LOGGERS[name], save_dir=root or "logs", name="", version="")
+    arguments["callbacks"] = [*callbacks, *_own_callbacks(options.get("callbacks"))]
+    if "." in str(options.get("profiler")):
+        arguments["profiler"] = _own("trainer.profiler", options["profiler"], Profiler)
     with quiet():
         trainer: lightning.Trainer = _build(
             lightning.Trainer,
@@ -135,10 +140,35 @@ def make_trainer(
             max_steps=max_steps,
             accumulate_grad_batches=accumulate,
             gradient_clip_val=max_grad_norm,
-            callbacks=list(callbacks),
             default_root_dir=root,
+            use_distributed_sampler=False,  # the processes of a client split each batch
         )
+    if options.get("profiler"):
+        trainer.profiler.dirpath, trainer.profiler.filename = root, "profile"
     return trainer
+
+
+def _own_callbacks(names: Any) -> list[Callback]:
+    """Return a new callback of each class that a recipe names."""
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ConfigError(f"trainer.callbacks must be a list of classes like [my_plugin.MyCallback], got {names!r}")
+    return [_own("trainer.callbacks", name, Callback) for name in names or ()]
+
+
+def _own(key: str, name: str, kind: type[Any]) -> Any:
+    """Return a new object of a class that a recipe names by its module; nothing is imported for that.
+
+    Raises:
+        ConfigError: If no module that was imported, as plugins are, has such a class.
+    """
+    module, _, own = name.rpartition(".")
+    found = getattr(sys.modules.get(module), own, None)
+    if not (isinstance(found, type) and issubclass(found, kind)):
+        raise ConfigError(
+            f"{key}: {name} is not a {kind.__name__} of Lightning's or of a plugin; write module.Class, and "
+            f"plugins=[{module or 'my_plugin'}] on the command line"
+        )
+    return _build(found)
 
 
 def fit(

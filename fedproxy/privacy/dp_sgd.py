@@ -1,6 +1,5 @@
 """DP-SGD on what a client trains (Abadi et al. 2016, arXiv 1607.00133): Poisson samples, clipped rows, noise."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,14 +112,14 @@ class PrivateLMModule(CausalLMModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Add a batch's clipped rows, step at the end of a sample, and return the loss of the last rows."""
-        rows = len(batch["input_ids"])
+        rows, loss = len(batch["input_ids"]), torch.zeros(())
         for start in range(0, rows, self.physical_batch):
-            self._add({name: t[start : start + self.physical_batch] for name, t in batch.items() if t.ndim})
+            loss = self._add({name: t[start : start + self.physical_batch] for name, t in batch.items() if t.ndim})
         if bool(batch["last"]):
             self._step()
-        return self._task_losses[-1] if rows else torch.zeros(())
+        return loss
 
-    def _add(self, batch: Mapping[str, Tensor]) -> None:
+    def _add(self, batch: Mapping[str, Tensor]) -> Tensor:
         rows = len(batch["input_ids"])
         with self._gradients.of(rows):
             with attention(batch["input_ids"]):
@@ -129,7 +128,10 @@ class PrivateLMModule(CausalLMModule):
             self.manual_backward(losses.sum())
         for name, total in self._gradients.clipped_sum(self.training_.clip).items():
             self._sums[name] = self._sums[name].add_(total) if name in self._sums else total
-        self._task_losses.append(losses.detach().mean())
+        loss = losses.detach().mean()
+        if loss.isfinite():
+            self.step_loss.update(loss)
+        return loss
 
     def _step(self) -> None:
         if self._made >= self.training_.charged:
@@ -151,9 +153,7 @@ class PrivateLMModule(CausalLMModule):
             schedule.step()
 
     def on_train_epoch_end(self) -> None:
-        """Add up the epoch's losses, which stay with the client."""
-        self._task_sum += _total(self._task_losses)
-        self._penalty_sum += _total(self._penalties)
+        """Log nothing: what the model answers stays with the client."""
 
 
 def row_losses(nll: Tensor, labels: Tensor) -> Tensor:
@@ -170,10 +170,3 @@ def row_losses(nll: Tensor, labels: Tensor) -> Tensor:
 
 def _nothing() -> dict[str, Tensor]:
     return {name: torch.zeros((0, 1), dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
-
-
-def _total(losses: list[Tensor]) -> Tensor:
-    values = [float(loss) for loss in losses]
-    losses.clear()
-    finite = [value for value in values if math.isfinite(value)]
-    return torch.tensor([sum(finite), len(finite)], dtype=torch.float64)

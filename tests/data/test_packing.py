@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.packing import pack, packs
 from fedproxy.data.tokenisation import Example
+from fedproxy.modules.datamodule import ExampleDataModule
 
 
 def test_rows_go_where_they_fit_best():
@@ -44,12 +44,13 @@ def test_packing_changes_no_draw():
     examples = [Example(row, ((1, len(row)),), str(row[0])) for row in ids]
 
     def loader(packing):
-        return ExampleLoader(examples, 8, pad_id=0, generator=torch.Generator().manual_seed(1), packing=packing)
+        return ExampleDataModule(examples, 8, pad_id=0, generator=torch.Generator().manual_seed(1), packing=packing)
 
     def rows(batch):
         return sorted({int(token) // 100 for token in batch["labels"][batch["labels"] != -100]})
 
     plain, packed = loader(False), loader(True)
-    assert [rows(batch) for batch in plain] == [rows(batch) for batch in packed]
+    batches = list(packed.train_dataloader())
+    assert [rows(batch) for batch in plain.train_dataloader()] == [rows(batch) for batch in batches]
     assert plain.tokens_of(10**6) == packed.tokens_of(10**6) > 0
-    assert any("position_ids" in batch for batch in packed)
+    assert any("position_ids" in batch for batch in batches)

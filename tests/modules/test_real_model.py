@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from fedproxy.data.batching import ExampleLoader
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import tokenise
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.strategies.trainable import Trainable
 
@@ -47,7 +47,9 @@ def test_two_steps_equal_peft_and_transformers_own(rows, tmp_path):
     assert tokenizer.decode(examples[0].input_ids) == rows[0].prompt + rows[0].target
 
     def loader():
-        return ExampleLoader(examples, 16, pad_id=tokenizer.pad_token_id, generator=torch.Generator().manual_seed(0))
+        return ExampleDataModule(
+            examples, 16, pad_id=tokenizer.pad_token_id, generator=torch.Generator().manual_seed(0)
+        )
 
     options = {"r": 8, "alpha": 16, "modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]}
     trainable = Trainable.by_name("lora")(**options).attach(model, torch.Generator().manual_seed(0))
@@ -61,7 +63,7 @@ def test_two_steps_equal_peft_and_transformers_own(rows, tmp_path):
     tuned = {n: p for n, p in reference.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(tuned.values(), lr=1e-3, weight_decay=0.0)
     losses = []
-    for batch in loader():
+    for batch in loader().train_dataloader():
         loss = reference(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(tuned.values(), 1.0)

@@ -4,6 +4,7 @@ import time
 import lightning
 import pytest
 import torch
+from lightning.pytorch.profilers import SimpleProfiler
 
 from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import adamw, attention, autocast_dtype, fit, is_slow, make_trainer, trainer_options
@@ -75,6 +76,24 @@ def test_every_trainer_option_is_reachable():
         ({"gradient_clip_val": 1.0}, r"set by client\.max_grad_norm"),
         ({"limit_train_batches": 2}, r"trainer\.limit_train_batches is set by data\.rows_per_task; use that instead"),
         ({"max_steps": 2}, r"trainer\.max_steps is set by client\.max_steps"),
+        ({"use_distributed_sampler": False}, r"trainer\.use_distributed_sampler is set by trainer\.devices"),
+        (
+            {"callbacks": "a.B"},
+            r"trainer\.callbacks must be a list of classes like \[my_plugin\.MyCallback\], got 'a\.B'",
+        ),
+        (
+            {"callbacks": ["os.abort"]},
+            r"trainer\.callbacks: os\.abort is not a Callback of .* plugin; write module\.Class",
+        ),
+        (
+            {"callbacks": ["my_plugin.Mine"]},
+            r"trainer\.callbacks: my_plugin\.Mine is not .*, and plugins=\[my_plugin\] on",
+        ),
+        (
+            {"profiler": "my_plugin.Mine"},
+            r"trainer\.profiler: my_plugin\.Mine is not a Profiler of Lightning's or of a p",
+        ),
+        ({"profiler": "simpel"}, r"^trainer: .*`profiler` .* one of \['simple', 'advanced'"),
         ({"precision": "7-bit"}, r"^trainer\.precision must be .*bf16-mixed or .*, got '7-bit'"),
         ({"deterministic": "abc"}, r"trainer\.deterministic must be true or false or null or warn, got 'abc'"),
         ({"detect_anomaly": 2}, r"trainer\.detect_anomaly must be true or false, got 2"),
@@ -96,6 +115,36 @@ def test_csv_logger_writes_below_the_root(tmp_path):
     trainer = make_trainer({"accelerator": "cpu", "logger": "csv", "log_every_n_steps": 1}, root=tmp_path)
     fit(trainer, Line(), Ones(2))
     assert "10.0" in (tmp_path / "metrics.csv").read_text()
+
+
+class Counting(lightning.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        module.batches = getattr(module, "batches", 0) + 1
+
+
+class Profiling(SimpleProfiler):
+    def summary(self):
+        return "of my own"
+
+
+def test_own_callbacks_and_profilers_are_reached_and_write_below_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module, root = Line(), tmp_path / "root"
+    options = {"accelerator": "cpu", "callbacks": [f"{__name__}.Counting"], "logger": True}
+    fit(make_trainer({**options, "profiler": f"{__name__}.Profiling"}, root=root), module, Ones(3))
+    assert module.batches == 3
+    assert (root / "fit-profile.txt").read_text() == "of my own"
+    fit(make_trainer({**options, "profiler": "simple"}, root=root / "named"), module, Ones(1))
+    assert "optimizer_step" in (root / "named/fit-profile.txt").read_text()
+    assert module.batches == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]  # no lightning_logs in the working folder
+
+
+def test_naming_a_class_imports_nothing(tmp_path, monkeypatch):
+    (tmp_path / "not_named.py").write_text("raise SystemExit")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"not_named\.Mine is not a Callback"):
+        make_trainer({"callbacks": ["not_named.Mine"]})
 
 
 def test_a_fit_says_nothing_and_restores_log_levels(capfd, recwarn):

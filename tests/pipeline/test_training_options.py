@@ -1,9 +1,11 @@
 """Schedules, bounded steps and other optimisers, through whole runs."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
@@ -98,3 +100,28 @@ def test_packed_clients_train_as_others_do(run_tiny, tmp_path):
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=2e-3)  # of steps of 1e-2
     assert any(not torch.equal(states[0][name], states[1][name]) for name in states[0])  # rows were packed
+
+
+class Noting(Callback):
+    """Notes what it sees of a fit, below the Trainer's root."""
+
+    def on_train_end(self, trainer, module):
+        text = "\n".join(type(own).__name__ for own in trainer.callbacks)
+        (Path(trainer.default_root_dir) / "noted.txt").write_text(text)
+
+
+def test_own_callbacks_ride_with_every_client_and_all_is_written_into_the_run_folder(run_tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    brief = ("federation.rounds=1", "evaluation.models=[]", "client.max_steps=2")
+    own = (f"trainer.callbacks=[{__name__}.Noting]", "trainer.profiler=simple", "trainer.logger=csv")
+    report, folder = run_tiny(*brief, *own)
+    plain, other = run_tiny(*brief)
+    roots = list((folder / "logs/trainer").glob("*/round_0001"))
+    assert len(roots) == len(report.rounds[0].clients)
+    for root in roots:
+        assert (root / "noted.txt").read_text().split() == ["Regularize", "Noting"]
+        assert {"fit-profile.txt", "metrics.csv"} <= {path.name for path in root.iterdir()}
+    assert not list(tmp_path.iterdir())  # nothing in the working folder
+    first, second = state_of(folder, 1), state_of(other, 1)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert report.rounds[0].train_loss == plain.rounds[0].train_loss

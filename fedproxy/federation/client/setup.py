@@ -47,7 +47,7 @@ class LocalSetup:
     signing: str | None = None
     """Folder of the clients' signing secrets and of the keys that they have pinned."""
     logs: str | None = None
-    """Folder for what Lightning's loggers and profilers write; None is the working directory."""
+    """Folder for what Lightning's loggers, profilers and callbacks write; None is the working directory."""
 
     def client(self, model: TrainableModel, tokenizer: PreTrainedTokenizerBase) -> Site:
         """Return a site for this process, which trains on a proxy that is loaded already where it can."""

@@ -1,7 +1,6 @@
 """One client's training in one round: from the state it starts with, on its own rows, to the change of it."""
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from fedproxy.data.batching import ExampleLoader
 from fedproxy.errors import ClientError
+from fedproxy.models.sharding import is_sharded
+from fedproxy.modules.callbacks import Deadline, Regularize
 from fedproxy.modules.causal_lm import CausalLMModule
+from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.optimizers import Optimizer
 from fedproxy.modules.schedules import Schedule
 from fedproxy.modules.trainer import fitting, make_trainer
@@ -87,11 +87,11 @@ def tune(
     """
     model = task.model
     model.load_state(task.state)
-    parameters = model.parameters()
-    batches = _batches(task, job, seeds)
-    steps = job.steps(len(batches)) if isinstance(batches, ExampleLoader) else job.epochs * batches.training.steps
+    data = _data(task, job, seeds)
+    steps = job.steps(len(data.sampler)) if isinstance(data, ExampleDataModule) else job.epochs * data.training.steps
     rate = Schedule.made(job.schedule).in_round(task.broadcast.round, rounds=job.rounds, steps=steps, lr=job.lr)
     module = _module(task, job, rate)
+    term = Regularize(Regularizer.made(job.regularizer), task.state, task.conflict, task.pull)
     private = task.training is not None  # clips each row, and steps by itself
     trainer = make_trainer(
         options,
@@ -99,35 +99,37 @@ def tune(
         max_steps=-1 if job.max_steps is None else job.max_steps,
         accumulate=1 if private else job.accumulate,
         max_grad_norm=None if private else job.max_grad_norm,
-        callbacks=[] if deadline is None else [_Deadline(deadline)],
+        callbacks=[term] if deadline is None else [term, Deadline(deadline)],
         root=logs,
     )
-    seed = seeds.dropout[rank_and_size()[0]]
+    if is_sharded(module.tuned) or getattr(model.model, "is_quantized", False):
+        module.cpu = lambda: module  # Lightning moves modules there after a fit; these weights stay where they are
+    parameters, seed = model.parameters(), seeds.dropout[rank_and_size()[0]]
     with (
         _resting(parameters[name] for name in job.frozen),
         _recomputing(model, job.gradient_checkpointing),
         fitting(trainer, module, seed=seed),
     ):
-        trainer.fit(module, batches)
+        trainer.fit(module, data)
     task.steps, task.device = trainer.global_step, trainer.strategy.root_device
     task.lr = job.lr * (sum(map(rate, range(task.steps))) / task.steps or 1.0)
     return ClientUpdate(
         task.client_id,
         _difference(model.state(), task.state),
         num_examples=len(task.examples),
-        num_tokens=batches.tokens_of(trainer.fit_loop.epoch_loop.total_batch_idx + 1),
+        num_tokens=data.tokens_of(trainer.fit_loop.epoch_loop.total_batch_idx + 1),
         train_loss=module.task_loss,
-        regularizer_loss=module.regularizer_loss,
+        regularizer_loss=term.mean_loss,
         round=task.broadcast.round,
     )
 
 
-def _batches(task: ClientRound, job: Job, seeds: ClientSeeds) -> ExampleLoader | PoissonLoader:
+def _data(task: ClientRound, job: Job, seeds: ClientSeeds) -> ExampleDataModule | PoissonLoader:
     """Return the batches of a round."""
     if task.training is not None:
         return PoissonLoader(task.examples, task.training, pad_id=task.pad_id)
     order = torch.Generator().manual_seed(seeds.batches)
-    return ExampleLoader(task.examples, job.batch_size, pad_id=task.pad_id, generator=order, packing=job.packing)
+    return ExampleDataModule(task.examples, job.batch_size, pad_id=task.pad_id, generator=order, packing=job.packing)
 
 
 def _module(task: ClientRound, job: Job, rate: Callable[[int], float]) -> CausalLMModule:
@@ -138,25 +140,10 @@ def _module(task: ClientRound, job: Job, rate: Callable[[int], float]) -> Causal
         "optimizer": Optimizer.made(job.optimizer),
         "weight_decay": job.weight_decay,
         "parameters": {name: own for name, own in task.model.parameters().items() if name not in job.frozen},
-        "regularizer": Regularizer.made(job.regularizer),
-        "anchor": task.state,
-        "conflict": task.conflict,
-        "pull": task.pull,
     }
     if task.training is not None:
         return PrivateLMModule(task.model.model, task.training, len(task.examples), **options)
     return CausalLMModule(task.model.model, **options)
-
-
-class _Deadline(Callback):  # type: ignore[misc]
-    """Ends a fit after the first batch that ends too late."""
-
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if time.monotonic() > self.deadline:
-            raise ClientError("the round's time is over; raise federation.round_timeout_s")
 
 
 def client_seeds(broadcast: Broadcast) -> ClientSeeds:

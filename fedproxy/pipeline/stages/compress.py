@@ -183,7 +183,11 @@ def fidelity_texts(config: RunConfig, owned: Container[str]) -> list[str]:
 
 
 class Measure(Stage):
-    """How near the proxy is to the target on held-out public text, with the Block Influence of every block."""
+    """How near the proxy is to the target on held-out public text, with the Block Influence of every block.
+
+    Args:
+        texts: The text, none of which calibrated or distilled the proxy.
+    """
 
     name, past = "measure", "measured"
     reads, after = FIDELITY, (Compress,)

@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.survey import Survey
-from fedproxy.strategies.functional.similarity import cosine_matrix
-from fedproxy.strategies.functional.trimming import Trimmer, find_threshold, top_count
-from fedproxy.strategies.functional.voting import elect_sign
+from fedproxy.strategies.functional.merging import consensus, sce, stock_ratio
 
 
 @dataclass(frozen=True)
@@ -34,20 +31,7 @@ class SCE(Aggregator, name="sce"):
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
         """Merge one tensor."""
-        flat = deltas.reshape(len(deltas), -1)
-        if self.density < 1.0:
-            variance = flat.var(dim=0, correction=0)
-            count = top_count(self.density, int(variance.count_nonzero()))
-            trimmer = Trimmer([find_threshold(lambda: [variance], variance.numel(), count)])
-            selected = trimmer.trim([variance], torch.empty(1, variance.numel()))
-            flat = torch.where(selected > 0, flat, 0.0)
-        energy = flat.double().square().sum(dim=1)
-        total = energy.sum()
-        shares = (energy / total if total > 0 else torch.full_like(energy, 1.0 / len(flat))).float()
-        agree = (flat.sign() == elect_sign(flat)) & (flat != 0)
-        kept = shares.unsqueeze(1) * agree
-        divisor = kept.sum(dim=0)
-        return ((kept * flat).sum(dim=0) / torch.where(divisor > 0, divisor, 1.0)).view(deltas.shape[1:])
+        return sce(deltas.reshape(len(deltas), -1), density=self.density).view(deltas.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -63,18 +47,8 @@ class ModelStock(Aggregator, name="model_stock"):
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Find each tensor's ratio from its own Gram matrix."""
-        ratios = {name: self._ratio(gram) for name, gram in survey.grams.items()}
+        ratios = {name: stock_ratio(gram) for name, gram in survey.grams.items()}
         return Plan(lambda block: block.values.mean(dim=0).mul_(ratios[block.name]), threaded=True)
-
-    @staticmethod
-    def _ratio(gram: Tensor) -> float:
-        clients = len(gram)
-        if clients == 1:
-            return 1.0
-        upper = torch.ones(clients, clients).triu(1).bool()
-        cosine = float(cosine_matrix(gram)[upper].mean())
-        below = 1.0 + (clients - 1) * cosine
-        return clients * cosine / below if abs(below) > 1e-6 else 0.0
 
 
 @dataclass(frozen=True)
@@ -103,6 +77,4 @@ class Consensus(Aggregator, name="consensus"):
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
         """Keep the coordinates that enough clients use."""
-        total = deltas.sum(dim=0)
-        users = (deltas.abs() >= self.threshold * (total - deltas).abs()).sum(dim=0)
-        return torch.where(users >= self.min_clients, self.scale * total, 0.0)
+        return consensus(deltas, scale=self.scale, threshold=self.threshold, min_clients=self.min_clients)

@@ -115,7 +115,7 @@ def mean_nearest_median(rows: list[Tensor], count: int) -> Tensor:
 
     Args:
         rows: Sorted values, ascending, each (n,).
-        count: Values to average. Choice: of two equally near windows the lower one.
+        count: Values to average. Choice: of equally near values the smaller one.
     """
     stacked = torch.stack(rows)
     middle = median_of_sorted(rows)
@@ -124,6 +124,14 @@ def mean_nearest_median(rows: list[Tensor], count: int) -> Tensor:
         [torch.maximum(middle - stacked[i], stacked[i + count - 1] - middle) for i in range(len(rows) - count + 1)]
     )
     start = reaches.argmin(dim=0)
+    # Where windows reach equally far, the nearest values are those of least distance in all: [0, 0] is not near 1 in
+    # [0, 0, 1, 2, 2].
+    tied = ((reaches == reaches.amin(dim=0)).sum(dim=0) > 1).nonzero().squeeze(1)
+    if len(tied):
+        apart = (stacked[:, tied] - middle[tied]).abs()
+        totals = torch.stack([apart[i : i + count].sum(dim=0) for i in range(len(reaches))])
+        least = reaches[:, tied] == reaches[:, tied].amin(dim=0)
+        start[tied] = totals.where(least, torch.inf).argmin(dim=0)
     sums = torch.stack([stacked[i : i + count].sum(dim=0) for i in range(len(rows) - count + 1)])
     return sums.gather(0, start.unsqueeze(0)).squeeze(0) / count
 

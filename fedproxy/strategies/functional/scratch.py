@@ -11,6 +11,9 @@ class Scratch:
     """Hands out views of growing buffers, every thread's its own.
 
     A view is valid until its thread asks for the same slot again.
+
+    Args:
+        dtype: Of the views.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:

@@ -23,6 +23,14 @@ def top_count(density: float, size: int) -> int:
     return min(size, math.floor(density * size + 1e-9))
 
 
+def top_share(values: Tensor, density: float) -> Tensor:
+    """Return the values (n,) with all but the largest magnitudes set to zero: what a top-k is, in one sort."""
+    order = values.abs().argsort(descending=True, stable=True)
+    kept = torch.zeros_like(values, dtype=torch.bool)
+    kept[order[: top_count(density, len(values))]] = True
+    return values.where(kept, torch.zeros_like(values))
+
+
 @dataclass(frozen=True)
 class Threshold:
     """Where a top-k cuts: everything above ``magnitude`` stays, and the first ``ties`` coordinates equal to it."""

@@ -128,7 +128,14 @@ class Lora(BlockwiseTrainable, name="lora"):
 
 
 class LoraModel(TrainableModel):
-    """A proxy with LoRA adapters inside; state names are those of PEFT's adapter files."""
+    """A proxy with LoRA adapters inside; state names are those of PEFT's adapter files.
+
+    Args:
+        model: The proxy, with the adapters inside.
+        tuner: What put them there.
+        prefix: What stands before a parameter's name in PEFT's files.
+        files: The adapter's configuration, as it is saved.
+    """
 
     def __init__(self, model: PreTrainedModel, tuner: PeftLora, prefix: str, files: LoraConfig) -> None:
         named = {

@@ -20,7 +20,12 @@ WEIGHTS_FILE = "trained_weights.safetensors"
 
 
 class WeightsModel(TrainableModel):
-    """A proxy of which some weights are trained in place; the state has them under their own names."""
+    """A proxy of which some weights are trained in place; the state has them under their own names.
+
+    Args:
+        model: The proxy.
+        parameters: What is trained of it, by state name.
+    """
 
     def __init__(self, model: PreTrainedModel, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__(model, parameters)
