@@ -1,6 +1,5 @@
 """`python -m fedproxy.fit`: run a recipe from compression to report."""
 
-import sys
 from collections.abc import Sequence
 
 from fedproxy.command import run_command
@@ -22,24 +21,11 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
-    from fedproxy.pipeline.finished import finished, note_finished
+    from fedproxy.pipeline.finished import fit
 
-    done = finished(arguments)
-    if done is not None:
-        print("this run is finished; nothing left to do", file=sys.stderr)
-        folder, report = done
-    else:
-        from fedproxy.config import load_config
-
-        config = load_config(arguments)
-        from fedproxy.pipeline.run import run
-
-        folder, report = config.output_dir, run(config)
-        note_finished(arguments, config)
-    from fedproxy.reporting.summary import summary
-
-    print(summary(report))
-    print(f"report: {folder}/report.md (and report.html, report.json)")
+    report = fit(arguments)
+    print(report)
+    print(f"report: {report.path}/report.md (and report.html, report.json)")
 
 
 if __name__ == "__main__":

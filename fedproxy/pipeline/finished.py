@@ -1,5 +1,6 @@
-"""A finished run that the same command asks for again is recognised before anything heavy is imported."""
+"""Runs as words of a command line ask for them; a finished one is recognised before anything heavy is imported."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,8 +16,31 @@ if TYPE_CHECKING:
     from fedproxy.reporting.run_report import RunReport
 
 
-def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
-    """Return folder and report of the run that these very arguments finished.
+def fit(arguments: Sequence[str]) -> "RunReport":
+    """Do the run that the arguments ask for and return its report; one that they finished before is only read.
+
+    Args:
+        arguments: Words of the command line.
+
+    Raises:
+        FedProxyError: As :func:`fedproxy.config.load_config` and :func:`fedproxy.pipeline.run.run`.
+    """
+    done = finished(arguments)
+    if done is not None:
+        print("this run is finished; nothing left to do", file=sys.stderr)
+        return done
+    from fedproxy.config import load_config
+
+    config = load_config(arguments)
+    from fedproxy.pipeline.run import run
+
+    report = run(config)
+    note_finished(arguments, config)
+    return report
+
+
+def finished(arguments: Sequence[str]) -> "RunReport | None":
+    """Return the report of the run that these very arguments finished.
 
     None in all other cases, also where it takes more to tell: whoever asks then does the run, which looks closer.
 
@@ -39,7 +63,7 @@ def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
             return None
         from fedproxy.reporting.run_report import RunReport
 
-        return config.output_dir, RunReport.load(report)
+        return RunReport.load(report)
     except (OSError, FedProxyError):
         return None
 
