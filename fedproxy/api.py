@@ -165,7 +165,7 @@ class Proxy:
     """What compression gives: the model that clients tune, and the map that stays with the server."""
 
     model: PreTrainedModel
-    """The proxy; tune a copy of it, so that fusion knows how it was."""
+    """The proxy, frozen; tune a copy of it, so that fusion knows how it was."""
     tokenizer: PreTrainedTokenizerBase
     """The target's."""
     layer_map: LayerMap
@@ -228,7 +228,7 @@ def compress(
     given, limit = _listed("texts", texts), positions_limit(target, method.calibration.max_tokens)
     batches = text_batches(given, tokenizer, max_tokens=limit) if given else []
     model, layer_map = method.compress(target, batches)
-    return Proxy(model, tokenizer, layer_map)
+    return Proxy(model.requires_grad_(False), tokenizer, layer_map)
 
 
 def aggregate(
