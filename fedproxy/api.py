@@ -33,8 +33,8 @@ from fedproxy.modules.text_nll import text_nll
 from fedproxy.overrides import as_word, as_words
 from fedproxy.pipeline.context import LAYER_MAP
 from fedproxy.pipeline.data import text_batches
-from fedproxy.pipeline.finished import fit as do_run
-from fedproxy.pipeline.run import compress_only
+from fedproxy.pipeline.finished import note_finished
+from fedproxy.pipeline.run import compress_only, run
 from fedproxy.protocol import ClientUpdate
 from fedproxy.reporting import RunReport, model_card
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, Memory, RoundContext
@@ -99,7 +99,11 @@ def fit(recipe: str | Path, overrides: Mapping[str, Any] | None = None, **keys: 
     Raises:
         FedProxyError: If something that a user, a client or a file causes ends the run.
     """
-    return do_run(_words(recipe, overrides, keys))
+    words = _words(recipe, overrides, keys)
+    config = load_config(words)
+    report = run(config)
+    note_finished(words, config)
+    return report
 
 
 def compress_recipe(recipe: str | Path, overrides: Mapping[str, Any] | None = None, **keys: Any) -> RunReport:

@@ -1,5 +1,6 @@
 """`python -m fedproxy.fit`: run a recipe from compression to report."""
 
+import sys
 from collections.abc import Sequence
 
 from fedproxy.command import run_command
@@ -21,9 +22,19 @@ examples:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
-    from fedproxy.pipeline.finished import fit
+    from fedproxy.pipeline.finished import finished, note_finished
 
-    report = fit(arguments)
+    report = finished(arguments)
+    if report is not None:
+        print("this run is finished; nothing left to do", file=sys.stderr)
+    else:
+        from fedproxy.config import load_config
+
+        config = load_config(arguments)
+        from fedproxy.pipeline.run import run
+
+        report = run(config)
+        note_finished(arguments, config)
     print(report)
     print(f"report: {report.path}/report.md (and report.html, report.json)")
 

@@ -1,6 +1,5 @@
-"""Runs as words of a command line ask for them; a finished one is recognised before anything heavy is imported."""
+"""A finished run that the same command asks for again is recognised before anything heavy is imported."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -14,29 +13,6 @@ from fedproxy.files import file_sha256, read_json, write_json
 if TYPE_CHECKING:
     from fedproxy.config import RunConfig
     from fedproxy.reporting.run_report import RunReport
-
-
-def fit(arguments: Sequence[str]) -> "RunReport":
-    """Do the run that the arguments ask for and return its report; one that they finished before is only read.
-
-    Args:
-        arguments: Words of the command line.
-
-    Raises:
-        FedProxyError: As :func:`fedproxy.config.load_config` and :func:`fedproxy.pipeline.run.run`.
-    """
-    done = finished(arguments)
-    if done is not None:
-        print("this run is finished; nothing left to do", file=sys.stderr)
-        return done
-    from fedproxy.config import load_config
-
-    config = load_config(arguments)
-    from fedproxy.pipeline.run import run
-
-    report = run(config)
-    note_finished(arguments, config)
-    return report
 
 
 def finished(arguments: Sequence[str]) -> "RunReport | None":
