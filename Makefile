@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: help demo demo-sites extras test check test-slow test-sites test-example clean
+.PHONY: help demo demo-sites docs extras test check test-slow test-sites test-example clean
 .DEFAULT_GOAL := help
 
 help:  ## This list
@@ -22,14 +22,22 @@ $(VENV)/.sites: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[flower]'
 	touch $@
 
+# Sphinx and what the site is made of.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
 demo: $(VENV)/.installed  ## The main job: SmolLM2, four clients, compress, federate, fuse, evaluate, report
 	$(BIN)/python -m fedproxy.fit recipe=fedproxy_llama resume=auto
 
 demo-sites: $(VENV)/.sites  ## A hub and two sites on this machine, each with folders, keys and processes of its own; needs nginx
 	$(BIN)/python -m fedproxy.sites.demo
 
+docs: $(VENV)/.docs  ## The documentation as a site, docs/_build/html/index.html: half a minute, every warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -n -b html -c docs . docs/_build/html
+
 extras: $(VENV)/.installed  ## All extras resolve together with the constraints
-	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[flower,mlflow,wandb,tensorboard,quantization,privacy,dev]'
+	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[docs,flower,mlflow,wandb,tensorboard,quantization,privacy,dev]'
 
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'

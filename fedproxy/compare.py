@@ -49,14 +49,12 @@ def main(arguments: Sequence[str]) -> int:
     study = read_study(arguments)
     from fedproxy.comparison.compare import compare
     from fedproxy.errors import one_line
-    from fedproxy.reporting.comparison.tables import score_table
-    from fedproxy.reporting.markdown import markdown_table
 
     try:
         finished = compare(study, arguments)
     except KeyboardInterrupt as error:
         raise interruption(error, "go on with the same command") or error from None
-    print(markdown_table(score_table(finished.comparison.analysis)))
+    print(finished)
     print("report: " + ", ".join(str(path) for path in finished.files))
     for line in finished.failed:
         print(f"failed: {one_line(line)}")

@@ -5,11 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fedproxy.command import run_command
+from fedproxy.evaluation.questions import Questions
 
 if TYPE_CHECKING:
     from fedproxy.evaluation.harness import EvaluationResult
@@ -51,27 +52,21 @@ _FILES = ("scores.json", "samples.jsonl", "results.json")
 
 
 @dataclass(frozen=True)
-class EvaluateArguments:
+class EvaluateArguments(Questions):
     """What the command line can say; see ``USAGE``."""
 
     model: str = ""
-    tasks: list[str] = field(default_factory=list)
-    include_path: str | None = None
-    files: dict[str, str] = field(default_factory=dict)
-    max_new_tokens: int = 64
-    limit: int | None = None
-    num_fewshot: int = 0
-    split: str | None = None
-    seed: int = 1234
-    apply_chat_template: bool = False
-    fewshot_as_multiturn: bool = False
-    system_instruction: str | None = None
     dtype: str = "float32"
     device: str | None = None
-    batch_size: int = 16
-    batch_tokens: int = 2048
     output_dir: str = "evaluation"
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        from fedproxy.errors import ConfigError
+
+        if not self.model:
+            raise ConfigError("model is missing; write, for example, model=asset:smollm2-135m")
+        super().__post_init__()
 
 
 def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
@@ -104,30 +99,7 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
         key = getattr(error, "full_key", None) or "arguments"
         raise ConfigError(f"{key}: {first_line(error)}") from None
     assert isinstance(typed, EvaluateArguments)
-    for key, example in (("model", "model=asset:smollm2-135m"), ("tasks", "tasks=[arc_easy]")):
-        if not getattr(typed, key) and not (key == "tasks" and typed.files):
-            raise ConfigError(f"{key} is missing; write, for example, {example}")
-    if typed.fewshot_as_multiturn and not typed.apply_chat_template:
-        raise ConfigError("fewshot_as_multiturn needs apply_chat_template=true; add it")
-    if typed.max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens must be at least 0, got {typed.max_new_tokens}")
-    _check_names(typed.files, typed.tasks)
     return typed
-
-
-def _check_names(files: Mapping[str, str], tasks: Sequence[str]) -> None:
-    """Refuse a file whose scores would have the name of a task's, or of the mean.
-
-    Raises:
-        ConfigError: Naming it.
-    """
-    from fedproxy.errors import ConfigError
-    from fedproxy.names import folded
-
-    taken = {folded("mean"): "the mean over sources", **{folded(task): "a task" for task in tasks}}
-    for name in files:
-        if folded(name) in taken:
-            raise ConfigError(f"files.{name} is also the name of {taken[folded(name)]}; name the file otherwise")
 
 
 def _as_list(argument: str) -> str:
@@ -183,39 +155,16 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     import torch
 
-    from fedproxy.data.assets import fetch, resolve
-    from fedproxy.data.sources import ending, read_rows
-    from fedproxy.evaluation.chat import ChatFormat
-    from fedproxy.evaluation.evaluators.own_data import OwnData
-    from fedproxy.evaluation.harness import check_tasks, evaluate_model, missing_assets, prompt_notes
-    from fedproxy.evaluation.own_data import own_data_notes, score_rows
-    from fedproxy.evaluation.results import merged
-    from fedproxy.evaluation.task_loading import expand
+    from fedproxy.data.assets import resolve
     from fedproxy.models import check_model, load_model, load_tokenizer
 
-    rows = {name: ending(read_rows(name, file, split="test")) for name, file in options.files.items()}
-    own = OwnData(max_new_tokens=options.max_new_tokens)
-    for asset in missing_assets(options.tasks):
-        fetch(asset)
-    tasks = expand(options.tasks, options.include_path)
-    _check_names(options.files, tasks)
-    chat = ChatFormat(options.apply_chat_template, options.fewshot_as_multiturn, options.system_instruction)
-    asked: dict[str, Any] = {name: getattr(options, name) for name in ("limit", "num_fewshot", "seed", "split")}
-    if tasks:
-        check_tasks(tasks, options.limit, options.num_fewshot, split=asked["split"])
+    options.check()
     path = str(resolve(options.model) or options.model)
-    tokenizer, shape = load_tokenizer(path), check_model(path)
-    notes = prompt_notes(shape, tokenizer, tasks, chat=chat, **asked) if tasks else []
-    for note in [*notes, *(own_data_notes(rows, own, shape, tokenizer) if rows else [])]:  # before weights are loaded
+    tokenizer = load_tokenizer(path)
+    for note in options.notes(check_model(path), tokenizer):  # before weights are loaded
         print(f"note: {note}", file=sys.stderr)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, results = load_model(path, dtype=options.dtype).to(device), []
-    if tasks:
-        asked |= {"batch_size": options.batch_size, "batch_tokens": options.batch_tokens}
-        results.append(evaluate_model(model, tokenizer, tasks, chat=chat, progress=True, **asked))
-    if rows:
-        results.append(score_rows(model, tokenizer, rows, own, batch_tokens=options.batch_tokens))
-    return merged(results)
+    return options.ask(load_model(path, dtype=options.dtype).to(device), tokenizer, progress=True)
 
 
 def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path) -> None:

@@ -25,22 +25,19 @@ def main(arguments: Sequence[str]) -> None:
     """Run the recipe that the arguments describe and print where its report lies."""
     from fedproxy.pipeline.finished import finished, note_finished
 
-    done = finished(arguments)
-    if done is not None:
+    report = finished(arguments)
+    if report is not None:
         print("this run is finished; nothing left to do", file=sys.stderr)
-        folder, report = done
     else:
         from fedproxy.config import load_config
 
         config = load_config(arguments)
         from fedproxy.pipeline.run import run
 
-        folder, report = config.output_dir, run(config)
+        report = run(config)
         note_finished(arguments, config)
-    from fedproxy.reporting.summary import summary
-
-    print(summary(report))
-    print(f"report: {folder}/report.md (and report.html, report.json)")
+    print(report)
+    print(f"report: {report.path}/report.md (and report.html, report.json)")
 
 
 def describe_keys(nodes: Sequence[str]) -> str:

@@ -1,16 +1,56 @@
 """Words of a command line as they were meant: a key whose declared type is text takes its value as it was typed."""
 
 import json
+import os
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 import yaml
 
+from fedproxy.errors import ConfigError, one_line
 from fedproxy.registry import Component
 
 _OPENING = {list: "[", dict: "{"}
+
+
+def as_words(node: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Return nested plain values as ``key=value`` words; JSON is YAML, so that every type comes back as it was.
+
+    Args:
+        node: Keys, which may be dotted, to texts, numbers, truth values, None, paths, lists and mappings of such.
+        prefix: What stands in front of every key.
+
+    Raises:
+        ConfigError: If a key would end where it is not meant to, or a value is not plain.
+    """
+    words: list[str] = []
+    for key, value in node.items():
+        if not str(key) or "=" in str(key):
+            shown = f"{prefix}{one_line(repr(key), 80)}"
+            raise ConfigError(f"{shown}: a key must not be empty or hold a =; correct the key")
+        if isinstance(value, Mapping) and value:
+            words += as_words(value, f"{prefix}{key}.")
+        else:
+            words.append(as_word(f"{prefix}{key}", value))
+    return words
+
+
+def as_word(key: str, value: Any) -> str:
+    """Return one key and its plain value as a word.
+
+    Raises:
+        ConfigError: If the value is not plain.
+    """
+    try:
+        return f"{key}={json.dumps(value, default=os.fspath, ensure_ascii=False)}"
+    except (TypeError, ValueError):  # no path either; or a list that holds itself
+        raise ConfigError(
+            f"{one_line(key, 80)} must be a text, a number, True, False, None, a path, or a list or mapping of those, "
+            f"got {one_line(repr(value), 80)}"
+        ) from None
 
 
 def as_typed(argument: str, cls: type) -> str:

@@ -163,7 +163,7 @@ class ClientUpdate:
 
     client_id: str
     delta: Tensors
-    """The client's state minus the broadcast state; may be file-backed (:class:`TensorFile`)."""
+    """The client's state minus the broadcast state; may be file-backed (:class:`fedproxy.tensor_files.TensorFile`)."""
     num_examples: int = 1
     """The client's training examples, each counted once: its weight in linear rules."""
     num_tokens: int = 0

@@ -1,6 +1,5 @@
 """What a comparison compares: from the command line, from a study file, or from both."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from fedproxy.config.references import check_references, resolve
 from fedproxy.config.values import typed
 from fedproxy.errors import ConfigError, nearest, one_line
 from fedproxy.names import check_names
+from fedproxy.overrides import as_words
 from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
 from fedproxy.yaml_files import read_mapping
@@ -83,6 +83,10 @@ class _Arguments:
     only_report: bool = False
 
 
+KEYS = tuple(item.name for item in fields(_Arguments))
+"""Keys of a comparison's own; any other one changes its recipes."""
+
+
 def read_study(arguments: Sequence[str]) -> Study:
     """Read ``study=NAME recipes=[...] seeds=[...] key=value ...``.
 
@@ -103,7 +107,7 @@ def read_study(arguments: Sequence[str]) -> Study:
             )
         if key in _OF_A_RUN:
             raise ConfigError(f"{key} is not an argument of a comparison; {_OF_A_RUN[key]}")
-        (own if key == "study" or key in _names() else every).append(argument)
+        (own if key == "study" or key in KEYS else every).append(argument)
     given = parse_arguments(own, _Arguments)
     name = given.pop("study", None)
     study = _checked(_typed({**(_study_file(str(name), every) if name else {}), **given}), every)
@@ -124,18 +128,14 @@ def _folder() -> Path:
     return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
 
 
-def _names() -> list[str]:
-    return [item.name for item in fields(_Arguments)]
-
-
 def _study_file(name: str, every: Sequence[str]) -> dict[str, Any]:
     if not name.endswith((".yaml", ".yml")) and name not in study_names():
         raise ConfigError(f"study={one_line(name, 120)}: unknown study{nearest(name, study_names())}")
     path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
     content, where = read_mapping(path, "study file"), f"study file {path}"
     for key in content:
-        if key not in _names():
-            raise ConfigError(f"{where}: unknown key {one_line(repr(key), 80)}{nearest(key, _names())}")
+        if key not in KEYS:
+            raise ConfigError(f"{where}: unknown key {one_line(repr(key), 80)}{nearest(key, KEYS)}")
     check_references(content, where)
     names = [key for key in content if key in ("overrides", "methods")]
     changes = {key: content.pop(key) for key in names}
@@ -147,7 +147,7 @@ def _check_plugins(changes: Mapping[str, Any], every: Sequence[str], where: str)
     """Refuse a study that lists plugins of which the command line says nothing."""
     methods = changes.get("methods")
     nodes = [changes.get("overrides"), *(methods.values() if isinstance(methods, Mapping) else ())]
-    listed = [(where, parse_arguments(_words(node))) for node in nodes if isinstance(node, Mapping)]
+    listed = [(where, parse_arguments(as_words(node))) for node in nodes if isinstance(node, Mapping)]
     trusted_plugins(parse_arguments(every), listed)
 
 
@@ -167,7 +167,7 @@ def _typed(values: Mapping[str, Any]) -> _Arguments:
 
 def _checked(given: _Arguments, every: Sequence[str]) -> Study:
     _check_keys("overrides", given.overrides)
-    shared = (*_words(given.overrides), *every)
+    shared = (*as_words(given.overrides), *every)
     plugins = [word for word in every if "plugins" in parse_arguments([word])]  # the user's word is the last one
     methods = [Method(_label(name), (f"recipe={name}", *shared)) for name in given.recipes]
     methods += [_method(str(label), node, shared, plugins) for label, node in given.methods.items()]
@@ -214,7 +214,7 @@ def _method(label: str, node: Any, shared: Sequence[str], last: Sequence[str]) -
         raise ConfigError(f"methods.{label}.scored: unknown model {shown}{nearest(str(scored), MODELS)}")
     changes = {key: value for key, value in node.items() if key not in ("recipe", "scored")}
     _check_keys(f"methods.{label}", changes)
-    return Method(label, (f"recipe={node['recipe']}", *shared, *_words(changes), *last), scored)
+    return Method(label, (f"recipe={node['recipe']}", *shared, *as_words(changes), *last), scored)
 
 
 def _check_labels(labels: Sequence[str]) -> None:
@@ -232,24 +232,6 @@ def _check_keys(where: str, changes: Mapping[str, Any]) -> None:
     for key in changes:
         if key in _OF_A_RUN:
             raise ConfigError(f"{where}.{key} is not a key of a comparison; {_OF_A_RUN[key]}")
-
-
-def _words(node: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Return nested values as ``key=value`` words; JSON is YAML, so that every type comes back as it was.
-
-    Raises:
-        ConfigError: If a key would end where it is not meant to.
-    """
-    words: list[str] = []
-    for key, value in node.items():
-        if not str(key) or "=" in str(key):
-            shown = f"{prefix}{one_line(repr(key), 80)}"
-            raise ConfigError(f"{shown}: a key must not be empty or hold a =; correct the study file")
-        if isinstance(value, Mapping) and value:
-            words += _words(value, f"{prefix}{key}.")
-        else:
-            words.append(f"{prefix}{key}={json.dumps(value)}")
-    return words
 
 
 def _known_label(key: str, label: str | None, labels: Sequence[str], usual: str) -> str | None:

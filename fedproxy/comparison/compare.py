@@ -16,22 +16,34 @@ from fedproxy.pipeline.display import Display
 from fedproxy.reporting.comparison.analysis import Analysis, analyse
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.comparison.records import Record, require_same_questions
+from fedproxy.reporting.comparison.tables import score_table
 from fedproxy.reporting.comparison.view import Comparison, EqualBytes, RunLine
+from fedproxy.reporting.frame import framed
+from fedproxy.reporting.markdown import markdown_table
 
 Runs = dict[str, list[Record]]
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What a comparison left."""
+class ComparisonResult:
+    """What a comparison left; a notebook shows its page."""
 
     comparison: Comparison
+    """The tables and what they rest on."""
     files: Sequence[Path]
+    """The report: comparison.md, .html, .json and .csv."""
     failed: Sequence[str]
     """One line per run that failed."""
 
+    def __str__(self) -> str:
+        """Return the table of scores, as Markdown."""
+        return markdown_table(score_table(self.comparison.analysis))
 
-def compare(study: Study, words: Sequence[str] = (), display: Display | None = None) -> Finished:
+    def _repr_html_(self) -> str | None:
+        return framed(next(path for path in self.files if path.suffix == ".html"))
+
+
+def compare(study: Study, words: Sequence[str] = (), display: Display | None = None) -> ComparisonResult:
     """Do what a study asks and write its report.
 
     Args:
@@ -73,7 +85,7 @@ def compare(study: Study, words: Sequence[str] = (), display: Display | None = N
         if not study.keep_runs and all(outcome.record for outcome in outcomes):
             shared_work(study).clear()
     failed = [f"{outcome.cell.name}: {outcome.error}" for outcome in outcomes if outcome.error]
-    return Finished(found, files, failed)
+    return ComparisonResult(found, files, failed)
 
 
 def _check_components(label: str, config: RunConfig) -> None:

@@ -174,11 +174,15 @@ def _recipe_layers(name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _check_early(files: Sequence[Mapping[str, Any]], arguments: Sequence[str], plugins: Sequence[str]) -> Any:
-    """Find mistakes before torch and others are imported; None where a plugin or a library knows more."""
+    """Find mistakes before torch and others are imported; None where a plugin or a library knows more.
+
+    Where they are imported already, the classes themselves are asked: one of them may be a notebook's own.
+    """
     if plugins:
         return None
+    real = sys.modules.get(_SCHEMA)
     try:
-        early = _configure(configuration_class(), files, arguments)
+        early = _configure(configuration_class() if real is None else real.RunConfig, files, arguments)
         check_trainer_options(early.trainer)
     except FedProxyError:
         raise

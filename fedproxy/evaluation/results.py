@@ -22,9 +22,9 @@ class EvaluationResult:
     """By task: lm-eval's metrics and standard errors, ``n`` questions, and the metrics of ``answer_metrics``."""
     mean: dict[str, float | None]
     """Mean over tasks (:func:`fedproxy.task_means.mean_scores`); None where a task has no finite value."""
-    samples: list[dict[str, Any]]
+    samples: list[dict[str, Any]] = field(repr=False)
     """By question: task, doc_id, hashes, gold, log-likelihood per choice, acc, acc_norm, gold-answer NLL."""
-    lm_eval: dict[str, Any]
+    lm_eval: dict[str, Any] = field(repr=False)
     """lm-eval's own results (versions, configurations, n-shot), without samples: the content of its results.json. Other
     evaluators say in the same form what two evaluations must share to be compared."""
     seconds: float

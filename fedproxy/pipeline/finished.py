@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fedproxy.reporting.run_report import RunReport
 
 
-def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
-    """Return folder and report of the run that these very arguments finished.
+def finished(arguments: Sequence[str]) -> "RunReport | None":
+    """Return the report of the run that these very arguments finished.
 
     None in all other cases, also where it takes more to tell: whoever asks then does the run, which looks closer.
 
@@ -39,7 +39,7 @@ def finished(arguments: Sequence[str]) -> "tuple[str, RunReport] | None":
             return None
         from fedproxy.reporting.run_report import RunReport
 
-        return config.output_dir, RunReport.load(report)
+        return RunReport.load(report)
     except (OSError, FedProxyError):
         return None
 

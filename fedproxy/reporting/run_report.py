@@ -10,9 +10,11 @@ from typing import Any
 from fedproxy.errors import CheckpointError, nearest
 from fedproxy.files import plain, read_json
 from fedproxy.reporting.at_sites import SiteScores
+from fedproxy.reporting.frame import framed
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
 from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
+from fedproxy.reporting.summary import summary
 
 SCHEMA_VERSION = 1
 PAGES = ("report.md", "report.html")
@@ -174,20 +176,22 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Everything report.json holds; see docs/reports.md for the keys."""
+    """Everything report.json holds, see docs/reports.md for the keys; a notebook shows report.html."""
 
     run: RunInfo
     scores: Mapping[str, Mapping[str, Mapping[str, float | None]]] = field(default_factory=dict)
     """Model to task (and ``mean``) to metric to value."""
     cost: Cost = field(default_factory=Cost)
     exposure: Exposure = field(default_factory=Exposure)
-    rounds: Sequence[RoundReport] = ()
-    provenance: Provenance = field(default_factory=Provenance)
+    rounds: Sequence[RoundReport] = field(default=(), repr=False)
+    provenance: Provenance = field(default_factory=Provenance, repr=False)
     compression: CompressionReport | None = None
     """Optional; left out of report.json where None."""
     notes: Sequence[str] = ()
     """Sentences that belong next to the numbers, e.g. that the target is de-quantised; left out where empty."""
-    client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(default_factory=dict)
+    client_scores: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float | None]]]] = field(
+        default_factory=dict, repr=False
+    )
     """Where clients are never merged: client to ``scores`` of its own models, whose means ``scores`` has; left out
     where empty."""
     validation: ValidationReport | None = None
@@ -198,10 +202,21 @@ class RunReport:
     """Optional; left out of report.json where None."""
     at_sites: SiteScores | None = None
     """Optional; left out of report.json where None."""
+    path: Path | None = field(default=None, compare=False)
+    """Folder that the report lies in, which report.json does not say; None where it lies nowhere."""
+
+    def __str__(self) -> str:
+        """Return each model's mean score, a line a model."""
+        return summary(self)
+
+    def _repr_html_(self) -> str | None:
+        return framed(None if self.path is None else self.path / PAGES[1])
 
     def to_dict(self) -> dict[str, Any]:
         """Return report.json's content as plain JSON types; NaN and infinities are None."""
-        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(dataclasses.asdict(self))}
+        kept = dataclasses.asdict(dataclasses.replace(self, path=None))
+        del kept["path"]
+        data: dict[str, Any] = {"schema_version": SCHEMA_VERSION, **plain(kept)}
         for key in ("compression", "fidelity", "notes", "client_scores", "validation", "privacy", "at_sites"):
             if not data[key]:
                 del data[key]
@@ -225,7 +240,7 @@ class RunReport:
             for key in ("scores", "cost", "exposure", "rounds", "provenance"):
                 if key not in data:
                     raise SchemaError(f"{key} is missing")
-            report = decode(cls, data)
+            report = decode(cls, {key: value for key, value in data.items() if key != "path"})
             _check_values(report)
         except SchemaError as error:
             raise CheckpointError(f"{source} is not a report of schema version {SCHEMA_VERSION}: {error}") from None
@@ -242,7 +257,7 @@ class RunReport:
         if not os.path.lexists(file):
             raise CheckpointError(f"cannot read {file}: there is no such file; give the folder of a finished run")
         data = read_json(file, dict, remedy="run the recipe again with resume=auto to get a whole one")
-        return cls.from_dict(data, str(file))
+        return dataclasses.replace(cls.from_dict(data, str(file)), path=file.parent)
 
 
 def report_file(path: str | Path) -> Path:

@@ -1,11 +1,15 @@
 """A report in a few lines for the terminal."""
 
+from typing import TYPE_CHECKING
+
 from fedproxy.reporting.formatting import measured, measured_change, unit
-from fedproxy.reporting.run_report import RunReport
 from fedproxy.reporting.scores import headline_metric, value_of
 
+if TYPE_CHECKING:
+    from fedproxy.reporting.run_report import RunReport
 
-def summary(report: RunReport) -> str:
+
+def summary(report: "RunReport") -> str:
     """Return each model's mean score with its standard error and its difference to the target, one line a model."""
     metric = headline_metric(report.scores)
     if metric is None:

@@ -127,6 +127,7 @@ def report_of(current: Run, *, status: str, error: str | None = None) -> RunRepo
         validation=validation_report(current),
         privacy=privacy_report(config, rounds),
         at_sites=None if facts.at_sites is None else SiteScores(**facts.at_sites),
+        path=current.folder.root,
     )
 
 
