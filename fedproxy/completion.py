@@ -89,7 +89,7 @@ def candidates(words: Sequence[str]) -> list[str]:
 
 def _after(command: str, before: Sequence[str], word: str) -> Iterable[str]:
     match command, list(before):
-        case ("fit" | "compress"), _:
+        case (("fit" | "compress"), _):
             return _settings(word, before, recipe=recipe_names)
         case "compare", _:
             return _settings(word, before, recipes=recipe_names, study=study_names)
