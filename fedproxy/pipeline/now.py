@@ -1,4 +1,4 @@
-"""What a run does just now, in a file of the server's that ``fedproxy report --watch`` reads; gone when the run ends."""
+"""What a run does just now, in a file that ``fedproxy report --watch`` reads; it is gone when the run ends."""
 
 import time
 from collections.abc import Sequence
