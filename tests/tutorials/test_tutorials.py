@@ -1,4 +1,4 @@
-"""Every tutorial runs from its first block to its last in an empty folder, on the tiny recipe and with small budgets."""
+"""Every tutorial runs from its first block to its last in an empty folder, on the tiny recipe with small budgets."""
 
 import importlib
 import os
@@ -92,11 +92,8 @@ def test_two_sites_run_in_one_shell(tmp_path):
         pytest.skip("nginx is not installed")
     pytest.importorskip("flwr", reason="pip install 'fedproxy[flower]'")
     ports = {port: str(free_port()) for port in ("8443", "9094", "9095")}
-    script = [
-        "set -e",
-        "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT",
-        f'fedproxy() {{ {sys.executable} -m fedproxy "$@"; }}',
-    ]
+    script = ["set -e", "trap 'kill $(jobs -p) 2>/dev/null || true; wait' EXIT"]
+    script.append(f'fedproxy() {{ {sys.executable} -m fedproxy "$@"; }}')
     for language, text in blocks("two_sites"):
         text = "".join(line for line in text.splitlines(keepends=True) if not line.startswith(("pip ", "kill ")))
         script.append(text if language == "bash" else f"{sys.executable} - <<'PYTHON'\n{text}PYTHON")
