@@ -76,8 +76,8 @@ def main(arguments: Sequence[str]) -> None:
         case [shell] if shell in _SCRIPTS:
             print(_SCRIPTS[shell].strip())
         case _:
-            words = " ".join(arguments)
-            raise ConfigError(f"completion takes the name of a shell, got {words!r}{nearest(words, _SCRIPTS)}")
+            given = " ".join(arguments)
+            raise ConfigError(f"completion takes the name of a shell, got {given!r}{nearest(given, _SCRIPTS)}")
 
 
 def candidates(words: Sequence[str]) -> list[str]:

@@ -1,10 +1,12 @@
 """Distillation of the target into the proxy on public text, before any client sees the proxy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -34,6 +36,7 @@ def distil(
     generator: torch.Generator,
     cache: Path | None = None,
     logs: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Distil the target into the proxy, in place.
 
@@ -51,6 +54,7 @@ def distil(
         generator: CPU generator of LoRA's start, the order and dropout.
         cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
         logs: Folder of what Lightning's loggers and profilers write.
+        advance: Told after each batch how many steps are done, out of how many.
 
     Returns:
         Mean loss of the last ten steps.
@@ -70,7 +74,14 @@ def distil(
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM, root=logs)
+    runner = make_trainer(
+        trainer,
+        max_epochs=-1,
+        max_steps=settings.steps,
+        max_grad_norm=_MAX_GRAD_NORM,
+        callbacks=[_Told(advance)],
+        root=logs,
+    )
     with placed(target, runner.strategy.root_device):
         module = _module(proxy, target, tuned, pairs, settings, kept)
         proxy.train()
@@ -80,6 +91,17 @@ def distil(
         set_weights(adapter.detach(), merged)
     proxy.eval().requires_grad_(False)
     return module.last_loss
+
+
+class _Told(Callback):
+    """Tells how many steps are done after each batch."""
+
+    def __init__(self, advance: Callable[[int, int], None]) -> None:
+        self._advance = advance
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Tell it."""
+        self._advance(trainer.global_step, trainer.max_steps)
 
 
 def _cache(folder: Path, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
