@@ -74,14 +74,8 @@ def distil(
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(
-        trainer,
-        max_epochs=-1,
-        max_steps=settings.steps,
-        max_grad_norm=_MAX_GRAD_NORM,
-        callbacks=[_Told(advance)],
-        root=logs,
-    )
+    bounds = {"max_epochs": -1, "max_steps": settings.steps, "max_grad_norm": _MAX_GRAD_NORM}
+    runner = make_trainer(trainer, **bounds, callbacks=[_Told(advance)], root=logs)
     with placed(target, runner.strategy.root_device):
         module = _module(proxy, target, tuned, pairs, settings, kept)
         proxy.train()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, pairwise
 
 import torch
@@ -124,17 +125,17 @@ def heal(
         return ()
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
-    done, total = count(1), len(batches) * (1 + len(found))
-
-    def step() -> None:
-        advance(next(done), total)
-
+    step = partial(_step, advance, count(1), len(batches) * (1 + len(found)))
     wanted = _states_behind(target, batches, [behind for _, behind in found], step)
     healed = []
     for own, behind in found:
         before, after = _heal_gap(decoder, own, batches, wanted.pop(behind), _Fit(ridge, step))
         healed.append(HealedGap(own, behind - layer_map.proxy_to_target[own], before, after))
     return tuple(healed)
+
+
+def _step(advance: Callable[[int, int], None], done: Iterator[int], total: int) -> None:
+    advance(next(done), total)
 
 
 def _states_behind(
