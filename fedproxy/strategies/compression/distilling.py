@@ -22,7 +22,7 @@ from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
 from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
-_MAX_GRAD_NORM = 1.0
+_MAX_NORM = 1.0
 
 
 def distil(
@@ -70,14 +70,14 @@ def distil(
         require_float32(proxy, "distillation.train=full", "distillation.train=lora")
     target.requires_grad_(False).eval()
     pairs = tuple(enumerate(layer_map.counterparts(len(Decoder.of(target))))) if settings.hidden_weight else ()
-    kept = None if cache is None else _cache(cache, settings, layer_map)
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    bounds = {"max_epochs": -1, "max_steps": settings.steps, "max_grad_norm": _MAX_GRAD_NORM}
-    runner = make_trainer(trainer, **bounds, callbacks=[_Told(advance)], root=logs)
+    runner = make_trainer(
+        trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_NORM, callbacks=[_Told(advance)], root=logs
+    )
     with placed(target, runner.strategy.root_device):
-        module = _module(proxy, target, tuned, pairs, settings, kept)
+        module = _module(proxy, target, tuned, pairs, settings, _cache(cache, settings, layer_map))
         proxy.train()
         fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
     if adapter is not None:
@@ -87,7 +87,7 @@ def distil(
     return module.last_loss
 
 
-class _Told(Callback):
+class _Told(Callback):  # type: ignore[misc]
     """Tells how many steps are done after each batch."""
 
     def __init__(self, advance: Callable[[int, int], None]) -> None:
@@ -98,8 +98,8 @@ class _Told(Callback):
         self._advance(trainer.global_step, trainer.max_steps)
 
 
-def _cache(folder: Path, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
-    if not settings.cache_teacher:
+def _cache(folder: Path | None, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
+    if folder is None or not settings.cache_teacher:
         return None
     most = int(settings.cache_gib * 2**30)
     return TeacherCache(folder, target_sha256=layer_map.target_sha256, top_k=settings.top_k, max_bytes=most)
