@@ -1,3 +1,3 @@
 """FedProxy: federated fine-tuning of large language models through proxy models."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

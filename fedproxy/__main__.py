@@ -4,27 +4,13 @@ import runpy
 import sys
 
 from fedproxy import __version__
-from fedproxy.command import BAD_INPUT
+from fedproxy.command import BAD_INPUT, COMMANDS
 from fedproxy.errors import nearest, one_line
-
-COMMANDS = {
-    "fit": "run a recipe from compression to report",
-    "compress": "make a proxy and measure it, without clients",
-    "evaluate": "score any model",
-    "compare": "run recipes against each other and write one report",
-    "report": "make a run's report again, or pair two runs",
-    "recipes": "list, show, copy and plan recipes",
-    "assets": "fetch the models and data that recipes call asset:NAME",
-    "site": "a data owner's resident process",
-    "hub": "the server's side of real sites",
-    "doctor": "say what this machine can do",
-}
-"""Module of this package to what it is for."""
 
 
 def usage() -> str:
     """Return the help text."""
-    lines = "\n".join(f"  {name:10}{words}" for name, words in COMMANDS.items())
+    lines = "\n".join(f"  {name:12}{words}" for name, words in COMMANDS.items())
     return f"usage: fedproxy COMMAND ... | --version\n\n{lines}\n\nfedproxy COMMAND --help says more."
 
 

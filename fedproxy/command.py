@@ -9,6 +9,20 @@ from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, message_of, pri
 from fedproxy.interrupts import describe, exit_code, handled, interruption
 
 BAD_INPUT = 2
+COMMANDS = {
+    "fit": "run a recipe from compression to report",
+    "compress": "make a proxy and measure it, without clients",
+    "evaluate": "score any model",
+    "compare": "run recipes against each other and write one report",
+    "report": "make a run's report again, or pair two runs",
+    "recipes": "list, show, copy and plan recipes",
+    "assets": "fetch the models and data that recipes call asset:NAME",
+    "site": "a data owner's resident process",
+    "hub": "the server's side of real sites",
+    "doctor": "say what this machine can do",
+    "completion": "print what a shell needs to complete words",
+}
+"""Module of this package to what it is for."""
 
 
 def run_command(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import CheckpointError, ConfigError, one_line
-from fedproxy.files import parse_json
+from fedproxy.files import open_regular, parse_json
 
 LOCK_FILE = ".fedproxy.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -58,6 +58,19 @@ def locked(folder: str | Path, key: str = "output_dir") -> Iterator[None]:
         if is_new:
             with suppress(OSError):
                 folder.rmdir()
+
+
+def in_use(folder: str | Path) -> bool:
+    """Return whether a process holds a folder, as far as its lock's file tells; the lock itself is not touched.
+
+    Of a process on another machine, or in another container, nobody here can say whether it runs: it counts as alive.
+    """
+    try:
+        with open_regular(Path(folder) / LOCK_FILE) as file:
+            holder = parse_json(file.read(_LONGEST), dict)
+    except (OSError, ValueError):
+        return False
+    return holder.get("host") != socket.gethostname() or holder.get("pid") == os.getpid() or _alive(holder)
 
 
 def _open(path: Path) -> tuple[int, bool | None]:

@@ -1,22 +1,39 @@
-"""Where recipes lie: shipped ones by name, a user's own by path."""
+"""Where recipes and studies lie: shipped ones by name, a user's own by path."""
 
 import os
 from pathlib import Path
 
 from fedproxy.errors import ConfigError, nearest, one_line
 
-_SHIPPED = Path(__file__).parent / "_recipes"
-_CHECKOUT = Path(__file__).parent.parent / "recipes"
+_PACKAGE = Path(__file__).parent
 
 
 def recipes_folder() -> Path:
     """Return the folder of shipped recipes: inside the installed package, or beside it in a checkout."""
-    return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
+    return _shipped("recipes")
 
 
 def recipe_names() -> tuple[str, ...]:
     """Return the names of all shipped recipes, e.g. ``paper/fedproxy_llama2_7b_homogeneous``."""
-    folder = recipes_folder()
+    return _names(recipes_folder())
+
+
+def studies_folder() -> Path:
+    """Return the folder of shipped studies."""
+    return _shipped("studies")
+
+
+def study_names() -> tuple[str, ...]:
+    """Return the names of all shipped studies."""
+    return _names(studies_folder())
+
+
+def _shipped(kind: str) -> Path:
+    installed = _PACKAGE / f"_{kind}"
+    return installed if installed.is_dir() else _PACKAGE.parent / kind
+
+
+def _names(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")))
 
 

@@ -1,4 +1,4 @@
-"""`python -m fedproxy.report`: make a run's pages again, or compare two runs question by question."""
+"""`python -m fedproxy.report`: make a run's pages again, compare two runs question by question, or watch one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,10 @@ from fedproxy.errors import ConfigError
 
 USAGE = """
 usage: python -m fedproxy.report RUN [OTHER_RUN]
+       python -m fedproxy.report --watch RUN
 
-Makes a run's report pages again from its report.json, or compares two runs on the same questions.
+Makes a run's report pages again from its report.json, or compares two runs on the same questions. --watch shows a run
+that goes on in the browser, on this machine alone: rounds, clients, who is late, losses, bytes.
 
 examples:
   python -m fedproxy.report runs/fedproxy_llama
@@ -17,17 +19,21 @@ examples:
   python -m fedproxy.report runs/fedavg_llama runs/fedproxy_llama
       what the second run gains over the first: difference with a 95 % bootstrap interval, McNemar's exact
       test, Holm-corrected; printed, and written into the second run's folder
+  python -m fedproxy.report --watch runs/fedproxy_llama
+      prints an address to open; it ends with the run
 """
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Render one run or compare two.
+    """Render one run, compare two, or watch one.
 
     Raises:
         FedProxyError: If a run cannot be read or written, or two runs cannot be compared.
     """
-    runs = [Path(argument) for argument in arguments]
-    if len(runs) == 1:
+    runs = [Path(argument) for argument in arguments if argument != "--watch"]
+    if len(runs) < len(arguments):
+        _watch(runs)
+    elif len(runs) == 1:
         _render(runs[0])
     elif len(runs) == 2:
         _compare(*runs)
@@ -45,6 +51,14 @@ def _render(run: Path) -> None:
         check_pages(folder)
         for path in write_pages(report, folder):
             print(path)
+
+
+def _watch(runs: Sequence[Path]) -> None:
+    from fedproxy.pipeline.watch import watch
+
+    if len(runs) != 1:
+        raise ConfigError(f"--watch takes one run's folder, got {len(runs)}; see --help")
+    watch(runs[0], say=lambda line: print(line, flush=True))
 
 
 def _compare(first: Path, second: Path) -> None:

@@ -12,12 +12,11 @@ from fedproxy.config.values import typed
 from fedproxy.errors import ConfigError, nearest, one_line
 from fedproxy.names import check_names
 from fedproxy.overrides import as_words
+from fedproxy.recipe_files import studies_folder, study_names
 from fedproxy.reporting.comparison.analysis import FUSED
 from fedproxy.reporting.scores import MODELS
 from fedproxy.yaml_files import read_mapping
 
-_SHIPPED = Path(__file__).parent.parent / "_studies"
-_CHECKOUT = Path(__file__).parent.parent.parent / "studies"
 _LONGEST_LABEL = 150
 """Most bytes of a method's label, which names folders."""
 _OF_A_RUN = {
@@ -119,19 +118,10 @@ def read_study(arguments: Sequence[str]) -> Study:
     return study
 
 
-def study_names() -> tuple[str, ...]:
-    """Return the names of the shipped studies."""
-    return tuple(sorted(path.stem for path in _folder().glob("*.yaml")))
-
-
-def _folder() -> Path:
-    return _SHIPPED if _SHIPPED.is_dir() else _CHECKOUT
-
-
 def _study_file(name: str, every: Sequence[str]) -> dict[str, Any]:
     if not name.endswith((".yaml", ".yml")) and name not in study_names():
         raise ConfigError(f"study={one_line(name, 120)}: unknown study{nearest(name, study_names())}")
-    path = Path(name) if name.endswith((".yaml", ".yml")) else _folder() / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else studies_folder() / f"{name}.yaml"
     content, where = read_mapping(path, "study file"), f"study file {path}"
     for key in content:
         if key not in KEYS:

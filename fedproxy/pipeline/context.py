@@ -23,6 +23,7 @@ from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.loggers import RunLoggers
+from fedproxy.pipeline.now import NowFile
 from fedproxy.pipeline.tuned import TunedProxies
 from fedproxy.reporting.run_report import RunReport
 from fedproxy.sealed import RESTART, check_tree, read_sealed, tree_sha256, without_tree, write_sealed
@@ -123,6 +124,7 @@ class Run:
     """Hash of the target's content, weights and tokenizer, where it was taken."""
 
     def __post_init__(self) -> None:
+        self.now = NowFile(self.folder.now)
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
         self._facts: Facts | None = None
         self._clients: ClientRows | None = None

@@ -35,6 +35,7 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.server = self.root / "server"
         self.facts = self.server / "facts.json"
+        self.now = self.server / "now.json"
         self.layer_map = self.server / "layer_map.json"
         self.undistilled = self.server / "proxy_undistilled"
         self.proxy = self.root / "proxy"

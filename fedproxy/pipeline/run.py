@@ -55,6 +55,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
         with _told(current):
             begin(current)
             for stage in left_to_do((Compress(), Federate(), Fuse(), Evaluate(shared)), current, shared):
+                current.now.stage(stage.name)
                 stage.do(current)
             current.loggers.close("success")
         for stage in left_to_do((last,), current):
@@ -82,6 +83,7 @@ def _told(current: Run) -> Iterator[None]:
     finally:
         if folder.is_claimed:
             folder.clear_exchange()
+            current.now.remove()
 
 
 def _report_failure(current: Run, reason: str) -> None:

@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from fedproxy.comparison.arguments import read_study, study_names
+from fedproxy.comparison.arguments import read_study
 from fedproxy.comparison.execution import cells
 from fedproxy.errors import ConfigError
-from fedproxy.recipe_files import recipe_names
+from fedproxy.recipe_files import recipe_names, study_names
 
 
 def test_recipes_seeds_and_overrides_of_the_command_line():

@@ -1,12 +1,13 @@
 import pytest
 
-from fedproxy.comparison.arguments import read_study, study_names
+from fedproxy.comparison.arguments import read_study
 from fedproxy.comparison.compare import _check_scored
 from fedproxy.comparison.execution import cells
 from fedproxy.comparison.fairness import check_fair, passes, settings_that_differ
 from fedproxy.config import load_config
 from fedproxy.errors import ConfigError
 from fedproxy.pipeline.checks import check_components
+from fedproxy.recipe_files import study_names
 
 
 def tiny(*overrides):

@@ -35,7 +35,20 @@ def make_pair(make_model, family="llama"):
     return Decoder.of(teacher).subset(PI), teacher
 
 
-def run(student, teacher, *, batches=None, places=PI, seed=0, cache=None, steps=3, lr=1e-3, device="cpu", **options):
+def run(
+    student,
+    teacher,
+    *,
+    batches=None,
+    places=PI,
+    seed=0,
+    cache=None,
+    steps=3,
+    lr=1e-3,
+    device="cpu",
+    told=None,
+    **options,
+):
     return distil(
         student,
         teacher,
@@ -45,6 +58,7 @@ def run(student, teacher, *, batches=None, places=PI, seed=0, cache=None, steps=
         trainer={"accelerator": device, "devices": 1},
         generator=torch.Generator().manual_seed(seed),
         cache=cache,
+        advance=lambda *parts: None if told is None else told.append(parts),
     )
 
 
@@ -110,6 +124,12 @@ def test_training_brings_the_proxy_closer(weights, train, make_model):
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
     assert not student.training
     assert not any(parameter.requires_grad for parameter in student.parameters())
+
+
+def test_every_step_is_told(make_model):
+    told = []
+    run(*make_pair(make_model), steps=4, told=told)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize("kind", DIVERGENCES)

@@ -1,16 +1,22 @@
-"""report.html and comparison.html in headless Chromium: at desktop and phone width, in light, dark and on paper."""
+"""Reports, comparisons and watched runs in headless Chromium: desktop and phone width, light, dark and on paper."""
 
 import html
+import json
 import re
 import shutil
 import struct
 import subprocess
 import zlib
+from dataclasses import asdict
 
 import pytest
 
+from fedproxy.files import write_text
+from fedproxy.locks import locked
+from fedproxy.pipeline.watch import Watched, serving
 from fedproxy.reporting.comparison.pages import write_comparison
 from fedproxy.reporting.pages import save_report
+from fedproxy.reporting.watched import Finished, Now, watch_page
 
 from .comparison.comparison_samples import make_comparison, make_runs
 from .report_samples import full_report, save_samples
@@ -22,7 +28,7 @@ FLAGS = [
     "--host-resolver-rules=MAP * ~NOTFOUND",
 ]  # fmt: skip
 SIZES = {"desktop": 1280, "phone": 390}
-PLOTS = {"report": 5, "comparison": 6}
+PLOTS = {"report": 5, "comparison": 6, "watch": 3}
 
 pytestmark = [
     pytest.mark.browser,
@@ -36,6 +42,11 @@ def page(request, tmp_path_factory):
     if request.param == "comparison":
         runs = make_runs(run)
         return write_comparison(make_comparison(runs), runs, run)[1]
+    if request.param == "watch":
+        names = list(full_report().rounds[-1].clients)
+        now = Now("federate", 0.0, 9, 9, 60.0, names, {names[0]: 5.0}, {names[1]: "it failed"}, {names[2]: 20.0})
+        text = watch_page("a-run", Finished.of(full_report().rounds), now, runs=True, clock=200.0)
+        return write_text(run / "watch.html", text)
     save_samples(run)
     save_report(full_report(), run)
     return run / "report.html"
@@ -44,8 +55,9 @@ def page(request, tmp_path_factory):
 @pytest.fixture
 def chromium(tmp_path):
     def run(page, *flags):
+        address = page if isinstance(page, str) else page.as_uri()
         return subprocess.run(
-            [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri()],
+            [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", *flags, address],
             capture_output=True,
             text=True,
             timeout=120,
@@ -110,6 +122,17 @@ def test_screenshots_show_a_page_in_both_colour_schemes(chromium, page, tmp_path
     assert len(data) > 50_000  # an empty page of this size compresses to less than 20 kB
     corner = first_pixel(data)
     assert sum(corner) < 150 if dark else sum(corner) > 600
+
+
+def test_a_watched_run_is_served_to_a_browser(chromium, tmp_path):
+    run = tmp_path / "a-run"
+    with locked(run), serving(Watched(run)) as address:
+        lines = [json.dumps(asdict(line)) for line in full_report().rounds]
+        write_text(run / "rounds.jsonl", "\n".join(lines) + "\n")
+        done = chromium(address, "--dump-dom", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1")
+    assert console(done) == []
+    assert "<h1>a-run</h1>" in done.stdout
+    assert "Training loss per round" in done.stdout
 
 
 def first_pixel(data):

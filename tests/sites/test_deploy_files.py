@@ -36,33 +36,40 @@ def test_compose_takes_the_file():
     assert done.returncode == 0, done.stderr.decode()
 
 
-@pytest.mark.parametrize("who", ["hub", "site"])
-def test_images_run_as_an_ordinary_user_and_start_a_command_that_exists(who):
-    text = (DEPLOY / f"Dockerfile.{who}").read_text().replace("\\\n", " ")
+WORDS = {"FROM", "ARG", "ENV", "RUN", "WORKDIR", "COPY", "USER", "VOLUME", "EXPOSE", "ENTRYPOINT", "CMD"}
+
+
+def image(name):
+    """Return what a Dockerfile's words say, the last of each, having checked what it copies and who runs it."""
+    text = (DEPLOY / name).read_text().replace("\\\n", " ")
     lines = [line.split(None, 1) for line in text.splitlines() if line and not line.startswith("#")]
-    assert {word for word, _ in lines} <= {
-        "FROM",
-        "RUN",
-        "WORKDIR",
-        "COPY",
-        "USER",
-        "VOLUME",
-        "EXPOSE",
-        "ENTRYPOINT",
-        "CMD",
-    }
+    assert {word for word, _ in lines} <= WORDS
     copied = " ".join(what for word, what in lines if word == "COPY").split()
     assert "." not in copied  # a hub's or a site's folder of keys may lie in the repository's
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
     needed = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
     assert set(copied) - {"./"} == needed | {*wheel["packages"], *wheel["force-include"]}
-    found = dict(lines)
-    assert found["USER"] == "fedproxy"
+    assert dict(lines)["USER"] == "fedproxy"
+    return dict(lines)
+
+
+@pytest.mark.parametrize("who", ["hub", "site"])
+def test_images_run_as_an_ordinary_user_and_start_a_command_that_exists(who):
+    found = image(f"Dockerfile.{who}")
     assert json.loads(found["ENTRYPOINT"]) == ["python", "-m", f"fedproxy.{who}"]
     assert json.loads(found["CMD"]) == ["up", f"{who}.yaml"]
     assert ("EXPOSE" in found) == (who == "hub")
     assert (DEPLOY.parent / f"fedproxy/{who}.py").exists()
+
+
+def test_the_image_of_all_commands_takes_pytorch_from_the_index_that_is_named():
+    found = image("Dockerfile")
+    assert json.loads(found["ENTRYPOINT"]) == ["fedproxy"]
+    assert found["ARG"].startswith("TORCH_INDEX=https://")
+    assert re.search(r'--extra-index-url "\$TORCH_INDEX" torch ', found["RUN"])
+    assert found["ENV"] == "FEDPROXY_CACHE=/data/cache"
+    assert "EXPOSE" not in found
 
 
 @pytest.mark.parametrize("who", ["hub", "site"])

@@ -109,7 +109,7 @@ class Federation:
     def _secure_round(self, before: Progress, secure: SecureSum, engine: Sites, on_client: OnAnswer) -> Progress:
         """Run one round of a secure sum, which is repeated without the clients that are missing."""
         number, missing = before.round + 1, dict[str, str]()
-        asked, taking = self._chosen(number), replace(self.participation, together=True)
+        asked, taking = self.chosen(number), replace(self.participation, together=True)
         least, folder = self.participation.min_clients, self.participation.folder
         for attempt in range(len(asked)):
             clients = left(asked, missing, least, number)
@@ -129,7 +129,7 @@ class Federation:
         Who is dropped keeps the state it had.
         """
         started, number = time.perf_counter(), before.round + 1
-        chosen, states = self._chosen(number), self.files.states.after(before, self.clients)
+        chosen, states = self.chosen(number), self.files.states.after(before, self.clients)
         common = self._addressed(before, number, chosen, {})
         broadcast = replace(common, each=Mapped(states, lambda _, state: replace(common, state=state)))
 
@@ -154,7 +154,8 @@ class Federation:
 
         return _Turn(broadcast, chosen, lambda update: update, finish)
 
-    def _chosen(self, number: int) -> list[str]:
+    def chosen(self, number: int) -> list[str]:
+        """Return the clients that are drawn for a round."""
         return sample_clients(self.clients, self.clients_per_round, seed=self.seed, round=number, rows=self.rows)
 
     def _addressed(
@@ -183,7 +184,7 @@ class Federation:
             clients: Who takes part; drawn by default.
             added: Adds to the broadcast what all clients of the round need of each other.
         """
-        started, chosen = time.perf_counter(), self._chosen(before.round + 1) if clients is None else clients
+        started, chosen = time.perf_counter(), self.chosen(before.round + 1) if clients is None else clients
         broadcast = added(self._broadcast(before, before.round + 1, chosen))
         return _Turn(
             broadcast,

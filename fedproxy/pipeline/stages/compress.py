@@ -118,13 +118,14 @@ def heal(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequence[
 
     target, tokenizer = run.target
     limit = positions_limit(target, run.config.compression.calibration.max_tokens)
-    with placed(target, run.device), placed(proxy, run.device):
+    with run.display.counter("healing") as advance, placed(target, run.device), placed(proxy, run.device):
         found = fit(
             proxy,
             target,
             text_batches(texts, tokenizer, max_tokens=limit),
             layer_map=layer_map,
             ridge=run.config.healing.ridge,
+            advance=advance,
         )
     errors = ", ".join(
         f"block {gap.block} ({gap.removed} removed) {gap.before:.3f} to {gap.after:.3f}" for gap in found
@@ -142,17 +143,19 @@ def distil(run: Run, proxy: PreTrainedModel, layer_map: LayerMap, texts: Sequenc
     target, tokenizer = run.target
     limit = positions_limit(target, run.config.compression.calibration.max_tokens)
     batches = text_batches(texts, tokenizer, max_tokens=limit, batch_size=settings.batch_size)
-    loss = fit(
-        proxy,
-        target,
-        batches,
-        settings=settings,
-        layer_map=layer_map,
-        trainer=one_device(run.config.trainer),
-        generator=generator(run.config.seed, "distillation"),
-        cache=cache_root() / "teacher",
-        logs=run.folder.trainer_logs / "distillation",
-    )
+    with run.display.counter("distilling") as advance:
+        loss = fit(
+            proxy,
+            target,
+            batches,
+            settings=settings,
+            layer_map=layer_map,
+            trainer=one_device(run.config.trainer),
+            generator=generator(run.config.seed, "distillation"),
+            cache=cache_root() / "teacher",
+            logs=run.folder.trainer_logs / "distillation",
+            advance=advance,
+        )
     run.display.say(f"distilled: {settings.steps} steps, loss {loss:.3f}")
 
 

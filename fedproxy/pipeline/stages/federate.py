@@ -97,6 +97,7 @@ class Federate(Stage):
         if not left:
             return
         clients = left * federation.clients_in_round
+        _next_round(run, federation, rounds.progress.round)
         with run.display.warnings(), run.display.bar("clients", clients) as bar, _closed_on_error(rounds.sites):
             rounds.progress = federation.run(
                 rounds.progress,
@@ -104,7 +105,7 @@ class Federate(Stage):
                 rounds.sites,
                 checkpoints=checkpoints(run),
                 journal=run.folder.journal,
-                on_round=partial(_on_round, run),
+                on_round=partial(_on_round, run, federation),
                 on_client=partial(_on_client, run, bar),
             )
 
@@ -308,14 +309,21 @@ def _expected(run: Run, parts: Sequence[RoundPart], model: TrainableModel, facts
     return expected if withheld or not facts else introduced(expected, facts)
 
 
-def _on_round(run: Run, record: Mapping[str, Any]) -> None:
+def _next_round(run: Run, federation: Federation, done: int) -> None:
+    run.now.round(done + 1, run.config.federation.rounds, federation.chosen(done + 1))
+
+
+def _on_round(run: Run, federation: Federation, record: Mapping[str, Any]) -> None:
     run.display.round(record, run.config.federation.rounds)
     run.loggers.rounds([record])
+    if record["round"] < run.config.federation.rounds:
+        _next_round(run, federation, record["round"])
 
 
 def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
     check_interrupt()
     bar.step(f"round {number}: {answer.client_id}")
+    run.now.client(answer.client_id, answer.reason if isinstance(answer, Dropped) else None)
     if isinstance(answer, Dropped):
         hint = f" ({CAUSE_HINT})" if LOG_NAME.search(answer.reason) and not shows_causes() else ""
         run.display.say(f"round {number}: client {answer.client_id!r} is dropped: {answer.reason}{hint}")

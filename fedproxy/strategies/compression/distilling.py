@@ -1,10 +1,12 @@
 """Distillation of the target into the proxy on public text, before any client sees the proxy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,7 +22,7 @@ from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.lora import Lora
 from fedproxy.strategies.trainable.lora_places import ALL_LINEAR
 
-_MAX_GRAD_NORM = 1.0
+_MAX_NORM = 1.0
 
 
 def distil(
@@ -34,6 +36,7 @@ def distil(
     generator: torch.Generator,
     cache: Path | None = None,
     logs: Path | None = None,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Distil the target into the proxy, in place.
 
@@ -51,6 +54,7 @@ def distil(
         generator: CPU generator of LoRA's start, the order and dropout.
         cache: Folder of the teacher's outputs, where ``settings.cache_teacher`` asks for one.
         logs: Folder of what Lightning's loggers and profilers write.
+        advance: Told after each batch how many steps are done, out of how many.
 
     Returns:
         Mean loss of the last ten steps.
@@ -66,13 +70,14 @@ def distil(
         require_float32(proxy, "distillation.train=full", "distillation.train=lora")
     target.requires_grad_(False).eval()
     pairs = tuple(enumerate(layer_map.counterparts(len(Decoder.of(target))))) if settings.hidden_weight else ()
-    kept = None if cache is None else _cache(cache, settings, layer_map)
     adapter = _lora(proxy, settings, generator) if settings.train == "lora" else None
     tuned = list(adapter.parameters().values()) if adapter else _block_weights(proxy)
     seed = int(torch.randint(2**62, (), generator=generator))
-    runner = make_trainer(trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_GRAD_NORM, root=logs)
+    runner = make_trainer(
+        trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_NORM, callbacks=[_Told(advance)], root=logs
+    )
     with placed(target, runner.strategy.root_device):
-        module = _module(proxy, target, tuned, pairs, settings, kept)
+        module = _module(proxy, target, tuned, pairs, settings, _cache(cache, settings, layer_map))
         proxy.train()
         fit(runner, module, ShuffledBatches(batches, generator), seed=seed)
     if adapter is not None:
@@ -82,8 +87,19 @@ def distil(
     return module.last_loss
 
 
-def _cache(folder: Path, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
-    if not settings.cache_teacher:
+class _Told(Callback):  # type: ignore[misc]
+    """Tells how many steps are done after each batch."""
+
+    def __init__(self, advance: Callable[[int, int], None]) -> None:
+        self._advance = advance
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        """Tell it."""
+        self._advance(trainer.global_step, trainer.max_steps)
+
+
+def _cache(folder: Path | None, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
+    if folder is None or not settings.cache_teacher:
         return None
     most = int(settings.cache_gib * 2**30)
     return TeacherCache(folder, target_sha256=layer_map.target_sha256, top_k=settings.top_k, max_bytes=most)

@@ -1,9 +1,10 @@
 """Healing by ridge regression: the block before each gap takes over what the removed blocks did, without training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import count, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,7 @@ def heal(
     *,
     layer_map: LayerMap,
     ridge: float,
+    advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[HealedGap, ...]:
     """Let the block before every gap do the removed blocks' work, in place.
 
@@ -107,6 +109,7 @@ def heal(
         batches: ``input_ids`` and ``attention_mask`` of public text, int64 (batch, length), padded on the right.
         layer_map: The map that the proxy was compressed with.
         ridge: Penalty on D, > 0, relative to the mean squared activation.
+        advance: Told after each batch how many passes over batches are done, out of how many.
 
     Returns:
         One entry per gap, in their order.
@@ -123,17 +126,25 @@ def heal(
         return ()
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
-    wanted = _states_behind(target, batches, [behind for _, behind in found])
+    step = partial(_step, advance, count(1), len(batches) * (1 + len(found)))
+    wanted = _states_behind(target, batches, [behind for _, behind in found], step)
     release()  # the target has said all
     healed = []
     for own, behind in found:
-        before, after = _heal_gap(decoder, own, batches, wanted.pop(behind), ridge)
+        before, after = _heal_gap(decoder, own, batches, wanted.pop(behind), _Fit(ridge, step))
         healed.append(HealedGap(own, behind - layer_map.proxy_to_target[own], before, after))
     return tuple(healed)
 
 
+def _step(advance: Callable[[int, int], None], done: Iterator[int], total: int) -> None:
+    advance(next(done), total)
+
+
 def _states_behind(
-    target: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], blocks: Sequence[int]
+    target: PreTrainedModel,
+    batches: Sequence[Mapping[str, Tensor]],
+    blocks: Sequence[int],
+    step: Callable[[], object],
 ) -> dict[int, list[Tensor]]:
     """Return the target's hidden states behind blocks, one tensor per batch, float32 (tokens, hidden)."""
     from fedproxy.modules.teacher import observe
@@ -143,17 +154,17 @@ def _states_behind(
         seen = observe(target, _on(batch, target.device), list(wanted))
         for block, kept in wanted.items():
             kept.append(seen[f"block_{block}"].float().cpu())
+        step()
     return wanted
 
 
 def _heal_gap(
-    decoder: Decoder, own: int, batches: Sequence[Mapping[str, Tensor]], wanted: Sequence[Tensor], ridge: float
+    decoder: Decoder, own: int, batches: Sequence[Mapping[str, Tensor]], wanted: Sequence[Tensor], fit: "_Fit"
 ) -> tuple[float, float]:
     """Fit the block before one gap, in place, and return the error before and after."""
     device = decoder.model.device
     block = decoder.blocks[own]
     layer = _out_projection(block, decoder)
-    fit = _Fit(ridge)
     with _stopping_at(block, layer) as run:
         for batch, states in zip(batches, wanted, strict=True):
             entered, given = run(decoder, _on(batch, device))
@@ -170,8 +181,8 @@ def _heal_gap(
 class _Fit:
     """Sums of one ridge regression, over tokens that each count 1 / RMS(h)^2."""
 
-    def __init__(self, ridge: float) -> None:
-        self.ridge, self.tokens, self.error = ridge, 0, 0.0
+    def __init__(self, ridge: float, step: Callable[[], object]) -> None:
+        self.ridge, self.step, self.tokens, self.error = ridge, step, 0, 0.0
         self.device = torch.device("cpu")
         self.gram: Tensor | None = None
         self.cross: Tensor | None = None
@@ -186,6 +197,7 @@ class _Fit:
         self.device = entered.device
         self.error += float(missing.square().mean(dim=-1).sum())
         self.tokens += len(wanted)
+        self.step()
 
     def solve(self) -> tuple[float, float, Tensor]:
         """Return the mean error without and with the change, and the change D^T, float32 (neurons, hidden)."""

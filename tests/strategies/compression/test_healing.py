@@ -59,6 +59,13 @@ def test_one_projection_per_gap_changes_and_errors_are_those_of_the_model(family
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in target.state_dict().items())
 
 
+def test_every_pass_over_a_batch_is_told():
+    proxy, target = make_pair()
+    told = []
+    heal(proxy, target, cases(2), layer_map=layer_map(), ridge=0.01, advance=lambda *parts: told.append(parts))
+    assert told == [(done, 6) for done in range(1, 7)]  # 2 batches: once through the target, once for each of 2 gaps
+
+
 def test_weights_equal_a_ridge_regression_on_stacked_rows():
     proxy, target = make_pair(kept=(0, 1, 2))
     batches, ridge = cases(), 0.1
