@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 Tokens = Sequence[int]
-_SLOTS = 32
+SLOTS = 32
 """Most rows that are decoded together."""
 _CACHE_BYTES = 2**29
 """Most bytes of keys and values, or a quarter of the model's own where that is more."""
@@ -94,8 +94,7 @@ class SlotDecoder:
 
     def __init__(self, model: PreTrainedModel, token_bytes: int, batch_tokens: int) -> None:
         self.model, self.batch_tokens = model, batch_tokens
-        weights = sum(parameter.nbytes for parameter in model.parameters())
-        self._most_tokens = max(_CACHE_BYTES, weights // 4) // max(1, token_bytes)
+        self._most_tokens = most_cached(sum(own.nbytes for own in model.parameters())) // max(1, token_bytes)
         self._length, self._rows, self._cache = 0, list[_Row | None](), Cache(layers=[])
 
     def answers(
@@ -131,7 +130,7 @@ class SlotDecoder:
         while waiting or any(self._rows):
             if not any(self._rows):
                 longest = len(prompts[waiting[-1]]) + max(limits[index] for index in waiting)
-                slots = max(1, min(_SLOTS, len(waiting), self._most_tokens // longest))
+                slots = max(1, min(SLOTS, len(waiting), self._most_tokens // longest))
                 self._length, self._rows, self._cache = 0, [None] * slots, Cache(layers=[])
             if waiting and self._rows.count(None) >= max(1, len(self._rows) // 4):
                 yield from self._fill(prompts, waiting)
@@ -188,6 +187,11 @@ class SlotDecoder:
         self._rows, self._length = [self._rows[slot] for slot in slots], self._length - left
         for row in rows:
             row.start -= left
+
+
+def most_cached(weights: int) -> int:
+    """Return the most bytes of keys and values beside so many bytes of weights."""
+    return max(_CACHE_BYTES, weights // 4)
 
 
 def read(model: PreTrainedModel, prompts: Sequence[Tokens]) -> tuple[Tensor, Cache]:

@@ -13,7 +13,7 @@ from .test_generation import END, one_by_one, random_prompts
 
 
 def answers(model, prompts, limits, slots, monkeypatch, batch_tokens=64):
-    monkeypatch.setattr(decoding, "_SLOTS", slots)
+    monkeypatch.setattr(decoding, "SLOTS", slots)
     counts = []
     with torch.inference_mode():
         size = token_bytes(model, prompts)

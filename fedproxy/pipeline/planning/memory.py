@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from fedproxy.evaluation.decoding import SLOTS, most_cached
+from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.federation.engines.flower import Flower
 from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, Outline
@@ -145,8 +147,22 @@ def _after(outline: Outline, target: int, proxy: int) -> list[Need]:
     if scored:
         tokens, vocabulary = config.evaluation.batch_tokens, int(outline.text.vocab_size)
         work = _forward_bytes(outline, tokens) + min(_LOGITS_BYTES, tokens * vocabulary * 4)
+        work += min(_answered(outline), most_cached(scored))
         found.append(Need("server", "evaluation", kept + scored + work, scored + work))
     return found
+
+
+def _answered(outline: Outline) -> int:
+    """Return the keys and values of as many answers to one's own rows as are generated side by side."""
+    config, shape = outline.config, outline.text
+    asks = config.data.holdout is not None or config.evaluation.files
+    longest = [own.max_new_tokens for own in config.evaluation.members.values() if isinstance(own, OwnData)]
+    if not asks or not any(longest):
+        return 0
+    heads = getattr(shape, "num_key_value_heads", None) or int(shape.num_attention_heads)
+    width = getattr(shape, "head_dim", None) or int(shape.hidden_size) // int(shape.num_attention_heads)
+    token = 2 * len(outline.target) * int(heads) * int(width) * outline.weight_bytes
+    return SLOTS * token * (config.data.max_input_tokens + max(longest))
 
 
 def _moved(outline: Outline) -> int:

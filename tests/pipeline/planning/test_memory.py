@@ -236,3 +236,13 @@ def test_clients_train_the_rank_that_their_memory_has_room_for():
     assert config.parts["ranks"].clients == {"tiny_a": 8, "tiny_b": 4, "tiny_c": 2}
     with pytest.raises(ConfigError, match=r"parts\.ranks\.memory_gib\.tiny_a: training needs .* even at rank 1"):
         with_ranks_that_fit(load_config([*recipe, "parts.ranks={memory_gib: {tiny_a: 0.01}, pad: true}"]))
+
+
+def test_answers_that_are_generated_take_their_keys_and_values():
+    held, none = "data.holdout=4", "evaluation.evaluators.own_data.max_new_tokens=0"
+    said, silent = ({need.stage: need.total for need in plan([TINY, held, *words]).needs} for words in ((), (none,)))
+    model = load_model(resolve("asset:tiny-llama"))
+    keys = Decoder.of(model).blocks[0].self_attn.k_proj.weight.shape[0]
+    tokens = 32 * (load_config([TINY]).data.max_input_tokens + 64)  # 32 slots, of the longest prompt and 64 new tokens
+    assert said["evaluation"] - silent["evaluation"] == tokens * len(Decoder.of(model)) * 2 * keys * 4
+    assert said["fusion"] == silent["fusion"]
