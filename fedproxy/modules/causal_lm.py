@@ -81,7 +81,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
     def on_train_end(self) -> None:
         """Leave the model ready to be evaluated."""
         self.eval()
-        self.task_loss = float(self.step_loss.compute())
+        self.task_loss = float(self.step_loss.compute()) if self.step_loss.update_called else float("nan")
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Measure one batch."""

@@ -46,9 +46,8 @@ def plugin(tmp_path):
     return ["plugins=[odd_rule]", "regularizer={name: odd}", f"output_dir={tmp_path / 'run'}"]
 
 
-@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
-def test_a_plugin_that_fails_on_a_client_is_shown_whole_on_demand_alone(tmp_path, plugin, engine):
-    code, said = command(tmp_path, "fit", *SMALL, *plugin, f"engine={engine}", debug=None)
+def test_a_plugin_that_fails_on_a_client_is_one_line(tmp_path, plugin):
+    code, said = command(tmp_path, "fit", *SMALL, *plugin, "engine={name: in_process, threads: 1}", debug=None)
     assert code == 2
     assert "Traceback" not in said
     assert said.rstrip().endswith(HINT)
@@ -56,7 +55,11 @@ def test_a_plugin_that_fails_on_a_client_is_shown_whole_on_demand_alone(tmp_path
     dropped = [line for line in said.splitlines() if "is dropped: LookupError; details in the client's log" in line]
     assert dropped
     assert all(line.endswith(HINT) for line in dropped)
-    code, said = command(tmp_path, "fit", *SMALL, *plugin, f"engine={engine}", "overwrite=true", debug="1")
+
+
+@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
+def test_a_plugin_that_fails_on_a_client_is_shown_whole_on_demand(tmp_path, plugin, engine):
+    code, said = command(tmp_path, "fit", *SMALL, *plugin, f"engine={engine}", debug="1")
     assert code == 2
     assert "in deeper" in said  # the plugin's own line, from the client's log
     assert "LookupError: no such thing" in said  # without the colour
