@@ -25,6 +25,7 @@ from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.questions import Questions
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.federation.engines import Engine
+from fedproxy.files import write_text
 from fedproxy.models import LayerMap, load_model, load_tokenizer, save_model, state_sha256
 from fedproxy.models.decoder import parameter_count, positions_limit
 from fedproxy.modules.optimizers import Optimizer
@@ -143,7 +144,8 @@ def compare(
     Raises:
         FedProxyError: If recipes cannot be compared, or no run has a result.
     """
-    named = {"recipes": list(recipes) or None, "seeds": None if seeds is None else list(seeds), "study": study}
+    names = _listed("recipes", recipes if isinstance(recipes, str) else [str(recipe) for recipe in recipes])
+    named = {"recipes": names or None, "seeds": None if seeds is None else list(seeds), "study": study}
     own = {**named, **{key: keys[key] for key in keys if key in KEYS}}
     every = {**(overrides or {}), **{key: keys[key] for key in keys if key not in KEYS}}
     words = [as_word(key, value) for key, value in own.items() if value is not None] + as_words(every)
@@ -203,8 +205,7 @@ class Proxy:
                 raise CheckpointError(f"{path} is there already; choose another folder")
         card = model_card("proxy", {}, parameters=parameter_count(self.model))
         save_model(self.model, self.tokenizer, proxy, card=card, anonymous=True)
-        layer_map.parent.mkdir(parents=True, exist_ok=True)
-        self.layer_map.save(layer_map)
+        write_text(layer_map, self.layer_map.to_json(), private=True)
         return proxy
 
 

@@ -164,6 +164,7 @@ def test_compress_recipe_leaves_the_proxy_that_fit_makes(report, tmp_path):
 def test_a_saved_proxy_comes_back_and_names_no_target(target, tmp_path):
     proxy = api.compress(*target, compressor={"name": "uniform", "ratio": 0.5, "first": 1, "last": 1})
     assert proxy.save(tmp_path / "cut") == tmp_path / "cut/proxy"
+    assert (tmp_path / "cut/server/layer_map.json").stat().st_mode & 0o077 == 0  # for the server alone
     again = api.Proxy.load(tmp_path / "cut")
     assert again.layer_map == proxy.layer_map
     assert all(map(torch.equal, again.model.state_dict().values(), proxy.model.state_dict().values()))
@@ -265,6 +266,7 @@ def test_compare_gives_the_report_of_the_command(tmp_path, monkeypatch):
         (lambda m, t: api.compress(m, t, ["a"], "angulr"), ConfigError, "unknown compression 'angulr'; did you mean"),
         (lambda m, t: api.evaluate(m, t, "tiny_sums"), ConfigError, "questions must be a list of texts, got str"),
         (lambda m, t: api.evaluate(m, t, []), ConfigError, "tasks is missing; write, for example"),
+        (lambda m, t: api.compare("fedproxy_tiny"), ConfigError, "recipes must be a list of texts, got str; write"),
         (lambda m, t: api.Questions("tiny_sums"), ConfigError, "tasks must be a list of names, got the text"),
     ],
 )
