@@ -86,6 +86,7 @@ def test_a_tutorial_runs_in_order(name, tmp_path, monkeypatch, capsys):
         assert re.search(r"^fused +answer NLL +[\d.]+ +exact answers +[\d.]+%$", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.flower
 def test_two_sites_run_in_one_shell(tmp_path):
     if not shutil.which("nginx"):
