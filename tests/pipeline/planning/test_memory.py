@@ -240,9 +240,10 @@ def test_clients_train_the_rank_that_their_memory_has_room_for():
 
 def test_answers_that_are_generated_take_their_keys_and_values():
     held, none = "data.holdout=4", "evaluation.evaluators.own_data.max_new_tokens=0"
-    said, silent = ({need.stage: need.total for need in plan([TINY, held, *words]).needs} for words in ((), (none,)))
+    said, silent = plan([TINY, held]), plan([TINY, held, none])
     model = load_model(resolve("asset:tiny-llama"))
     keys = Decoder.of(model).blocks[0].self_attn.k_proj.weight.shape[0]
     tokens = 32 * (load_config([TINY]).data.max_input_tokens + 64)  # 32 slots, of the longest prompt and 64 new tokens
-    assert said["evaluation"] - silent["evaluation"] == tokens * len(Decoder.of(model)) * 2 * keys * 4
-    assert said["fusion"] == silent["fusion"]
+    more = said.peak("server", "evaluation") - silent.peak("server", "evaluation")
+    assert more == tokens * len(Decoder.of(model)) * 2 * keys * 4
+    assert said.peak("server", "fusion") == silent.peak("server", "fusion")
