@@ -1,6 +1,7 @@
 """`fedproxy COMMAND`, and what doctor says."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -54,7 +55,7 @@ def test_doctor_names_what_is_here_and_fetches_nothing(tmp_path):
     assert lines["fedproxy"].startswith(fedproxy.__version__)
     assert lines["fedproxy_tiny"].endswith("; fits")
     assert "fedproxy.assets fetch smollm2-135m" in lines["fedproxy_llama"]
-    assert "takes up to 4" in lines["paper/fedproxy_llama2_7b_heterogeneous"]
+    assert re.search(r"takes up to 1[3-6]\.\d GiB", lines["paper/fedproxy_llama2_7b_heterogeneous"])
     assert not (tmp_path / "empty" / "wheels").exists()
 
 

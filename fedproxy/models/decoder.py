@@ -261,7 +261,12 @@ def set_weights(model: PreTrainedModel, weights: dict[str, Tensor]) -> None:
 
 
 class Overlay(Mapping[str, Tensor]):
-    """Named weights of which some are others, which may be computed when they are read."""
+    """Named weights of which some are others, which may be computed when they are read.
+
+    Args:
+        weights: All weights by name.
+        others: What stands in their place, and further ones.
+    """
 
     def __init__(self, weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
         self._weights, self._others = weights, others
