@@ -13,7 +13,7 @@ help:  ## This list
 # The CPU build of PyTorch is enough for the demo and the tests; install your own torch into $(VENV) first to use another.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Installing into $(VENV): PyTorch, then FedProxy with 130 packages; once, about three minutes."
-	@echo "Download and disk: 0.6 and 2 GB where pip finds PyTorch's CPU build, 4 and 6 GB with its CUDA build."
+	@echo "Disk: 2 GB with PyTorch's CPU build; its CUDA build takes several GB more, and their download."
 	@set -e; began=$$(date +%s); \
 	$(PYTHON) -m venv $(VENV); \
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch; \

@@ -33,7 +33,7 @@ from fedproxy.privacy.noise import SecretStream, noised
 from fedproxy.privacy.row_gradients import RowGradients
 from fedproxy.strategies.trainable import Trainable
 
-VOCABULARY, LENGTH, BATCH, EPOCHS, CLIENTS, DELTA = 64, 12, 32, 10, 4, 1e-5
+VOCABULARY, LENGTH, ROWS, BATCH, EPOCHS, CLIENTS, DELTA = 64, 12, 256, 32, 10, 4, 1e-5
 
 
 def model():
@@ -89,19 +89,19 @@ def released(members: Sequence[Example], seed: int, setting: str) -> dict[str, T
         budget = {"nothing": None, "epsilon 8": 8.0, "epsilon 3": 3.0}[setting]
         return tuned(members, seed, budget)
     states = [tuned(members, seed, None)]
-    states += [tuned(rows(len(members), 1000 * seed + index), seed, None) for index in range(1, CLIENTS)]
+    states += [tuned(rows(ROWS, 1000 * seed + index), seed, None) for index in range(1, CLIENTS)]
     return {name: torch.stack([state[name] for state in states]).mean(dim=0) for name in states[0]}
 
 
-def membership(setting: str, shadows: int, count: int) -> dict[str, float]:
+def membership(setting: str, shadows: int) -> dict[str, float]:
     """Return the areas under the curve of both attacks; 0.5 is chance."""
-    pool = rows(2 * count, 7)
+    pool = rows(2 * ROWS, 7)
     picks = [torch.randperm(len(pool), generator=torch.Generator().manual_seed(90 + i)) for i in range(shadows + 1)]
     inside = torch.zeros(shadows + 1, len(pool), dtype=torch.bool)
     found = torch.zeros(shadows + 1, len(pool), dtype=torch.float64)
     for index, pick in enumerate(picks):
-        inside[index, pick[:count]] = True
-        found[index] = losses(released([pool[i] for i in pick[:count]], index + 1, setting), pool)
+        inside[index, pick[:ROWS]] = True
+        found[index] = losses(released([pool[i] for i in pick[:ROWS]], index + 1, setting), pool)
     outside = torch.where(inside[1:], math.nan, found[1:])
     mean = outside.nanmean(dim=0)
     spread = (outside - mean).square().nanmean(dim=0).sqrt().nan_to_num().mean().clamp_min(1e-6)
@@ -147,14 +147,13 @@ def main() -> None:
     """Attack and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shadows", type=int, default=16, help="shadow models of LiRA")
-    parser.add_argument("--rows", type=int, default=256, help="rows of a client: the more, the less of each one shows")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     figures: dict[str, dict[str, float]] = {}
     for setting in ("nothing", "secure sum", "epsilon 8", "epsilon 3"):
         figures[setting] = {"tokens_found": round(reconstruction(setting), 3)}
         shadows = min(options.shadows, 4) if setting == "secure sum" else options.shadows
-        figures[setting] |= membership(setting, shadows, options.rows)
+        figures[setting] |= membership(setting, shadows)
         print(setting, json.dumps(figures[setting]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
