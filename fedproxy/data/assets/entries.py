@@ -40,8 +40,10 @@ class Asset:
     """Name of the function that writes the asset, see :mod:`fedproxy.data.assets.store`."""
     revision: int
     """Goes up when the conversion's output changes; an older cached copy is then made anew."""
-    wheel: Wheel | None = None
-    """Where the raw material comes from; None for generated assets."""
+    wheels: tuple[Wheel, ...] = ()
+    """Where the raw material comes from; none for generated assets."""
+    terms: str | None = None
+    """Address of terms that whoever fetches the asset must accept; null where the licence asks for no such step."""
     file: str | None = None
     """The one file inside the asset's folder that users want, or None for the folder."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -50,9 +52,10 @@ class Asset:
     @property
     def identity(self) -> dict[str, Any]:
         """What the cached copy depends on; another identity means another copy."""
+        hashes = [wheel.sha256 for wheel in self.wheels]
         return {
             "asset": self.name,
-            "sha256": self.wheel.sha256 if self.wheel else None,
+            "sha256": hashes if len(hashes) > 1 else hashes[0] if hashes else None,
             "conversion": self.conversion,
             "revision": self.revision,
             "options": dict(self.options),
@@ -68,8 +71,8 @@ def catalog() -> Mapping[str, Asset]:
     wheels = {name: Wheel(name=name, **entry) for name, entry in raw["wheels"].items()}
     assets = {}
     for name, entry in raw["assets"].items():
-        wheel = entry.pop("wheel", None)
-        assets[name] = Asset(name=name, wheel=wheels[wheel] if wheel else None, **entry)
+        made_of = tuple(wheels[wheel] for wheel in entry.pop("wheels", ()))
+        assets[name] = Asset(name=name, wheels=made_of, **entry)
     return MappingProxyType(assets)
 
 

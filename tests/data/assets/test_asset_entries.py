@@ -17,9 +17,9 @@ def test_every_entry_is_complete(name):
     assert asset.about
     module, _, function = store._CONVERSIONS[asset.conversion].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
-    if asset.wheel:
-        assert re.fullmatch(r"[0-9a-f]{64}", asset.wheel.sha256)
-        assert asset.wheel.file.startswith(f"{asset.wheel.name.replace('-', '_')}-{asset.wheel.version}-")
+    for wheel in asset.wheels:
+        assert re.fullmatch(r"[0-9a-f]{64}", wheel.sha256)
+        assert wheel.file.startswith(f"{wheel.name.replace('-', '_')}-{wheel.version}-")
 
 
 def test_every_conversion_is_used():

@@ -32,6 +32,21 @@ def test_fetch_converts_once_and_then_only_looks(at_hand, monkeypatch):
     assert fetch("small", progress=False) == path
 
 
+def test_terms_are_accepted_before_anything_is_fetched(at_hand, monkeypatch):
+    monkeypatch.setattr("fedproxy.data.assets.catalog", lambda: at_hand.catalog)
+    at_hand.catalog["small"] = dataclasses.replace(at_hand.asset, terms="https://example.org/terms")
+    refusal = (
+        r"asset 'small' comes under terms of its own; read https://example\.org/terms, and if you accept them: "
+        r"python -m fedproxy\.assets fetch small --accept-terms$"
+    )
+    with pytest.raises(AssetError, match=refusal):
+        resolve("asset:small", progress=False)
+    assert assets.main(["fetch", "--all"]) == 0
+    assert not is_cached("small")
+    assert assets.main(["fetch", "small", "--accept-terms"]) == 0
+    assert resolve("asset:small", progress=False) == cached_path("small")
+
+
 def test_calibration_text_is_context_plus_right_ending_named_by_its_row(at_hand):
     rows = [json.loads(line) for line in fetch("small", progress=False).read_text().splitlines()]
     # conftest's document i: right ending " a bakes." for even i and " b burns." for odd i

