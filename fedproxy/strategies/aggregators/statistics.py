@@ -35,9 +35,9 @@ class Fisher(Aggregator, name="fisher"):
         weights = cohort.shares("examples").float()
 
         def merge(block: Block) -> Tensor:
-            information = torch.stack(self._fisher(cohort, block.name)).float()
-            rows, known = (tensor.reshape(len(cohort), -1) for tensor in (block.values, information))
-            return fisher(rows, known, weights).view(block.values.shape[1:])
+            information = (own.float().reshape(-1) for own in self._fisher(cohort, block.name))
+            rows = block.values.reshape(len(cohort), -1)
+            return fisher(rows, torch.stack(tuple(information)), weights).view(block.values.shape[1:])
 
         return Plan(merge)
 

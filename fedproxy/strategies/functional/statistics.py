@@ -19,9 +19,9 @@ def fisher(deltas: Tensor, information: Tensor, shares: Tensor) -> Tensor:
     Returns:
         (n,).
     """
-    weighted = information * shares[:, None]
-    known = weighted.sum(dim=0)
-    merged = (weighted * deltas).sum(dim=0) / torch.where(known > 0, known, 1.0)
+    information = shares[:, None] * information
+    known = information.sum(dim=0)
+    merged = (information * deltas).sum(dim=0) / torch.where(known > 0, known, 1.0)
     return torch.where(known > 0, merged, (shares[:, None] * deltas).sum(dim=0))
 
 
