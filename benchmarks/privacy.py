@@ -87,6 +87,7 @@ class Counted:
         self.batches, self.rows = batches, 0
 
     def __iter__(self):
+        """Yield the batches, and count their rows."""
         for batch in self.batches:
             self.rows += len(batch["input_ids"])
             yield batch

@@ -14,7 +14,9 @@ runs are not repeated, killed ones continue. A run that fails is told and the ot
 
   recipes       shipped recipes, or .yaml files
   seeds         one run per recipe and seed                                    ([42])
-  study         a shipped study, or a .yaml file with these keys, methods and overrides
+  study         a shipped study, or a .yaml file with these keys and the two that follow
+  methods       in a study's file: a row each, its recipe and what it changes there
+  overrides     in a study's file: what every recipe is changed by
   output_dir    report, and records/ with one small file per run               (runs/comparison)
   work_dir      the runs themselves and what they share                        (OUTPUT_DIR/work)
   ceiling       the upper bound                                                (centralised, if among the recipes)

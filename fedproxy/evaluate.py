@@ -62,6 +62,7 @@ class EvaluateArguments(Questions):
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        """Check that a model is named, and what :class:`Questions` checks; else a ConfigError."""
         from fedproxy.errors import ConfigError
 
         if not self.model:

@@ -148,12 +148,15 @@ class Mapped(Mapping[str, Broadcast]):
         self._each, self._change = each, change
 
     def __getitem__(self, client_id: str) -> Broadcast:
+        """Return a client's broadcast, changed now."""
         return self._change(client_id, self._each[client_id])
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the clients' names."""
         return iter(self._each)
 
     def __len__(self) -> int:
+        """Return the number of clients."""
         return len(self._each)
 
 

@@ -22,6 +22,16 @@ class Component:
     _members: ClassVar[dict[str, type["Component"]]] = {}
 
     def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:
+        """Register the class, as a family where ``family`` is given, else as a member of its family.
+
+        Args:
+            family: What messages call the members of a new family.
+            name: What recipes call the member; without one the class is a base of others.
+            **kwargs: For other base classes.
+
+        Raises:
+            ConfigError: If the family has another member of this name.
+        """
         super().__init_subclass__(**kwargs)
         if family:
             cls.family = family

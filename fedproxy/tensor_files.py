@@ -137,13 +137,16 @@ class TensorFile(Mapping[str, Tensor]):
         self._entries = {name.removeprefix(prefix): layout.tensors[name] for name in found}
 
     def __getitem__(self, name: str) -> Tensor:
+        """Read one tensor, in its shape and dtype."""
         entry = self._entries[name]
         return self.part(name, 0, math.prod(entry.shape)).view(entry.shape)
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the names of all tensors."""
         return iter(self._entries)
 
     def __len__(self) -> int:
+        """Return the number of tensors."""
         return len(self._entries)
 
     @property

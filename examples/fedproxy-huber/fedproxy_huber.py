@@ -36,6 +36,7 @@ class Huber(Aggregator, name="huber"):
     """Deviations from the median, in robust standard deviations, beyond which an update is cut, > 0."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("bound", self.bound > 0, "more than 0")
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:

@@ -74,6 +74,9 @@ def make_cell(study: Study, method: Method, seed: int, *, changes: Sequence[str]
         seed: Its seed.
         changes: Further ``key=value`` words.
         part: Names the run apart from the method's own one.
+
+    Raises:
+        ConfigError: If the method's words make no recipe; names the method.
     """
     place = study.work_dir / "runs" / f"{method.label}{part}" / f"seed_{seed}"
     words = [*method.arguments, *changes, f"seed={seed}", f"output_dir={place}", "resume=auto", "overwrite=false"]

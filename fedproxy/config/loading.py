@@ -238,7 +238,16 @@ def _lookup(node: Any, path: str) -> Any:
 
 
 def build(cls: type[Any], node: Any, path: str) -> Any:
-    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves by :func:`typed`."""
+    """Build a dataclass from plain values: nested dataclasses and components one by one, leaves by :func:`typed`.
+
+    Args:
+        cls: The dataclass; of a component's family, the member that ``name`` tells is built.
+        node: Its options as YAML gives them.
+        path: Where they stand in the recipe, for messages.
+
+    Raises:
+        ConfigError: If a key is unknown or missing, or a value does not fit; names the key.
+    """
     if not isinstance(node, Mapping):
         line = f"{path} must be a mapping of options, got {one_line(repr(node), 80)}"
         if isinstance(node, str):

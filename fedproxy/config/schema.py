@@ -94,6 +94,7 @@ class DataConfig:
     partition: Partition = field(default_factory=lambda: Partition.by_name("by_task")())
 
     def __post_init__(self) -> None:
+        """Check sources, names, lengths and the hold-out against each other; what does not fit is a ConfigError."""
         own = self.partition.name == "sites"
         given = bool(self.tasks or self.files) or own
         _require("data.tasks", self.tasks, given, "non-empty unless data.files names a source")
@@ -161,6 +162,7 @@ class ClientConfig:
     the target as it is."""
 
     def __post_init__(self) -> None:
+        """Check the ranges of the options; one out of range is a ConfigError."""
         _require("client.lr", self.lr, self.lr > 0, "positive")
         for key in ("batch_size", "accumulate", "epochs"):
             _require(f"client.{key}", getattr(self, key), getattr(self, key) >= 1, "at least 1")
@@ -198,6 +200,7 @@ class ValidationConfig:
     round by. Null scores held-out training rows."""
 
     def __post_init__(self) -> None:
+        """Check the ranges, and that ``select=best`` has scores of rounds to select by; else a ConfigError."""
         _require("federation.validation.every", self.every, self.every >= 0, "at least 0")
         _require("federation.validation.rows", self.rows, self.rows >= 1, "at least 1")
         ok = self.select == "last" or self.every > 0
@@ -234,6 +237,7 @@ class FederationConfig:
     clients differ by about the ratio of their optimiser steps: the default stops broken ones, not clever ones."""
 
     def __post_init__(self) -> None:
+        """Check counts of rounds and clients, and the limits of a round; what does not fit is a ConfigError."""
         _require("federation.rounds", self.rounds, self.rounds >= 0, "at least 0")
         n = self.clients_per_round
         _require(
@@ -281,6 +285,7 @@ class EvaluationConfig:
     own_data (for held-out rows) are there without being named; another one is where it is."""
 
     def __post_init__(self) -> None:
+        """Check names of models, tasks and files, and the ranges; what does not fit is a ConfigError."""
         for name in self.models:
             if name not in MODELS:
                 raise ConfigError(f"evaluation.models: unknown model {name!r}{nearest(name, MODELS)}")
@@ -351,6 +356,7 @@ class RunConfig:
     """Where rounds and scores also go: csv, tensorboard, mlflow, wandb (offline)."""
 
     def __post_init__(self) -> None:
+        """Check what names another node or a logger, and that no key stands against another; else a ConfigError."""
         for name in self.loggers:
             if name not in LOGGERS:
                 raise ConfigError(f"loggers: unknown logger {name!r}{nearest(name, LOGGERS)}")

@@ -81,6 +81,7 @@ class LengthGroupedBatchSampler(Sampler[list[int]]):
         return -(-len(self.lengths) // self.batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
+        """Yield the indices of each batch of one epoch."""
         yield from batches(self.lengths, self.batch_size, self.generator)
 
 
@@ -100,6 +101,7 @@ class ShuffledBatches:
         return -(-len(self.batches) // rank_and_size()[1])
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield this process's batches of one epoch, in a new order."""
         order = torch.randperm(len(self.batches), generator=self.generator).tolist()
         rank, processes = rank_and_size()
         for step in range(len(self)):

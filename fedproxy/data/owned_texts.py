@@ -23,6 +23,7 @@ class OwnedTexts(Container[str]):
         self._tails = frozenset(_tail_hash(row.prompt + row.target) for row in rows)
 
     def __contains__(self, text: object) -> bool:
+        """Return whether a client has this text, by its hash."""
         return isinstance(text, str) and _tail_hash(text) in self._tails
 
 

@@ -53,6 +53,7 @@ class Questions:
     """Tokens per forward where prefixes are shared."""
 
     def __post_init__(self) -> None:
+        """Check that something is asked, and that its options go together; else a ConfigError."""
         if isinstance(self.tasks, str):
             raise ConfigError(f"tasks must be a list of names, got the text {self.tasks!r}; write [{self.tasks!r}]")
         if not self.tasks and not self.files:

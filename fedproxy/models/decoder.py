@@ -63,6 +63,7 @@ class Decoder:
         return cls(model, body, blocks, prefix)
 
     def __len__(self) -> int:
+        """Return the number of blocks."""
         return len(self.blocks)
 
     def weight_names(self, index: int) -> tuple[str, ...]:
@@ -273,12 +274,15 @@ class Overlay(Mapping[str, Tensor]):
         self._names = dict.fromkeys([*weights, *others])
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor by its name in the model, the overlaid one where there is one."""
         return self._others[name] if name in self._others else self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the names of all tensors."""
         return iter(self._names)
 
     def __len__(self) -> int:
+        """Return the number of tensors."""
         return len(self._names)
 
 

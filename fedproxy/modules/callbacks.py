@@ -28,7 +28,7 @@ class Regularize(Callback):  # type: ignore[misc]
     Args:
         regularizer: The term.
         anchor: The round's broadcast state phi^t, by state name.
-        conflict: Per-coordinate conflict C of the previous round (PAPER Eq 7), or None in the first.
+        conflict: Per-coordinate conflict C of the previous round (FedProxy Eq 7), or None in the first.
         pull: The regularizer's constant gradient of this round (:meth:`Regularizer.pull`), or None.
 
     Raises:
@@ -51,7 +51,11 @@ class Regularize(Callback):  # type: ignore[misc]
         """Mean of the term over all steps of the latest fit; 0 before a fit has ended."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Bring what the term reads to the parameters' device, once."""
+        """Bring what the term reads to the parameters' device, once.
+
+        Raises:
+            ConfigError: If the trainer's strategy leaves no gradient to add to.
+        """
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             name = type(trainer.strategy).__name__
             raise ConfigError(f"trainer.strategy: {name} leaves no gradient to add to; use auto, ddp or fsdp")
@@ -90,7 +94,11 @@ class Deadline(Callback):  # type: ignore[misc]
         self.deadline = deadline
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Compare the clock with the deadline."""
+        """Compare the clock with the deadline.
+
+        Raises:
+            ClientError: If it is past.
+        """
         if time.monotonic() > self.deadline:
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
 

@@ -16,10 +16,13 @@ from fedproxy.modules.trainer import attention
 
 
 class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
-    """Tunes the trainable parameters of a causal language model on answer tokens (PAPER Eq 8).
+    """Tunes the trainable parameters of a causal language model on answer tokens (FedProxy Eq 8).
 
-    The loss of a step is the mean negative log-likelihood of the batch's answer tokens, in nats. Batches are what
-    :func:`fedproxy.data.batching.collate` makes; any ``lightning.Trainer`` fits it.
+    The loss of a step is the mean negative log-likelihood of the batch's answer tokens, in nats; what a regularizer
+    adds is a callback's work. A batch has ``input_ids``, ``attention_mask`` and ``labels``, int64 (batch, length), as
+    transformers has them: labels are -100 except at answer tokens, and not shifted; several rows in one sequence have
+    ``position_ids`` in place of the mask. Where processes share a batch, ``share`` is a process's part of the answer
+    tokens, times the number of processes. Any ``lightning.Trainer`` fits the module.
 
     Args:
         model: The model, with adapters attached.
@@ -65,7 +68,7 @@ class CausalLMModule(lightning.LightningModule):  # type: ignore[misc]
         """Return the loss of one batch."""
         with attention(batch["input_ids"]):
             logits, targets = answer_logits(self.model, batch)
-        nll, share = answer_nll(logits, targets), batch.get("share", 1.0)  # of a batch that several processes share
+        nll, share = answer_nll(logits, targets), batch.get("share", 1.0)
         loss = nll.mean() * share
         if share > 0:
             self.train_accuracy.update(logits, targets)

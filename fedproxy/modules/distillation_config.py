@@ -41,6 +41,7 @@ class DistillationConfig:
     """Largest size of the cache, in GiB."""
 
     def __post_init__(self) -> None:
+        """Check the ranges, and that no option is set where nothing is distilled; else a ConfigError."""
         for key, low in (("steps", 0), ("rows", 1), ("batch_size", 1), ("lora_r", 1), ("top_k", 1)):
             self._require(key, getattr(self, key) >= low, f"at least {low}")
         for key in ("lr", "temperature", "lora_alpha", "cache_gib"):

@@ -78,7 +78,11 @@ class AdamW8bit(Optimizer, name="adamw_8bit"):
         return 0.5
 
     def check(self, device: str, strategy: str | None) -> None:
-        """Refuse where bitsandbytes is missing, has no kernel for the device, or would see spread parameters."""
+        """Refuse what bitsandbytes cannot step.
+
+        Raises:
+            ConfigError: If it is missing, has no kernel for the device, or would see spread parameters.
+        """
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
                 "client.optimizer.name=adamw_8bit needs bitsandbytes: pip install 'fedproxy[quantization]', or use "

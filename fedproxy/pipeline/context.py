@@ -124,6 +124,7 @@ class Run:
     """Hash of the target's content, weights and tokenizer, where it was taken."""
 
     def __post_init__(self) -> None:
+        """Open the run's loggers and its file of the present stage."""
         self.now = NowFile(self.folder.now)
         self.loggers = RunLoggers(self.config.loggers, self.folder.root, to_dict(self.config))
         self._facts: Facts | None = None

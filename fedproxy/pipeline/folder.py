@@ -223,7 +223,17 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
 
 
 def check_same_run(old: Mapping[str, Any], new: RunConfig, root: Path, way_out: str) -> None:
-    """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`."""
+    """Refuse to go on with a run under another configuration; see :meth:`RunFolder.check_continues`.
+
+    Args:
+        old: The run's configuration, as its file has it.
+        new: What it is to go on with.
+        root: The run's folder, for the message.
+        way_out: What to do instead, for the message.
+
+    Raises:
+        ConfigError: If a key differs that may not change; names it.
+    """
     before, after, longer = flat(old), flat(to_dict(new)), new.client.schedule.needs_rounds
     for key in sorted(before.keys() | after.keys()):
         was, now = before.get(key), after.get(key)

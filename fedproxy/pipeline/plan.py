@@ -76,6 +76,7 @@ class Plan:
         return max(need.total for need in self.memory if need.role == role and stage in (None, need.stage))
 
     def __str__(self) -> str:
+        """Return the page that ``recipes plan`` prints, one figure a line."""
         lines = [*self._models(), *self._privacy(), *self._bytes(), *self._memory(), *self._time()]
         return "".join(f"{name:28}{value}\n" for name, value in lines)
 

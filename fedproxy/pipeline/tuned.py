@@ -82,12 +82,15 @@ class TunedProxies(Mapping[str, TunedProxy]):
         return MERGED not in self._states
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the clients' names."""
         return iter(self._states)
 
     def __len__(self) -> int:
+        """Return the number of clients."""
         return len(self._states)
 
     def __getitem__(self, client: str) -> TunedProxy:
+        """Put a client's tuned proxy together; the one that was asked for last is kept."""
         if self._last is None or self._last[0] != client:
             self._last = None  # let go of the other one first
             model = self._trainable.attach(self.proxy, generator(self._seed, "trainable"))

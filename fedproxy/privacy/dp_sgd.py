@@ -73,6 +73,7 @@ class PoissonLoader:
         return sum(example.target_length for example in self.examples)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield batches of at most ``physical_batch`` rows; ``last`` is a bool tensor, and a sample may be empty."""
         for _ in range(self.training.steps):
             chosen = self.training.stream.chosen(len(self.examples), self.training.rate).tolist()
             chosen.sort(key=lambda index: len(self.examples[index].input_ids))

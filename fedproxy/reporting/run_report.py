@@ -61,7 +61,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Exposure:
-    """How much of the owner's model clients get to hold. Reduced exposure, not a guarantee (PAPER 6.8)."""
+    """How much of the owner's model clients get to hold. Reduced exposure, not a guarantee."""
 
     disclosed_parameter_share: float | None = None
     """Parameters sent to clients over the target's, in [0, 1]."""
@@ -111,7 +111,7 @@ class RoundReport:
     kept_density: Numbers = None
     update_norms: Numbers = None
     factor_mean_error: float | None = None
-    """Relative error of averaging A and B instead of B A (PAPER 6.4)."""
+    """Relative error of averaging A and B instead of B A."""
     upload_bytes: int | None = None
     download_bytes: int | None = None
     seconds: float | None = None

@@ -152,6 +152,9 @@ def mcnemar_exact(only_first: int, only_second: int) -> float:
     Args:
         only_first: Questions that only the first model answered rightly.
         only_second: Questions that only the second did.
+
+    Raises:
+        ValueError: If a count is negative.
     """
     if min(only_first, only_second) < 0:
         raise ValueError(f"counts must be at least 0, got {only_first} and {only_second}")

@@ -36,5 +36,6 @@ class Table:
     """Whether the last row is a summary."""
 
     def __post_init__(self) -> None:
+        """Turn every cell into the text that is shown."""
         object.__setattr__(self, "head", [shown(cell) for cell in self.head])
         object.__setattr__(self, "rows", [[shown(cell) for cell in row] for row in self.rows])

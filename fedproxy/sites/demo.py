@@ -34,7 +34,11 @@ _UP_S, _END_S = 180.0, 90.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the demonstration and return the run's exit status."""
+    """Run the demonstration and return the run's exit status.
+
+    Raises:
+        ConfigError: If the recipe has too few tasks for two sites, or hub or site does not come up.
+    """
     from fedproxy.config import load_config
 
     words = [word for word in arguments if "=" in word]
@@ -107,7 +111,11 @@ def finish(folder: Path, *words: str) -> None:
 
 
 def bring_up(started: list["subprocess.Popen[bytes]"], folder: Path, what: str, file: str, sign: str) -> None:
-    """Start a hub or a site, note it among what is started, and wait until it says that it is up."""
+    """Start a hub or a site, note it among what is started, and wait until it says that it is up.
+
+    Raises:
+        ConfigError: If it ends, or says nothing within the time; quotes the end of its log.
+    """
     log = folder / f"{Path(file).stem}.log"
     with open(log, "wb") as output:
         process = command(folder, what, "up", file, output=output)

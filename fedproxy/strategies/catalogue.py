@@ -27,7 +27,9 @@ def render() -> str:
     parts = [
         "# Catalogue of strategies",
         "Generated from the classes by `python -m fedproxy.strategies.catalogue docs/strategies/catalogue.md`; "
-        "do not edit by hand. `K` clients send updates `Delta_k` of `P` coordinates.",
+        "do not edit by hand. `K` clients send updates `Delta_k` of `P` coordinates; `p_k` is a client's share of the "
+        "examples, and `s = alpha / r` the LoRA scaling. A definition is the rule in plain torch, to read beside its "
+        "paper.",
         *_family("Aggregators", "aggregator", Aggregator),
         *_family("Regularizers and client corrections", "regularizer", Regularizer),
         *_family("Server optimizers", "server_optimizer", ServerOptimizer),
@@ -53,8 +55,11 @@ def _row(member: type[Component]) -> str:
 
 
 def _describe(member: type[Component]) -> str:
-    text = inspect.cleandoc(member.__doc__ or "").replace("``", "`")
-    return text.replace("||", "\\|\\|")
+    text = inspect.cleandoc(member.__doc__ or "").replace("``", "`").replace("||", "\\|\\|")
+    file, _, function = getattr(member, "definition", "").partition(".")
+    if not file:
+        return text
+    return f"{text}\n\nDefinition: `{function}` in `fedproxy/strategies/functional/{file}.py`."
 
 
 _PARTS = {"conflict": "needs the conflict map", "control_variates": "clients keep memory"}

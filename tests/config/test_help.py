@@ -1,14 +1,19 @@
 """`fit --help` and the reference say of every key what the classes say, and every key says something."""
 
 import dataclasses
+import re
 
 import pytest
 
+from fedproxy import compare, evaluate
+from fedproxy.comparison.arguments import KEYS
 from fedproxy.config import RunConfig
 from fedproxy.config.help import describe_keys
 from fedproxy.config.keys import families, field_docs, first_line, leaves, mappings
 from fedproxy.config.source import configuration_class
 from fedproxy.errors import ConfigError
+from fedproxy.sites.hub_config import HubConfig
+from fedproxy.sites.site_config import ClientData, Policy, ServerPlace, SiteConfig
 
 
 def every_key():
@@ -28,6 +33,24 @@ def test_every_key_and_every_component_has_its_sentence():
     assert len({key.path for key in keys}) > 150
     assert not [key.path for key in keys if not key.meaning.endswith((".", ")"))]
     assert not [cls.__name__ for cls in classes if not first_line(cls).endswith((".", ":", ")"))]
+
+
+@pytest.mark.parametrize("cls", [HubConfig, SiteConfig, ServerPlace, Policy, ClientData])
+def test_every_key_of_sites_and_hubs_has_its_sentence(cls):
+    texts = field_docs(cls)
+    assert not [item.name for item in dataclasses.fields(cls) if not texts.get(item.name, "").endswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("usage", "keys"),
+    [
+        (compare.USAGE, KEYS),
+        (evaluate.USAGE, [item.name for item in dataclasses.fields(evaluate.EvaluateArguments)]),
+    ],
+)
+def test_commands_explain_every_key_of_their_own(usage, keys):
+    told = re.findall(r"^  (\w+)(?:\.NAME)?  +\w", usage, re.MULTILINE)
+    assert not set(keys) - set(told)
 
 
 def test_help_has_every_plain_key_with_its_default_and_meaning():

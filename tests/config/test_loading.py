@@ -59,7 +59,7 @@ def test_extends_takes_over_what_it_does_not_set():
 
 
 def test_paper_recipe_has_the_papers_values():
-    # PAPER.md section 5
+    # the paper's hyperparameters
     config = load_config(["recipe=paper/fedproxy_llama2_7b_heterogeneous"])
     assert config.target.path == "meta-llama/Llama-2-7b-hf"
     assert (config.compression.name, config.compression.ratio) == ("block_influence", 0.5)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""H-TIES: PAPER's worked checks and Eqs 5-7, 10-14 on updates small enough to do by hand."""
+"""H-TIES: worked checks and Eqs 5-7, 10-14 on updates small enough to do by hand."""
 
 import math
 

@@ -6,7 +6,8 @@ import torch
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.functional.trimming import keep_probabilities, magnitude_window
+from fedproxy.strategies.functional.sparse import keep_probabilities
+from fedproxy.strategies.functional.trimming import magnitude_window
 
 
 def aggregate(name, *deltas, extras=None, examples=None, **options):

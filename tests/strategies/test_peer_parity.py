@@ -12,7 +12,7 @@ import torch
 
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator
-from fedproxy.strategies.functional.trimming import keep_probabilities
+from fedproxy.strategies.functional.sparse import keep_probabilities
 from fedproxy.strategies.server_optimizers import ServerOptimizer
 
 _PEERS = json.loads((Path(__file__).parents[1] / "golden" / "peers.json").read_text())

@@ -69,7 +69,7 @@ def test_conflict_of_clients_that_all_moved_survives_to_the_bit(clients):
     signs = (torch.randint(2, (clients, 500), generator=torch.Generator().manual_seed(clients)) * 2 - 1).float()
     updates = [ClientUpdate(f"{k:03d}", {"w": sign}) for k, sign in enumerate(signs)]
     conflict = Aggregator.by_name("fedavg")().aggregate(updates).conflict["w"]
-    torch.testing.assert_close(conflict, 1 - signs.sum(dim=0).abs() / clients)  # PAPER Eq 7
+    torch.testing.assert_close(conflict, 1 - signs.sum(dim=0).abs() / clients)  # FedProxy Eq 7
     codes = conflict_codes(conflict, clients)
     assert int(codes.max()) < conflict_levels(clients)
     assert torch.equal(conflict_of(codes, clients, (500,)), conflict)

@@ -101,6 +101,9 @@ def documents(archive: zipfile.ZipFile, member: str) -> Iterator[Document]:
     """Yield each document of a request file once, in order.
 
     A file has one line per document and choice, and then the same again for unconditional requests.
+
+    Raises:
+        AssetError: If the archive has no such member.
     """
     try:
         packed = archive.open(member)

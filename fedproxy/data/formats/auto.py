@@ -26,7 +26,11 @@ class Auto(DataFormat, name="auto"):
         return tuple(dict.fromkeys(name for names in found for name in names))
 
     def settled(self, record: Record, columns: Columns) -> DataFormat:
-        """Return the first format whose columns the record has."""
+        """Return the first format whose columns the record has.
+
+        Raises:
+            DataError: If it has those of none; names its columns.
+        """
         there = {name for name, value in record.values.items() if value is not None}
         for choice in _CHOICES:
             needed = choice.required(columns)

@@ -38,6 +38,7 @@ class Chat(DataFormat, name="chat"):
     """Further names of roles, such as ``{patient: user, doctor: assistant}``."""
 
     def __post_init__(self) -> None:
+        """Check that every role is mapped to one of the known ones."""
         wrong = sorted(set(self.roles.values()).difference(ROLES))
         self.require("roles", not wrong, f"names of {', '.join(ROLES)}")
 
@@ -50,7 +51,11 @@ class Chat(DataFormat, name="chat"):
         return ("messages", "conversations") if self.column is None else (self.column,)
 
     def row(self, record: Record, columns: Columns, *, source: str, key: str) -> Row:
-        """Return the conversation."""
+        """Return the conversation.
+
+        Raises:
+            DataError: If there are no turns, too many, or one without a known role and a text; names the turn.
+        """
         column = next((name for name in self._turns if record.values.get(name) is not None), None)
         if column is None:
             there = (name for name, value in record.values.items() if value is not None)

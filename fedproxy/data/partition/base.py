@@ -102,6 +102,7 @@ class Iid(Partition, name="iid"):
     """Number of clients."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("clients", self.clients >= 1, "at least 1")
 
     def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:
@@ -127,6 +128,7 @@ class DirichletSkew(Partition, name="dirichlet"):
     """Category that is skewed: gold choice, quartile of the text's length, or task."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("clients", self.clients >= 1, "at least 1")
         self.require("alpha", self.alpha > 0, "positive")
 

@@ -116,10 +116,13 @@ class ClientRows(Mapping[str, int]):
         return rows
 
     def __getitem__(self, client_id: str) -> int:
+        """Return how many rows a client has."""
         return self._sizes[client_id]
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the clients' names."""
         return iter(self._sizes)
 
     def __len__(self) -> int:
+        """Return the number of clients."""
         return len(self._sizes)

@@ -19,6 +19,7 @@ class AtSites(Partition, name="sites"):
     """Clients that the sites hold together."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("clients", self.clients >= 1, "at least 1")
 
     def count(self, tasks: Sequence[str], files: Mapping[str, str]) -> int:

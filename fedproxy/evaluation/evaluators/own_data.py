@@ -36,6 +36,7 @@ class OwnData(Evaluator, name="own_data"):
     headline: ClassVar[str] = "answer_nll"
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("max_new_tokens", self.max_new_tokens >= 0, "at least 0")
         for option in ("max_prompt_tokens", "limit"):
             value = getattr(self, option)

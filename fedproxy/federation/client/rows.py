@@ -49,6 +49,7 @@ class ClientExamples(Mapping[str, list[Example]]):
         self._latest: OrderedDict[str, list[Example]] = OrderedDict()
 
     def __getitem__(self, client_id: str) -> list[Example]:
+        """Return a client's tokenised rows, a row as often as the client has it."""
         if client_id not in self._latest:
             rows = read_client_rows(self.folder, client_id, held_out=self.held_out)
             copies = {row.key: row.copies for row in rows}

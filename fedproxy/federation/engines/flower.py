@@ -48,6 +48,7 @@ class Flower(Engine, name="flower"):
     """Largest file in MiB that a site may send."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("wait_s", 0 < self.wait_s <= 86400, "above 0 and at most 86400")
         self.require("part_mb", 1 <= self.part_mb <= 512, "1 to 512")
         self.require("proxy", self.proxy in ("send", "expect"), "'send' or 'expect'")

@@ -33,6 +33,7 @@ class InProcess(Engine, name="in_process"):
     between engines where it is the same (``workers`` takes 1)."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("threads", self.threads is None or self.threads >= 1, "at least 1, or null")
 
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> Sites:

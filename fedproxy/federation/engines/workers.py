@@ -32,6 +32,7 @@ class Workers(Engine, name="workers"):
     """Seconds that a worker has to start and load the proxy, after which it counts as hung and is replaced."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         count = self.workers
         self.require("workers", count == "auto" or (isinstance(count, int) and count >= 1), "'auto' or at least 1")
         self.require("threads", self.threads >= 1, "at least 1")

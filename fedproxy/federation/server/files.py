@@ -90,15 +90,19 @@ class StatesAfter(Mapping[str, Tensors]):
         return ClientState(**{group: TensorFile(path, f"{group}/") for group in _GROUPS})
 
     def __getitem__(self, client_id: str) -> Tensors:
+        """Read a client's trainable state."""
         return self.load(client_id).state
 
     def __contains__(self, client_id: object) -> bool:
+        """Return whether this client has a state, without reading it."""
         return client_id in self._clients
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the clients' names."""
         return iter(self._clients)
 
     def __len__(self) -> int:
+        """Return the number of clients."""
         return len(self._clients)
 
 

@@ -36,7 +36,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Federation:
-    """The server's side of federated tuning (PAPER Algorithm 1)."""
+    """The server's side of federated tuning (FedProxy, arXiv 2604.19015, Algorithm 1)."""
 
     clients: Sequence[str]
     clients_per_round: int | str

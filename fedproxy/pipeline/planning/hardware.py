@@ -35,6 +35,7 @@ class Hardware:
     """Tokens of an answer; null takes data.max_target_tokens."""
 
     def __post_init__(self) -> None:
+        """Check that all figures are positive; else a ConfigError."""
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name == "tflops":

@@ -36,7 +36,7 @@ class Aggregation:
     diagnostics: dict[str, Any] = field(default_factory=dict)
     """Round figures of the report; figures per client are lists in sorted client order, ``cosine`` a list of rows."""
     conflict: Tensors | None = None
-    """float32 conflict C per coordinate (PAPER Eq 7), in [0, 1], for the next round's broadcast."""
+    """float32 conflict C per coordinate (FedProxy Eq 7), in [0, 1], for the next round's broadcast."""
     memory: Memory = field(default_factory=dict)
     """The rule's state after this round, to be given back in the next one."""
     base_change: dict[str, Tensor] = field(default_factory=dict)
@@ -120,6 +120,9 @@ class Aggregator(Component, family="aggregator"):
     """Groups that every update must carry in ``extras``."""
     reference: ClassVar[str] = ""
     """Where the rule is from."""
+    definition: ClassVar[str] = ""
+    """What states the rule in plain torch, a function of :mod:`fedproxy.strategies.functional` such as ``ties.ties``; a
+    test holds the rule equal to it."""
 
     def trains(self, name: str, round_number: int) -> bool:
         """Return whether clients train this tensor in this round; others they leave as broadcast."""

@@ -106,6 +106,7 @@ class Cohort:
         return sum(math.prod(Source.of(self.updates[0].delta, name).shape) for name in self.names)
 
     def __len__(self) -> int:
+        """Return the number of clients."""
         return len(self.updates)
 
     def read(self, name: str) -> list["Source"]:

@@ -18,11 +18,12 @@ class PCGrad(SpanAggregator, name="pcgrad"):
     """Gradient surgery (Yu et al. 2020, arXiv 2001.06782, Alg. 1).
 
     If D_i . Delta_j < 0: D_i <- D_i - (D_i . Delta_j / ||Delta_j||^2) Delta_j, with Delta_j as sent.
-    The mean of the projected D_i is returned. Each client meets the others in a random order drawn from the run's seed,
-    the round and the client's name.
+    Each client meets the others in a random order drawn from the run's seed, the round and the client's name. Choice:
+    the mean of the projected D_i is returned, where the paper has their sum.
     """
 
     reference: ClassVar[str] = "Yu et al. 2020, arXiv 2001.06782, Alg. 1"
+    definition: ClassVar[str] = "multitask.pcgrad"
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Project every client's update in its own seeded order."""
@@ -41,6 +42,7 @@ class CAGrad(SpanAggregator, name="cagrad"):
     """
 
     reference: ClassVar[str] = "Liu et al. 2021, arXiv 2110.14048, Alg. 1"
+    definition: ClassVar[str] = "multitask.cagrad_gain"
 
     c: float = 0.5
     """Radius around the mean update, in units of its norm, in [0, 1); 0 is the plain mean."""
@@ -63,6 +65,7 @@ class ConFIG(SpanAggregator, name="config"):
     """
 
     reference: ClassVar[str] = "Liu et al. 2024, arXiv 2408.11104, Eq 2"
+    definition: ClassVar[str] = "multitask.config"
 
     length: str = "sum"
     """``sum`` of the projections (the paper's) or their ``mean`` (an averaging step, for federations)."""
@@ -81,6 +84,7 @@ class MGDA(SpanAggregator, name="mgda"):
     """Multiple-gradient descent (Sener and Koltun 2018, arXiv 1810.04650, Eq 3): the least-norm convex combination."""
 
     reference: ClassVar[str] = "Sener and Koltun 2018, arXiv 1810.04650, Eq 3"
+    definition: ClassVar[str] = "multitask.mgda_cost"
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Minimise ||sum_k c_k Delta_k|| over the simplex."""

@@ -33,6 +33,7 @@ class FedAvg(LinearAggregator, name="fedavg"):
     """Weighted mean sum_k (n_k / n) Delta_k (McMahan et al. 2017, arXiv 1602.05629, Alg. 1)."""
 
     reference: ClassVar[str] = "McMahan et al. 2017, arXiv 1602.05629, Alg. 1"
+    definition: ClassVar[str] = "means.fedavg"
 
     weighting: str = "examples"
     """What a client's weight counts: ``examples``, ``tokens`` or ``uniform``."""
@@ -51,6 +52,7 @@ class TaskArithmetic(LinearAggregator, name="task_arithmetic"):
     """scale * sum_k Delta_k (Ilharco et al. 2023, arXiv 2212.04089); every client counts once."""
 
     reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089"
+    definition: ClassVar[str] = "means.task_arithmetic"
 
     scale: float = 0.4
     """Factor of the sum (the paper's lambda; 0.4 is its value without tuning)."""

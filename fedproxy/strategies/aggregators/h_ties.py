@@ -18,13 +18,15 @@ from fedproxy.strategies.functional.voting import ratio_vote_merge
 class HTies(Aggregator, name="h_ties"):
     """H-TIES (FedProxy, ACL 2026, arXiv 2604.19015, Eqs 5-7 and 10-14).
 
-    w_k = softmax(sum of |S_kj|); r_k falls from r0 to r0 - delta with the client's heterogeneity h_k;
-    d_k = w_k Top_{r_k}(Delta_k); gamma_p is the sign whose mass is at least rho times the other's, else 0;
-    m_p = sum of the agreeing d_kp / sum of their w_k.
+    S_kj is the cosine of two clients' updates. Client k's weight is w_k = softmax(sum over j != k of |S_kj|), and its
+    heterogeneity is h_k = 1 - mean over j != k of max(0, S_kj). It keeps the share r_k of its largest magnitudes, r0
+    where h is least, falling to r0 - delta where h is most: d_k = w_k Top_{r_k}(Delta_k). gamma_p is the sign whose
+    sum of |d_kp| is at least rho times the other's, else 0; m_p = sum of the d_kp of that sign / sum of their w_k.
     Choice: a single client's update is returned unchanged, with w = 1 and C = 0.
     """
 
     reference: ClassVar[str] = "Fan et al. 2026 (FedProxy), arXiv 2604.19015, Eqs 5-7 and 10-14"
+    definition: ClassVar[str] = "h_ties.h_ties"
     coordinatewise: ClassVar[bool] = True
 
     r0: float = 1.0

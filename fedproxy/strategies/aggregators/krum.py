@@ -63,6 +63,7 @@ class Krum(ByzantineAggregator, name="krum"):
     """
 
     reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, arXiv 1703.02757"
+    definition: ClassVar[str] = "means.multi_krum"
 
     def coefficients(self, gram: Tensor, cohort: Cohort, context: RoundContext) -> Tensor:
         """Put all weight on the client of least score."""
@@ -76,6 +77,7 @@ class MultiKrum(ByzantineAggregator, name="multi_krum"):
     """Mean of the ``keep`` updates of least Krum score (Blanchard et al. 2017, arXiv 1703.02757); K >= 2 f + 3."""
 
     reference: ClassVar[str] = "Blanchard et al. 2017, NeurIPS, arXiv 1703.02757"
+    definition: ClassVar[str] = "means.multi_krum"
 
     keep: int | None = None
     """Updates to average, >= 1; None is clients - byzantine."""
@@ -103,6 +105,7 @@ class Bulyan(ByzantineAggregator, name="bulyan"):
     """
 
     reference: ClassVar[str] = "El Mhamdi et al. 2018, arXiv 1802.07927"
+    definition: ClassVar[str] = "means.bulyan"
     clients_per_byzantine: ClassVar[int] = 4
     combines_by_gram: ClassVar[bool] = False
 

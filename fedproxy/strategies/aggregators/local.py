@@ -10,9 +10,9 @@ from fedproxy.strategies.aggregators.base import Aggregator
 
 @dataclass(frozen=True)
 class LocalOnly(Aggregator, name="none"):
-    """Every client keeps its own state; :meth:`aggregate` takes one client and returns its update unchanged."""
+    """Every client keeps its own state; ``aggregate`` takes one client and returns its update unchanged."""
 
-    reference: ClassVar[str] = "the local-only baseline (PAPER Sec. 7)"
+    reference: ClassVar[str] = "the local-only baseline"
     aggregates: ClassVar[bool] = False
     needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True

@@ -19,10 +19,10 @@ from fedproxy.strategies.aggregators.base import (
     require_finite,
 )
 from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
-from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, Pair, factor_names
+from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, factor_names
 from fedproxy.strategies.aggregators.passes import WeightedSum, merge_tensor
 from fedproxy.strategies.aggregators.survey import Surveyor
-from fedproxy.strategies.functional.lowrank import mean_residual, refactor, stack_pairs
+from fedproxy.strategies.functional.lowrank import Pair, mean_residual, refactor, stack_pairs
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ class FedExLora(ExactLoraAggregator, name="fedex_lora"):
     """
 
     reference: ClassVar[str] = "Singhal et al. 2025, arXiv 2410.09432"
+    definition: ClassVar[str] = "lora.fedex_lora"
     parts: ClassVar[tuple[str, ...]] = ("base_change",)
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:
@@ -131,6 +132,7 @@ class Flora(ExactLoraAggregator, name="flora"):
     """
 
     reference: ClassVar[str] = "Wang et al. 2024, arXiv 2409.05976"
+    definition: ClassVar[str] = "lora.flora"
     parts: ClassVar[tuple[str, ...]] = ("base_change",)
     mixed_ranks: ClassVar[bool] = True
 
@@ -152,6 +154,7 @@ class FlexLora(ExactLoraAggregator, name="flexlora"):
     """
 
     reference: ClassVar[str] = "Bai et al. 2024, arXiv 2402.11505"
+    definition: ClassVar[str] = "lora.flexlora"
     mixed_ranks: ClassVar[bool] = True
 
     def merge_module(self, start: Pair, pairs: Sequence[Pair], shares: Sequence[float]) -> tuple[Pair, Pair | None]:

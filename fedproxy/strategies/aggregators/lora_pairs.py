@@ -10,10 +10,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import check_finite
-from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX, lora_modules, product_gram, stack_pairs
-
-Pair = tuple[Tensor, Tensor]
-"""(B, A): (out, rank) and (rank, in)."""
+from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX, Pair, lora_modules, product_gram, stack_pairs
 
 
 def factor_names(module: str) -> tuple[str, str]:

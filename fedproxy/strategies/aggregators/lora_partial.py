@@ -54,6 +54,7 @@ class FFALora(PartialAggregator, name="ffa_lora"):
     """
 
     reference: ClassVar[str] = "Sun et al. 2024, arXiv 2403.12313"
+    definition: ClassVar[str] = "lora.ffa_lora"
 
     def trains(self, name: str, round_number: int) -> bool:
         """Return True for all but LoRA A."""
@@ -68,6 +69,7 @@ class RoLora(PartialAggregator, name="rolora"):
     """
 
     reference: ClassVar[str] = "Chen et al. 2024, arXiv 2409.02346"
+    definition: ClassVar[str] = "lora.rolora"
 
     def trains(self, name: str, round_number: int) -> bool:
         """Return True for the round's factor and for tensors outside LoRA."""
@@ -82,6 +84,7 @@ class FedSALora(PartialAggregator, name="fedsa_lora"):
     """
 
     reference: ClassVar[str] = "Guo et al. 2025, arXiv 2410.01463"
+    definition: ClassVar[str] = "lora.fedsa_lora"
     parts: ClassVar[tuple[str, ...]] = ("personal",)
 
     def shares(self, name: str) -> bool:

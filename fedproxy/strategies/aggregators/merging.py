@@ -8,7 +8,8 @@ from torch import Tensor
 from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.survey import Survey
-from fedproxy.strategies.functional.merging import consensus, sce, stock_ratio
+from fedproxy.strategies.functional.merging import consensus, sce
+from fedproxy.strategies.functional.similarity import stock_ratio
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class SCE(Aggregator, name="sce"):
     """
 
     reference: ClassVar[str] = "Wan et al. 2024 (FuseChat), arXiv 2408.07990"
+    definition: ClassVar[str] = "merging.sce"
 
     density: float = 1.0
     """Share of coordinates selected, in (0, 1]; 1 selects all."""
@@ -43,6 +45,7 @@ class ModelStock(Aggregator, name="model_stock"):
     """
 
     reference: ClassVar[str] = "Jang et al. 2024, arXiv 2403.19522"
+    definition: ClassVar[str] = "merging.model_stock"
     coordinatewise: ClassVar[bool] = True
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
@@ -60,6 +63,7 @@ class Consensus(Aggregator, name="consensus"):
     """
 
     reference: ClassVar[str] = "Wang et al. 2024, arXiv 2405.07813"
+    definition: ClassVar[str] = "merging.consensus"
     coordinatewise: ClassVar[bool] = True
 
     scale: float = 0.4

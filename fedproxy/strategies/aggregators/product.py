@@ -121,15 +121,18 @@ class ProductDelta(Mapping[str, Tensor]):
         self._names = tuple(sorted([*loras.modules, *loras.others]))
 
     def __getitem__(self, name: str) -> Tensor:
+        """Return a module's dense change, float32 (out, in), or a tensor outside LoRA as it was sent."""
         if name in self._loras.modules:
             b, a = self._loras.difference(name, self._index)
             return (self._scaling * (b @ a)).float()
         return self._update.delta[name]
 
     def __iter__(self) -> Iterator[str]:
+        """Yield the names of modules and of tensors outside LoRA, sorted."""
         return iter(self._names)
 
     def __len__(self) -> int:
+        """Return the number of modules and of tensors outside LoRA."""
         return len(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:

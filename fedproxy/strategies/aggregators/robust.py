@@ -20,6 +20,7 @@ class Median(Aggregator, name="median"):
     """Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498); of even counts the mean of the middle two."""
 
     reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498"
+    definition: ClassVar[str] = "means.median"
     coordinatewise: ClassVar[bool] = True
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
@@ -32,6 +33,7 @@ class TrimmedMean(Aggregator, name="trimmed_mean"):
     """Coordinate-wise mean without the floor(beta K) largest and smallest values (Yin et al. 2018)."""
 
     reference: ClassVar[str] = "Yin et al. 2018, arXiv 1803.01498"
+    definition: ClassVar[str] = "means.trimmed_mean"
     coordinatewise: ClassVar[bool] = True
 
     beta: float = 0.1
@@ -58,6 +60,7 @@ class GeometricMedian(SpanAggregator, name="geometric_median"):
     """
 
     reference: ClassVar[str] = "Pillutla et al. 2022 (RFA), arXiv 1912.13445"
+    definition: ClassVar[str] = "means.geometric_median_cost"
 
     weighting: str = "examples"
     """What a client's weight counts: ``examples``, ``tokens`` or ``uniform``."""
@@ -76,6 +79,7 @@ class NormBound(SpanAggregator, name="norm_bound"):
     """Mean of updates scaled down to a norm of at most ``bound`` (Sun et al. 2019, arXiv 1911.07963)."""
 
     reference: ClassVar[str] = "Sun et al. 2019, arXiv 1911.07963"
+    definition: ClassVar[str] = "means.norm_bound"
 
     bound: float = 1.0
     """Largest L2 norm of a whole update, > 0."""
@@ -98,6 +102,7 @@ class CenteredClipping(Aggregator, name="centered_clipping"):
     """
 
     reference: ClassVar[str] = "Karimireddy et al. 2021, arXiv 2012.10333"
+    definition: ClassVar[str] = "means.centered_clipping"
     coordinatewise: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
 

@@ -11,7 +11,8 @@ from fedproxy.strategies.aggregators.base import Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
 from fedproxy.strategies.aggregators.voting import VotingAggregator
-from fedproxy.strategies.functional.trimming import keep_probabilities, magnitude_window, top_count
+from fedproxy.strategies.functional.sparse import dare, della
+from fedproxy.strategies.functional.trimming import magnitude_window, top_count
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,12 @@ class SparsifyingAggregator(VotingAggregator):
 class Dare(SparsifyingAggregator, name="dare"):
     """DARE (Yu et al. 2024, arXiv 2311.03099): drop at random, divide what stays by 1 - drop_rate, then merge.
 
-    Draws come from (seed, round, client, tensor).
+    So each coordinate keeps its mean over the draws. What is left is merged as ``merge`` says. Draws come from (seed,
+    round, client, tensor).
     """
 
     reference: ClassVar[str] = "Yu et al. 2024, arXiv 2311.03099"
+    definition: ClassVar[str] = "sparse.dare"
 
     drop_rate: float = 0.9
     """Probability p of dropping a coordinate, in [0, 1)."""
@@ -63,8 +66,7 @@ class Dare(SparsifyingAggregator, name="dare"):
 
     def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
         """Keep each coordinate with probability 1 - p."""
-        kept = _draws(block, cohort, context, "dare") >= self.drop_rate
-        return torch.where(kept, block.values / (1.0 - self.drop_rate), 0.0)
+        return dare(block.values, _draws(block, cohort, context, "dare"), drop_rate=self.drop_rate)
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Della(SparsifyingAggregator, name="della"):
     """
 
     reference: ClassVar[str] = "Deep et al. 2024, arXiv 2406.11617"
+    definition: ClassVar[str] = "sparse.della"
     coordinatewise: ClassVar[bool] = False
 
     density: float = 0.3
@@ -93,8 +96,8 @@ class Della(SparsifyingAggregator, name="della"):
 
     def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
         """Keep each coordinate with its own probability."""
-        keep = keep_probabilities(block.values, density=self.density, window=self.window)
-        return torch.where(_draws(block, cohort, context, "della") < keep, block.values / keep, 0.0)
+        draws = _draws(block, cohort, context, "della")
+        return della(block.values, draws, density=self.density, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class Breadcrumbs(SparsifyingAggregator, name="breadcrumbs"):
     """
 
     reference: ClassVar[str] = "Davari and Belilovsky 2024, arXiv 2312.06795"
+    definition: ClassVar[str] = "sparse.breadcrumbs"
     coordinatewise: ClassVar[bool] = False
 
     density: float = 0.85

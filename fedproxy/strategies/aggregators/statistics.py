@@ -11,19 +11,22 @@ from fedproxy.errors import ClientError
 from fedproxy.strategies.aggregators.base import Aggregator, Memory, Plan, RoundContext
 from fedproxy.strategies.aggregators.cohort import Block, Cohort
 from fedproxy.strategies.aggregators.survey import Survey
+from fedproxy.strategies.functional.statistics import fisher, regmean
 
 
 @dataclass(frozen=True)
 class Fisher(Aggregator, name="fisher"):
     """Fisher merging (Matena and Raffel 2022, arXiv 2111.09832): sum_k p_k F_k Delta_k / sum_k p_k F_k.
 
-    F_k is the diagonal Fisher information that client k sends as ``extras["fisher"]``, one non-negative value per
-    coordinate. Choice: where no client has information, the mean weighted by p_k alone is taken.
+    F_k is the diagonal Fisher information, the mean over client k's rows of the loss's squared gradient: one value per
+    coordinate, sent as ``extras["fisher"]``. Choice: where no client has information, the mean weighted by p_k alone is
+    taken.
     """
 
     reads_survey: ClassVar[bool] = False
     space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Matena and Raffel 2022, arXiv 2111.09832"
+    definition: ClassVar[str] = "statistics.fisher"
     parts: ClassVar[tuple[str, ...]] = ("statistics",)
     needs_extras: ClassVar[tuple[str, ...]] = ("fisher",)
 
@@ -32,11 +35,9 @@ class Fisher(Aggregator, name="fisher"):
         weights = cohort.shares("examples").float()
 
         def merge(block: Block) -> Tensor:
-            shares = weights.view(-1, *(1,) * (block.values.dim() - 1))
-            information = torch.stack(self._fisher(cohort, block.name)).float() * shares
-            known = information.sum(dim=0)
-            weighted = (information * block.values).sum(dim=0) / torch.where(known > 0, known, 1.0)
-            return torch.where(known > 0, weighted, (shares * block.values).sum(dim=0))
+            information = (own.float().reshape(-1) for own in self._fisher(cohort, block.name))
+            rows = block.values.reshape(len(cohort), -1)
+            return fisher(rows, torch.stack(tuple(information)), weights).view(block.values.shape[1:])
 
         return Plan(merge)
 
@@ -67,6 +68,7 @@ class RegMean(Aggregator, name="regmean"):
     reads_survey: ClassVar[bool] = False
     space: ClassVar[str] = "factors"
     reference: ClassVar[str] = "Jin et al. 2023, arXiv 2212.09849, Eq 2"
+    definition: ClassVar[str] = "statistics.regmean"
     parts: ClassVar[tuple[str, ...]] = ("statistics",)
     needs_extras: ClassVar[tuple[str, ...]] = ("gram",)
 
@@ -82,15 +84,11 @@ class RegMean(Aggregator, name="regmean"):
         shares = cohort.shares("examples").float()
 
         def merge(block: Block) -> Tensor:
-            mean: Tensor = torch.tensordot(shares, block.values, dims=1)
             if block.values.dim() != 3 or not _all_have_gram(cohort, block.name):
+                mean: Tensor = torch.tensordot(shares, block.values, dims=1)
                 return mean
             grams = [self._gram(cohort, k, block) for k in range(len(cohort))]
-            total = torch.stack(grams).sum(dim=0)
-            # The mean is the anchor: only what departs from it is regressed, so that unseen directions keep it.
-            off = sum(((v - mean).double() @ g for v, g in zip(block.values, grams, strict=True)), torch.zeros(()))
-            change: Tensor = off @ torch.linalg.pinv(total, hermitian=True)
-            return mean + change.float()
+            return regmean(block.values, grams, shares, shrink=self.shrink)
 
         return Plan(merge)
 
@@ -102,8 +100,7 @@ class RegMean(Aggregator, name="regmean"):
                 f"client {cohort.ids[client]!r}: extras['gram'][{block.name!r}] must have shape ({inputs}, {inputs}), "
                 f"got {tuple(gram.shape)}; send X^T X of the layer's inputs"
             )
-        wide = gram.double()
-        return wide * self.shrink + torch.diag(wide.diagonal() * (1.0 - self.shrink))
+        return gram.double()
 
 
 def _all_have_gram(cohort: Cohort, name: str) -> bool:

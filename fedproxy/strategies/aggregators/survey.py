@@ -29,7 +29,7 @@ class Survey:
     grams: Mapping[str, Tensor]
     """float64 (clients, clients) inner products, per tensor."""
     conflict: Mapping[str, Tensor]
-    """float32 C_p (PAPER Eq 7), per tensor, in the tensor's shape."""
+    """float32 C_p (FedProxy Eq 7), per tensor, in the tensor's shape."""
     conflict_mean: float
     """Mean of C_p over all coordinates."""
     sign_agreement: float

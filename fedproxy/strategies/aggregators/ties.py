@@ -28,6 +28,7 @@ class Ties(VotingAggregator, name="ties"):
     """
 
     reference: ClassVar[str] = "Yadav et al. 2023, arXiv 2306.01708, Sec. 3"
+    definition: ClassVar[str] = "ties.ties"
 
     density: float = 0.2
     """Share of coordinates that trimming keeps, in (0, 1]."""

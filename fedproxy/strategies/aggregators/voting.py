@@ -60,7 +60,8 @@ class _Election:
         self._open: list[tuple[str, Tensor, Tensor]] = []
 
     def merge(self, block: Block) -> Tensor:
-        sparse = self._sparsify(block).flatten(1)
+        sparse = self._sparsify(block)
+        sparse = sparse.reshape(len(sparse), -1)  # a tensor of one number has no dimension of its own
         if self._votes is None and self._values is None:
             merged, elected, waiting = plain_ties(sparse, scratch=self._scratch)
             merged.mul_(self._scale)

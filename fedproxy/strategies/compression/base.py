@@ -35,6 +35,7 @@ class CalibrationConfig:
     """Longest text, in tokens; the rest of a longer one is cut off."""
 
     def __post_init__(self) -> None:
+        """Check the ranges; one text has two tokens at least. Else a ConfigError."""
         if self.rows < 1:
             raise ConfigError(f"compression.calibration.rows must be at least 1, got {self.rows}")
         if self.max_tokens < 2:

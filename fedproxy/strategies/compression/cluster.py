@@ -31,6 +31,7 @@ class Cluster(BlockRemoval, name="cluster"):
     """Repeat a cluster's centre at the places of its removed blocks, so that depth is kept."""
 
     def __post_init__(self) -> None:
+        """Check the options, and that there are texts enough to tell blocks apart."""
         super().__post_init__()
         if self.calibration.rows < 2 and self.keep is None and self.ratio:
             raise ConfigError(

@@ -34,6 +34,7 @@ class FfnWidth(Compressor, name="ffn_width"):
     """What a neuron is ranked by."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")
         self.require("ratio_of", self.ratio_of in ("neurons", "parameters"), "neurons or parameters")
         self.require("saliency", self.saliency in ("weights", "activations"), "weights or activations")

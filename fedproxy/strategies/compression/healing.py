@@ -32,6 +32,7 @@ class HealingConfig:
     """Penalty on the change of the weights, in units of the mean squared activation."""
 
     def __post_init__(self) -> None:
+        """Check the ranges, and that ``ridge`` is set only where blocks are healed; else a ConfigError."""
         if self.rows < 0:
             raise ConfigError(f"healing.rows must be at least 0, got {self.rows}")
         if not self.ridge > 0:

@@ -27,6 +27,7 @@ class BlockRemoval(Compressor):
     """Ascending indices of the blocks to keep, instead of ``ratio`` and of any score; null chooses by score."""
 
     def __post_init__(self) -> None:
+        """Check the options; ``keep`` becomes a tuple."""
         self.require("ratio", 0.0 <= self.ratio < 1.0, "in [0, 1)")
         self.require("ratio_of", self.ratio_of in ("blocks", "parameters"), "blocks or parameters")
         if self.keep is not None:

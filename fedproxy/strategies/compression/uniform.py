@@ -25,6 +25,7 @@ class Uniform(BlockRemoval, name="uniform"):
     """Trailing blocks that always stay."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         super().__post_init__()
         self.require("first", self.first >= 0, "at least 0")
         self.require("last", self.last >= 0, "at least 0")

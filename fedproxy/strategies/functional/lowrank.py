@@ -8,6 +8,8 @@ from torch import Tensor
 
 from fedproxy.errors import ClientError
 
+Pair = tuple[Tensor, Tensor]
+"""(B, A): (out, rank) and (rank, in)."""
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 """PEFT's names: A is (rank, in_features), B is (out_features, rank)."""
 
@@ -28,7 +30,7 @@ def lora_modules(state: Mapping[str, Tensor]) -> list[str]:
     return sorted(a)
 
 
-def product_inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> float:
+def product_inner(left: Pair, right: Pair) -> float:
     """Return <B_i A_i, B_j A_j>_F = trace((B_i^T B_j)(A_j A_i^T)), in float64.
 
     Args:
@@ -39,7 +41,7 @@ def product_inner(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> 
     return float(((b_i.double().T @ b_j.double()) * (a_i.double() @ a_j.double().T)).sum())
 
 
-def product_gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def product_gram(pairs: Sequence[Pair]) -> Tensor:
     """Return the inner products of the products B_k A_k, float64 (clients, clients), symmetric to the bit."""
     gram = torch.zeros(len(pairs), len(pairs), dtype=torch.float64)
     for i, left in enumerate(pairs):
@@ -51,7 +53,7 @@ def product_gram(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 def factor_mean_error(
     states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | Tensor, scaling: float
 ) -> float:
-    """Return the relative error of averaging factors instead of products (PAPER 6.4), over all LoRA modules.
+    """Return the relative error of averaging factors instead of products, over all LoRA modules.
 
     || sum p_k s B_k A_k - s (sum p_k B_k)(sum p_k A_k) || / || sum p_k s B_k A_k ||, Frobenius. The numerator is
     taken as the norm of sum p_k (B_k - B)(A_k - A), which equals it where weights sum to 1 and does not cancel.
@@ -83,7 +85,7 @@ def factor_mean_error(
     return math.sqrt(max(0.0, missed) / total)
 
 
-def stack_pairs(pairs: Sequence[tuple[Tensor, Tensor]], coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
+def stack_pairs(pairs: Sequence[Pair], coefficients: Sequence[float]) -> Pair:
     """Return factors of sum_k c_k B_k A_k: B = [c_1 B_1, ..., c_K B_K] and A = [A_1; ...; A_K].
 
     Args:
@@ -97,7 +99,7 @@ def stack_pairs(pairs: Sequence[tuple[Tensor, Tensor]], coefficients: Sequence[f
     return left, torch.cat([a.double() for _, a in pairs], dim=0)
 
 
-def refactor(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+def refactor(pair: Pair, rank: int) -> Pair:
     """Return the best factors of a given rank: B = U S^(1/2), A = S^(1/2) V^T of the product's truncated SVD.
 
     The SVD is taken by QR of both factors, so that no (out, in) matrix is formed. A rank above what the product has
@@ -123,7 +125,7 @@ def refactor(pair: tuple[Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
     return new_b, new_a
 
 
-def mean_residual(pairs: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+def mean_residual(pairs: Sequence[Pair], shares: Sequence[float]) -> Pair:
     """Return factors of what averaging factors misses: sum p_k B_k A_k - (sum p_k B_k)(sum p_k A_k) (FedEx-LoRA).
 
     It equals sum over k < K of p_k (B_k - B)(A_k - A_K), because the p_k (B_k - B) sum to zero: rank (K - 1) r.
@@ -144,7 +146,7 @@ def mean_residual(pairs: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float
     return stack_pairs(apart, list(shares)[:-1])
 
 
-def refactor_dense(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def refactor_dense(matrix: Tensor, rank: int) -> Pair:
     """Return the best factors of a given rank of a dense matrix, as :func:`refactor` does for a product.
 
     The leading singular vectors come from the eigenvectors of the smaller Gram matrix.

@@ -1,14 +1,13 @@
-"""Merges of models that look across the clients, tensor by tensor: SCE, Model Stock and Consensus."""
+"""SCE, Model Stock and Consensus as their papers state them, on one tensor of all clients."""
 
 import torch
 from torch import Tensor
 
-from fedproxy.strategies.functional.similarity import cosine_matrix
-from fedproxy.strategies.functional.trimming import Trimmer, find_threshold, top_count
+from fedproxy.strategies.functional.trimming import largest, top_count
 from fedproxy.strategies.functional.voting import elect_sign
 
 
-def sce(deltas: Tensor, *, density: float) -> Tensor:
+def sce(deltas: Tensor, *, density: float = 1.0) -> Tensor:
     """Select, calculate, erase (FuseChat, Wan et al. 2024, arXiv 2408.07990).
 
     Select the coordinates of largest variance over the clients; weigh each client by the energy of what was selected,
@@ -24,9 +23,7 @@ def sce(deltas: Tensor, *, density: float) -> Tensor:
     """
     if density < 1.0:
         variance = deltas.var(dim=0, correction=0)
-        count = top_count(density, int(variance.count_nonzero()))
-        trimmer = Trimmer([find_threshold(lambda: [variance], variance.numel(), count)])
-        selected = trimmer.trim([variance], torch.empty(1, variance.numel()))
+        selected = largest(variance[None], top_count(density, int(variance.count_nonzero())))
         deltas = torch.where(selected > 0, deltas, 0.0)
     energy = deltas.double().square().sum(dim=1)
     total = energy.sum()
@@ -37,24 +34,25 @@ def sce(deltas: Tensor, *, density: float) -> Tensor:
     return (kept * deltas).sum(dim=0) / torch.where(divisor > 0, divisor, 1.0)
 
 
-def stock_ratio(gram: Tensor) -> float:
-    """Return Model Stock's t = K cos / (1 + (K - 1) cos), cos the mean cosine of two updates (Jang et al. 2024).
+def model_stock(deltas: Tensor) -> Tensor:
+    """Return t times the mean, t = K cos / (1 + (K - 1) cos) (Model Stock, Jang et al. 2024, arXiv 2403.19522).
 
-    arXiv 2403.19522. Choice: t is 0 where the denominator vanishes, and 1 for a single client.
+    cos is the mean cosine of two clients' updates. Choice: t is 0 where the denominator vanishes; a zero update has
+    cosine 0 with the others.
 
     Args:
-        gram: float64 (clients, clients), inner products of the updates of one tensor.
+        deltas: (clients, n), at least two clients.
+
+    Returns:
+        (n,).
     """
-    clients = len(gram)
-    if clients == 1:
-        return 1.0
-    upper = torch.ones(clients, clients).triu(1).bool()
-    cosine = float(cosine_matrix(gram)[upper].mean())
+    clients, units = len(deltas), torch.nn.functional.normalize(deltas, dim=1)
+    cosine = (units @ units.T)[torch.ones(clients, clients).triu(1).bool()].mean()
     below = 1.0 + (clients - 1) * cosine
-    return clients * cosine / below if abs(below) > 1e-6 else 0.0
+    return deltas.mean(dim=0) * (clients * cosine / below if below.abs() > 1e-6 else 0.0)
 
 
-def consensus(deltas: Tensor, *, scale: float, threshold: float, min_clients: int) -> Tensor:
+def consensus(deltas: Tensor, *, scale: float = 0.4, threshold: float = 0.4, min_clients: int = 2) -> Tensor:
     """Keep the sum of the coordinates that enough clients use (Wang et al. 2024, arXiv 2405.07813).
 
     With S = sum_k Delta_k, a coordinate matters to client k where |Delta_kp| >= threshold |S_p - Delta_kp|.

@@ -78,7 +78,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def conflict_levels(clients: int) -> int:
-    """Return how many values C (PAPER Eq 7) of ``clients`` that all moved has: |sum of signs| is K, K - 2, ..."""
+    """Return how many values C (FedProxy Eq 7) of ``clients`` that all moved has: |sum of signs| is K, K - 2, ..."""
     return clients // 2 + 1
 
 

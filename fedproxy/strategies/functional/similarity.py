@@ -1,4 +1,4 @@
-"""What the Gram matrix of the updates says: cosines, heterogeneity, weights and retention (PAPER Eqs 5, 6, 10).
+"""What the Gram matrix of the updates says: cosines, heterogeneity, weights and retention (FedProxy Eqs 5, 6, 10).
 
 Everything here is float64 and of size K or K x K; the pass over the coordinates that fills the Gram matrix is
 elsewhere.
@@ -103,6 +103,23 @@ def retention(spread: Tensor, *, r0: float, delta: float) -> Tensor:
     low, span = spread.min(), float(spread.max() - spread.min())
     fraction = (spread - low) / span if span > _SPAN else torch.zeros_like(spread)
     return (r0 - delta * fraction).clamp(0.0, 1.0)
+
+
+def stock_ratio(gram: Tensor) -> float:
+    """Return Model Stock's t = K cos / (1 + (K - 1) cos), cos the mean cosine of two updates (Jang et al. 2024).
+
+    arXiv 2403.19522. Choice: t is 0 where the denominator vanishes, and 1 for a single client.
+
+    Args:
+        gram: float64 (clients, clients), inner products of the updates of one tensor.
+    """
+    clients = len(gram)
+    if clients == 1:
+        return 1.0
+    upper = torch.ones(clients, clients).triu(1).bool()
+    cosine = float(cosine_matrix(gram)[upper].mean())
+    below = 1.0 + (clients - 1) * cosine
+    return clients * cosine / below if abs(below) > 1e-6 else 0.0
 
 
 def _sum_of_others(matrix: Tensor) -> Tensor:

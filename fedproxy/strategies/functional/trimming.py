@@ -217,30 +217,13 @@ def magnitude_window(deltas: Tensor, skip: int, count: int) -> Tensor:
         float32 (clients, *shape).
     """
     flat = deltas.reshape(len(deltas), -1)
-    size = flat.shape[1]
-    upto, outliers = (
-        Trimmer([find_threshold(partial(iter, [row]), size, min(size, kept)) for row in flat]).trim(
-            tuple(flat), torch.empty_like(flat)
-        )
-        for kept in (skip + count, skip)
-    )
-    return torch.where(outliers == 0, upto, 0.0).view(deltas.shape)
+    return torch.where(largest(flat, skip) == 0, largest(flat, skip + count), 0.0).view(deltas.shape)
 
 
-def keep_probabilities(deltas: Tensor, *, density: float, window: float) -> Tensor:
-    """Return DELLA's keep probabilities: linear in the rank of the magnitude within each row.
+def largest(rows: Tensor, count: int) -> Tensor:
+    """Return rows, float32 (clients, n), with all but each one's ``count`` largest magnitudes set to zero.
 
-    Args:
-        deltas: float32 (clients, *shape); a row is the last dimension, a tensor of one dimension is one row.
-        density: Mean probability.
-        window: Probability of the largest minus that of the smallest magnitude.
-            Choice: a row of one entry has the mean.
-
-    Returns:
-        float32 (clients, *shape).
+    It is :func:`top_share` by a count, without a sort.
     """
-    rows = deltas if deltas.dim() > 1 else deltas.unsqueeze(1)
-    ranks = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1).float()
-    last = rows.shape[-1] - 1
-    share = ranks / last if last > 0 else torch.full_like(ranks, 0.5)
-    return (density + window * (share - 0.5)).view(deltas.shape)
+    cuts = [find_threshold(partial(iter, [row]), len(row), count) for row in rows]
+    return Trimmer(cuts).trim(tuple(rows), torch.empty_like(rows))

@@ -28,7 +28,7 @@ def sign_sum(deltas: Tensor) -> Tensor:
 
 
 def conflict_map(deltas: Tensor, *, ignore_unmoved: bool = False) -> Tensor:
-    """Return C_p = 1 - |sum_k sign(Delta_kp)| / K (PAPER Eq 7), in [0, 1]; 0 for a single client.
+    """Return C_p = 1 - |sum_k sign(Delta_kp)| / K (FedProxy Eq 7), in [0, 1]; 0 for a single client.
 
     Args:
         deltas: float32 (clients, *shape), untrimmed updates.
@@ -47,7 +47,7 @@ def conflict_map(deltas: Tensor, *, ignore_unmoved: bool = False) -> Tensor:
 def ratio_vote_merge(
     scaled: Tensor, weights: Tensor, *, rho: float, eps: float, scratch: Scratch | None = None
 ) -> Tensor:
-    """Merge scaled updates by H-TIES' ratio vote (PAPER Eqs 12-14).
+    """Merge scaled updates by H-TIES' ratio vote (FedProxy Eqs 12-14).
 
     gamma_p is +1 where pos_p / (neg_p + eps) >= rho, -1 where neg_p / (pos_p + eps) >= rho, else 0;
     m_p = sum of the d_kp whose sign is gamma_p / sum of their w_k.

@@ -26,6 +26,7 @@ class Interpolate(Fusion, name="interpolate"):
     """Share of the neighbours' change that a removed block takes, in [0, 1]; 0 is plug-in by delta."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("strength", 0.0 <= self.strength <= 1.0, "in [0, 1]")
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:

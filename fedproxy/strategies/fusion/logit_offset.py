@@ -28,6 +28,7 @@ class LogitOffset(Fusion, name="logit_offset"):
     """Strength of the offset; 1 is the paper's, 0 the target alone."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("alpha", 0.0 <= self.alpha < float("inf"), "at least 0")
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:

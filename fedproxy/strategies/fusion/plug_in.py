@@ -22,6 +22,7 @@ class PlugIn(Fusion, name="plug_in"):
     """Factor on the way from the target's weight to the new one; 1 is the paper's."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         self.require("scale", 0.0 <= self.scale < float("inf"), "at least 0")
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:

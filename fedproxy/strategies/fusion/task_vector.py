@@ -32,6 +32,7 @@ class TaskVector(Fusion, name="task_vector"):
     """Public texts that the candidates are judged on."""
 
     def __post_init__(self) -> None:
+        """Check the options; lists become tuples."""
         scales = list(self.scale) if isinstance(self.scale, list | tuple) else [self.scale]
         self.require("scale", bool(scales) and all(map(_is_factor, scales)), "a number of at least 0 or a list of such")
         if isinstance(self.scale, list):

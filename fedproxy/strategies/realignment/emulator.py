@@ -41,6 +41,7 @@ class EmulatorRealignment(Realignment, name="emulator"):
     """Texts per step."""
 
     def __post_init__(self) -> None:
+        """Check the options."""
         for key in ("steps", "rows", "batch_size"):
             self.require(key, getattr(self, key) >= 1, "at least 1")
         self.require("lr", self.lr > 0, "positive")

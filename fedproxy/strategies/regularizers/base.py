@@ -37,7 +37,7 @@ class Regularizer(Component, family="regularizer"):
         Args:
             params: The client's trainable parameters phi.
             anchor: The broadcast state phi^t, same names and shapes.
-            conflict: C of the previous round (PAPER Eq 7); None in the first round.
+            conflict: C of the previous round (FedProxy Eq 7); None in the first round.
             pull: What :meth:`pull` returned at the start of the round, for terms that remember.
 
         Returns:

@@ -91,7 +91,7 @@ class ClientRound:
     device: device
     """Where statistics are computed."""
     conflict: Tensors | None = None
-    """For the regularizer: conflict C of the previous round (PAPER Eq 7)."""
+    """For the regularizer: conflict C of the previous round (FedProxy Eq 7)."""
     pull: Tensors | None = None
     """For the regularizer: its constant gradient of this round."""
     kept: dict[str, Tensors] = field(default_factory=dict)

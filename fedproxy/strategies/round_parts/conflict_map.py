@@ -1,4 +1,4 @@
-"""The conflict map C of the previous round, which the regularizer ``conflict`` reads (PAPER Eqs 7 and 9)."""
+"""The conflict map C of the previous round, which the regularizer ``conflict`` reads (FedProxy Eqs 7 and 9)."""
 
 from dataclasses import dataclass, replace
 from typing import ClassVar

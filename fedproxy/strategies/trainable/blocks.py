@@ -21,6 +21,7 @@ class BlockwiseTrainable(Trainable):
     """Trailing blocks of ``blocks: ends`` and ``blocks: last``."""
 
     def __post_init__(self) -> None:
+        """Check the options; a list of blocks becomes a sorted tuple without repeats."""
         self.require("first", self.first >= 0, ">= 0")
         self.require("last", self.last >= 1, ">= 1")
         rule = "all, ends, last, centres or a list of block indices"

@@ -36,7 +36,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     """LoRA (Hu et al. 2022, arXiv 2106.09685): W + s B A, s = alpha / r, with A random, B zero at the start.
 
     A is drawn as PEFT draws it (Kaiming uniform, a = sqrt(5)) but from the given generator, so that all clients of a
-    federation share one A; without that, signs and cosines of factor updates mean nothing (PAPER 6.5).
+    federation share one A; without that, signs and cosines of factor updates mean nothing.
     """
 
     r: int = 8
@@ -56,6 +56,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     products s B A do not take it, for they would merge a part of the change."""
 
     def __post_init__(self) -> None:
+        """Check the options; names become tuples."""
         super().__post_init__()
         self.require("r", self.r >= 1, ">= 1")
         self.require("alpha", self.alpha > 0, "> 0")
@@ -150,7 +151,11 @@ class LoraModel(TrainableModel):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Draw every A from the generator, in sorted order of names, zero every B, and take W's lengths for DoRA's."""
+        """Draw every A from the generator, in sorted order of names, zero every B, and take W's lengths for DoRA's.
+
+        Raises:
+            ConfigError: If DoRA meets a weight with a row of zeros.
+        """
         for name, parameter in self._parameters.items():
             if ".lora_A." in name:
                 # Drawn on the CPU in float32, so that every device and precision starts from the same values.
