@@ -57,6 +57,12 @@ def test_sharegpt_roles_and_names_of_ones_own(tmp_path):
         DataFormat.by_name("chat")(roles={"patient": "human"})
 
 
+def test_text_parts_of_a_turn_are_its_lines(tmp_path):
+    parts = [{"type": "text", "text": "hi"}, {"type": "text", "text": "you", "image_url": None}]
+    path = write(tmp_path / "d.jsonl", {"messages": [{**USER, "content": parts}, ANSWER]})
+    assert list(read(path, "chat")[0].messages) == [{**USER, "content": "hi\nyou"}, ANSWER]
+
+
 def test_tool_calls_and_tools_are_kept_as_they_are(tmp_path):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
     turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
@@ -138,6 +144,15 @@ TURNS = "d.jsonl line 2: 'messages'"
             {"messages": [{**USER, "content": 4}, ANSWER]},
             rf"{TURNS} turn 1: 'content' must be text, got int 4; put it into",
         ),
+        (
+            {"messages": [{**USER, "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER]},
+            rf"{TURNS} turn 1: 'content' has a part that is no text \(.*\); only text is trained on: remove the row",
+        ),
+        (
+            {"messages": [{**USER, "content": [{"type": "text"}]}, ANSWER]},
+            rf"{TURNS} turn 1: 'content' part 1 must be text, got NoneType None; put it into",
+        ),
+        ({"messages": [USER, {**ANSWER, "content": []}]}, rf"{TURNS} turn 2: the answer's 'content' is empty; fill"),
         ({"messages": [{"role": "user"}, ANSWER]}, rf"{TURNS} turn 1 has no 'content'; fill it in or remove the row"),
         ({"messages": [{"role": "user", "content": None}]}, rf"{TURNS} turn 1 has no 'content'; fill it in"),
         ({"messages": [{"from": "human", "content": "a"}]}, rf"{TURNS} turn 1 has no 'value'; fill it in or remove"),

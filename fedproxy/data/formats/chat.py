@@ -92,7 +92,7 @@ class Chat(DataFormat, name="chat"):
         calls, content = turn.get("tool_calls") or None, turn.get(said)
         if content is None and calls is None:
             raise DataError(f"{where} has no {said!r}; fill it in or remove the row")
-        message = {"role": role, "content": "" if content is None else as_text(where, repr(said), content)}
+        message = {"role": role, "content": "" if content is None else _text(content, where, repr(said))}
         if role == "assistant" and calls is None and not message["content"].strip():
             raise DataError(f"{where}: the answer's {said!r} is empty; fill it in or remove the row")
         message |= {key: as_text(where, repr(key), turn[key]) for key in _KEPT if turn.get(key) is not None}
@@ -102,6 +102,19 @@ class Chat(DataFormat, name="chat"):
         where = f"{record.place}: {self.tools!r}"
         found = _parsed(record.values.get(self.tools), where)
         return _objects(found, where) if found else []
+
+
+def _text(content: Any, where: str, what: str) -> str:
+    """Return what a turn says: a text, or a list of text parts, of which each begins a line."""
+    if not isinstance(content, list):
+        return as_text(where, what, content)
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            raise DataError(
+                f"{where}: {what} has a part that is no text ({shown(part)}); only text is trained on: remove the row"
+            )
+    lines = (as_text(where, f"{what} part {number}", part.get("text")) for number, part in enumerate(content, 1))
+    return "\n".join(lines)
 
 
 def _parsed(value: Any, where: str) -> Any:
