@@ -5,7 +5,7 @@ A message is JSON, with a safetensors file where it carries tensors; it is bound
 
 import math
 from abc import abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -255,8 +255,19 @@ class Evaluate(Message):
         return Sums.of(client_id, says, list(self.states))
 
 
+Working = Callable[[int, str, float], None]
+"""Is told a round, a client, and the share of its training that is done, in [0, 1]."""
+
+
+def nobody(number: int, client_id: str, share: float) -> None:
+    """Take no notice of how far a client has come."""
+
+
 class Sites(Protocol):
     """How the server reaches clients, wherever they are; a running engine is one."""
+
+    working: Working
+    """Who is told now and then how far clients have come, where the engine knows."""
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         """Run the clients of one round; answers come in the order in which clients finish, one for each client.

@@ -1,7 +1,9 @@
-"""What rides with a client's fit, as Lightning callbacks: the regularizer's term and the round's deadline."""
+"""What rides with a client's fit, as Lightning callbacks: the regularizer's term, the round's deadline, progress."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,6 +103,47 @@ class Deadline(Callback):  # type: ignore[misc]
         """
         if time.monotonic() > self.deadline:
             raise ClientError("the round's time is over; raise federation.round_timeout_s")
+
+
+TELL_S = 1.0
+"""Seconds at least between what a fit tells of how far it has come."""
+
+
+class Tell(Callback):  # type: ignore[misc]
+    """Tells how far a fit has come, every :data:`TELL_S` seconds at most.
+
+    Args:
+        listener: Is given the share of the steps that are done, in [0, 1].
+        steps: Optimiser steps of the fit.
+    """
+
+    def __init__(self, listener: Callable[[float], None], steps: int) -> None:
+        self._listener, self._steps, self._told = listener, max(1, steps), time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """Tell it."""
+        if time.monotonic() - self._told >= TELL_S:
+            self._told = time.monotonic()
+            self._listener(min(1.0, trainer.global_step / self._steps))
+
+
+_LISTENER: ContextVar[Callable[[float], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[float], None]) -> Iterator[None]:
+    """Let whoever runs a client know how far its fits have come, for the length of the context (:class:`Tell`)."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def tell(steps: int) -> list[Callback]:
+    """Return the callback that tells who listens how far a fit of ``steps`` optimiser steps has come; none else."""
+    listener = _LISTENER.get()
+    return [] if listener is None else [Tell(listener, steps)]
 
 
 def _placed(tensors: Mapping[str, Tensor] | None, tuned: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

@@ -110,22 +110,34 @@ class Bar:
     def __init__(self, progress: Progress, task: TaskID, say: Callable[[str], None] | None = None) -> None:
         self._progress, self._task, self._say = progress, task, say
         self._began = self._said = time.monotonic()
+        self._done, self._shares = 0, dict[str, float]()
 
-    def step(self, label: str | None = None) -> None:
-        """One part is done; the bar now shows ``label``, if there is one."""
-        self._progress.update(self._task, advance=1, description=None if label is None else one_line(label, 120))
-        self._line()
+    def step(self, label: str | None = None, part: str = "") -> None:
+        """One part is done, the one of that name if it has one; the bar now shows ``label``, if there is one."""
+        self._done += 1
+        self._shares.pop(part, None)
+        self._show(label)
+
+    def share(self, label: str, part: str, share: float) -> None:
+        """A share of one part is done; the bar now shows ``label``."""
+        self._shares[part] = share
+        self._show(label)
 
     def set(self, done: int, total: int) -> None:
         """So many parts are done, out of so many."""
         self._progress.update(self._task, completed=done, total=total)
         self._line()
 
+    def _show(self, label: str | None) -> None:
+        done = self._done + sum(self._shares.values())
+        self._progress.update(self._task, completed=done, description=None if label is None else one_line(label, 120))
+        self._line()
+
     def _line(self) -> None:
         now, task = time.monotonic(), self._progress.tasks[self._task]
-        done, total = int(task.completed), int(task.total or 0)
+        done, total = task.completed, int(task.total or 0)
         if self._say is None or now - self._said < LINE_S or not 0 < done < total:
             return
         self._said = now
         left = (now - self._began) * (total - done) / done
-        self._say(f"{task.description}: {done} of {total}, about {duration(left)} left")
+        self._say(f"{task.description}: {int(done)} of {total}, about {duration(left)} left")

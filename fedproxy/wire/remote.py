@@ -10,7 +10,7 @@ from typing import Any
 
 import fedproxy
 from fedproxy.errors import CheckpointError, ClientError, one_line
-from fedproxy.messages import Answer, Answers, Done, Dropped, Message, UpdateFile
+from fedproxy.messages import Answer, Answers, Done, Dropped, Message, UpdateFile, Working, nobody
 from fedproxy.protocol import Broadcast
 from fedproxy.wire import link as wire
 from fedproxy.wire.bundle import Bundle, unpack
@@ -40,6 +40,8 @@ class RemoteSites:
         """Clients with their numbers of rows, as their sites say."""
         self.converse = False
         """Whether there are conversations among their rows."""
+        self.working: Working = nobody
+        """Told nothing: sites say no more than they are asked."""
         self._site_of: dict[str, str] = {}
         self._warm = False
 

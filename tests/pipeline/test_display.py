@@ -57,6 +57,25 @@ def test_a_log_file_gets_a_line_of_progress_every_half_minute(monkeypatch):
     assert len(lines) == 13
 
 
+def test_parts_that_go_on_count_by_their_share(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    text = io.StringIO()
+    with Display(Console(file=text, width=200)).bar("clients", 3) as bar:
+        for share in (0.25, 0.5):
+            now += 60.0
+            bar.share("round 1: a", "a", share)
+        bar.share("round 1: b", "b", 0.1)
+        bar.step("round 1: a", "a")
+        now += 60.0
+        bar.share("round 1: b", "b", 0.5)
+    assert text.getvalue().splitlines() == [
+        "round 1: a: 0 of 3, about 11 min 00 s left",
+        "round 1: a: 0 of 3, about 10 min 00 s left",
+        "round 1: b: 1 of 3, about 3 min 00 s left",
+    ]
+
+
 def test_quick_work_leaves_no_line_in_a_log_file():
     text = io.StringIO()
     with Display(Console(file=text, width=200)).bar("clients", 2) as bar:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedproxy.errors import ClientError
 from fedproxy.models.sharding import is_sharded
-from fedproxy.modules.callbacks import Deadline, Regularize
+from fedproxy.modules.callbacks import Deadline, Regularize, tell
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.optimizers import Optimizer
@@ -99,7 +99,7 @@ def tune(
         max_steps=-1 if job.max_steps is None else job.max_steps,
         accumulate=1 if private else job.accumulate,
         max_grad_norm=None if private else job.max_grad_norm,
-        callbacks=[term] if deadline is None else [term, Deadline(deadline)],
+        callbacks=[term, *([] if deadline is None else [Deadline(deadline)]), *tell(steps)],
         root=logs,
     )
     if is_sharded(module.tuned) or getattr(model.model, "is_quantized", False):

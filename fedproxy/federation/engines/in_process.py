@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from fedproxy.federation.client.base import Attempt, Client, RemoteClient
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
-from fedproxy.messages import Answers, Dropped, Message, Sites
+from fedproxy.messages import Answers, Dropped, Message, Sites, Working, nobody
+from fedproxy.modules.callbacks import listening
 from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
@@ -49,6 +51,7 @@ class _Running:
     client: Client
     threads: int | None
     logs: str | None
+    working: Working = nobody
     _warned: bool = field(default=False, init=False)
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
@@ -59,7 +62,8 @@ class _Running:
         for client_id in client_ids:
             tried, sent = Attempt(client_id, broadcast.round, self.logs), broadcast.addressed_to(client_id)
             if deadline is None or time.monotonic() < deadline:
-                with cpu_threads(self.threads), tried:
+                tell = partial(self.working, broadcast.round, client_id)
+                with cpu_threads(self.threads), listening(tell), tried:
                     tried.answered(self.client.train(sent, client_id, **limits))
             in_time = deadline is None or timeout_s is None or time.monotonic() < deadline
             yield tried.answer if in_time else Dropped(client_id, late(timeout_s or 0.0))

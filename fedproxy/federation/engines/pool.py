@@ -19,7 +19,7 @@ from fedproxy.federation.engines.base import late
 from fedproxy.federation.engines.process import LONGEST_WAIT_S, WorkerProcess
 from fedproxy.federation.engines.seat import Seat, Task, Verdict
 from fedproxy.files import private_folder, write_json
-from fedproxy.messages import Answer, Answers, Dropped, Message, UpdateFile
+from fedproxy.messages import Answer, Answers, Dropped, Message, UpdateFile, Working, nobody
 from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class WorkerPool:
         self.remote, self.size, self.threads, self.limits = remote, size, threads, limits or Limits()
         self._base, self._seats, self._started, self._lost_starts = folder, list[Seat](), 0, 0
         self._any_ready, self._lost_on = False, Counter[int | None]()
+        self.working: Working = nobody
         try:
             shutil.rmtree(folder, ignore_errors=True)
             self.folder = Path(tempfile.mkdtemp(dir=private_folder(folder))).absolute()
@@ -117,6 +118,9 @@ class WorkerPool:
                 if deadline is None and timeout_s is not None and self._busy():
                     deadline = time.monotonic() + timeout_s  # what processes need to start is not the clients' time
                 self._listen(deadline)
+                for seat in self._busy():
+                    if seat.task is not None and seat.share:
+                        self.working(broadcast.round, seat.task.client_id, seat.share)
                 for seat in list(self._seats):
                     verdict = seat.verdict()
                     if verdict is not None:

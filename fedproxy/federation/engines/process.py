@@ -28,13 +28,15 @@ _ENDING_S = 5.0
 class Message:
     """What a worker says."""
 
-    kind: Literal["ready", "failed", "started", "answered", "dropped", "damaged"]
+    kind: Literal["ready", "failed", "started", "working", "answered", "dropped", "damaged"]
     task: int | None = None
-    """Which task was started, is answered, has its client dropped, or met a damaged file of the run."""
+    """Which task was started, goes on, is answered, has its client dropped, or met a damaged file of the run."""
     text: str = ""
     """Why the worker cannot start or its client is dropped, or what is damaged: one line."""
     says: Any = None
     """The answer, where it is in words."""
+    share: float = 0.0
+    """How much of a task that goes on is done, in [0, 1]."""
 
     @classmethod
     def parse(cls, line: bytes) -> "Message":
@@ -54,11 +56,13 @@ class Message:
                 return cls("failed", text=one_line(text))
             case {"started": int(task)}:
                 return cls("started", task)
+            case {"task": int(task), "share": float(share) | int(share)} if 0 <= share <= 1:
+                return cls("working", task, share=float(share))
             case {"task": int(task), "dropped": str(text)}:
                 return cls("dropped", task, one_line(text))
             case {"task": int(task), "damaged": str(text)}:
                 return cls("damaged", task, one_line(text))
-            case {"task": int(task)} if "dropped" not in said and "damaged" not in said:
+            case {"task": int(task)} if not {"share", "dropped", "damaged"} & set(said):
                 return cls("answered", task, says=said.get("says"))
         raise BadMessageError("sent a line that is not a message")
 

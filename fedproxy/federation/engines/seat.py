@@ -1,7 +1,7 @@
 """A seat of an engine: the processes that serve one client at a time, one or one for each of a client's devices.
 
 All of a seat's processes get every task and walk through it together; the first one alone writes what answers it. What
-one of them says has its turn: ready or failed, then for each task started and its answer.
+one of them says has its turn: ready or failed, then for each task started, how far it has come, and its answer.
 """
 
 import time
@@ -59,6 +59,8 @@ class Seat:
         self.processes, self.place = processes, place
         self.ready = False
         self.task: Task | None = None
+        self.share = 0.0
+        """How much of the task at hand is done, as the first process says."""
         self.since = time.monotonic()
         """When it was started, or given its last task."""
         self._turns = ["starting"] * len(processes)
@@ -80,7 +82,7 @@ class Seat:
 
     def give(self, task: Task, message: Mapping[str, Any]) -> None:
         """Send a task to all processes; the first one is told where its answer goes."""
-        self.task, self.since = task, time.monotonic()
+        self.task, self.share, self.since = task, 0.0, time.monotonic()
         self._turns, self._news, self._bad_since = ["given"] * len(self.processes), {}, None
         for rank, process in enumerate(self.processes):
             process.send({**message, **({"update": str(task.update)} if rank == 0 else {})})
@@ -128,6 +130,8 @@ class Seat:
             raise BadMessageError("answered what it was not asked")
         elif turn == "given" and kind == "started":
             self._turns[rank] = "begun"
+        elif turn == "begun" and kind == "working":
+            self.share = message.share if rank == 0 else self.share
         elif turn == "begun" and kind in ("answered", "dropped", "damaged"):
             text = message.text if kind == "damaged" else self._said(rank, message.text)
             self._tell(rank, Verdict(kind, text, rank, says=message.says), "idle")

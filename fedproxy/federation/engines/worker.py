@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -19,6 +20,7 @@ import torch
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
 from fedproxy.federation.client.base import Attempt, Client
 from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
+from fedproxy.modules.callbacks import listening
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 
@@ -41,7 +43,8 @@ def main(setup: Path, device: int | None, threads: int) -> None:
         task = tasks.get()
         _say(channel, started=task["task"])
         try:
-            answer = _serve(client, broadcasts, task, options["logs"])
+            with listening(partial(_tell, channel, task["task"])):
+                answer = _serve(client, broadcasts, task, options["logs"])
         except CheckpointError as error:  # the run's fault, not the client's
             _say(channel, task=task["task"], damaged=one_line(error))
             continue
@@ -51,6 +54,10 @@ def main(setup: Path, device: int | None, threads: int) -> None:
             _say(channel, task=task["task"], says=answer.plain())
         else:
             _say(channel, task=task["task"])
+
+
+def _tell(channel: TextIO, task: int, share: float) -> None:
+    _say(channel, task=task, share=share)
 
 
 def _serve(client: Client, broadcasts: "_Broadcasts", task: Mapping[str, Any], logs: str | None) -> Answer:

@@ -93,12 +93,12 @@ class Federate(Stage):
         """Run the rounds that are left."""
         rounds = self._rounds = self._rounds or _Rounds.begin(run)
         federation, config = rounds.federation, run.config
-        left = config.federation.rounds - rounds.progress.round
-        if not left:
+        clients = (config.federation.rounds - rounds.progress.round) * federation.clients_in_round
+        if not clients:
             return
-        clients = left * federation.clients_in_round
         _next_round(run, federation, rounds.progress.round)
         with run.display.warnings(), run.display.bar("clients", clients) as bar, _closed_on_error(rounds.sites):
+            rounds.sites.working = lambda number, client, share: bar.share(f"round {number}: {client}", client, share)
             rounds.progress = federation.run(
                 rounds.progress,
                 config.federation.rounds,
@@ -322,7 +322,7 @@ def _on_round(run: Run, federation: Federation, record: Mapping[str, Any]) -> No
 
 def _on_client(run: Run, bar: Bar, number: int, answer: Answer) -> None:
     check_interrupt()
-    bar.step(f"round {number}: {answer.client_id}")
+    bar.step(f"round {number}: {answer.client_id}", answer.client_id)
     run.now.client(answer.client_id, answer.reason if isinstance(answer, Dropped) else None)
     if isinstance(answer, Dropped):
         hint = f" ({CAUSE_HINT})" if LOG_NAME.search(answer.reason) and not shows_causes() else ""

@@ -52,6 +52,13 @@ def locked(path):
 
 WORDS = {
     "honest": lambda task: put(lambda path: shutil.copy(FOLDER / f"{task['client']}.update", path))(task),
+    "busy": lambda task: (
+        [say({"task": task["task"], "share": share}) for share in (0, 0.25, 0.5, 1)],
+        time.sleep(0.2),
+        WORDS["honest"](task),
+    ),
+    "no share": lambda task: say({"task": task["task"], "share": 1.5}),
+    "share of another": lambda task: say({"task": 999, "share": 0.5}),
     "garbage": lambda task: say(b"Traceback (most recent call last)\n"),
     "list": lambda task: say([1, 2]),
     "deep": lambda task: say(b"[" * 8000 + b"\n"),

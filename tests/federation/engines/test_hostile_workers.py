@@ -27,6 +27,8 @@ LIES = [
     ("bytes", "sent a line that is not a message: it is not UTF-8 text"),
     ("types", "sent a line that is not a message"),
     ("no reason", "sent a line that is not a message"),
+    ("no share", "sent a line that is not a message"),
+    ("share of another", "answered what it was not asked"),
     ("other task", "answered what it was not asked"),
     ("ready again", "answered what it was not asked"),
     ("twice", "said the same twice"),
@@ -99,6 +101,17 @@ def test_a_worker_that_lies_is_replaced_and_its_client_dropped_after_two_tries(p
     assert dropped["bob"].startswith(f"its worker {how}")
     assert dropped["bob"].endswith("(2 tries)")
     assert "private row" not in dropped["bob"] + caplog.text
+
+
+def test_how_far_clients_have_come_is_told(pool, folder):
+    told = []
+    pool.working = lambda number, client, share: told.append((number, client, share))
+    (folder / "bob").write_text("busy")
+    assert collect(pool) == (list(CLIENTS), {})
+    assert {(number, client) for number, client, _ in told} == {(3, "bob")}
+    shares = [share for *_, share in told]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 @pytest.mark.parametrize(("word", "reason"), UPDATES)

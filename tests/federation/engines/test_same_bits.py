@@ -18,6 +18,7 @@ from fedproxy.federation.client.site import Site
 from fedproxy.federation.engines import Engine
 from fedproxy.messages import Dropped
 from fedproxy.models import load_tokenizer
+from fedproxy.modules import callbacks
 from fedproxy.names import file_stem
 from fedproxy.protocol import Broadcast, ClientUpdate
 from fedproxy.seeding import ClientSeeds
@@ -93,6 +94,17 @@ def test_one_two_and_three_workers_give_the_bits_of_this_process(setup, client, 
         assert len(pool.pids) == 3
     finally:
         pool.close()
+
+
+def test_a_client_tells_how_far_it_has_come_and_its_bits_do_not_change(setup, client, broadcast, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "TELL_S", 0.0)
+    engine = Engine.by_name("in_process")(threads=1)
+    quiet = run(engine.start(lambda: client, setup.remote([]), tmp_path), broadcast)
+    telling, told = engine.start(lambda: client, setup.remote([]), tmp_path), []
+    telling.working = lambda number, name, share: told.append((number, name, share))
+    assert_same(quiet, run(telling, broadcast))
+    # Client c has four rows: two batches of two, twice.
+    assert [share for number, name, share in told if (number, name) == (2, "c")] == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_a_client_opens_its_own_rows_alone(setup, client, broadcast, tmp_path):
