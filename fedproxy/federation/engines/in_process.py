@@ -51,8 +51,10 @@ class _Running:
     client: Client
     threads: int | None
     logs: str | None
-    working: Working = nobody
     _warned: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.working: Working = nobody
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         if timeout_s is not None:
