@@ -9,7 +9,8 @@ import yaml
 import fedproxy
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
 
 
 def test_the_citation_names_this_version_and_this_licence():
@@ -43,3 +44,14 @@ def test_what_ci_pins_lies_within_every_range():
 def test_types_are_shipped():
     assert (ROOT / "fedproxy" / "py.typed").read_bytes() == b""
     assert "Typing :: Typed" in PROJECT["classifiers"]
+
+
+def test_the_long_description_has_no_link_that_only_the_repository_can_follow():
+    readme = SETTINGS["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    text = "".join((ROOT / fragment["path"]).read_text() for fragment in readme["fragments"])
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert len(links) > 20
+    for rule in readme["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert set(re.findall(r"\]\(([a-z]+:|.)", text)) == {"https:"}
+    assert not [link for link in links if f"`{link}" not in text]  # each is told as a path

@@ -48,7 +48,8 @@ def image(name):
     assert "." not in copied  # a hub's or a site's folder of keys may lie in the repository's
     project = tomllib.loads((DEPLOY.parent / "pyproject.toml").read_text())
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    needed = {"pyproject.toml", "constraints.txt", project["project"]["readme"], *project["project"]["license-files"]}
+    readme = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["fragments"][0]["path"]
+    needed = {"pyproject.toml", "constraints.txt", readme, *project["project"]["license-files"]}
     assert set(copied) - {"./"} == needed | {*wheel["packages"], *wheel["force-include"]}
     assert dict(lines)["USER"] == "fedproxy"
     return dict(lines)
