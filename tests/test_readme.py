@@ -41,7 +41,7 @@ def translated(words):
     arguments = [swap.get(argument, argument) for argument in arguments]
     if module in ("fedproxy.fit", "fedproxy.compress"):
         if "recipe=fedproxy_llama" in arguments:
-            arguments = ["output_dir=runs/fedproxy_llama", "overwrite=true", *arguments]
+            arguments = ["output_dir=runs/fedproxy_llama", *arguments]
         arguments = [argument.replace("recipe=fedproxy_llama", "recipe=fedproxy_tiny") for argument in arguments]
         arguments += [option for option in SMALL if not any(a.startswith(option.split("=")[0]) for a in arguments)]
         if "plugins=[my_rule]" in arguments:
