@@ -9,6 +9,9 @@ from fedproxy.config.keys import Key, families, first_line, leaves, mappings
 PAGE = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
+Every key of a recipe, with its default and its meaning. Look keys up here; to begin, copy a recipe that is near to what
+you want ([your model and your data](tutorials/your_model_and_data.md)).
+
 `python -m fedproxy.fit recipe=NAME key=value ...` reads defaults < recipe < command line. A recipe is a YAML file of
 the keys below; `extends: NAME` at its top takes over another recipe.
 
