@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedproxy.config import load_config
+from fedproxy.pipeline.ownership import first_foreign
 from fedproxy.pipeline.run import run
 
 SMALL = (
@@ -21,8 +22,10 @@ def run_tiny(tmp_path_factory):
     """Run the tiny recipe with overrides in a folder of its own and return (report, folder)."""
 
     def go(*overrides: str, folder: Path | None = None):
-        folder = folder or tmp_path_factory.mktemp("run") / "out"
-        return run(load_config([*SMALL, f"output_dir={folder}", *overrides])), folder
+        fresh, folder = folder is None, folder or tmp_path_factory.mktemp("run") / "out"
+        report = run(load_config([*SMALL, f"output_dir={folder}", *overrides]))
+        assert not fresh or first_foreign(folder) is None  # a run knows all that it makes as its own
+        return report, folder
 
     return go
 
