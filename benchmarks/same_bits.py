@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["FEDPROXY_SCORES_MIB"] = "0"  # every case scores its own models
 
 import torch  # after the number of threads is set
 from safetensors import safe_open

@@ -25,7 +25,7 @@ from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.run_report import RunReport
 
 _FREE = {"accept_changed", "output_dir", "resume", "overwrite", "recipe", "method", "plugins", "loggers", "engine"}
-_FREE_KEYS = {"evaluation.batch_tokens", *(f"trainer.{name}" for name in TRAINER_PLACES)}
+_FREE_KEYS = {"evaluation.batch_tokens", "target.max_shard_size", *(f"trainer.{name}" for name in TRAINER_PLACES)}
 _OPEN = ("data.files", "trainer")
 """Mappings with keys of the user's choice: compared whole, as a key that one side lacks is a difference there."""
 

@@ -81,7 +81,8 @@ def _question_sheet(config: RunConfig) -> dict[str, Any]:
     asked = {key: value for key, value in whole["evaluation"].items() if key not in _FREE_OF_EVALUATION}
     asked["tasks"] = config.evaluation_tasks
     trainer = {key: value for key, value in whole["trainer"].items() if key not in TRAINER_PLACES}
-    return flat({"target": whole["target"], "data": data, "evaluation": asked, "trainer": trainer})
+    target = {key: whole["target"][key] for key in ("path", "dtype")}
+    return flat({"target": target, "data": data, "evaluation": asked, "trainer": trainer})
 
 
 def _require_equal(key: str, one: tuple[str, Any], other: tuple[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """RunConfig and its parts: frozen dataclasses, checked when they are made."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -28,6 +29,7 @@ MODELS = ("target", "proxy", "proxy_tuned", "fused")
 INPUTS = ("target", "tokenizer", "data", "calibration", "plugins", "versions")
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 _MOST_COPIES = 1000
+_SIZE = re.compile(r"0*[1-9]\d*[KMGT]B")
 
 
 def _require(key: str, value: object, ok: bool, rule: str) -> None:
@@ -49,6 +51,15 @@ class TargetConfig:
     """``asset:NAME``, a ``from_pretrained`` folder or a hub id."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of target, proxy and fused model; adapters and fusion compute in float32."""
+    max_shard_size: str = "5GB"
+    """Largest file of weights that is written of proxy and fused model: ``500MB``, ``5GB``. A single tensor is never
+    divided."""
+
+    def __post_init__(self) -> None:
+        """Check the size; another text is a ConfigError."""
+        size = self.max_shard_size
+        ok = _SIZE.fullmatch(size) is not None
+        _require("target.max_shard_size", size, ok, "a whole number of at least 1 and KB, MB, GB or TB, such as 5GB")
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ def save_model(
     card: str,
     anonymous: bool = False,
     template: str | None = None,
+    max_shard_size: str = "5GB",
 ) -> None:
     """Write a plain checkpoint with tokenizer, generation config and model card, whole or not at all.
 
@@ -85,6 +86,8 @@ def save_model(
         card: Text of ``README.md``.
         anonymous: Leave out all that could name the model's origin: paths, code, chat templates, unknown text.
         template: The one chat template of an anonymous checkpoint; None for none.
+        max_shard_size: Largest file of weights, as transformers writes sizes; larger checkpoints are several files and
+            an index.
 
     Raises:
         CheckpointError: If the folder cannot be written.
@@ -92,7 +95,7 @@ def save_model(
     try:
         with whole_folder(folder) as part:
             with without_bars():
-                model.save_pretrained(part)
+                model.save_pretrained(part, max_shard_size=max_shard_size)
             _save_tokenizer(with_template(tokenizer, template) if anonymous else tokenizer, part)
             if anonymous:
                 strip_origin(part, model, tokenizer)

@@ -158,11 +158,11 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Write the wrapper's configuration; a model that lies in no folder or hub yet is written into a subfolder.
 
         Folders beside it or one level up, those of one run, are noted relative to ``save_directory``, so that the run
-        can be moved as a whole; any other by its full path.
+        can be moved as a whole; any other by its full path. Other options are those of a model that is written.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        places = {role: _place(model, role, folder) for role, model in zip(ROLES, self.models, strict=True)}
+        places = {role: _place(model, role, folder, kwargs) for role, model in zip(ROLES, self.models, strict=True)}
         content = {"model_type": LogitOffsetConfig.model_type, "alpha": self.alpha, **places}
         write_json(folder / "config.json", content)
         self.generation_config.save_pretrained(folder)
@@ -256,10 +256,10 @@ def _config(target: PreTrainedModel, alpha: float) -> LogitOffsetConfig:
     return LogitOffsetConfig(alpha=alpha, text_config=text, vocab_size=text.vocab_size, **tokens)
 
 
-def _place(model: PreTrainedModel, role: str, folder: Path) -> str:
+def _place(model: PreTrainedModel, role: str, folder: Path, options: Mapping[str, Any]) -> str:
     origin: str = model.name_or_path
     if origin in ("", "None"):  # what transformers notes for a model that was built in memory
-        model.save_pretrained(folder / role)
+        model.save_pretrained(folder / role, **options)
         return f"./{role}"
     if not Path(origin).is_dir():
         return origin

@@ -14,13 +14,13 @@ from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.means import mean_over_models
 from fedproxy.evaluation.own_data import scores_of_rows
-from fedproxy.evaluation.results import EvaluationResult, merged, merged_details
+from fedproxy.evaluation.results import EvaluationResult, merged_details
 from fedproxy.evaluation.task_checks import headlines
 from fedproxy.evaluation.task_loading import expand
 from fedproxy.evaluation.task_rows import check_data_tasks
 from fedproxy.files import read_json
 from fedproxy.metric_facts import HEADLINES, facts, headline_of
-from fedproxy.models import load_model, placed
+from fedproxy.models import load_model
 from fedproxy.modules.trainer import autocast_dtype
 from fedproxy.names import file_stem
 from fedproxy.pipeline.asked import HELD_OUT, asked_of, asking, held_out_rows, with_rows
@@ -28,8 +28,9 @@ from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import target_tokenizer
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.kept_scores import KeptScores, ask
 from fedproxy.pipeline.planning.outline import target_config
-from fedproxy.pipeline.reuse import SharedWork, evaluation_key, questions_sha256
+from fedproxy.pipeline.reuse import questions_sha256
 from fedproxy.pipeline.tuned import MERGED, TunedProxies, folder_of
 from fedproxy.reporting.provenance import versions
 from fedproxy.reporting.samples import load_samples, save_evaluation
@@ -42,9 +43,15 @@ _OF_CLIENTS = ("proxy_tuned", "fused")
 
 
 def evaluate(
-    run: Run, tuned: TunedProxies, rounds: int, shared: SharedWork | None = None
+    run: Run, tuned: TunedProxies, rounds: int, others: KeptScores | None = None
 ) -> Iterator[tuple[str, Scores]]:
     """Score the models that the recipe lists, one after another; results of an earlier session are reused.
+
+    Args:
+        run: The run.
+        tuned: The tuned proxies.
+        rounds: How many rounds trained them.
+        others: Scores of other runs.
 
     Yields:
         Model, and its scores: task to metric to value, without means. Where clients are never merged, those of the
@@ -70,7 +77,7 @@ def evaluate(
             kept = _kept(run, label, settings, run.display.say)
             if kept is None:
                 words = name if client == MERGED else f"{name} of client {client!r}"
-                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings, shared)
+                kept = _score(run, label, words, models[name](client), tokenizer, asked, settings, others)
                 run.let_go()
             parts[client] = kept
         yield name, (_keep_means(run, name, parts) if of_clients and tuned.separate else parts[MERGED])["scores"]
@@ -312,20 +319,14 @@ def _score(
     tokenizer: PreTrainedTokenizerBase,
     asked: Asked,
     settings: dict[str, Any],
-    shared: SharedWork | None,
+    others: KeptScores | None,
 ) -> dict[str, Any]:
     """Score one model, say so in ``words``, and keep the scores under ``name``."""
-
-    def score() -> EvaluationResult:
-        members = asking(run.config, asked).values()
-        with run.display.counter(f"evaluating {words}") as advance, placed(model, run.device):
-            return merged([member.score(model, tokenizer, asked, progress=advance) for member in members])
-
-    shared = shared if None not in settings["asked"].values() else None
-    key = evaluation_key(run, model, tokenizer, settings) if shared else None
-    result = shared.evaluate(key, score) if shared else score()
+    result, taken = ask(run, words, model, tokenizer, asked, settings, others)
     save_evaluation(run.folder.root, name, result.samples, result.lm_eval)
     notes = [f"{name}: {note}" for note in result.notes]
+    if taken is not None and others is not None and not others.of_study:  # a comparison's runs share all they can
+        notes.append(f"{name}: scores taken over from an equal evaluation ({taken})")
     kept = {"model": name, "settings": settings, "scores": result.scores, "seconds": result.seconds, "notes": notes}
     kept = _keep(run, name, kept)
     run.display.say(f"evaluated {words}: {_shown(result)}{result.seconds:.0f} s")

@@ -34,7 +34,7 @@ def _below(group: str, names: str) -> tuple[str, ...]:
     return tuple(f"{group}.{name}" for name in names.split())
 
 
-UNREAD = ("output_dir", "resume", "accept_changed", "overwrite", "plugins", "loggers")
+UNREAD = ("output_dir", "resume", "accept_changed", "overwrite", "plugins", "loggers", "target.max_shard_size")
 """Keys that say nothing about what is computed; plugins count by their code."""
 _ENGINE = ("engine", *_below("trainer", "devices strategy"), *_below("federation", "min_clients round_timeout_s"))
 _EVALUATION = (

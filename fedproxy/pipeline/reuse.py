@@ -5,7 +5,6 @@ weights, configuration, texts, rows, questions, versions, our own sources, devic
 and models are never compared.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -27,7 +26,6 @@ from fedproxy import files
 from fedproxy.config import RunConfig
 from fedproxy.errors import CheckpointError
 from fedproxy.evaluation.offline_tasks import offline_tasks
-from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.task_loading import needed_splits
 from fedproxy.files import plain, private_folder
 from fedproxy.models import state_sha256
@@ -49,7 +47,7 @@ _PLACES = ("_name_or_path", "name_or_path", "transformers_version")
 
 @dataclass(frozen=True)
 class SharedWork:
-    """A folder of proxies, federations and evaluations, each under its key.
+    """A folder of proxies and federations, each under its key; of :mod:`~fedproxy.pipeline.kept_scores` too.
 
     Args:
         folder: Where they lie; made when first needed.
@@ -93,18 +91,6 @@ class SharedWork:
                     shutil.rmtree(kept, ignore_errors=True)
             with suppress(OSError):
                 (self.folder / name).rmdir()
-
-    def evaluate(self, key: str | None, score: Callable[[], EvaluationResult]) -> EvaluationResult:
-        """Return the evaluation of that key, scored now if nobody did; ``seconds`` is what scoring took then."""
-        if key is None:
-            return score()
-        path = self.folder / "evaluations" / f"{key}.json"
-        kept = _whole(path)
-        if kept is not None:
-            return EvaluationResult(**kept)
-        result = score()
-        write_sealed(path, dataclasses.asdict(result))
-        return result
 
     def _link(self, kept: Path, run: Run, *, last: str) -> bool:
         """Link kept files into the run's folder; ``last``, a file or a folder, appears whole and after all others."""
@@ -228,18 +214,23 @@ def evaluation_key(
 
 
 def model_key(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Return the hash of a model's weights, configuration and tokenizer; None for classes whose code we do not know."""
+    """Return the hash of a model's weights, configurations and tokenizer; None for classes of unknown code."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not type(model).__module__.startswith("transformers.") or backend is None:
         return None
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _PLACES}
+    configs = [
+        {name: value for name, value in config.to_dict().items() if name not in _PLACES}
+        for config in (model.config, model.generation_config)
+        if config is not None
+    ]
     switches = {name: value for name, value in tokenizer.init_kwargs.items() if isinstance(value, bool)}
     return _hash(
         {
             "class": type(model).__qualname__,
             "weights": state_sha256(model),
-            "config": json.loads(json.dumps(config, default=str)),
+            "configs": json.loads(json.dumps(configs, default=str)),
             "tokenizer": [type(tokenizer).__qualname__, _stateless(backend.to_str()), switches, tokenizer.padding_side],
+            "chat_template": tokenizer.chat_template,
             "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         }
     )

@@ -16,6 +16,7 @@ from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
 from fedproxy.pipeline.inputs import ChangedInputError
+from fedproxy.pipeline.kept_scores import kept_scores
 from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.stage import left_to_do
 from fedproxy.pipeline.stages.compress import Compress, Measure
@@ -43,7 +44,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
     """
     check_interrupt()
     keep_to_cores()
-    display = display or Display()
+    display, others = display or Display(), kept_scores(shared)
     config = check(config, display)
     folder = RunFolder(config.output_dir)
     with folder.held():
@@ -54,7 +55,7 @@ def run(config: RunConfig, display: Display | None = None, shared: SharedWork | 
             return current.finished
         with _told(current):
             begin(current)
-            for stage in left_to_do((Compress(), Federate(), Fuse(), Evaluate(shared)), current, shared):
+            for stage in left_to_do((Compress(), Federate(), Fuse(), Evaluate(others)), current, shared):
                 current.now.stage(stage.name)
                 stage.do(current)
             current.loggers.close("success")
@@ -126,7 +127,7 @@ def compress_only(config: RunConfig, display: Display | None = None) -> RunRepor
 
 def _compress_only(current: Run) -> RunReport:
     texts = begin_compression(current)
-    for stage in left_to_do((Compress(), Measure(texts), Evaluate()), current):
+    for stage in left_to_do((Compress(), Measure(texts), Evaluate(kept_scores(None))), current):
         stage.do(current)
     report = report_of(current, status="completed")
     save_report(report, current.folder.root)

@@ -12,7 +12,7 @@ from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.names import file_stem
 from fedproxy.pipeline.display import Display
-from fedproxy.pipeline.reuse import SharedWork
+from fedproxy.pipeline.kept_scores import KeptScores
 from fedproxy.pipeline.run import run
 from fedproxy.reporting import RunReport
 from fedproxy.reporting.comparison.records import Record
@@ -202,9 +202,12 @@ def test_a_damaged_record_or_shared_work_is_one_line_or_made_again(with_memory, 
         WAYS[way](path)
         with pytest.raises(FedProxyError, match=r"record.json .*; delete it to run that again$"):
             Record.load(path)
-    shared = SharedWork(tmp_path / "shared")
-    result = EvaluationResult({"t": {"acc": 0.5}}, {"acc": 0.5}, [], {}, 1.0)
-    assert shared.evaluate("key", lambda: result) == result
-    WAYS[way](tmp_path / "shared/evaluations/key.json")
-    if way != "a folder":
-        assert shared.evaluate("key", lambda: result) == result
+    kept, result = KeptScores(tmp_path / "scores"), EvaluationResult({"t": {"acc": 0.5}}, {"acc": 0.5}, [], {}, 1.0)
+    lines = []
+    kept.write("key", result, lines.append)
+    assert kept.read("key", lines.append)[0] == result
+    WAYS[way](tmp_path / "scores/key.json")
+    assert kept.read("key", lines.append) is None
+    kept.write("key", result, lines.append)
+    assert all(line.startswith(("kept scores: ", "scores are not kept for other runs: ")) for line in lines)
+    assert (kept.read("key", lines.append) is None) == (way == "a folder")

@@ -264,7 +264,6 @@ def test_a_model_of_unknown_code_and_a_task_from_the_hub_are_not_shared(target, 
     current = Run(config(tmp_path), RunFolder(tmp_path), Display())
     settings = {"tasks": ["lambada_openai"], "num_fewshot": 0, "rounds": 0}
     assert evaluation_key(current, *target, settings) is None
-    assert SharedWork(tmp_path).evaluate(None, lambda: "scored") == "scored"
 
 
 def test_the_key_of_an_evaluation_changes_with_its_settings_and_not_with_rounds(target, tmp_path):

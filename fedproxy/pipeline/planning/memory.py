@@ -11,10 +11,12 @@ from fedproxy.evaluation.decoding import SLOTS, most_cached
 from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.federation.engines.flower import Flower
 from fedproxy.models.decoder import Decoder, positions_limit
+from fedproxy.modules.divergence import CHUNK_ELEMENTS
 from fedproxy.pipeline.planning.outline import CALIBRATION_BATCH, Outline
 from fedproxy.pipeline.planning.speed import RowLength
 from fedproxy.pipeline.planning.traffic import Traffic
 from fedproxy.protocol import nbytes
+from fedproxy.strategies.round_parts.emulator import emulator_weights
 from fedproxy.strategies.trainable.weights import WeightsModel
 
 SERVER_PROCESS, CLIENT_PROCESS = 665 * 2**20, 450 * 2**20
@@ -26,6 +28,8 @@ _ROUNDED_BYTES = {"8bit": 1.0, "4bit": 0.52}
 """Bytes of a quantised weight; in 4 bits with its share of the scales, themselves quantised."""
 _LOGITS_BYTES = 2**28
 """Most logits that evaluation holds at once."""
+_LOGITS_COPIES = 6
+"""Both models' logits and what becomes of them, where distributions are compared."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Need:
 def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     """Return the peak of every stage of every role.
 
-    What ``fit`` does is counted, without healing, distillation and re-alignment. Weights that are mapped from files
-    count where they are used; of stages that go over them block by block, one block does.
+    What ``fit`` does is counted, without healing. Weights that are mapped from files count where they are used; of
+    stages that go over them block by block, one block does.
     """
     (training, on_device), loading = _training(outline, traffic, row), _loading(outline)
     target = outline.target_parameters * outline.weight_bytes
@@ -55,10 +59,13 @@ def needs(outline: Outline, traffic: Traffic, row: RowLength) -> list[Need]:
     received = _received(outline, traffic, in_memory=inside)
     # Rounded weights are a model of their own, and so are those of a client's own processes.
     shared = proxy if outline.config.client.quantization == "none" and devices == 1 else 0
-    federation = proxy + received + (max(training, loading) - shared if inside else 0) + _fused_between_rounds(outline)
+    kept, aligning = _aligned(outline)
+    clients = max(training, loading) - shared if inside else 0
+    federation = proxy + received + kept + max(clients + _fused_between_rounds(outline), aligning)
     found = [
         *_couriers(outline, traffic),
         Need("server", "compression", _compression(outline, target, proxy), target + calibration_bytes(outline)),
+        *_distillation(outline, proxy),
         Need("server", "federation", federation, on_device if inside else 0, devices if inside else 1),
         *_after(outline, target, proxy),
         *([Need("client", "loading", loading, 0)] if loading else []),
@@ -77,14 +84,54 @@ def _compression(outline: Outline, target: int, proxy: int) -> int:
     scoring = target + calibration_bytes(outline)
     if not outline.mapped:
         return scoring + proxy
-    return max(scoring, proxy + _outside(outline.target) + max(map(_weights, outline.target.blocks)))
+    return max(scoring, proxy + _read_by_block(outline))
+
+
+def _read_by_block(outline: Outline) -> int:
+    """Return what the target takes where its blocks are let go as they have run."""
+    if not outline.mapped:
+        return outline.target_parameters * outline.weight_bytes
+    return _outside(outline.target) + max(map(_weights, outline.target.blocks))
+
+
+def _distillation(outline: Outline, proxy: int) -> list[Need]:
+    """Return what distillation holds: the target as it is read, and the proxy with what training it takes."""
+    settings = outline.config.distillation
+    if not settings.steps:
+        return []
+    named = outline.proxy.blocks.named_modules()
+    linear = [module for name, module in named if isinstance(module, nn.Linear) and "lora_" not in name]
+    width = sum(sum(module.weight.shape) for module in linear)
+    # Gradients and two moments; LoRA's own values too.
+    state = 3 * _weights(outline.proxy.blocks) if settings.train == "full" else 16 * settings.lora_r * width
+    total = proxy + state + _imitating(outline, settings.batch_size) + _read_by_block(outline)
+    return [Need("server", "distillation", total, total)]
+
+
+def _aligned(outline: Outline) -> tuple[int, int]:
+    """Return what re-alignment adds to a round: always, and while the server aligns.
+
+    Always the emulator as first sent, of the round before and of this one; and then its gradients and two moments.
+    """
+    batch = outline.config.realignment.reads[1]
+    if not batch:
+        return 0, 0
+    emulator = nbytes(emulator_weights(outline.trainable))
+    return 3 * emulator, 3 * emulator + _read_by_block(outline) + _imitating(outline, batch)
+
+
+def _imitating(outline: Outline, batch: int) -> int:
+    """Return what a step of the proxy's training on the target's outputs needs beside weights and their state."""
+    tokens = positions_limit(outline.target.model, outline.config.compression.calibration.max_tokens)
+    logits = min(CHUNK_ELEMENTS, batch * tokens * int(outline.text.vocab_size))
+    return saved_bytes(outline, batch, tokens) + _LOGITS_COPIES * 4 * logits
 
 
 def _fused_between_rounds(outline: Outline) -> int:
-    """Return what the target adds where rounds are scored by the fused model, or align the proxy with the target."""
-    config, target = outline.config, outline.target_parameters * outline.weight_bytes
-    fused = config.federation.validation.every and config.federation.validation.model == "fused"
-    return target * bool(fused or config.realignment.reads[0]) + (_moved(outline) if fused else 0)
+    """Return what the target adds where rounds are scored by the fused model."""
+    validation = outline.config.federation.validation
+    fused = validation.every and validation.model == "fused"
+    return outline.target_parameters * outline.weight_bytes + _moved(outline) if fused else 0
 
 
 def _couriers(outline: Outline, traffic: Traffic) -> list[Need]:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Container, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -57,7 +58,7 @@ class Compress(Stage):
             public_texts(config.compression.calibration, run.clients.owned, rows=rows, seed=config.seed) if rows else []
             for rows in rows_read(config)
         )
-        target, tokenizer = run.target
+        target, _ = run.target
         proxy, layer_map, scores = _cut(run, texts)
         shown = config.compression.block_scores(len(Decoder.of(target)), scores)
         if config.healing.rows:
@@ -65,14 +66,7 @@ class Compress(Stage):
         compressed = time.perf_counter()
         if config.distillation.steps:
             # Kept by the server, so that what distillation and what tuning changed can be told apart later.
-            save_model(
-                proxy,
-                tokenizer,
-                run.folder.undistilled,
-                card=model_card("proxy", {}),
-                anonymous=True,
-                template=run.facts.template,
-            )
+            _save(run, proxy, run.folder.undistilled, model_card("proxy", {}))
             distil(run, proxy, layer_map, lessons)
         run.note(
             target_parameters=parameter_count(target),
@@ -84,8 +78,13 @@ class Compress(Stage):
         run.note_seconds("compression", compressed - started)
         run.note_seconds("distillation", time.perf_counter() - compressed)
         card = model_card("proxy", {}, parameters=run.facts.proxy_parameters)
-        save_model(proxy, tokenizer, run.folder.proxy, card=card, anonymous=True, template=run.facts.template)
+        _save(run, proxy, run.folder.proxy, card)
         layer_map.save(run.folder.layer_map)  # last: its presence says that all is there
+
+
+def _save(run: Run, proxy: PreTrainedModel, folder: Path, card: str) -> None:
+    template, most = run.facts.template, run.config.target.max_shard_size
+    save_model(proxy, run.target[1], folder, card=card, anonymous=True, template=template, max_shard_size=most)
 
 
 def _cut(run: Run, texts: Sequence[str]) -> tuple[PreTrainedModel, LayerMap, Any]:

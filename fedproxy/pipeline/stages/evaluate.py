@@ -2,8 +2,8 @@
 
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.evaluation import evaluate
+from fedproxy.pipeline.kept_scores import KeptScores
 from fedproxy.pipeline.reads import EVALUATE
-from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.stage import Stage
 from fedproxy.pipeline.stages.fuse import Fuse
 from fedproxy.pipeline.tuned import TunedProxies
@@ -14,15 +14,15 @@ class Evaluate(Stage):
     """Scores every model that the recipe lists; each is kept as soon as it is known, and reused where it still fits.
 
     Args:
-        shared: Evaluations of other runs.
+        others: Scores of other runs.
     """
 
     name, past = "evaluate", "evaluated"
     reads, after = EVALUATE, (Fuse,)
     outputs = ("evaluation",)
 
-    def __init__(self, shared: SharedWork | None = None) -> None:
-        self._shared = shared
+    def __init__(self, others: KeptScores | None = None) -> None:
+        self._others = others
 
     def whole(self, run: Run) -> bool:
         """Leave it to the scores: every model's carry settings and hashes of their own."""
@@ -38,6 +38,6 @@ class Evaluate(Stage):
         if run.tuned is None:  # nothing was trained
             run.tuned = TunedProxies(run.proxy(), run.config.trainable, {}, seed=run.config.seed)
         rounds = run.trained[1].round if run.trained else 0
-        for name, score in evaluate(run, run.tuned, rounds, self._shared):
+        for name, score in evaluate(run, run.tuned, rounds, self._others):
             run.scores[name] = score  # what was scored before an error is kept
         run.loggers.scores(with_means(run.scores), run.config.federation.rounds)

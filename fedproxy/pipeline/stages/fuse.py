@@ -123,7 +123,8 @@ def plug_in(run: Run, tuned: TunedProxy, client: str) -> None:
     card = model_card("fused", {}, method=run.config.method, parameters=parameters, wrapper=fusion.adds_logits)
     if tokenizer.chat_template is None:  # the target's own stays
         tokenizer = with_template(tokenizer, unmarked(run.facts.template))
-    save_model(fused, tokenizer, folder_of(run.folder.fused, client), card=card)
+    folder, most = folder_of(run.folder.fused, client), run.config.target.max_shard_size
+    save_model(fused, tokenizer, folder, card=card, max_shard_size=most)
 
 
 def judge(run: Run, rows: int, owned: Container[str]) -> Judge:

@@ -100,7 +100,7 @@ class Cohort:
                     f"differ in {odd[0]!r}; give every client the same trainable parameters"
                 )
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Coordinates per client."""
         return sum(math.prod(Source.of(self.updates[0].delta, name).shape) for name in self.names)

@@ -146,17 +146,25 @@ class Surveyor:
 
     def _take_in(self, name: str, start: int, rows: Sequence[Tensor]) -> None:
         seen, wide = self._seen[name], self._scratch.take(len(rows), len(rows[0]))
-        if self._decides or not _add_rounded(seen.gram, torch.stack(tuple(rows), out=wide)):
-            doubles = self._doubles.take(*wide.shape)
-            for row, double in zip(rows, doubles, strict=True):
-                double.copy_(row)
-            torch.addmm(seen.gram, doubles, doubles.T, out=seen.gram)
+        if self._decides:
+            self._add_exact(seen.gram, rows, signs=wide)
+        elif _add_rounded(seen.gram, torch.stack(tuple(rows), out=wide)):
+            wide.sign_()
+        else:
+            self._add_exact(seen.gram, rows, signs=wide)
         # Updates that differ do so in the first block: there is next to nothing left to compare after it.
         seen.equals = _still_equal(seen.equals, rows)
         if self._with_signs:
-            for row, sign in zip(rows, wide, strict=True):
-                torch.sign(row, out=sign)
             self._take_in_signs(name, start, wide)
+
+    def _add_exact(self, gram: Tensor, rows: Sequence[Tensor], *, signs: Tensor) -> None:
+        """Add the inner products of rows (n,), of float64 products, and write their signs, float32 (clients, n)."""
+        doubles = self._doubles.take(*signs.shape)
+        for row, double, sign in zip(rows, doubles, signs, strict=True):
+            double.copy_(row)
+            if self._with_signs:
+                torch.sign(row, out=sign)  # while the row is in the cache
+        torch.addmm(gram, doubles, doubles.T, out=gram)
 
     def _take_in_signs(self, name: str, start: int, signs: Tensor) -> None:
         (clients, count), seen = signs.shape, self._seen[name]
@@ -178,8 +186,14 @@ class Surveyor:
 
 
 def _add_rounded(gram: Tensor, rows: Tensor) -> bool:
-    """Add the inner products of float32 rows (clients, n), or return False where float32 cannot hold their squares."""
-    products = rows @ rows.T
+    """Add the inner products of float32 rows (clients, n), those below the diagonal in part.
+
+    Returns:
+        False, with nothing added, where float32 cannot hold the squares.
+    """
+    products, half = torch.zeros(len(rows), len(rows)), len(rows) // 2
+    torch.mm(rows[:half], rows.T, out=products[:half])  # what lies below the diagonal is not read
+    products[half:, half:] = rows[half:] @ rows[half:].T
     fits = all(_LEAST < square < _MOST for square in products.diagonal().tolist())
     if fits:
         gram.add_(products)

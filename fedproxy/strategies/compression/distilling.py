@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fedproxy.data.batching import ShuffledBatches
 from fedproxy.models import Decoder, LayerMap, placed
 from fedproxy.models.decoder import set_weights
+from fedproxy.models.streaming import released_by_block
 from fedproxy.modules.distillation import DistillationModule, check_pair, check_tokens, require_float32
 from fedproxy.modules.distillation_config import DistillationConfig
 from fedproxy.modules.teacher import Teacher
@@ -76,7 +77,7 @@ def distil(
     runner = make_trainer(
         trainer, max_epochs=-1, max_steps=settings.steps, max_grad_norm=_MAX_NORM, callbacks=[_Told(advance)], root=logs
     )
-    with placed(target, runner.strategy.root_device):
+    with placed(target, runner.strategy.root_device), released_by_block(target):
         module = _module(proxy, target, tuned, pairs, settings, _cache(cache, settings, layer_map))
         proxy.train()
         fit(runner, module, ShuffledBatches(batches, generator), seed=seed)

@@ -16,6 +16,7 @@ from fedproxy.models.decoder import Decoder, hidden_state
 from fedproxy.models.feed_forward import FeedForward
 from fedproxy.models.layer_map import LayerMap
 from fedproxy.models.mapped import release
+from fedproxy.models.streaming import released_by_block
 
 NEEDS_GAPS = "healing.rows needs a compressor that removes whole blocks; leave it out, or choose another"
 _INSTEAD = "leave healing out and distil instead (distillation.steps)"
@@ -128,7 +129,8 @@ def heal(
     if not any(bool(batch["attention_mask"].any()) for batch in batches):
         raise DataError("healing.rows: the text holds no token; give rows with text")
     step = partial(_step, advance, count(1), len(batches) * (1 + len(found)))
-    wanted = _states_behind(target, batches, [behind for _, behind in found], step)
+    with released_by_block(target):
+        wanted = _states_behind(target, batches, [behind for _, behind in found], step)
     release()  # the target has said all
     healed = []
     for own, behind in found:

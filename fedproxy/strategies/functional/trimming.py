@@ -102,7 +102,7 @@ def gather(tensors: Iterable[Tensor], bracket: tuple[float, float]) -> Found:
             np.greater_equal(values, high, out=reaching[:n])
             np.greater(values, low, out=above_low[:n])
             above += int(np.count_nonzero(reaching[:n]))
-            within.append(values[np.greater(above_low[:n], reaching[:n], out=above_low[:n])])
+            within.append(values.compress(np.greater(above_low[:n], reaching[:n], out=above_low[:n])))
     return above, within
 
 

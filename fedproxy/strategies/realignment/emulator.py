@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, placed
 from fedproxy.models.decoder import set_weights, share_weights
+from fedproxy.models.streaming import released_by_block
 from fedproxy.strategies.realignment.base import Material, Realignment
 from fedproxy.strategies.trainable.base import TrainableModel
 
@@ -87,7 +88,7 @@ class EmulatorRealignment(Realignment, name="emulator"):
             runner = make_trainer(
                 material.trainer, max_epochs=-1, max_steps=self.steps, max_grad_norm=1.0, root=material.logs
             )
-            with placed(whole, runner.strategy.root_device):  # it shares tensors with the target
+            with placed(whole, runner.strategy.root_device), released_by_block(whole):  # it shares the target's tensors
                 module = DistillationModule(
                     proxy,
                     Teacher(whole, sorted({other for _, other in pairs}), distributions=self.kl_weight > 0),

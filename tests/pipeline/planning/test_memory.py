@@ -206,18 +206,39 @@ def test_fusion_that_keeps_more_takes_more():
         assert joined.peak("server", stage) == plain.peak("server", stage) + more
 
 
-@pytest.mark.parametrize(
-    ("words", "blocks"),
-    [
-        (("realignment={name: emulator, steps: 1}", "trainable.blocks=last", "aggregator.name=fedavg"), 0),
-        (("federation.validation={every: 1, model: fused}", "regularizer.name=none"), 3),
-    ],
-)
-def test_rounds_that_need_the_target_take_it_too(words, blocks):
-    plain = plan([TINY, *(word for word in words if not word.startswith(("realignment", "federation")))])
-    with_target = plan([TINY, *words])
+TINY_BLOCK = 4 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64)
+TINY_REST = 4 * (2 * 512 * 64 + 64)
+
+
+def test_rounds_that_are_scored_by_the_fused_model_take_the_target_too():
+    plain = plan([TINY, "regularizer.name=none"])
+    with_target = plan([TINY, "regularizer.name=none", "federation.validation={every: 1, model: fused}"])
     more = with_target.peak("server", "federation") - plain.peak("server", "federation")
-    assert more >= 4 * plain.target_parameters + blocks * 4 * (64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128)
+    assert more >= 4 * plain.target_parameters + 3 * (TINY_BLOCK - 4 * 2 * 64)
+
+
+def test_alignment_takes_one_block_of_the_target_and_what_training_the_emulator_takes():
+    words = (TINY, "trainable.blocks=last", "trainable.last=1", "aggregator.name=fedavg", "engine.name=workers")
+    plain, aligned = plan([*words]), plan([*words, "realignment={name: emulator, steps: 1, batch_size: 4}"])
+    half = plan([*words, "realignment={name: emulator, steps: 1, batch_size: 4}", "target.dtype=bfloat16"])
+    more = aligned.peak("server", "federation") - plain.peak("server", "federation")
+    emulator = 2 * TINY_BLOCK  # as first sent, of the round before, of this one; gradients and two moments
+    config = load_config([*words])
+    tokens = config.compression.calibration.max_tokens
+    work = saved_bytes(Outline.of(config), 4, tokens) + 6 * 4 * 4 * tokens * 512
+    assert more == 6 * emulator + TINY_REST + TINY_BLOCK + work
+    assert half.peak("server", "federation") > 2 * half.target_parameters  # converted in memory: all of it
+
+
+def test_distillation_is_counted_with_its_moments():
+    words = (TINY, "distillation.rows=8", "distillation.batch_size=4")
+    assert not [need for need in plan([TINY]).memory if need.stage == "distillation"]
+    full = plan([*words, "distillation.steps=1"]).peak("server", "distillation")
+    lora = plan([*words, "distillation.steps=1", "distillation.train=lora", "distillation.lora_r=4"])
+    linear = 3 * (64 + 64 + 2 * (64 + 32) + 64 + 64 + 3 * (64 + 128))  # inputs and outputs, three blocks
+    outline = Outline.of(load_config([TINY]))
+    trained = 3 * TINY_BLOCK + sum(p.nbytes for p in outline.trainable.parameters().values())
+    assert full - lora.peak("server", "distillation") == 3 * trained - 16 * 4 * linear
 
 
 def test_nothing_is_trained():
