@@ -45,7 +45,7 @@ extras: $(VENV)/.installed  ## All extras resolve together with the constraints
 	$(BIN)/python -m pip install --quiet --dry-run --constraint constraints.txt '.[docs,flower,mlflow,wandb,tensorboard,quantization,privacy,dev]'
 
 test: $(VENV)/.installed  ## Unit tests and the real model with small budgets
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'not slow and not browser and not gpu and not flower'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m 'not slow and not browser and not gpu and not flower'
 
 check: $(VENV)/.installed  ## Lint, types, and which file may import which
 	$(BIN)/ruff check .
@@ -54,7 +54,7 @@ check: $(VENV)/.installed  ## Lint, types, and which file may import which
 	$(BIN)/mypy
 
 test-slow: $(VENV)/.installed  ## The rest: slow, browser and gpu tests, each skipped with a reason where it cannot run
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m 'slow and not flower and not gpu and not browser'
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder -m 'slow and not flower and not gpu and not browser'
 	$(BIN)/python -m pytest -m 'browser or gpu'
 
 test-sites: $(VENV)/.sites  ## Real sites over Flower on this machine; -m 'flower and slow' kills for half an hour

@@ -1,6 +1,7 @@
 """One plain value as its declared type, or one line that says the rule."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -26,9 +27,8 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     parts = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
     if _is_flat(hint) and any(isinstance(part, list | dict) for part in parts):
         raise misfit
-    schema = dataclasses.make_dataclass("Schema", [("value", hint)])
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), {"value": value})
+        merged = OmegaConf.merge(_schema(hint), {"value": value})
         result = OmegaConf.to_object(merged).value  # type: ignore[union-attr]
     except (OmegaConfBaseException, TypeError, ValueError):
         raise misfit from None
@@ -37,6 +37,12 @@ def typed(hint: Any, value: Any, key: str) -> Any:
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(f"{key} must be finite, got {number}; {_unlimited(hint)}")
     return result
+
+
+@functools.cache
+def _schema(hint: Any) -> Any:
+    """Return a mapping of one value of this type, to merge others into."""
+    return OmegaConf.structured(dataclasses.make_dataclass("Schema", [("value", hint)]))
 
 
 def _check_texts(hint: Any, value: Any, key: str) -> None:

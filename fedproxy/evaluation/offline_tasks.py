@@ -1,5 +1,6 @@
 """The tasks that need no hub: YAML files beside this module, each lm-eval's own task on files of the local cache."""
 
+import copy
 import functools
 import importlib.util
 from collections.abc import Iterable, Iterator
@@ -24,9 +25,9 @@ class OfflineTask:
     text: str
     """Its content: ``include`` names a file beside it or in lm-eval's task folder, data files lie in the cache."""
 
-    @property
+    @functools.cached_property
     def config(self) -> dict[str, Any]:
-        """The file's content as a mapping."""
+        """The file's content as a mapping, which nobody changes."""
         config: dict[str, Any] = yaml.safe_load(self.text)
         return config
 
@@ -72,7 +73,7 @@ class OfflineTask:
         A task without a train file keeps its other splits: ``training_split`` becomes null, so that lm-eval does not
         look for it.
         """
-        config = self.config
+        config = copy.deepcopy(self.config)
         base = _TASKS if self.own else lm_eval_folder() / "tasks"
         config["include"] = str(base / config["include"])
         paths = {split: cache_root() / file for split, file in self.declared.items()}

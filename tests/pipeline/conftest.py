@@ -7,6 +7,7 @@ import pytest
 from fedproxy.config import load_config
 from fedproxy.pipeline.ownership import first_foreign
 from fedproxy.pipeline.run import run
+from fedproxy.reporting import html
 
 SMALL = (
     "recipe=fedproxy_tiny",
@@ -34,3 +35,15 @@ def run_tiny(tmp_path_factory):
 def tiny_run(run_tiny):
     """Report and folder of two rounds; tests must not change the folder."""
     return run_tiny()
+
+
+@pytest.fixture
+def plots():
+    """For tests that look at a run's plots."""
+
+
+@pytest.fixture(autouse=True)
+def _pages_without_plots(request, monkeypatch):
+    """Leave plots out of pages: they take a fifth of a small run. ``tiny_run`` and commands have them."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(html, "draw_plots", lambda report: [])

@@ -7,6 +7,7 @@ from typing import ClassVar
 import pytest
 
 from fedproxy.config import load_config
+from fedproxy.data.assets import fetch
 from fedproxy.errors import ConfigError, DataError
 from fedproxy.evaluation.evaluators import Evaluator
 from fedproxy.evaluation.results import EvaluationResult
@@ -38,7 +39,12 @@ def wards(tmp_path):
     return words
 
 
-def test_files_alone_are_tuned_fused_and_scored(run_tiny, wards, monkeypatch):
+@pytest.fixture
+def tiny_questions():
+    fetch("tiny-qa", progress=False)
+
+
+def test_files_alone_are_tuned_fused_and_scored(run_tiny, wards, monkeypatch, plots):
     read, rows_of = [], asked_module.evaluation_rows
     monkeypatch.setattr(asked_module, "evaluation_rows", lambda config: read.append(config) or rows_of(config))
     report, folder = run_tiny(*wards)
@@ -150,12 +156,15 @@ def test_a_broken_row_names_file_and_line(wards, tmp_path):
         asked_of(load_config(["recipe=fedproxy_tiny", *wards]))
 
 
+@pytest.mark.usefixtures("tiny_questions")
 def test_methods_are_compared_by_what_all_sources_have(wards):
     check_comparable(load_config(["recipe=fedproxy_tiny", *wards]))
     check_comparable(load_config(["recipe=fedproxy_tiny", *wards, "evaluation.tasks=[tiny_sums]"]))
 
 
+@pytest.mark.real_model
 def test_sources_without_a_common_metric_are_refused_before_the_first_run(wards):
+    fetch("open-qa", progress=False)
     tiny = ["recipe=fedproxy_tiny", *(word for word in wards if not word.startswith("evaluation.files"))]
     said = r"evaluation: 'squad' has no metric by which methods could be compared, as sources before it do \(answer_nll"
     with pytest.raises(ConfigError, match=said):

@@ -42,7 +42,7 @@ def test_held_out_rows_are_training_rows_of_no_client():
     assert held_out(load_config(["recipe=fedproxy_tiny"]), clients) == []
 
 
-def test_validation_changes_nothing_of_the_tuning(tiny_run, run_tiny):
+def test_validation_changes_nothing_of_the_tuning(tiny_run, run_tiny, plots):
     _, plain = tiny_run
     report, folder = run_tiny(*EVERY, *QUICK)
     for group in ("state", "conflict"):

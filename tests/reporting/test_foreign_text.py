@@ -108,10 +108,15 @@ def tags(page):
     return parser.found
 
 
+@pytest.fixture(scope="module")
+def calm_tags(tmp_path_factory):
+    return tags(to_html(hostile_report("calm"), tmp_path_factory.mktemp("calm") / "run"))
+
+
 @pytest.mark.parametrize("text", HOSTILE)
-def test_report_html_shows_it_as_text(tmp_path, text):
+def test_report_html_shows_it_as_text(tmp_path, text, calm_tags):
     page = to_html(hostile_report(text), tmp_path / "run")
-    assert tags(page) == tags(to_html(hostile_report("calm"), tmp_path / "run"))
+    assert tags(page) == calm_tags
     assert not re.search(r"<(script|img|iframe|object|a) (?!href=\"report)|onerror=alert\(1\)>|<script", page)
     assert "\x1b" not in page
     page.encode("utf-8")
@@ -123,30 +128,39 @@ def runs(tmp_path_factory):
     return make_runs(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_comparison_pages_show_it_as_text(tmp_path, runs, text):
+@pytest.fixture(scope="module")
+def calm_comparison(runs, tmp_path_factory):
+    """Elements of the page of a comparison whose names are plain words, as many as in the hostile ones."""
     found = make_comparison(runs)
-    label = next(iter(found.settings), found.analysis.methods[0].label)
+    calm = replace(
+        found, title="a", command="b", notes=("c",), settings={label_of(found): {"d": "e"}},
+        runs=[RunLine("f", 1, "failed", None, "g"), RunLine("h", 2, "not run")],
+    )  # fmt: skip
+    quiet = {name: [replace(own, report=hostile_report("calm")) for own in given] for name, given in runs.items()}
+    written = write_comparison(calm, quiet, tmp_path_factory.mktemp("calm"))
+    return tags(next(path.read_text() for path in written if path.suffix == ".html"))
+
+
+def label_of(found):
+    return next(iter(found.settings), found.analysis.methods[0].label)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_comparison_pages_show_it_as_text(tmp_path, runs, calm_comparison, text):
+    found = make_comparison(runs)
     found = replace(
         found,
         title=text,
         command=f"python {text}",
         notes=(text,),
-        settings={label: {text: text}},
+        settings={label_of(found): {text: text}},
         runs=[RunLine(text, 1, "failed", None, text), RunLine(text, 2, "not run")],
     )
     records = {name: [replace(own, report=hostile_report(text)) for own in given] for name, given in runs.items()}
     files = {path.suffix: path.read_text(encoding="utf-8") for path in write_comparison(found, records, tmp_path)}
     assert_dead(files[".md"].partition("## Repeat it")[0])
     assert [token.type for token in tokens(files[".md"])].count("fence") == 1
-    calm = replace(
-        found, title="a", command="b", notes=("c",), settings={label: {"d": "e"}},
-        runs=[RunLine("f", 1, "failed", None, "g"), RunLine("h", 2, "not run")],
-    )  # fmt: skip
-    quiet = {name: [replace(own, report=hostile_report("calm")) for own in given] for name, given in runs.items()}
-    (tmp_path / "calm").mkdir()
-    plain = {path.suffix: path.read_text() for path in write_comparison(calm, quiet, tmp_path / "calm")}
-    assert tags(files[".html"]) == tags(plain[".html"])
+    assert tags(files[".html"]) == calm_comparison
     assert "<script" not in files[".html"]
     for row in csv.reader(io.StringIO(files[".csv"])):
         assert not [cell for cell in row if cell[:1] in "=@\t\r" and cell]

@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,7 +64,8 @@ def read_past(decoder: Decoder) -> set[str]:
     classes says so, also for a device that this machine does not have.
     """
     modules = dict(decoder.blocks.named_modules())
-    read = {kind: _weights_read(kind) for kind in {type(module) for module in modules.values()}}
+    kinds = {type(module) for module in modules.values()}
+    read = {kind: _weights_read(kind) for kind in kinds}  # type: ignore[arg-type]  # mypy takes no class for hashable
     return {f"{name}.{weight}" for name, module in modules.items() for weight in read[type(module)]}
 
 
@@ -210,7 +212,8 @@ def _expert_tensors(module: nn.Module) -> dict[str, nn.Parameter]:
     return {leaf: parameter for leaf, parameter in own if parameter.ndim == 3 and min(parameter.shape) > 1}
 
 
-def _weights_read(kind: type[nn.Module]) -> set[str]:
+@cache
+def _weights_read(kind: type[nn.Module]) -> frozenset[str]:
     """Return the weights of its children (``out_proj.weight``) that a class' own code computes with."""
     found: set[str] = set()
     for part in kind.__mro__:
@@ -218,7 +221,7 @@ def _weights_read(kind: type[nn.Module]) -> set[str]:
             continue
         with suppress(OSError, TypeError, SyntaxError):
             found |= _read_in(ast.parse(textwrap.dedent(inspect.getsource(part))))
-    return found
+    return frozenset(found)
 
 
 def _read_in(tree: ast.AST) -> set[str]:
