@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 
 import pytest
 import torch
@@ -10,15 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedproxy.registry import Component
 
-from . import warm_start
-
 # Tiny matrices gain nothing from a second thread, and lose much where other processes want the core.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
 os.environ["FEDPROXY_SCORES_MIB"] = "0"  # tests score what they ask for, whatever was scored before
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, and so would everything that tests start
-warm_start.Starts.here = dict(os.environ)
-subprocess.Popen = warm_start.Popen
 
 SIZES = {
     "llama": {"num_key_value_heads": 2},
@@ -93,11 +88,6 @@ def make_batch():
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def _starts_of_commands(request):
-    warm_start.Starts.warm = not any(map(request.node.get_closest_marker, ("cold", "slow", "flower")))
 
 
 def _families(cls=Component):

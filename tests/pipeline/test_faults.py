@@ -136,10 +136,7 @@ def children(pid):
 
 @pytest.mark.parametrize(
     ("number", "engine"),
-    [
-        (signal.SIGTERM, "{name: in_process, threads: 1}"),
-        pytest.param(signal.SIGHUP, "{name: workers, workers: 1}", marks=pytest.mark.cold),
-    ],
+    [(signal.SIGTERM, "{name: in_process, threads: 1}"), (signal.SIGHUP, "{name: workers, workers: 1}")],
 )
 def test_a_signal_leaves_a_report_and_a_run_that_goes_on(tmp_path, number, engine):
     folder = tmp_path / "run"
