@@ -25,6 +25,7 @@ TINY = {
     "data.rows_per_task=64": "data.rows_per_task=16",
     "evaluation.limit=50": "evaluation.limit=4",
     "range(200)": "range(40)",
+    "compression.ratio=0.14": "compression.ratio=0.34",
     "least_rows: 100": "least_rows: 20",
     "fedproxy doctor": "fedproxy --version",  # plans the recipes of large models, which has tests of its own
 }
