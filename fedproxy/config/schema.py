@@ -29,6 +29,7 @@ MODELS = ("target", "proxy", "proxy_tuned", "fused")
 INPUTS = ("target", "tokenizer", "data", "calibration", "plugins", "versions")
 LOGGERS = ("csv", "tensorboard", "mlflow", "wandb")
 _MOST_COPIES = 1000
+_WITH = {"privacy": "the node privacy; use privacy.unit=example or client"}
 _SIZE = re.compile(r"0*[1-9]\d*[KMGT]B")
 
 
@@ -52,14 +53,12 @@ class TargetConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of target, proxy and fused model; adapters and fusion compute in float32."""
     max_shard_size: str = "5GB"
-    """Largest file of weights that is written of proxy and fused model: ``500MB``, ``5GB``. A single tensor is never
-    divided."""
+    """Largest file of weights of proxy and fused model: ``500MB``, ``5GB``. A tensor is never divided."""
 
     def __post_init__(self) -> None:
         """Check the size; another text is a ConfigError."""
-        size = self.max_shard_size
-        ok = _SIZE.fullmatch(size) is not None
-        _require("target.max_shard_size", size, ok, "a whole number of at least 1 and KB, MB, GB or TB, such as 5GB")
+        ok, rule = _SIZE.fullmatch(self.max_shard_size), "a whole number from 1 and KB, MB, GB or TB, such as 5GB"
+        _require("target.max_shard_size", self.max_shard_size, ok is not None, rule)
 
 
 @dataclass(frozen=True)
@@ -379,10 +378,8 @@ class RunConfig:
         if member is not None and member not in known:
             raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")
         for name, part in self.parts.items():
-            if not part.optional and name == "privacy":
-                raise ConfigError("parts.privacy comes with the node privacy; use privacy.unit=example or client")
             if not part.optional:
-                raise ConfigError(f"parts.{name} comes with the rule that needs it; remove it")
+                raise ConfigError(f"parts.{name} comes with {_WITH.get(name, 'the rule that needs it; remove it')}")
         _require("resume", self.resume, not (self.resume == "auto" and self.overwrite), "never where overwrite=true")
 
     @property

@@ -68,7 +68,8 @@ class KeptScores:
             if kept is None:
                 return None
             if kept["key"] != key:
-                raise CheckpointError(f"{path} holds other scores; it is not used")
+                say(f"kept scores: {path} holds other scores; it is not used")
+                return None
             found = EvaluationResult(**kept["result"]), str(kept["scored"])
             with suppress(OSError):
                 os.utime(path)  # the last use, by which entries go

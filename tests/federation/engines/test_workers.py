@@ -161,23 +161,23 @@ def test_a_single_wait_that_ends_is_followed_by_another(pool, words, monkeypatch
 def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
     (words / "ann").write_text("hang once")
     (words / "bob").write_text("hang")
-    pool.limits.client_s = 3.0
+    pool.limits.client_s = 5.0
     try:
         got = answers(pool)
     finally:
         pool.limits.client_s = None
     assert_honest(got["ann"])
     assert len(pids(words, "ann")) == 2
-    assert got["bob"].reason == "its worker hung: no update within engine.client_timeout_s of 3 s (2 tries)"
+    assert got["bob"].reason == "its worker hung: no update within engine.client_timeout_s of 5 s (2 tries)"
     (words / "bob").unlink()
     for client in CLIENTS:
         (words / client).write_text("slow once")  # brings both workers up
     answers(pool)
     (words / "bob").write_text("hang")
     started = time.monotonic()
-    got = answers(pool, timeout_s=5.0)
+    got = answers(pool, timeout_s=10.0)
     assert time.monotonic() - started < 60
-    assert got["bob"] == Dropped("bob", "late: no update within federation.round_timeout_s of 5 s")
+    assert got["bob"] == Dropped("bob", "late: no update within federation.round_timeout_s of 10 s")
     assert_honest(got["cid"])
 
 
