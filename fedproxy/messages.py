@@ -256,7 +256,7 @@ class Evaluate(Message):
 
 
 Working = Callable[[int, str, float], None]
-"""Is told a round, a client, and the share of its training that is done, in [0, 1]."""
+"""Takes a round, a client, and the share of its training that is done, in [0, 1]."""
 
 
 def nobody(number: int, client_id: str, share: float) -> None:
@@ -267,7 +267,7 @@ class Sites(Protocol):
     """How the server reaches clients, wherever they are; a running engine is one."""
 
     working: Working
-    """Who is told now and then how far clients have come, where the engine knows."""
+    """Called now and then with how far a client's training has come, by engines that know it."""
 
     def run(self, broadcast: Broadcast, client_ids: Sequence[str], *, timeout_s: float | None = None) -> Answers:
         """Run the clients of one round; answers come in the order in which clients finish, one for each client.

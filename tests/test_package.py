@@ -54,4 +54,4 @@ def test_the_long_description_has_no_link_that_only_the_repository_can_follow():
     for rule in readme["substitutions"]:
         text = re.sub(rule["pattern"], rule["replacement"], text)
     assert set(re.findall(r"\]\(([a-z]+:|.)", text)) == {"https:"}
-    assert not [link for link in links if f"`{link}" not in text]  # each is told as a path
+    assert not [link for link in links if f"`{link}" not in text]  # each becomes its path
