@@ -11,11 +11,12 @@ from fedproxy.config import load_config
 from fedproxy.errors import FedProxyError
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.names import file_stem
-from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.kept_scores import KeptScores
 from fedproxy.pipeline.run import run
 from fedproxy.reporting import RunReport
 from fedproxy.reporting.comparison.records import Record
+
+from .lines import Lines
 
 SMALL = (
     "recipe=fedproxy_tiny",
@@ -74,17 +75,6 @@ def flip(path, at):
     content = bytearray(path.read_bytes())
     content[at] ^= 4
     path.write_bytes(content)
-
-
-class Lines(Display):
-    """Keeps what is said."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 def go(folder, *overrides):

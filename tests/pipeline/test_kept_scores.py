@@ -15,10 +15,11 @@ from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.models import load_model, load_tokenizer
 from fedproxy.pipeline import kept_scores as module
-from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.kept_scores import KeptScores, kept_scores
 from fedproxy.pipeline.reuse import SharedWork, model_key
 from fedproxy.pipeline.run import compress_only, run
+
+from .lines import Lines
 
 SMALL = (
     "recipe=fedproxy_tiny",
@@ -29,17 +30,6 @@ SMALL = (
     "federation.rounds=0",
 )
 SAID = re.compile(r"(target|proxy): scores taken over from an equal evaluation \(lm_eval of 20\d\d-.*\)")
-
-
-class Lines(Display):
-    """Keeps the lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 @pytest.fixture

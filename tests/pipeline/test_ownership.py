@@ -68,6 +68,23 @@ def test_all_that_a_run_leaves_is_its_own_and_goes(made, old):
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("privacy.unit=example", "privacy.secure_aggregation=true"),
+        ("privacy.unit=client", "privacy.noise_at=server"),
+    ],
+)
+def test_ledgers_keys_and_noise_of_a_private_run_are_its_own_and_go(run_tiny, tmp_path, words):
+    budget = ("privacy.noise_multiplier=1", "privacy.delta=1e-5", "privacy.accountant=rdp")
+    rule = ("aggregator.name=fedavg", "regularizer.name=none", "evaluation.tasks=[]", "federation.rounds=1")
+    _, folder = run_tiny(*rule, *budget, *words, folder=tmp_path / "out")
+    assert (folder / "rows/.privacy_ledger").is_dir()
+    assert first_foreign(folder) is None
+    claim(folder, "overwrite=true")
+    assert not (folder / "rows/.privacy_ledger").exists()
+
+
+@pytest.mark.parametrize(
     "foreign",
     [
         *("notes.md", "cache/model.safetensors", "fused/notes.txt", "fused/gguf/model.gguf", "server/key.pem"),

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 from fedproxy.config import load_config
 from fedproxy.errors import CheckpointError, ConfigError
 from fedproxy.models import load_model
-from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.run import run
+
+from .lines import Lines
 
 SMALL = (
     "recipe=fedproxy_tiny",
@@ -22,17 +23,6 @@ SMALL = (
     "evaluation.models=[proxy,fused]",
     "federation.rounds=1",
 )
-
-
-class Lines(Display):
-    """Keeps the lines."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def say(self, line):
-        self.lines.append(line)
 
 
 def go(folder, *words):

@@ -6,6 +6,7 @@ import torch
 from fedproxy.errors import ConfigError
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
+from fedproxy.strategies.aggregators.base import Plan
 from fedproxy.strategies.aggregators.product import aggregate_products
 from fedproxy.strategies.functional.lora import best_factors, product_space
 from fedproxy.strategies.functional.lowrank import refactor, refactor_dense
@@ -107,3 +108,15 @@ def test_what_cannot_be_done_is_refused():
         aggregate_products(Aggregator.by_name("ffa_lora")(), updates, None, context)
     with pytest.raises(ConfigError, match="product needs the broadcast state, got none"):
         aggregate_products(Aggregator.by_name("fedavg")(), updates)
+
+
+def test_a_rule_of_ones_own_without_coefficients_is_one_line():
+    class Silent(Aggregator, name="silent"):
+        combines_by_gram = True
+
+        def plan(self, survey, cohort, memory, context):
+            return Plan(lambda block: block.values[0])
+
+    _, updates, context = case()
+    with pytest.raises(ConfigError, match=r"aggregator.name=silent: a rule with combines_by_gram .* set .* to False$"):
+        aggregate_products(Silent(), updates, None, context)

@@ -75,7 +75,11 @@ def _merge_by_coefficients(
 ) -> Aggregation:
     gram = loras.gram(context.scaling)
     plan = rule.plan(cohort, Survey({"": gram}, {}, 0.0, 1.0), memory, context)
-    assert plan.weights is not None, "a rule that combines by the Gram matrix reports its coefficients"
+    if plan.weights is None:
+        raise ConfigError(
+            f"aggregator.name={rule.name}: a rule with combines_by_gram gives its coefficients as Plan.weights, got "
+            "none; give them, or set combines_by_gram to False"
+        )
     coefficients = plan.weights.tolist()
     delta: dict[str, Tensor] = {}
     for module in loras.modules:
