@@ -17,6 +17,7 @@ from fedproxy.files import open_regular, parse_json
 LOCK_FILE = ".fedproxy.lock"
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 _LONGEST = 4096
+_TRIES = 1000  # of opening a file that others make and remove meanwhile
 
 
 @contextmanager
@@ -75,22 +76,23 @@ def in_use(folder: str | Path) -> bool:
 
 def _open(path: Path) -> tuple[int, bool | None]:
     """Return a handle of the lock's file, and whether it is locked now: None where the file system has no locks."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
-        except FileNotFoundError:  # the last holder has just removed the folder that it had made
-            continue
-        try:
-            held = _flock(handle)
-            if held is False or os.path.samestat(os.fstat(handle), os.stat(path)):
-                return handle, held
-        except FileNotFoundError:  # the last holder removed the file after we opened it
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
+    for _ in range(_TRIES):
+        with suppress(FileNotFoundError, FileExistsError):  # the last holder is just removing what it had made
+            return _try_open(path)
+    return _try_open(path)
+
+
+def _try_open(path: Path) -> tuple[int, bool | None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    try:
+        held = _flock(handle)
+        if held is not False and not os.path.samestat(os.fstat(handle), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, "it is removed and made again all the time")
+    except BaseException:
         os.close(handle)
+        raise
+    return handle, held
 
 
 def _flock(handle: int) -> bool | None:

@@ -119,6 +119,20 @@ def test_links_pipes_and_files_in_the_way_are_one_line(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
+def test_a_folder_that_another_holder_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    """The last holder may remove it between the call that makes it and the look at what is there."""
+    make, failures = locks.Path.mkdir, iter([FileExistsError, FileNotFoundError])
+
+    def late(path, *args, **options):
+        if error := next(failures, None):
+            raise error(path)
+        make(path, *args, **options)
+
+    monkeypatch.setattr(locks.Path, "mkdir", late)
+    with locked(tmp_path / "run"):
+        assert (tmp_path / "run" / LOCK_FILE).is_file()
+
+
 def test_many_processes_never_hold_it_together(tmp_path):
     """Each holder makes and removes a folder: two at once would meet."""
     work = (
