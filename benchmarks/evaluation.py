@@ -3,6 +3,7 @@
     python benchmarks/evaluation.py                                     # SmolLM2, 200 questions, zero-shot and 5-shot
     python benchmarks/evaluation.py limit=50 shots=[0] tasks=[arc_easy] batch_size=8 output=bench.json
     python benchmarks/evaluation.py limit=100 shots=[5] tasks=[gsm8k,triviaqa]          # answers that are generated
+    python benchmarks/evaluation.py limit=4 shots=[5] tasks=[mmlu]                      # a group in one line
 
 Each task's questions are cut into `parts`; for each part both models answer all requests, tokenisation included, and
 who goes first alternates. Wall and CPU times are summed over parts; on a busy machine the CPU ratio is steadier.
@@ -23,7 +24,7 @@ from fedproxy.data.assets import resolve
 from fedproxy.evaluation.harness import missing_assets
 from fedproxy.evaluation.prefix_sharing import PrefixSharingLM
 from fedproxy.evaluation.quiet import quiet
-from fedproxy.evaluation.task_loading import load_task, needed_splits
+from fedproxy.evaluation.task_loading import expand, load_task, needed_splits
 from fedproxy.models import load_model, load_tokenizer
 
 CORE = ("arc_easy", "openbookqa", "csqa", "hellaswag")
@@ -63,9 +64,8 @@ class Side:
         return answers
 
 
-def measure(name, shots, options, ours, stock):
+def measure(loaded, shots, options, ours, stock):
     """Run both models over one task in turns; return times, ratios and how far their answers differ."""
-    (loaded,) = load_task(name, None, needed_splits(name, None, shots))
     loaded.prepare(shots, options.seed)
     loaded.task.build_all_requests(limit=options.limit)
     requests = loaded.task.instances
@@ -88,7 +88,7 @@ def measure(name, shots, options, ours, stock):
             greedy_flips += sum(a != b for a, b in pairs)
         flips += count_flips(loaded.task, asked, answers)
     return {
-        "task": name,
+        "task": loaded.task.config.task,
         "shots": shots,
         "questions": len(questions),
         "wall_s": {side: round(sides[side].wall, 2) for side in sides},
@@ -145,8 +145,11 @@ def main(arguments):
         stock = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size)
         for shots in options.shots:
             for name in options.tasks:
-                rows.append(measure(name, shots, options, ours, stock))
-                print(line(f"{name} {shots}-shot", rows[-1:]), flush=True)
+                asked = [
+                    task for one in expand([name]) for task in load_task(one, None, needed_splits(one, None, shots))
+                ]
+                rows += [measure(loaded, shots, options, ours, stock) for loaded in asked]
+                print(line(f"{name} {shots}-shot", rows[-len(asked) :]), flush=True)
             core = [row for row in rows if row["shots"] == shots and row["task"] in CORE]
             if core:
                 print(line(f"core tasks {shots}-shot", core), flush=True)
