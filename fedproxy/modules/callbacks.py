@@ -1,9 +1,7 @@
 """What rides with a client's fit, as Lightning callbacks: the regularizer's term, the round's deadline, progress."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -125,25 +123,6 @@ class Tell(Callback):  # type: ignore[misc]
         if time.monotonic() - self._told >= TELL_S:
             self._told = time.monotonic()
             self._listener(min(1.0, trainer.global_step / self._steps))
-
-
-_LISTENER: ContextVar[Callable[[float], None] | None] = ContextVar("listener", default=None)
-
-
-@contextmanager
-def listening(listener: Callable[[float], None]) -> Iterator[None]:
-    """Let whoever runs a client know how far its fits have come, for the length of the context (:class:`Tell`)."""
-    token = _LISTENER.set(listener)
-    try:
-        yield
-    finally:
-        _LISTENER.reset(token)
-
-
-def tell(steps: int) -> list[Callback]:
-    """Return the callback that tells who listens how far a fit of ``steps`` optimiser steps has come; none else."""
-    listener = _LISTENER.get()
-    return [] if listener is None else [Tell(listener, steps)]
 
 
 def _placed(tensors: Mapping[str, Tensor] | None, tuned: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

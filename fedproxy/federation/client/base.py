@@ -1,7 +1,8 @@
 """What an engine needs to know of a client: what it is asked, how another process makes it, what its failure says."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Protocol
@@ -79,3 +80,21 @@ class Attempt(AbstractContextManager["Attempt"]):
             return False
         self.answer = Dropped(self._client_id, told(error, self._client_id, self._round, self._logs))
         return True
+
+
+_LISTENER: ContextVar[Callable[[float], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[float], None]) -> Iterator[None]:
+    """Let whoever runs a client know what share of each fit is done, in [0, 1], for the length of the context."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def listener() -> Callable[[float], None] | None:
+    """Return who listens to this client's fits, or None."""
+    return _LISTENER.get()

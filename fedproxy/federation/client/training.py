@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from fedproxy.errors import ClientError
+from fedproxy.federation.client.base import listener
 from fedproxy.models.sharding import is_sharded
-from fedproxy.modules.callbacks import Deadline, Regularize, tell
+from fedproxy.modules.callbacks import Deadline, Regularize, Tell
 from fedproxy.modules.causal_lm import CausalLMModule
 from fedproxy.modules.datamodule import ExampleDataModule
 from fedproxy.modules.optimizers import Optimizer
@@ -93,13 +94,18 @@ def tune(
     module = _module(task, job, rate)
     term = Regularize(Regularizer.made(job.regularizer), task.state, task.conflict, task.pull)
     private = task.training is not None  # clips each row, and steps by itself
+    listens = listener()
     trainer = make_trainer(
         options,
         max_epochs=job.epochs,
         max_steps=-1 if job.max_steps is None else job.max_steps,
         accumulate=1 if private else job.accumulate,
         max_grad_norm=None if private else job.max_grad_norm,
-        callbacks=[term, *([] if deadline is None else [Deadline(deadline)]), *tell(steps)],
+        callbacks=[
+            term,
+            *([] if deadline is None else [Deadline(deadline)]),
+            *([] if listens is None else [Tell(listens, steps)]),
+        ],
         root=logs,
     )
     if is_sharded(module.tuned) or getattr(model.model, "is_quantized", False):

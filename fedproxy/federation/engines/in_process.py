@@ -10,11 +10,10 @@ from pathlib import Path
 
 import torch
 
-from fedproxy.federation.client.base import Attempt, Client, RemoteClient
+from fedproxy.federation.client.base import Attempt, Client, RemoteClient, listening
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
 from fedproxy.messages import Answers, Dropped, Message, Sites, Working, nobody
-from fedproxy.modules.callbacks import listening
 from fedproxy.protocol import Broadcast
 
 _log = logging.getLogger(__name__)

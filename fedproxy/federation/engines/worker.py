@@ -18,9 +18,8 @@ from typing import Any, TextIO
 import torch
 
 from fedproxy.errors import CheckpointError, FedProxyError, one_line
-from fedproxy.federation.client.base import Attempt, Client
+from fedproxy.federation.client.base import Attempt, Client, listening
 from fedproxy.messages import Answer, Dropped, Facts, Message, Sums
-from fedproxy.modules.callbacks import listening
 from fedproxy.protocol import Broadcast, ClientUpdate
 
 
