@@ -24,8 +24,9 @@ def clips(folder):
     return [json.loads(line)["privacy"]["clip"] for line in (folder / "rounds.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("engine", ["in_process", "workers"])
-@pytest.mark.parametrize(("start", "step"), [(1e-6, 0.1), (1e6, -0.1)])
+@pytest.mark.parametrize(
+    ("start", "step", "engine"), [(1e-6, 0.1, "in_process"), (1e-6, 0.1, "workers"), (1e6, -0.1, "in_process")]
+)
 def test_without_noise_the_clip_moves_by_what_the_clients_tell(run_tiny, tmp_path, engine, start, step):
     """No update is within a millionth, and all are within a million: the logarithm moves by 0.2 x 0.5."""
     options = ("privacy.noise_multiplier=0", f"privacy.clip={start}", f"engine.name={engine}")

@@ -25,6 +25,7 @@ from .conftest import SMALL
 
 TWO = ("data.rows_per_task=16", "federation.rounds=2", "evaluation.models=[]")
 FULL = (28, "No space left on device")
+HERE, WORKERS = "{name: in_process, threads: 1}", "{name: workers, workers: 1}"
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +77,12 @@ def fill(monkeypatch, name):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to tell files by their handles")
-@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "rounds.jsonl", "facts.json", "adapter_model.safetensors", "report.json", "README.md"]
+    ("name", "engine"),
+    [
+        *((name, HERE) for name in ("config.yaml", "facts.json", "report.json", "README.md")),
+        *((name, engine) for name in ("rounds.jsonl", "adapter_model.safetensors") for engine in (HERE, WORKERS)),
+    ],
 )
 def test_a_full_disk_in_a_continuation_loses_nothing(whole, one_round, tmp_path, monkeypatch, name, engine):
     folder = tmp_path / "run"
@@ -136,7 +140,7 @@ def children(pid):
 
 @pytest.mark.parametrize(
     ("number", "engine"),
-    [(signal.SIGTERM, "{name: in_process, threads: 1}"), (signal.SIGHUP, "{name: workers, workers: 1}")],
+    [(signal.SIGTERM, HERE), (signal.SIGHUP, WORKERS)],
 )
 def test_a_signal_leaves_a_report_and_a_run_that_goes_on(tmp_path, number, engine):
     folder = tmp_path / "run"
@@ -166,7 +170,7 @@ def test_a_signal_leaves_a_report_and_a_run_that_goes_on(tmp_path, number, engin
     assert not RunFolder(folder).check(load_config([*words, f"output_dir={folder}", "resume=auto"]))  # it goes on
 
 
-@pytest.mark.parametrize("engine", ["{name: in_process, threads: 1}", "{name: workers, workers: 1}"])
+@pytest.mark.parametrize("engine", [HERE, WORKERS])
 def test_a_killed_run_ends_with_the_same_bits(whole, tmp_path, engine):
     folder = tmp_path / "run"
     words = [*SMALL, *TWO, f"output_dir={folder}", f"engine={engine}"]
