@@ -131,7 +131,7 @@ def main(arguments):
     """Measure what the arguments ask for and print a table."""
     options = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.from_dotlist(arguments)))
     torch.set_num_threads(options.threads)
-    for asset in missing_assets(options.tasks):
+    for asset in missing_assets(expand(options.tasks)):
         resolve(f"asset:{asset}")
     path = resolve(options.model) or options.model
     model, tokenizer = load_model(path), load_tokenizer(path)
