@@ -99,6 +99,8 @@ class Resident:
         match head.get("kind"):
             case "hello":
                 return self._hello(head)
+            case "ping":
+                return {}, NOTHING
             case "put":
                 return {"have": self._add(head, payload)}, NOTHING
             case "train":

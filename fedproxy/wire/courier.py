@@ -41,6 +41,7 @@ class Reply:
 
 
 NONE_YET = Reply("none", {})
+REPLY_LOST = Reply("error", {}, 4)
 
 
 class Courier(Protocol):

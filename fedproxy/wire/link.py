@@ -10,7 +10,7 @@ from typing import Any
 
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle
-from fedproxy.wire.courier import LOST, NO_ANSWER, TOO_LARGE, Courier, CourierError, Node
+from fedproxy.wire.courier import LOST, NO_ANSWER, REPLY_LOST, TOO_LARGE, Courier, CourierError, Node
 from fedproxy.wire.frames import NOTHING, Head, Source, sha256
 from fedproxy.wire.inbox import Inbox, Piece
 from fedproxy.wire.messages import told
@@ -42,6 +42,8 @@ class Terms:
     """Largest part of a file."""
     most_bytes: int = 8 << 30
     """Largest file that a site may send."""
+    ping_s: float = 60.0
+    """Seconds of silence after which a site is pinged; twice as long after each ping."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class _Asked:
     opened: int = 0
     """Which opening of the courier it was sent through; it is known to no later one."""
     tries: int = 0
+    ping: str | None = None
+    """The message of the latest ping; None where it was answered."""
+    ping_at: float = 0.0
+    """When the next one is due."""
+    ping_again_s: float = 0.0
+    """How long after it the one behind it is due."""
     away_since: float | None = None
     not_before: float = 0.0
     refused: str = ""
@@ -132,6 +140,7 @@ class Link:
                 self._look()
                 yield from self._give_up(left, limit)
                 self._push(left, seconds + margin_s)
+                self._ping(left, seconds + margin_s)
                 if remind_s is not None and left and time.monotonic() > remind:
                     _log.warning("no answer yet from %s: busy with an earlier round, or away", ", ".join(sorted(left)))
                     remind = time.monotonic() + remind_s
@@ -275,7 +284,29 @@ class Link:
             for site in sites:
                 asked = left[site]
                 asked.message, asked.tries = sent[self._nodes[site].id], asked.tries + (not asked.refused)
-                asked.opened = self._openings
+                asked.opened, asked.ping = self._openings, None
+                asked.ping_at, asked.ping_again_s = now + self.terms.ping_s, 2 * self.terms.ping_s
+
+    def _ping(self, left: Mapping[str, _Asked], ttl_s: float) -> None:
+        """Send those that are silent for long a second message, which they answer after the first."""
+        now = time.monotonic()
+        for site, asked in left.items():
+            node = self._nodes.get(site)
+            if asked.message is not None and now >= asked.ping_at and node is not None and node.online:
+                asked.ping = self._opened().push({node.id: {"kind": "ping"}}, NOTHING, ttl_s)[node.id]
+                asked.ping_at, asked.ping_again_s = now + asked.ping_again_s, 2 * asked.ping_again_s
+
+    def _is_over(self, asked: _Asked) -> bool:
+        """Return whether a site has answered the ping: it takes one message after the other, so it has done the first.
+
+        The courier loses messages and replies without a word, where a connection breaks in the middle of one.
+        """
+        if asked.ping is None:
+            return False
+        pong = self._opened().pull(asked.ping, self.folder / "pong", most=0)
+        if pong.state != "none":
+            asked.ping = None
+        return pong.state == "reply"
 
     def _pull(self, left: dict[str, _Asked], file: Path, most: int) -> Iterator[Came]:
         """Look for replies one at a time, so that never more than one lies in memory."""
@@ -285,9 +316,12 @@ class Link:
                 asked.message = None
             if asked.message is None:
                 continue
+            is_over = self._is_over(asked)
             reply = courier.pull(asked.message, file, most=most)
             if reply.state == "none":
-                continue
+                if not is_over:
+                    continue
+                reply = REPLY_LOST
             asked.message = None
             if reply.state == "error":
                 why = LOST.get(reply.code)

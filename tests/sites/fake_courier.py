@@ -19,6 +19,8 @@ class FakeCourier:
         self.sites, self.folder = dict(sites), folder
         folder.mkdir(parents=True, exist_ok=True)
         self.offline, self.errors, self.silent = set(), {}, set()
+        self.swallowed = Counter()
+        """By site, how many of the next messages are lost without a word."""
         self.breaks = 0
         self.sent, self.bytes, self.largest = [], Counter(), 0
         self.closed = False
@@ -40,13 +42,15 @@ class FakeCourier:
         for node, line in to.items():
             name = node.removeprefix("id-")
             ids[node] = f"message-{next(self._numbers)}"
-            self._waiting[ids[node]] = (name, line, path)
+            lost = line["kind"] != "ping" and self.swallowed[name] > 0
+            self.swallowed[name] -= lost
+            self._waiting[ids[node]] = (name, line, path, lost)
             self.sent.append((name, line["kind"], ttl_s))
         return ids
 
     def pull(self, message, payload, *, most):
         self._break()
-        name, line, path = self._waiting[message]
+        name, line, path, lost = self._waiting[message]
         codes = self.errors.get(name, [])
         if codes:
             code = codes.pop(0)
@@ -54,7 +58,7 @@ class FakeCourier:
                 self.sites[name](dict(line), path)
                 code = 4
             return Reply("error", {}, code)
-        if name in self.silent:
+        if name in self.silent or lost:
             return NONE_YET
         head, source = self.sites[name](dict(line), path)
         if source.size > most:

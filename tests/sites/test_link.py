@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 
 import pytest
 
@@ -69,6 +70,24 @@ def test_a_lost_message_is_sent_again_as_often_as_the_terms_say(tmp_path):
     courier, link = opened(tmp_path, {"a": echo, "b": echo}, attempts=2)
     courier.errors = {"a": [5], "b": [8, 5]}
     assert asked(link, "a", "b", seconds=5) == {"a": {"got": 0}, "b": "it went away (2 tries)"}
+
+
+def test_what_is_lost_without_a_word_shows_by_a_ping_and_is_sent_again(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo, "b": echo}, attempts=2, ping_s=0.05)
+    courier.swallowed.update(a=1, b=2)
+    began = time.monotonic()
+    assert asked(link, "a", "b", seconds=30) == {"a": {"got": 0}, "b": "its reply was lost (2 tries)"}
+    assert time.monotonic() - began < 10
+    assert [kind for name, kind, _ in courier.sent if name == "a"] == ["x", "ping", "x"]
+
+
+def test_a_site_that_is_at_work_answers_no_ping_and_is_sent_nothing_twice(tmp_path):
+    courier, link = opened(tmp_path, {"a": echo}, ping_s=0.05)
+    courier.silent.add("a")
+    assert asked(link, "a", seconds=0.5) == {"a": "it did not answer in time"}
+    kinds = Counter(kind for _, kind, _ in courier.sent)
+    assert kinds["x"] == 1
+    assert 2 <= kinds["ping"] <= 5  # each after twice as long
 
 
 def test_an_error_that_nobody_knows_is_named_and_not_tried_again(tmp_path):
