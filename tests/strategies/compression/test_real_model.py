@@ -44,6 +44,7 @@ def test_narrowed_proxy_has_equal_parameters_and_fuses_back(setting):
     assert state_sha256(Fusion.by_name("plug_in")().fuse(model, proxy, proxy, layer_map)) == state_sha256(model)
 
 
+@pytest.mark.slow
 def test_healing_nearly_halves_the_divergence_of_half_of_the_blocks():
     path = resolve("asset:smollm2-135m")
     model, tokenizer, texts = load_model(path), load_tokenizer(path), read_texts("asset:calibration", 136, 0)
