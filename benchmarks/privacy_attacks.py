@@ -33,7 +33,7 @@ from fedproxy.privacy.noise import SecretStream, noised
 from fedproxy.privacy.row_gradients import RowGradients
 from fedproxy.strategies.trainable import Trainable
 
-VOCABULARY, LENGTH, ROWS, BATCH, EPOCHS, CLIENTS, DELTA = 64, 12, 256, 32, 10, 4, 1e-5
+VOCABULARY, LENGTH, ROWS, BATCH, EPOCHS, LR, CLIENTS, DELTA = 64, 12, 512, 4, 20, 2e-3, 4, 1e-5
 
 
 def model():
@@ -53,7 +53,7 @@ def rows(count: int, seed: int) -> list[Example]:
 def tuned(members: Sequence[Example], seed: int, epsilon: float | None) -> dict[str, Tensor]:
     """Return the state after tuning on members, by DP-SGD where there is a budget."""
     trainable = model()
-    options = {"lr": 1e-2, "parameters": trainable.parameters()}
+    options = {"lr": LR, "parameters": trainable.parameters()}
     if epsilon is None:
         loader = ExampleDataModule(members, BATCH, pad_id=0, generator=torch.Generator().manual_seed(seed))
         module = CausalLMModule(trainable.model, **options)

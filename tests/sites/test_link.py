@@ -84,10 +84,10 @@ def test_what_is_lost_without_a_word_shows_by_a_ping_and_is_sent_again(tmp_path)
 def test_a_site_that_is_at_work_answers_no_ping_and_is_sent_nothing_twice(tmp_path):
     courier, link = opened(tmp_path, {"a": echo}, ping_s=0.05)
     courier.silent.add("a")
-    assert asked(link, "a", seconds=0.5) == {"a": "it did not answer in time"}
+    assert asked(link, "a", seconds=2.0) == {"a": "it did not answer in time"}
     kinds = Counter(kind for _, kind, _ in courier.sent)
     assert kinds["x"] == 1
-    assert 2 <= kinds["ping"] <= 5  # each after twice as long
+    assert 1 <= kinds["ping"] <= 6  # each after twice as long
 
 
 def test_an_error_that_nobody_knows_is_named_and_not_tried_again(tmp_path):
