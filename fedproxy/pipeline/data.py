@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import DataConfig, RunConfig
 from fedproxy.data.assets import resolve
+from fedproxy.data.encoding import as_it_was
 from fedproxy.data.formats import DataFormat
 from fedproxy.data.records import Columns
 from fedproxy.data.rows import Row
@@ -383,7 +384,7 @@ def text_batches(
     Returns:
         Batches of ``input_ids`` and ``attention_mask``, int64 (batch, tokens).
     """
-    with encoding():
+    with encoding(), as_it_was(tokenizer):
         encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     encoded = sorted((ids for ids in encoded if ids), key=len)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
