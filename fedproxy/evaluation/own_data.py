@@ -5,8 +5,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import EvaluationResult
 from fedproxy.evaluation.text_metrics import exact_match_and_f1, rouge_l
 from fedproxy.models.checkpoints import special_ids
+from fedproxy.models.modes import evaluating
 from fedproxy.models.positions import positions
 from fedproxy.task_means import mean_scores
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fedproxy.evaluation.evaluators.own_data import OwnData
 
 Progress = Callable[[int, int], None]
-_VERSION = 1
+_VERSION = 2
 """Goes up when a score of the same answers becomes another one."""
 
 
@@ -65,7 +65,7 @@ def score_rows(
     rows = [row for own in sources.values() for row in own]
     examples = _examples(rows, tokenizer, model.config, settings)
     asked = [index for index, row in enumerate(rows) if settings.max_new_tokens and not row.is_text]
-    with _evaluated(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+    with quiet(), evaluating(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
         report, total = progress or (lambda done, of: None), len(rows) + len(asked)
         nlls = _answer_nlls(model, tokenizer, examples, batch_tokens, autocast, lambda done: report(done, total))
         generated = [examples[index] for index in asked]
@@ -88,17 +88,6 @@ def score_rows(
         seconds=time.perf_counter() - start,
         notes=[*_length_notes(sources, examples), *alone],
     )
-
-
-@contextmanager
-def _evaluated(model: "PreTrainedModel") -> Iterator[None]:
-    """Keep libraries quiet, and bring back the model's training mode."""
-    training = model.training
-    try:
-        with quiet():
-            yield
-    finally:
-        model.train(training)
 
 
 def scores_of_rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
