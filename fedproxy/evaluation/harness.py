@@ -19,6 +19,7 @@ from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import (
     EvaluationResult,
     missing_stderrs,
+    no_numbers,
     plain_results,
     question_samples,
     task_scores,
@@ -133,6 +134,7 @@ def _result(
     settings |= {"sharing": lm.sharing}
     logged = raw.pop("samples")
     samples = {name: question_samples(task, logged[name], lm.answer_tokens) for name, task in loaded.items()}
+    notes += [note for own in samples.values() for note in no_numbers(own)]
     for name, results in raw["results"].items():
         results |= missing_stderrs(results, samples[name])
     scores = {name: task_scores(raw["results"][name], samples[name]) for name in loaded}

@@ -15,7 +15,7 @@ from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.evaluation.generation import generate
 from fedproxy.evaluation.quiet import quiet
-from fedproxy.evaluation.results import EvaluationResult
+from fedproxy.evaluation.results import EvaluationResult, no_numbers
 from fedproxy.evaluation.text_metrics import exact_match_and_f1, rouge_l
 from fedproxy.models.checkpoints import special_ids
 from fedproxy.models.modes import evaluating
@@ -78,15 +78,16 @@ def score_rows(
         source: [_sample(source, *next(answered), settings.judged_as(own)) for _ in own]
         for source, own in sources.items()
     }
+    flat = [sample for own in samples.values() for sample in own]
     scores = {source: _scores(own) for source, own in samples.items()}
     alone = [] if together else ["Answers are generated one by one: the model takes padding on the left for text."]
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
-        samples=[sample for own in samples.values() for sample in own],
+        samples=flat,
         lm_eval=_details(sources, settings),
         seconds=time.perf_counter() - start,
-        notes=[*_length_notes(sources, examples), *alone],
+        notes=[*_length_notes(sources, examples), *alone, *no_numbers(flat)],
     )
 
 

@@ -60,9 +60,14 @@ def save_evaluation(run: str | Path, model: str, samples: Iterable[Sample], lm_e
         CheckpointError: If the folder cannot be written.
     """
     folder = Path(run) / "evaluation"
-    lines = (json.dumps(plain(sample), ensure_ascii=False, allow_nan=False) for sample in samples)
-    write_text(folder / f"{model}.samples.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(folder / f"{model}.samples.jsonl", sample_lines(samples))
     write_json(folder / f"{model}.json", {**lm_eval, "tasks": task_settings(lm_eval)})
+
+
+def sample_lines(samples: Iterable[Sample]) -> str:
+    """Return samples as JSON, a line each; what is not a number (NaN, infinities) is null."""
+    lines = (json.dumps(plain(sample), ensure_ascii=False, allow_nan=False) for sample in samples)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def task_settings(lm_eval: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
