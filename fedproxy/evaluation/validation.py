@@ -155,7 +155,7 @@ def _question(task: LoadedTask, doc: dict[str, Any], row: Row) -> Question:
         found: Mapping[str, float] = task.task.process_results(doc, [(value, False) for value in loglikelihoods])
         return found
 
-    assert row.label is not None  # a row of a task has its gold choice
+    assert isinstance(row.label, int)  # a row of a task has its gold choice
     accuracies = tuple(name for name in ACCURACIES if name in task.task.aggregation())
     return Question(task.name, row.key, tuple(task.requests(doc)), row.label, accuracies, judge)
 
