@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproxy.data.conversations import rendered
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.evaluation.generation import generate
@@ -75,7 +76,7 @@ def score_rows(
     texts = dict(zip(asked, found, strict=True))
     answered = iter(zip(rows, examples, nlls, map(texts.get, range(len(rows))), strict=True))
     samples = {
-        source: [_sample(source, *next(answered), settings.judged_as(own)) for _ in own]
+        source: [_sample(source, *next(answered), settings.judged_as(own), tokenizer) for _ in own]
         for source, own in sources.items()
     }
     flat = [sample for own in samples.values() for sample in own]
@@ -137,6 +138,7 @@ def _examples(
         max_input_tokens=settings.max_prompt_tokens or longest,
         max_target_tokens=longest,
         max_tokens=most,
+        apart=True,
     )
 
 
@@ -213,12 +215,21 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def _sample(source: str, row: Row, example: Example, nll: float, text: str | None, judged: str) -> dict[str, Any]:
+def _sample(
+    source: str,
+    row: Row,
+    example: Example,
+    nll: float,
+    text: str | None,
+    judged: str,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, Any]:
+    asked = rendered(row, row.messages[:-1], tokenizer, asks=True) if row.messages else row.prompt
     sample: dict[str, Any] = {
         "task": source,
         "doc_id": row.key,
         "doc_hash": _sha256(row.prompt, row.target),
-        "prompt_hash": _sha256(row.prompt),
+        "prompt_hash": _sha256(asked),  # as the chat template frames it
         "answer_nll": nll / example.target_length,
         "answer_tokens": example.target_length,
     }
