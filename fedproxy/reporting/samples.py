@@ -6,6 +6,7 @@ results file with one more key, ``tasks``, that says what has to agree before tw
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -138,7 +139,7 @@ def _sample(line: str, where: str) -> dict[str, Any]:
     if missing:
         raise EvaluationError(f"{where} lacks {' and '.join(missing)}; evaluate the run again")
     for metric, value in sample.items():
-        if metric in _METRICS and not isinstance(value, int | float | None):
+        if metric in _METRICS and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             got = one_line(value, 40)
             raise EvaluationError(f"{where}: {metric} must be a number, got {got}; evaluate the run again")
     return sample

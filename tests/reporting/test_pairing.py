@@ -180,6 +180,10 @@ def test_broken_files_are_named_with_their_line(tmp_path):
     path.write_text(json.dumps({"task": "easy"}))
     with pytest.raises(EvaluationError, match=r"line 1 lacks doc_hash"):
         load_evaluation(tmp_path, "fused")
+    for value in ("NaN", "-Infinity"):
+        path.write_text(good.replace('"acc": 1', f'"acc": {value}'))
+        with pytest.raises(EvaluationError, match=r"line 1: acc must be a number, got (nan|-inf); evaluate the run"):
+            load_evaluation(tmp_path, "fused")
     path.write_text("[]")
     with pytest.raises(EvaluationError, match=r"line 1 cannot be used: it must hold an object, got list"):
         load_evaluation(tmp_path, "fused")
