@@ -14,7 +14,7 @@ _SAME = ("task", "doc_id", "doc_hash", "prompt_hash", "gold", "answer_tokens")
 
 def mean_over_models(
     scores: Sequence[Scores], samples: Sequence[Sequence[Sample]]
-) -> tuple[dict[str, dict[str, float | None]], list[dict[str, Any]]]:
+) -> tuple[dict[str, Mapping[str, float | None]], list[dict[str, Any]]]:
     """Return the mean of several models' scores, and of their samples.
 
     A question's ``acc`` becomes the share of models that got it right, so that a paired comparison still pairs
@@ -31,14 +31,15 @@ def mean_over_models(
     means = [_mean_sample(rows) for rows in zip(*samples, strict=False)]
     if any(len(own) != len(means) for own in samples):
         raise EvaluationError("the clients' models answered different numbers of questions; evaluate the run again")
-    found: dict[str, dict[str, float | None]] = {}
+    found: dict[str, Mapping[str, float | None]] = {}
     for task, metrics in scores[0].items():
         own = [sample for sample in means if sample["task"] == task]
         shared = [key for key in metrics if all(key in other[task] for other in scores)]
-        found[task] = {key: _mean([other[task][key] for other in scores]) for key in shared}
+        mean = {key: _mean([other[task][key] for other in scores]) for key in shared}
         for key in shared:
             if key.endswith("_stderr") and (error := _standard_error(own, key.removesuffix("_stderr"))) is not None:
-                found[task][key] = error
+                mean[key] = error
+        found[task] = mean
     return found, means
 
 
