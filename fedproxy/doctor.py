@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ConfigError(f"doctor takes no arguments, got {arguments[0]!r}; leave it out")
     for part in (_versions, _machine, _torch, _storage, _extras, _recipes):
         for name, value in part():
-            print(f"{name:38}{value}", flush=True)
+            print(f"{name:38} {value}", flush=True)
 
 
 def _versions() -> Iterator[Line]:

@@ -1,18 +1,19 @@
 """`python -m fedproxy.evaluate`: score a model on lm-eval tasks and on held-out rows of one's own."""
 
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedproxy.command import run_command
 from fedproxy.evaluation.questions import Questions
 
 if TYPE_CHECKING:
+    import torch
+
     from fedproxy.evaluation.harness import EvaluationResult
 
 USAGE = """
@@ -56,7 +57,7 @@ class EvaluateArguments(Questions):
     """What the command line can say; see ``USAGE``."""
 
     model: str = ""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str | None = None
     output_dir: str = "evaluation"
     overwrite: bool = False
@@ -67,6 +68,8 @@ class EvaluateArguments(Questions):
 
         if not self.model:
             raise ConfigError("model is missing; write, for example, model=asset:smollm2-135m")
+        if not self.output_dir.strip():
+            raise ConfigError("output_dir must be a folder, got an empty text; give one, . for this folder")
         super().__post_init__()
 
 
@@ -76,12 +79,10 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
     Raises:
         ConfigError: If one has no ``=``, is unknown, is of another type, or model or tasks are missing.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    from fedproxy.errors import ConfigError, first_line, nearest
-    from fedproxy.overrides import as_typed
+    from fedproxy.config.loading import build
+    from fedproxy.config.loading import parse_arguments as parse_words
+    from fedproxy.config.references import resolve
+    from fedproxy.errors import ConfigError, nearest
 
     known = [option.name for option in dataclasses.fields(EvaluateArguments)]
     for argument in arguments:
@@ -90,17 +91,9 @@ def parse_arguments(arguments: Sequence[str]) -> EvaluateArguments:
             raise ConfigError(f"{argument!r} is no key=value argument; write, for example, limit=100")
         if key.partition(".")[0] not in known:
             raise ConfigError(f"unknown argument {key!r}{nearest(key, known)}")
-    words = [as_typed(argument, EvaluateArguments) for argument in arguments]
-    try:
-        merged = OmegaConf.merge(
-            OmegaConf.structured(EvaluateArguments), OmegaConf.from_dotlist([_as_list(word) for word in words])
-        )
-        typed = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, YAMLError) as error:
-        key = getattr(error, "full_key", None) or "arguments"
-        raise ConfigError(f"{key}: {first_line(error)}") from None
-    assert isinstance(typed, EvaluateArguments)
-    return typed
+    words = parse_words([_as_list(argument) for argument in arguments], EvaluateArguments)
+    options: EvaluateArguments = build(EvaluateArguments, resolve(words), "")
+    return options
 
 
 def _as_list(argument: str) -> str:
@@ -154,28 +147,47 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
-    import torch
-
     from fedproxy.data.assets import resolve
     from fedproxy.models import check_model, load_model, load_tokenizer
 
+    device = _device(options.device)
     options.check()
     path = str(resolve(options.model) or options.model)
     tokenizer = load_tokenizer(path)
     for note in options.notes(check_model(path), tokenizer):  # before weights are loaded
         print(f"note: {note}", file=sys.stderr)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return options.ask(load_model(path, dtype=options.dtype).to(device), tokenizer, progress=True)
+
+
+def _device(name: str | None) -> "torch.device":
+    """Return the device of that name, on which a number was kept and read; None takes a GPU if there is one.
+
+    Raises:
+        ConfigError: If this machine cannot use it.
+    """
+    import torch
+
+    from fedproxy.errors import ConfigError, first_line
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).item()
+    except Exception as error:  # each kind of device fails in its own way
+        raise ConfigError(
+            f"device={name} cannot be used here ({first_line(error)}); give cpu, cuda, cuda:1 or mps, or leave it out"
+        ) from error
+    return device
 
 
 def _write(options: EvaluateArguments, result: "EvaluationResult", folder: Path) -> None:
     from fedproxy.files import write_json, write_text
+    from fedproxy.reporting.samples import sample_lines
 
     settings = dataclasses.asdict(options)
     scores = {"settings": settings, "scores": {**result.scores, "mean": result.mean}, "seconds": result.seconds}
     scores["notes"] = result.notes
     write_json(folder / _FILES[0], scores)  # first: by it the others are known as ours
-    write_text(folder / _FILES[1], "".join(json.dumps(sample) + "\n" for sample in result.samples))
+    write_text(folder / _FILES[1], sample_lines(result.samples))
     write_json(folder / _FILES[2], result.lm_eval)
 
 

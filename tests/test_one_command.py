@@ -51,7 +51,8 @@ def test_what_is_no_command_is_one_line():
 def test_doctor_names_what_is_here_and_fetches_nothing(tmp_path):
     code, out, _ = said("doctor", FEDPROXY_CACHE=str(tmp_path / "empty"))
     assert code == 0
-    lines = {line[:38].strip(): line[38:] for line in out.splitlines()}
+    lines = {line[:38].strip(): line[39:] for line in out.splitlines()}
+    assert {line[38] for line in out.splitlines()} == {" "}  # the longest name too is apart from what is said of it
     assert lines["fedproxy"].startswith(fedproxy.__version__)
     assert lines["fedproxy_tiny"].endswith("; fits")
     assert "fedproxy.assets fetch smollm2-135m" in lines["fedproxy_llama"]

@@ -172,6 +172,8 @@ def _checked(given: _Arguments, every: Sequence[str]) -> Study:
             known = ", ".join("null" if choice is None else choice for choice in choices)
             raise ConfigError(f"{key} must be one of {known}, got {one_line(repr(getattr(given, key)), 80)}")
     _check_labels(labels)
+    if not given.output_dir.strip():
+        raise ConfigError("output_dir must be a folder, got an empty text; give one, . for this folder")
     output = Path(given.output_dir)
     return Study(
         methods=methods,

@@ -216,12 +216,8 @@ class ValidationConfig:
         ok = self.select == "last" or self.every > 0
         _require("federation.validation.every", self.every, ok, "at least 1 with select=best")
         ok = self.evaluator is None or self.select == "last"
-        _require(
-            "federation.validation.select",
-            self.select,
-            ok,
-            "last where an evaluator scores rounds: it asks what the final scores are of",
-        )
+        rule = "last where an evaluator scores rounds: it asks what the final scores are of"
+        _require("federation.validation.select", self.select, ok, rule)
 
 
 @dataclass(frozen=True)
@@ -374,6 +370,7 @@ class RunConfig:
             if name not in INPUTS:
                 raise ConfigError(f"accept_changed: unknown input {name!r}{nearest(name, INPUTS)}")
         _require_different("loggers", self.loggers)
+        _require("output_dir", self.output_dir, bool(self.output_dir.strip()), "a folder; . is this one")
         member, known = self.federation.validation.evaluator, self.evaluation.members
         if member is not None and member not in known:
             raise ConfigError(f"federation.validation.evaluator: unknown evaluator {member!r}{nearest(member, known)}")

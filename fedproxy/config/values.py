@@ -13,6 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from fedproxy.errors import ConfigError, one_line
 
 _RULES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+_TRUTH = {"true", "false", "yes", "no", "y", "n", "on", "off", "1", "0"}
+_LARGEST = 2**63 - 1
+"""Largest whole number: what libraries count in."""
 _ELEMENTS = {int: "whole numbers like [0,1]", float: "numbers like [0.5,1.0]", str: "words like [a,b]"}
 
 
@@ -20,12 +23,14 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     """Convert one plain value to its declared type.
 
     Raises:
-        ConfigError: If it does not fit, or a number is infinite or none.
+        ConfigError: If it does not fit, or a number is infinite, none, or a whole one of more than 63 bits.
     """
     misfit = ConfigError(f"{key} must be {_rule(hint)}, got {one_line(repr(value), 80)}")
     _check_texts(hint, value, key)
     parts = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []
     if _is_flat(hint) and any(isinstance(part, list | dict) for part in parts):
+        raise misfit
+    if hint is bool and str(value).lower() not in _TRUTH:  # OmegaConf takes every number but 0 for true
         raise misfit
     try:
         merged = OmegaConf.merge(_schema(hint), {"value": value})
@@ -36,6 +41,8 @@ def typed(hint: Any, value: Any, key: str) -> Any:
     for number in numbers if isinstance(result, list | tuple | dict) else (result,):
         if isinstance(number, float) and not math.isfinite(number):
             raise ConfigError(f"{key} must be finite, got {number}; {_unlimited(hint)}")
+        if isinstance(number, int) and abs(number) > _LARGEST:
+            raise ConfigError(f"{key} must be at most {_LARGEST} in size, got {one_line(number, 40)}; give less")
     return result
 
 

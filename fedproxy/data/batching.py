@@ -29,7 +29,7 @@ def batches(
     shuffled = torch.randperm(len(lengths), generator=generator)
     tokens = torch.as_tensor(list(lengths), dtype=torch.long)
     result: list[list[int]] = []
-    for chosen in torch.split(shuffled, batch_size * window):
+    for chosen in torch.split(shuffled, max(1, min(batch_size * window, len(lengths)))):
         by_length = chosen[tokens[chosen].argsort(stable=True)]
         full, rest = divmod(len(chosen), batch_size)
         sizes = [batch_size] * full

@@ -5,10 +5,12 @@ conversation up to it has more than the text before it, generation prompt includ
 whole text is checked, as some templates write earlier turns anew when later ones come.
 """
 
+import json
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -19,6 +21,8 @@ from fedproxy.data.readers import LONGEST_TEXT
 from fedproxy.data.rows import Message, Row
 from fedproxy.errors import DataError, first_line, one_line
 
+Rendered = tuple[str, Spans]
+"""A template's text, and the characters that it marks as generated."""
 _MARKED = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -73,14 +77,49 @@ def rendered(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokeniz
     Raises:
         DataError: If there is no template, or it cannot render them.
     """
-    turns = [dict(message) for message in messages]
+    tools = list(row.tools) or None
+
+    def render(turns: list[dict[str, Any]]) -> Rendered:
+        text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=asks)
+        return str(text), []
+
     with _rendering(row, tokenizer):
-        text = str(
-            tokenizer.apply_chat_template(
-                turns, tools=list(row.tools) or None, tokenize=False, add_generation_prompt=asks
-            )
-        )
+        text, _ = _in_its_form(messages, render)
     return _bounded(row, text, tokenizer)
+
+
+def _in_its_form(messages: Sequence[Message], render: Callable[[list[dict[str, Any]]], Rendered]) -> Rendered:
+    """Return what a template makes of turns: with the arguments of calls as objects, as transformers has it.
+
+    A template that joins them to text, or prints them as Python would, gets them as JSON text.
+    """
+    turns = [dict(message) for message in messages]
+    told = [{**turn, "tool_calls": [_told(call) for call in turn["tool_calls"]]} if turn.get("tool_calls") else turn
+            for turn in turns]  # fmt: skip
+    if told == turns:
+        return render(turns)
+    try:
+        found = render(turns)
+    except Exception:
+        return render(told)
+    printed = any(str(arguments) in found[0] for turn in turns for arguments in _objects(turn) if arguments)
+    return render(told) if printed else found
+
+
+def _objects(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the arguments of a turn's calls that are objects."""
+    calls = [call.get("function", call) for call in turn.get("tool_calls", ())]
+    found = [call.get("arguments") for call in calls if isinstance(call, Mapping)]
+    return [arguments for arguments in found if isinstance(arguments, Mapping)]
+
+
+def _told(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a call with its arguments as JSON text."""
+    inner, arguments = call.get("function"), call.get("arguments")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _told(inner)}
+    told = isinstance(arguments, Mapping)
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)} if told else call
 
 
 @contextmanager
@@ -105,15 +144,20 @@ def _bounded(row: Row, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _marked(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:
     """Return a conversation's text and the characters that its template marks as generated."""
-    with _rendering(row, tokenizer):
+
+    def render(turns: list[dict[str, Any]]) -> Rendered:
         texts, marks = render_jinja_template(
-            conversations=[[dict(message) for message in row.messages]],
+            conversations=[turns],
             tools=list(row.tools) or None,
             chat_template=tokenizer.chat_template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
-    return _bounded(row, str(texts[0]), tokenizer), list(marks[0])
+        return str(texts[0]), list(marks[0])
+
+    with _rendering(row, tokenizer):
+        text, parts = _in_its_form(row.messages, render)
+    return _bounded(row, text, tokenizer), parts
 
 
 def _compared(row: Row, tokenizer: PreTrainedTokenizerBase) -> tuple[str, Spans]:

@@ -53,6 +53,23 @@ def encoding() -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def as_it_was(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Give a tokenizer back the cutting and padding that it had before the context: a call's own stays in it.
+
+    Saved with it, it would cut texts of whoever loads the file without transformers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    before = None if backend is None else (backend.truncation, backend.padding)
+    try:
+        yield
+    finally:
+        if backend is not None and before is not None:
+            cutting, padding = before
+            backend.no_truncation() if cutting is None else backend.enable_truncation(**cutting)
+            backend.no_padding() if padding is None else backend.enable_padding(**padding)
+
+
 def bare(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Encode texts without special tokens, whole, whatever cutting and padding the tokenizer was saved with."""
     if not texts:

@@ -46,6 +46,8 @@ class Lengths:
     """Most tokens of an example: the model's positions. None is no bound."""
     long_rows: str = "cut"
     """``cut``, ``split`` into windows (conversations and texts alone), or ``drop``."""
+    apart: bool = False
+    """Whether prompt and answer have their own limits in a conversation too, as where the answer alone is asked for."""
 
     @property
     def whole(self) -> int:
@@ -64,7 +66,7 @@ def fitted(row: Row, ids: list[int], spans: Spans, lengths: Lengths, before: Seq
         lengths: What there is room for.
         before: Special tokens in front of every text, which stay where anything of them has room behind them.
     """
-    whole = bool(row.messages) or row.is_text
+    whole = (bool(row.messages) and not lengths.apart) or row.is_text
     first = spans[-1][0]
     most_input, most_target = _shares(len(ids), first, lengths, text=row.is_text, whole=whole)
     input_cut, target_cut = first > most_input, len(ids) - first > most_target

@@ -20,11 +20,16 @@ class OwnedTexts(Container[str]):
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self._tails = frozenset(_tail_hash(row.prompt + row.target) for row in rows)
+        self._tails = frozenset(_tail_hash(_whole(row)) for row in rows)
 
     def __contains__(self, text: object) -> bool:
         """Return whether a client has this text, by its hash."""
         return isinstance(text, str) and _tail_hash(text) in self._tails
+
+
+def _whole(row: Row) -> str:
+    """Return a row's text; of a conversation its turns, which no blank divides by themselves."""
+    return f"{row.prompt}{' ' if row.messages else ''}{row.target}"
 
 
 def _tail_hash(text: str) -> bytes:

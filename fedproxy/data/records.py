@@ -24,7 +24,7 @@ class Columns:
     prompt: str = "prompt"
     target: str = "target"
     label: str | None = None
-    """Column for partitions that skew labels: whole numbers, or words that are numbered in sorted order."""
+    """Column for partitions that skew labels: whole numbers or words, which mean the same in every source."""
     owner: str | None = None
     """Column that names the client whose row it is."""
 

@@ -22,8 +22,8 @@ class Row:
     """Name of the task or file that the row comes from."""
     key: str
     """Stable name of the row, e.g. ``arc_easy/train/17``; errors and partitions name rows by it."""
-    label: int | None = None
-    """Gold choice of a multiple-choice row, for partitions that skew labels."""
+    label: int | str | None = None
+    """Gold choice of a multiple-choice row, or what a file's column says, for partitions that skew labels."""
     ends: bool = False
     """Whether the answer is over where the target ends, so that the model should write its end token next."""
     messages: tuple[Message, ...] = ()

@@ -7,13 +7,12 @@ like), a pattern of such files and folders (``data/ward_*.jsonl``), or a hub id.
 
 import glob
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from fedproxy.data.assets import resolve
 from fedproxy.data.formats import DataFormat
@@ -80,21 +79,18 @@ def read_source(
     named = tuple(column for column in (columns.label, columns.owner) if column is not None)
     required, optional = (*chosen.required(columns), *named), chosen.optional(columns)
     rows: list[Row] = []
-    labels: list[Any] = []
     for number, record in enumerate(islice(_records(path, split, required, optional), limit)):
         if not rows:
             chosen = chosen.settled(record, columns)
         row = chosen.row(record, columns, source=name, key=f"{name}/{split}/{number}")
         if columns.label is not None:
-            labels.append(_word_or_number(record, columns.label))
+            row = replace(row, label=_number_if_one(_word_or_number(record, columns.label)))
         if columns.owner is not None:
             row = replace(row, owner=str(_word_or_number(record, columns.owner)))
         rows.append(row)
     if not rows:
         raise DataError(f"{path} holds no rows (data set {name!r}, split {split!r}); give a file with at least one")
-    numbers = _numbered(labels)
-    labelled = [replace(row, label=label) for row, label in zip(rows, numbers, strict=True)] if labels else rows
-    return Source(labelled, chosen.name)
+    return Source(rows, chosen.name)
 
 
 def owners_in(path: str, column: str, *, split: str = "train") -> set[str]:
@@ -182,8 +178,12 @@ def count_texts(path: str) -> int:
 def _records(path: str, split: str, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Record]:
     """Yield every record of a path with its place in words; ``columns`` and ``optional`` are those looked at."""
     places = _places(path)
+    seen: set[Path] = set()
     for place in places:
-        yield from _local_records(place, split, columns, optional)
+        real = _read_place(place, split).resolve()
+        if real not in seen:  # a pattern may find a folder and the file in it, or a link to it
+            seen.add(real)
+            yield from _local_records(place, split, columns, optional)
     if not places:
         yield from _hub_records(path, split, columns, optional)
 
@@ -240,9 +240,7 @@ def _word_or_number(record: Record, column: str) -> int | str:
     return value
 
 
-def _numbered(labels: list[Any]) -> list[int]:
-    """Return whole numbers as they are, and anything else as its position among the sorted words."""
-    if all(isinstance(label, int) for label in labels):
-        return labels
-    position: Mapping[str, int] = {word: index for index, word in enumerate(sorted({str(label) for label in labels}))}
-    return [position[str(label)] for label in labels]
+def _number_if_one(label: int | str) -> int | str:
+    """Return a label that a CSV file holds as text as the number that it is elsewhere; 007 stays a word."""
+    number = isinstance(label, str) and label.isascii() and label.isdigit() and (label == "0" or label[0] != "0")
+    return int(label) if number else label

@@ -21,6 +21,7 @@ def tokenise(
     max_target_tokens: int,
     max_tokens: int | None = None,
     long_rows: str = "cut",
+    apart: bool = False,
 ) -> list[Example]:
     """Tokenise rows as lm-eval scores them, so that tuning and scoring see the same tokens.
 
@@ -48,6 +49,7 @@ def tokenise(
         max_target_tokens: Most target tokens of an example, the end token included, at least 1.
         max_tokens: Most tokens of an example: the model's positions. None is no bound.
         long_rows: What becomes of rows that are longer, see :class:`Lengths`.
+        apart: Whether the limits of prompt and answer hold for a conversation one by one.
 
     Returns:
         One example per row, in the rows' order; none of a row that is dropped, several of one that is split.
@@ -58,7 +60,7 @@ def tokenise(
     """
     if max_tokens is not None and max_tokens < 2:
         raise DataError(f"the model has {max_tokens} positions, and a prompt and its answer need 2; use another model")
-    lengths = Lengths(max_input_tokens, max_target_tokens, max_tokens, long_rows)
+    lengths = Lengths(max_input_tokens, max_target_tokens, max_tokens, long_rows, apart)
     before = leading_tokens(tokenizer)
     front = before or [tokenizer.bos_token_id]
     whole = zip(rows, _whole_tokens(rows, tokenizer, before), strict=True)

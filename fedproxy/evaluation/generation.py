@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from fedproxy.evaluation.decoding import SlotDecoder, Tokens, noise, read, token_bytes
+from fedproxy.models.modes import evaluating
 
 
 def generate(
@@ -112,11 +113,10 @@ def _ignores_padding(model: PreTrainedModel, prompts: Sequence[Tokens]) -> bool:
 @contextmanager
 def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
     """Set a model's own defaults for generation aside (penalties, sampling, beams): they are not greedy search."""
-    before, training = model.generation_config, model.training
+    before = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = before
-        model.train(training)

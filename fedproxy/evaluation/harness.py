@@ -19,6 +19,7 @@ from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.results import (
     EvaluationResult,
     missing_stderrs,
+    no_numbers,
     plain_results,
     question_samples,
     task_scores,
@@ -29,6 +30,7 @@ from fedproxy.evaluation.task_checks import (
     check_task,
 )
 from fedproxy.evaluation.task_loading import expand, load_task, needed_splits
+from fedproxy.models.modes import evaluating
 from fedproxy.task_means import mean_scores
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ def evaluate_model(
     """Score a causal language model on lm-eval tasks.
 
     Args:
-        model: The model, on its device; its weights are not changed and its training mode is restored.
+        model: The model, on its device; its weights are not changed and its modules' modes are restored.
         tokenizer: Its tokenizer.
         tasks: Task names: those of :func:`task_names` run on local files, task files of one's own on theirs, any other
             through the hub; a tag stands for its tasks.
@@ -92,23 +94,20 @@ def evaluate_model(
 
     check_tasks(tasks, limit=limit, num_fewshot=num_fewshot, split=split)
     chat.check(tokenizer)
-    start, training = time.perf_counter(), model.training
+    start = time.perf_counter()
     loaded = {task.name: task for task in _loaded(tasks, split, num_fewshot)}
     asked = {"limit": limit, "num_fewshot": num_fewshot, "seed": seed}
-    with quiet(), _bar(progress) as report:
+    with quiet(), evaluating(model), _bar(progress) as report:
         sizes = {"batch_size": batch_size, "batch_tokens": batch_tokens}
         lm = PrefixSharingLM(model, tokenizer, **sizes, autocast=autocast, on_progress=report)
-        try:
-            notes = [note for task in loaded.values() for note in _prepare(task, tokenizer, lm, asked, chat)]
-            raw = evaluate(
-                lm=lm,
-                task_dict={"tasks": {name: task.task for name, task in loaded.items()}},
-                limit=limit,
-                **chat.options(),
-                bootstrap_iters=1 if all(task.only_means for task in loaded.values()) else 0,
-            )
-        finally:
-            model.train(training)
+        notes = [note for task in loaded.values() for note in _prepare(task, tokenizer, lm, asked, chat)]
+        raw = evaluate(
+            lm=lm,
+            task_dict={"tasks": {name: task.task for name, task in loaded.items()}},
+            limit=limit,
+            **chat.options(),
+            bootstrap_iters=1 if all(task.only_means for task in loaded.values()) else 0,
+        )
     return _result(raw, loaded, lm, {**asked, "split": split, **chat.noted()}, notes, time.perf_counter() - start)
 
 
@@ -135,6 +134,7 @@ def _result(
     settings |= {"sharing": lm.sharing}
     logged = raw.pop("samples")
     samples = {name: question_samples(task, logged[name], lm.answer_tokens) for name, task in loaded.items()}
+    notes += [note for own in samples.values() for note in no_numbers(own)]
     for name, results in raw["results"].items():
         results |= missing_stderrs(results, samples[name])
     scores = {name: task_scores(raw["results"][name], samples[name]) for name in loaded}

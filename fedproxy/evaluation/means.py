@@ -6,7 +6,7 @@ from typing import Any
 
 from fedproxy.errors import EvaluationError
 
-Scores = Mapping[str, Mapping[str, float]]
+Scores = Mapping[str, Mapping[str, float | None]]
 Sample = Mapping[str, Any]
 
 _SAME = ("task", "doc_id", "doc_hash", "prompt_hash", "gold", "answer_tokens")
@@ -14,7 +14,7 @@ _SAME = ("task", "doc_id", "doc_hash", "prompt_hash", "gold", "answer_tokens")
 
 def mean_over_models(
     scores: Sequence[Scores], samples: Sequence[Sequence[Sample]]
-) -> tuple[dict[str, dict[str, float]], list[dict[str, Any]]]:
+) -> tuple[dict[str, Mapping[str, float | None]], list[dict[str, Any]]]:
     """Return the mean of several models' scores, and of their samples.
 
     A question's ``acc`` becomes the share of models that got it right, so that a paired comparison still pairs
@@ -31,14 +31,15 @@ def mean_over_models(
     means = [_mean_sample(rows) for rows in zip(*samples, strict=False)]
     if any(len(own) != len(means) for own in samples):
         raise EvaluationError("the clients' models answered different numbers of questions; evaluate the run again")
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, Mapping[str, float | None]] = {}
     for task, metrics in scores[0].items():
         own = [sample for sample in means if sample["task"] == task]
         shared = [key for key in metrics if all(key in other[task] for other in scores)]
-        found[task] = {key: sum(other[task][key] for other in scores) / len(scores) for key in shared}
+        mean = {key: _mean([other[task][key] for other in scores]) for key in shared}
         for key in shared:
             if key.endswith("_stderr") and (error := _standard_error(own, key.removesuffix("_stderr"))) is not None:
-                found[task][key] = error
+                mean[key] = error
+        found[task] = mean
     return found, means
 
 
@@ -49,12 +50,18 @@ def _mean_sample(rows: Sequence[Sample]) -> dict[str, Any]:
     mean = {key: first[key] for key in _SAME if key in first}
     for key, value in first.items():
         if key not in mean and isinstance(value, int | float):
-            mean[key] = sum(row[key] for row in rows) / len(rows)
+            mean[key] = _mean([row.get(key) for row in rows])
     return mean
 
 
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean, or None where a model's figure is none: it was not a number."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None
+
+
 def _standard_error(samples: Sequence[Sample], metric: str) -> float | None:
-    if len(samples) < 2 or any(metric not in sample for sample in samples):
+    if len(samples) < 2 or any(sample.get(metric) is None for sample in samples):
         return None
     values = [float(sample[metric]) for sample in samples]
     mean = sum(values) / len(values)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from fedproxy.data.assets import cache_root
+from fedproxy.data.assets import cache_root, tables_folder
 from fedproxy.errors import EvaluationError
 
 Split = Literal["test", "validation"]
@@ -79,7 +79,7 @@ class OfflineTask:
         paths = {split: cache_root() / file for split, file in self.declared.items()}
         config["dataset_kwargs"] = {
             "data_files": {split: str(path) for split, path in paths.items() if path.is_file()},
-            "cache_dir": str(cache_root() / "datasets"),
+            "cache_dir": str(tables_folder()),
         }
         for key, split in (("training_split", "train"), ("validation_split", "validation"), ("test_split", "test")):
             if self.file(split) is None:

@@ -5,20 +5,21 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproxy.data.conversations import rendered
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.evaluation.generation import generate
 from fedproxy.evaluation.quiet import quiet
-from fedproxy.evaluation.results import EvaluationResult
+from fedproxy.evaluation.results import EvaluationResult, no_numbers
 from fedproxy.evaluation.text_metrics import exact_match_and_f1, rouge_l
 from fedproxy.models.checkpoints import special_ids
+from fedproxy.models.modes import evaluating
 from fedproxy.models.positions import positions
 from fedproxy.task_means import mean_scores
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fedproxy.evaluation.evaluators.own_data import OwnData
 
 Progress = Callable[[int, int], None]
-_VERSION = 1
+_VERSION = 2
 """Goes up when a score of the same answers becomes another one."""
 
 
@@ -65,7 +66,7 @@ def score_rows(
     rows = [row for own in sources.values() for row in own]
     examples = _examples(rows, tokenizer, model.config, settings)
     asked = [index for index, row in enumerate(rows) if settings.max_new_tokens and not row.is_text]
-    with _evaluated(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
+    with quiet(), evaluating(model), torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
         report, total = progress or (lambda done, of: None), len(rows) + len(asked)
         nlls = _answer_nlls(model, tokenizer, examples, batch_tokens, autocast, lambda done: report(done, total))
         generated = [examples[index] for index in asked]
@@ -75,30 +76,20 @@ def score_rows(
     texts = dict(zip(asked, found, strict=True))
     answered = iter(zip(rows, examples, nlls, map(texts.get, range(len(rows))), strict=True))
     samples = {
-        source: [_sample(source, *next(answered), settings.judged_as(own)) for _ in own]
+        source: [_sample(source, *next(answered), settings.judged_as(own), tokenizer) for _ in own]
         for source, own in sources.items()
     }
+    flat = [sample for own in samples.values() for sample in own]
     scores = {source: _scores(own) for source, own in samples.items()}
     alone = [] if together else ["Answers are generated one by one: the model takes padding on the left for text."]
     return EvaluationResult(
         scores=scores,
         mean=mean_scores(scores),
-        samples=[sample for own in samples.values() for sample in own],
+        samples=flat,
         lm_eval=_details(sources, settings),
         seconds=time.perf_counter() - start,
-        notes=[*_length_notes(sources, examples), *alone],
+        notes=[*_length_notes(sources, examples), *alone, *no_numbers(flat)],
     )
-
-
-@contextmanager
-def _evaluated(model: "PreTrainedModel") -> Iterator[None]:
-    """Keep libraries quiet, and bring back the model's training mode."""
-    training = model.training
-    try:
-        with quiet():
-            yield
-    finally:
-        model.train(training)
 
 
 def scores_of_rows(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -147,6 +138,7 @@ def _examples(
         max_input_tokens=settings.max_prompt_tokens or longest,
         max_target_tokens=longest,
         max_tokens=most,
+        apart=True,
     )
 
 
@@ -223,12 +215,21 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=len(text))]
 
 
-def _sample(source: str, row: Row, example: Example, nll: float, text: str | None, judged: str) -> dict[str, Any]:
+def _sample(
+    source: str,
+    row: Row,
+    example: Example,
+    nll: float,
+    text: str | None,
+    judged: str,
+    tokenizer: "PreTrainedTokenizerBase",
+) -> dict[str, Any]:
+    asked = rendered(row, row.messages[:-1], tokenizer, asks=True) if row.messages else row.prompt
     sample: dict[str, Any] = {
         "task": source,
         "doc_id": row.key,
         "doc_hash": _sha256(row.prompt, row.target),
-        "prompt_hash": _sha256(row.prompt),
+        "prompt_hash": _sha256(asked),  # as the chat template frames it
         "answer_nll": nll / example.target_length,
         "answer_tokens": example.target_length,
     }

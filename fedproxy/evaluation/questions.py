@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedproxy.errors import ConfigError
 from fedproxy.evaluation.chat import ChatFormat
-from fedproxy.names import folded
+from fedproxy.names import check_names, folded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -60,8 +60,12 @@ class Questions:
             raise ConfigError("tasks is missing; write, for example, tasks=[arc_easy]")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise ConfigError("fewshot_as_multiturn needs apply_chat_template=true; add it")
-        if self.max_new_tokens < 0:
-            raise ConfigError(f"max_new_tokens must be at least 0, got {self.max_new_tokens}")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"limit must be at least 1, or null for all questions, got {self.limit}")
+        for key, least in (("max_new_tokens", 0), ("num_fewshot", 0), ("batch_size", 1), ("batch_tokens", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"{key} must be at least {least}, got {getattr(self, key)}")
+        check_names(self.files, "files")
         _check_names(self.files, self.tasks)
 
     def check(self) -> None:

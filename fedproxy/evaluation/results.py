@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -82,6 +83,24 @@ def question_samples(
             }
         samples.append(sample)
     return samples
+
+
+def no_numbers(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence for every source with questions at which a model's likelihoods are NaN: it says nothing there.
+
+    Of choices whose likelihood is NaN the first one counts as the answer, so that an accuracy looks like any other.
+    """
+    asked, lost = Counter[str](), Counter[str]()
+    for sample in samples:
+        values = [*sample.get("loglikelihoods", ()), sample.get("answer_nll", 0.0)]
+        asked[sample["task"]] += 1
+        lost[sample["task"]] += any(map(math.isnan, values))
+    return [
+        f"{task}: at {count} of {asked[task]} questions the model's likelihoods are not numbers (NaN), and its scores "
+        "there mean nothing; load it in another dtype, or look at its weights."
+        for task, count in lost.items()
+        if count
+    ]
 
 
 def missing_stderrs(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:

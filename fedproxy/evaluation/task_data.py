@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedproxy.data.assets import cache_root
+from fedproxy.data.assets import tables_folder
 from fedproxy.errors import EvaluationError, one_line
 
 _READERS = ("csv", "json", "parquet", "text")
@@ -43,7 +43,7 @@ def resolved_data(config: dict[str, Any], folder: Path, files: list[Path]) -> di
     _check_splits(config, found)
     if path == "parquet":
         _check_columns(files)
-    kwargs = {**options, "data_files": found, "cache_dir": str(cache_root() / "datasets")}
+    kwargs = {**options, "data_files": found, "cache_dir": str(tables_folder())}
     return {"dataset_kwargs": kwargs, "dataset_name": config.get("dataset_name")}
 
 

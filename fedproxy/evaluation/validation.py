@@ -11,6 +11,7 @@ from fedproxy.errors import DataError
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_loading import load_one, needed_splits
+from fedproxy.models.modes import evaluating
 from fedproxy.seeding import generator
 from fedproxy.task_means import mean_scores
 
@@ -122,13 +123,9 @@ def score_questions(
         for question in questions
         for number, request in enumerate(question.requests)
     ]
-    training = model.training
-    with quiet():
+    with quiet(), evaluating(model):
         lm = PrefixSharingLM(model, tokenizer, batch_tokens=_BATCH_TOKENS, autocast=autocast)
-        try:
-            answers = iter(lm.loglikelihood(asked, disable_tqdm=True))
-        finally:
-            model.train(training)
+        answers = iter(lm.loglikelihood(asked, disable_tqdm=True))
     by_source: dict[str, list[tuple[Question, list[float]]]] = {}
     for question in questions:
         values = [float(next(answers)[0]) for _ in question.requests]
@@ -158,7 +155,7 @@ def _question(task: LoadedTask, doc: dict[str, Any], row: Row) -> Question:
         found: Mapping[str, float] = task.task.process_results(doc, [(value, False) for value in loglikelihoods])
         return found
 
-    assert row.label is not None  # a row of a task has its gold choice
+    assert isinstance(row.label, int)  # a row of a task has its gold choice
     accuracies = tuple(name for name in ACCURACIES if name in task.task.aggregation())
     return Question(task.name, row.key, tuple(task.requests(doc)), row.label, accuracies, judge)
 

@@ -287,6 +287,10 @@ class Overlay(Mapping[str, Tensor]):
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a second model over the same tensors: it costs no memory until :func:`set_weights` replaces some."""
+    """Return a second model over the same tensors, in evaluation mode.
+
+    It costs no memory until :func:`set_weights` replaces some.
+    """
     tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors})
+    second: PreTrainedModel = copy.deepcopy(model, memo={id(tensor): tensor for tensor in tensors}).eval()
+    return second

@@ -12,7 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedproxy.config import DataConfig, RunConfig
 from fedproxy.data.assets import resolve
+from fedproxy.data.encoding import as_it_was
 from fedproxy.data.formats import DataFormat
+from fedproxy.data.holdout import hold_out
 from fedproxy.data.records import Columns
 from fedproxy.data.rows import Row
 from fedproxy.data.sources import Source, count_texts, ending, read_source, read_texts
@@ -63,7 +65,7 @@ def deal(config: DataConfig, *, seed: int) -> Dealt:
             notes.append(f"data.files.{name} was read as {source.form} (data.format.name=auto).")
         rows += _sample(source.rows, config.rows_per_task, seed=seed, source=name)
     if config.holdout is not None:
-        rows, said = _held_out(rows, config.holdout, seed)
+        rows, said = hold_out(rows, config.holdout, seed)
         notes += said
     clients = config.partition.split(_weighed(rows, config.weights, seed), seed)
     for client, own in clients.items():
@@ -113,44 +115,6 @@ def _ending(rows: list[Row], ends: bool) -> list[Row]:
     return [replace(row, ends=True) for row in rows] if ends else rows
 
 
-def _held_out(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[str]]:
-    """Mark a share or a number of each source's (or named client's) rows as held out, and say in words how many.
-
-    The draw depends on the seed and the rows' keys alone, so that whoever owns the rows, the same are held out. One
-    whose prompt a training row has as well, or the text where there is no prompt, is dropped.
-    """
-    groups: dict[tuple[str, str | None], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.source, row.owner), []).append(row)
-    chosen: set[str] = set()
-    for own in groups.values():
-        count = round(share * len(own)) if share < 1 else int(share)
-        ranked = sorted(own, key=lambda row: derive_seed(seed, "holdout", row.key))
-        chosen.update(row.key for row in ranked[:count])
-    if not chosen:
-        raise DataError(
-            f"data.holdout={share}: that share of the largest of {len(groups)} groups of rows, "
-            f"{max(map(len, groups.values()))} rows, is less than half a row; hold out more, or give more rows"
-        )
-    trained = {_asked(row) for row in rows if row.key not in chosen}
-    fresh = [row for row in rows if row.key not in chosen or _asked(row) not in trained]
-    kept = [replace(row, held_out=True) if row.key in chosen else row for row in fresh]
-    dropped = len(rows) - len(kept)
-    if dropped == len(chosen):
-        raise DataError(
-            f"data.holdout={share}: none of {dropped} held-out rows is left, as training rows have the same prompts; "
-            "hold out more, or remove repeated rows"
-        )
-    notes = [f"{len(chosen) - dropped} of {len(kept)} rows are held out: nobody trains on them."]
-    if dropped:
-        notes.append(f"{dropped} further held-out rows were dropped: training rows have the same prompts.")
-    return kept, notes
-
-
-def _asked(row: Row) -> str:
-    return " ".join((row.prompt or row.target).split())
-
-
 def _weighed(rows: Sequence[Row], weights: Mapping[str, float], seed: int) -> list[Row]:
     """Give training rows the number of times that they stand in an epoch; those that stand in none are left out."""
     result = list(rows)
@@ -159,6 +123,11 @@ def _weighed(rows: Sequence[Row], weights: Mapping[str, float], seed: int) -> li
         often, part = divmod(weight, 1.0)
         order = torch.randperm(len(own), generator=generator(seed, "weight", source)).tolist()
         more = {own[index] for index in order[: round(part * len(own))]}
+        if own and not often and not more:
+            raise DataError(
+                f"data.weights.{source}={weight:g}: that share of its {len(own)} rows is less than half a row, and "
+                "none is left to train on; give it more, or leave the source out"
+            )
         for index in own:
             result[index] = replace(result[index], copies=int(often) + (index in more))
     return [row for row in result if row.copies]
@@ -383,7 +352,7 @@ def text_batches(
     Returns:
         Batches of ``input_ids`` and ``attention_mask``, int64 (batch, tokens).
     """
-    with encoding():
+    with encoding(), as_it_was(tokenizer):
         encoded = tokenizer(list(texts), truncation=True, max_length=max_tokens)["input_ids"]
     encoded = sorted((ids for ids in encoded if ids), key=len)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

@@ -18,8 +18,8 @@ from fedproxy.reporting.tables import Table
 NLL_DIFFERENCE = "answer NLL difference (95 %)"
 """Head of a column of paired differences in nats per answer token."""
 NLL = "answer_nll"
-_RIGHT_OR_WRONG = ("acc_norm", "acc", "exact_match", "em")
-"""Metrics by which a question is answered or is not."""
+MCNEMAR, SIGN_FLIP = "McNemar", "sign-flip"
+"""The two tests: of answers that are right or wrong, and of any others."""
 SEED = 0
 """Seed of the bootstrap: the same samples give the same interval."""
 
@@ -37,11 +37,13 @@ class PairedDifference:
     """Questions that only the first got right, or at which it was better, all tasks pooled."""
     only_second: int
     p_value: float
-    """McNemar's exact test on the pooled questions; a sign-flip test where answers are not right or wrong."""
+    """By :attr:`test`; McNemar's on the pooled questions."""
     holm_p_value: float
     """The same, Holm-corrected over the rows of its table."""
     answer_nll: Interval | None = None
     """Difference in nats per answer token, mean over questions and tasks; below 0 the second is better."""
+    test: str = MCNEMAR
+    """Where answers of a table are not right or wrong alone, as means over clients are not, :data:`SIGN_FLIP`."""
 
 
 def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metric: str) -> list[PairedDifference]:
@@ -52,7 +54,9 @@ def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metri
         metric: A metric that every question has.
     """
     counts = {name: _discordant(first, second, metric) for name, (first, second) in pairs.items()}
-    p_values = {name: _p_value(*pairs[name], metric, count) for name, count in counts.items()}
+    answers = (value for pair in pairs.values() for one in pair for values in one.by_task(metric) for value in values)
+    test = MCNEMAR if all(value in (0, 1) for value in answers) else SIGN_FLIP
+    p_values = {name: _p_value(*pairs[name], metric, count, test) for name, count in counts.items()}
     corrected = holm(p_values)
     return [
         PairedDifference(
@@ -64,6 +68,7 @@ def paired_differences(pairs: Mapping[str, tuple[Evaluation, Evaluation]], metri
             p_values[name],
             corrected[name],
             _interval(first, second, NLL) if metric != NLL and first.has(NLL) and second.has(NLL) else None,
+            test,
         )
         for name, (first, second) in pairs.items()
     ]
@@ -78,8 +83,8 @@ def _interval(first: Evaluation, second: Evaluation, metric: str) -> Interval:
     return paired_bootstrap(_differences(first, second, metric), np.random.default_rng(SEED))
 
 
-def _p_value(first: Evaluation, second: Evaluation, metric: str, count: tuple[int, int]) -> float:
-    if metric in _RIGHT_OR_WRONG:
+def _p_value(first: Evaluation, second: Evaluation, metric: str, count: tuple[int, int], test: str) -> float:
+    if test == MCNEMAR:
         return mcnemar_exact(*count)
     return sign_flip_test(_differences(first, second, metric), np.random.default_rng(SEED))
 
@@ -185,8 +190,7 @@ def _only(evaluation: Evaluation, task: str) -> Evaluation:
 def paired_table(rows: Sequence[PairedDifference], head: str = "model") -> Table:
     """Return the differences as finished text: points, 95 % interval, questions won and lost, p-values."""
     metric = rows[0].metric
-    test = "McNemar p" if metric in _RIGHT_OR_WRONG else "sign-flip p"
-    columns = [head, "questions", f"{metric} difference", "95 % interval", "lost / won", test, "Holm p"]
+    columns = [head, "questions", f"{metric} difference", "95 % interval", "lost / won", f"{rows[0].test} p", "Holm p"]
     with_nll = all(row.answer_nll for row in rows)
     return Table(
         [*columns, NLL_DIFFERENCE] if with_nll else columns,
@@ -211,7 +215,7 @@ def paired_hint(rows: Sequence[PairedDifference]) -> str:
     metric = rows[0].metric
     counted = "Points" if facts(metric).share else f"{metric}, mean over questions and tasks"
     better = "" if facts(metric).higher_is_better else " (below 0 is better)"
-    test = "McNemar's exact test" if metric in _RIGHT_OR_WRONG else "a sign-flip randomisation test"
+    test = "McNemar's exact test" if rows[0].test == MCNEMAR else "a sign-flip randomisation test"
     return (
         f"{counted}{better}, with the 95 % interval of a paired bootstrap over the same questions; p is {test}, "
         "Holm-corrected over the rows."

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedproxy.errors import CheckpointError
 from fedproxy.files import read_json, write_json, write_text
 from fedproxy.reporting.markdown import escape, markdown_table
-from fedproxy.reporting.pairing import RunDifferences, between_runs, paired_table
+from fedproxy.reporting.pairing import RunDifferences, between_runs, paired_hint, paired_table
 
 
 def save_comparison(first: str | Path, second: str | Path) -> Path:
@@ -33,9 +33,7 @@ def comparison_page(first: str, second: str, found: RunDifferences) -> str:
     lines = [f"# {second} against {first}", ""]
     if found.models:
         lines += [
-            f"{second} minus {first} on the same questions, in points: the mean over tasks with the 95 % interval of a "
-            "paired bootstrap (stratified by task); questions lost and won; McNemar's exact p, Holm-corrected over the "
-            "table's rows.",
+            f"{second} minus {first}, mean over tasks, and questions lost and won. {escape(paired_hint(found.models))}",
             "",
             markdown_table(paired_table(found.models)),
             "",

@@ -300,6 +300,9 @@ def _check_values(report: RunReport) -> None:
     for model in report.scores:
         if model not in MODELS:
             raise SchemaError(f"scores has an unknown model {model!r}{nearest(model, MODELS)}")
+    blocks = report.compression
+    if blocks is not None and blocks.scores and not set(blocks.kept) <= set(range(len(blocks.scores))):
+        raise SchemaError(f"compression.kept must name blocks from 0 to {len(blocks.scores) - 1}, got {blocks.kept}")
     for index, line in enumerate(report.rounds):
         size = len(line.clients)
         if line.cosine is not None and [len(row) for row in line.cosine] != [size] * size:

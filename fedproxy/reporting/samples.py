@@ -6,6 +6,7 @@ results file with one more key, ``tasks``, that says what has to agree before tw
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,9 +61,14 @@ def save_evaluation(run: str | Path, model: str, samples: Iterable[Sample], lm_e
         CheckpointError: If the folder cannot be written.
     """
     folder = Path(run) / "evaluation"
-    lines = (json.dumps(plain(sample), ensure_ascii=False, allow_nan=False) for sample in samples)
-    write_text(folder / f"{model}.samples.jsonl", "".join(f"{line}\n" for line in lines))
+    write_text(folder / f"{model}.samples.jsonl", sample_lines(samples))
     write_json(folder / f"{model}.json", {**lm_eval, "tasks": task_settings(lm_eval)})
+
+
+def sample_lines(samples: Iterable[Sample]) -> str:
+    """Return samples as JSON, a line each; what is not a number (NaN, infinities) is null."""
+    lines = (json.dumps(plain(sample), ensure_ascii=False, allow_nan=False) for sample in samples)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def task_settings(lm_eval: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -133,7 +139,7 @@ def _sample(line: str, where: str) -> dict[str, Any]:
     if missing:
         raise EvaluationError(f"{where} lacks {' and '.join(missing)}; evaluate the run again")
     for metric, value in sample.items():
-        if metric in _METRICS and not isinstance(value, int | float | None):
+        if metric in _METRICS and value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             got = one_line(value, 40)
             raise EvaluationError(f"{where}: {metric} must be a number, got {got}; evaluate the run again")
     return sample

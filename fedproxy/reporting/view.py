@@ -346,7 +346,8 @@ def _repeat(folder: Path) -> list[str]:
     """Return the commands that repeat the run and rebuild its pages; config.yaml is itself a recipe."""
     if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())
-    again = folder.with_name(f"{folder.name or 'run'}-again")
+    name = folder.resolve().name or "run"  # of . and .. too
+    again = folder.parent / f"{name}-again" if folder.name not in ("", "..") else folder / ".." / f"{name}-again"
     recipe, first, second = (shlex.quote(str(path)) for path in (folder / "config.yaml", folder, again))
     commands = [
         f"python -m fedproxy.fit recipe={recipe} output_dir={second}",

@@ -62,3 +62,8 @@ def test_several_targets_of_one_example_are_labelled_each():
 
 def test_a_target_token_equal_to_the_pad_token_keeps_its_label():
     assert collate([Example((5, 0), ((1, 2),), "a")], pad_id=0)["labels"].tolist() == [[-100, 0]]
+
+
+def test_a_batch_size_beyond_all_rows_is_one_batch():
+    (batch,) = batches([3, 1, 2], 2**63 - 1, torch.Generator().manual_seed(0))
+    assert sorted(batch) == [0, 1, 2]

@@ -77,6 +77,20 @@ def test_tool_calls_and_tools_are_kept_as_they_are(tmp_path):
     assert json.loads(row.target) == [call]
 
 
+@pytest.mark.parametrize("flat", [False, True])
+def test_arguments_of_a_call_are_objects_also_where_they_come_as_text(tmp_path, flat):
+    kept = {"a": {"a": 1, "unit": "mg"}, "b": "", "c": "[1]", "d": '{"a": 1, "a": 2}', "e": None}
+    sent = {**kept, "a": '{"a": 1, "unit": "mg"}'}
+
+    def calls(arguments):
+        named = [{"name": name, "arguments": value} for name, value in arguments.items()]
+        return named if flat else [{"function": one} for one in named]
+
+    turn = {"role": "assistant", "content": None}
+    path = write(tmp_path / "d.jsonl", {"messages": [USER, {**turn, "tool_calls": calls(sent)}]})
+    assert read(path, "chat")[0].messages[1]["tool_calls"] == calls(kept)
+
+
 def test_alpaca_rows_and_renamed_columns(tmp_path):
     records = [{"instruction": "Say.", "input": about, "output": "It."} for about in ("", None, " ", "this\nthing")]
     rows = read(write(tmp_path / "d.jsonl", *records, {"instruction": "Say.", "output": "It."}), "instruction")

@@ -17,5 +17,13 @@ def test_the_last_ten_words_decide():
     assert "" not in owned
 
 
+def test_the_turns_of_a_conversation_are_words_apart():
+    turns = ({"role": "user", "content": "What hurts?"}, {"role": "assistant", "content": "My knee."})
+    owned = OwnedTexts([Row("What hurts?", "My knee.", "s", "s/0", messages=turns), Row("It hu", "rts", "s", "s/1")])
+    assert "What hurts?\nMy knee." in owned
+    assert "what hurts? my knee." in owned
+    assert "It hurts" in owned  # a prompt and its target are one text as they stand
+
+
 def test_no_rows_own_nothing():
     assert "anything" not in OwnedTexts([])

@@ -81,10 +81,29 @@ def test_a_target_carries_its_delimiter(tmp_path, prompt, target, expected):
 def test_columns_have_the_users_names(tmp_path):
     path = jsonl(tmp_path / "d.jsonl", [{"ask": "Q", "say": "A", "mood": m} for m in ("sad", "glad", "sad")])
     rows = read_rows("mine", path, columns=Columns("ask", "say", label="mood"))
-    assert [row.label for row in rows] == [1, 0, 1]  # sorted: glad, sad
+    assert [row.label for row in rows] == ["sad", "glad", "sad"]
     assert rows[0].prompt == "Q"
     numbers = jsonl(tmp_path / "n.jsonl", [{"ask": "Q", "say": "A", "mood": m} for m in (7, 3)])
     assert [row.label for row in read_rows("mine", numbers, columns=Columns("ask", "say", label="mood"))] == [7, 3]
+
+
+def test_a_label_is_the_same_in_every_source(tmp_path):
+    words = {"first": ("cold", "flu"), "second": ("asthma", "flu"), "third": ("0", "007")}
+    found = {}
+    for name, labels in words.items():
+        path = write(tmp_path / f"{name}.csv", "prompt,target,dx\n" + "".join(f"Q,A,{label}\n" for label in labels))
+        found[name] = [row.label for row in read_rows(name, path, columns=Columns(label="dx"))]
+    assert found == {"first": ["cold", "flu"], "second": ["asthma", "flu"], "third": [0, "007"]}
+
+
+def test_a_pattern_reads_every_file_once(tmp_path):
+    (tmp_path / "set").mkdir()
+    path = jsonl(tmp_path / "set" / "train.jsonl", RECORDS)
+    (tmp_path / "set" / "again.jsonl").symlink_to(path)
+    for pattern in (f"{tmp_path}/set/**", f"{tmp_path}/*t*", f"{tmp_path}/set/*.jsonl"):
+        rows = read_rows("mine", pattern)
+        assert [row.prompt for row in rows] == [f"Q{i}" for i in range(5)]
+        assert [row.key for row in rows] == [f"mine/train/{i}" for i in range(5)]
 
 
 GOOD = '{"prompt": "Q", "target": "A"}\n'

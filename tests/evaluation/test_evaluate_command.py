@@ -59,6 +59,25 @@ def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, model, token
     assert set(json.loads((tmp_path / "both" / "results.json").read_text())["configs"]) == {"arc_easy", "ward"}
 
 
+def test_likelihoods_that_are_no_numbers_are_told_and_kept_as_json(cache, checkpoint, model, tmp_path, capsys):
+    model.lm_head.weight.data.fill_(float("nan"))  # what a half-precision overflow comes to
+    model.save_pretrained(checkpoint)
+    write_rows(tmp_path / "ward.jsonl", [{"prompt": "The sky is", "target": "blue"}] * 2)
+    words = [f"model={checkpoint}", "tasks=[arc_easy]", f"files.ward={tmp_path}/ward.jsonl", "max_new_tokens=0"]
+    evaluate.main([*words, f"output_dir={tmp_path}/found"])
+    lost = ["arc_easy: at 5 of 5 questions", "ward: at 2 of 2 questions"]
+    notes = json.loads((tmp_path / "found" / "scores.json").read_text())["notes"]
+    assert [note.split(" the model's")[0] for note in notes if "(NaN)" in note] == lost
+    assert "note: ward: at 2 of 2 questions the model's likelihoods are not numbers (NaN)" in capsys.readouterr().out
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "found" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line, parse_constant=refuse) for line in lines]
+    assert [sample["answer_nll"] for sample in samples] == [None] * 7
+
+
 def test_a_file_named_like_a_task_of_a_tag_is_refused(cache, tmp_path):
     write_rows(tmp_path / "ward.jsonl", [{"prompt": "The sky is", "target": "blue"}])
     (tmp_path / "tasks").mkdir()
@@ -102,13 +121,27 @@ def test_files_of_others_and_a_folder_in_use_are_left_alone(tmp_path):
         (["model=x", "tasks=[boolq]", "files.BoolQ=b"], ConfigError, "files.BoolQ is also the name of a task; name"),
         (["model=x", "files.a=nowhere.jsonl"], DataError, "nowhere.jsonl does not exist"),
         (["model=x", "files.a=b", "max_new_tokens=-1"], ConfigError, "max_new_tokens must be at least 0, got -1"),
-        (["model=x", "tasks=[arc_easy]", "limit=many"], ConfigError, "limit: Value 'many' of type 'str'"),
+        (["model=x", "tasks=[arc_easy]", "limit=many"], ConfigError, "limit must be a whole number, or null, got 'ma"),
+        (["model=x", "files.a=b", "limit=0"], ConfigError, "limit must be at least 1, or null for all questions, got"),
+        (["model=x", "files.a=b", "num_fewshot=-1"], ConfigError, "num_fewshot must be at least 0, got -1"),
+        (["model=x", "files.a=b", "batch_tokens=0"], ConfigError, "batch_tokens must be at least 1, got 0"),
+        (["model=x", "files.a=b", "batch_size=-2"], ConfigError, "batch_size must be at least 1, got -2"),
+        (["model=x", "files.a=b", "files.A=c"], ConfigError, "files: the names 'a' and 'A' differ in case or compos"),
+        (["model=x", "files.a.b=c"], ConfigError, "files.a must be a text, got a mapping: a dot in a key begins"),
+        (["model=x", "files.a=${oc.env:HOME}"], ConfigError, r"files.a: \$\{oc.env:HOME\} is not read"),
+        (["model=x", "tasks={a: b}"], ConfigError, r"tasks\[0\] must be a text, got a mapping"),
+        (["model=x", "tasks=[a]", "dtype=int8"], ConfigError, "^dtype must be one of float32, bfloat16, float16, got"),
+        (["model=x", "tasks=[a]", "overwrite=3"], ConfigError, "^overwrite must be true or false, got 3"),
+        (["model=x", "tasks=[a]", "output_dir="], ConfigError, "^output_dir must be a folder, got an empty text; give"),
+        (["model=x", "files.a=b", "device=nowhere"], ConfigError, "^device=nowhere cannot be used here .Expected one"),
+        (["model=x", "files.a=b", "device=meta"], ConfigError, "^device=meta cannot be used here .*; give cpu, cuda"),
+        (["model=x", "files.a=b", "device=cuda:99"], ConfigError, "^device=cuda:99 cannot be used here .*; give cpu"),
         (["model=x", "tasks=[arc_easy]", "limit=99"], EvaluationError, "evaluation.limit 99 is above the 5 questions"),
     ],
 )
 def test_errors_are_one_line(cache, tmp_path, arguments, error, message):
     with pytest.raises(error, match=message) as raised:
-        evaluate.main([*arguments, f"output_dir={tmp_path}/none"] if "tasks" not in arguments else arguments)
+        evaluate.main([f"output_dir={tmp_path}/none", *arguments])
     assert "\n" not in str(raised.value)
 
 

@@ -116,6 +116,34 @@ def test_what_has_no_room_is_told(model, tokenizer):
     assert own_data_notes({"ward": ROWS}, OwnData(max_prompt_tokens=2), model.config, tokenizer)
 
 
+def talk(*said):
+    roles = ("user", "assistant")
+    turns = tuple({"role": roles[place % 2], "content": text} for place, text in enumerate(said))
+    return Row("\n".join(said[:-1]), said[-1], "ward", "ward/test/0", messages=turns)
+
+
+def test_the_longest_prompt_of_a_conversation_is_the_options(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", chat_template("none", tokenizer))
+    rows, read = [talk("grass is green", "snow", "The sky is", "blue")], []
+    monkeypatch.setattr(own_data, "generate", lambda _, prompts, *__, **___: (read.extend(prompts), ([[]], True))[1])
+    short = score_rows(model, tokenizer, {"ward": rows}, OwnData(max_prompt_tokens=5))
+    whole = score_rows(model, tokenizer, {"ward": rows}, OwnData())
+    assert len(read[0]) == 5 < len(read[1])
+    assert read[0] == read[1][-5:]
+    assert short.samples[0]["answer_tokens"] == whole.samples[0]["answer_tokens"]
+    assert "ward: of 1 held-out rows 1 lose the beginning of their prompt" in short.notes[0]
+
+
+def test_another_template_asks_another_prompt(model, tokenizer, monkeypatch):
+    rows, found = [talk("The sky is", "blue")], []
+    for choice in ("none", "chatml", "none"):
+        monkeypatch.setattr(tokenizer, "chat_template", chat_template(choice, tokenizer))
+        [sample] = score_rows(model, tokenizer, {"ward": rows}, OwnData(max_new_tokens=0)).samples
+        found.append(sample)
+    assert len({sample["doc_hash"] for sample in found}) == 1
+    assert found[0]["prompt_hash"] == found[2]["prompt_hash"] != found[1]["prompt_hash"]
+
+
 def test_the_model_is_left_as_it_was(model, tokenizer):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     model.train()

@@ -130,7 +130,7 @@ def test_held_out_rows_count_as_clients_text_and_lie_in_a_file_of_their_own(tmp_
     clients = client_rows(data(*site, "data.holdout=2"), seed=1)
     kept = ClientRows(clients, tmp_path / "rows")
     (row, *_) = (row for row in clients["a"] if row.held_out)
-    assert row.prompt + row.target in kept.owned
+    assert f"{row.prompt}\n{row.target}" in kept.owned
     assert kept.held_out("a") == [own for own in clients["a"] if own.held_out]
     assert kept["a"] == 10
     assert ClientRows(client_rows(data(*site), seed=1), tmp_path / "other").held_out("a") == []
@@ -294,5 +294,6 @@ def test_prompts_in_chat_form_and_formats_of_single_files(tmp_path):
 
 def test_a_conversation_is_a_clients_text_however_it_is_framed():
     row = Row("a\nb", "it is so", "s", "k", messages=({"role": "user", "content": "b"},))
-    assert "a b it is so" not in OwnedTexts([row])  # one word is not the end of another
-    assert "a\nbit is so" in OwnedTexts([row])
+    assert "a\nb it is so" in OwnedTexts([row])
+    assert "Text before: A b\n\nit is so" not in OwnedTexts([row])  # fewer than ten words are compared whole
+    assert "a\nbit is so" not in OwnedTexts([row])  # where one turn ends, a word does

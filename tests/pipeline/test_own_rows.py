@@ -142,3 +142,14 @@ def test_an_end_token_at_which_the_model_does_not_stop_is_said(run_tiny, ward, t
     said = [note for note in run_tiny(*words)[0].notes if "generation does not stop there by itself" in note]
     assert len(said) == 1
     assert not [note for note in run_tiny(*ward, "federation.rounds=0")[0].notes if "does not stop" in note]
+
+
+def test_a_weight_that_leaves_a_client_no_row_is_refused(ward, tmp_path):
+    (tmp_path / "clinic.jsonl").write_text('{"prompt": "Q", "target": "A"}\n')
+    words = ["recipe=fedproxy_tiny", *ward, f"data.files.clinic={tmp_path / 'clinic.jsonl'}"]
+    clients = client_rows(load_config([*words, "data.weights.ward=0.1"]).data, seed=1)
+    assert {name: len(rows) for name, rows in clients.items()} == {"clinic": 1, "ward": 1}  # 0.6 of a row is one
+    for weight in ("0.08", "0.01"):
+        config = load_config([*words, f"data.weights.ward={weight}"])
+        with pytest.raises(DataError, match=rf"^data.weights.ward={weight}: that share of its 6 rows is less than"):
+            client_rows(config.data, seed=1)

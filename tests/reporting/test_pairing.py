@@ -1,4 +1,5 @@
 import json
+from itertools import product
 
 import pytest
 
@@ -32,6 +33,31 @@ def test_difference_counts_and_tests_by_hand(tmp_path):
     assert row.p_value == mcnemar_exact(1, 2) == 1.0
     assert [(task.name, task.difference.estimate) for task in found.tasks] == [("easy", 0.5), ("hard", -0.5)]
     assert row.answer_nll is None
+
+
+def test_means_over_models_are_tested_by_signs_of_their_size(tmp_path):
+    # three models each: one question moves by 2/3, four by 1/3 the other way; as lost and won they would be 1 / 4
+    first = [question("easy", i, value / 3) for i, value in enumerate((2, 0, 0, 0, 0))]
+    second = [question("easy", i, value / 3) for i, value in enumerate((0, 1, 1, 1, 1))]
+    found = between_runs(*two(tmp_path, first, second))
+    (row,) = found.models
+    assert (row.only_first, row.only_second, row.test) == (1, 4, "sign-flip")
+    # of 32 signs of (-2, 1, 1, 1, 1), sum 2: as far from zero are those with a sum of 2 or more
+    sums = [a * 2 + b + c + d + e for a, b, c, d, e in product((1, -1), repeat=5)]
+    assert row.p_value == pytest.approx(sum(abs(one) >= 2 for one in sums) / 32)
+    assert paired_table(found.models).head[5] == "sign-flip p"
+    assert "McNemar" not in comparison_page("a", "b", found)
+
+
+def test_a_page_by_likelihood_says_its_own_units_and_test(tmp_path):
+    nlls = [[{**question("ward", i, 1, acc=None, acc_norm=None), "answer_nll": value + i} for i in range(4)]
+            for value in (3.0, 2.5)]  # fmt: skip
+    found = between_runs(*two(tmp_path, *nlls))
+    page = comparison_page("a", "b", found)
+    assert "answer_nll, mean over questions and tasks (below 0 is better)" in page
+    assert "a sign-flip randomisation test" in page
+    assert "oints" not in page
+    assert "McNemar" not in page
 
 
 def test_questions_are_paired_by_hash_whatever_their_order(tmp_path):
@@ -154,6 +180,10 @@ def test_broken_files_are_named_with_their_line(tmp_path):
     path.write_text(json.dumps({"task": "easy"}))
     with pytest.raises(EvaluationError, match=r"line 1 lacks doc_hash"):
         load_evaluation(tmp_path, "fused")
+    for value in ("NaN", "-Infinity"):
+        path.write_text(good.replace('"acc": 1', f'"acc": {value}'))
+        with pytest.raises(EvaluationError, match=r"line 1: acc must be a number, got (nan|-inf); evaluate the run"):
+            load_evaluation(tmp_path, "fused")
     path.write_text("[]")
     with pytest.raises(EvaluationError, match=r"line 1 cannot be used: it must hold an object, got list"):
         load_evaluation(tmp_path, "fused")

@@ -25,6 +25,21 @@ def test_pages_are_made_again_from_the_json(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(page) for page in pages]
 
 
+@pytest.mark.parametrize(
+    ("inside", "word", "again"), [("run", ".", "../run-again"), ("run/server", "..", "../../run-again")]
+)
+def test_a_run_is_named_from_within(tmp_path, monkeypatch, inside, word, again):
+    save_report(full_report(), tmp_path / "run")
+    (tmp_path / inside).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / inside)
+    for page in ("report.md", "report.html"):
+        (tmp_path / "run" / page).unlink()
+    main([word])
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert f"python -m fedproxy.report {word} {again}\n" in page
+    assert (tmp_path / inside / again).resolve() == tmp_path / "run-again"
+
+
 def test_pages_of_others_are_left_alone(tmp_path):
     save_report(full_report(), tmp_path / "run")
     (tmp_path / "report.json").write_text((tmp_path / "run" / "report.json").read_text())

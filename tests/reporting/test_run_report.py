@@ -87,6 +87,10 @@ def test_failed_run_is_saved_with_its_error(tmp_path):
         ({"schema_version": "1"}, r"schema_version must be 1, got '1'"),
         ({"scores": None}, r"scores must be an object, got None"),
         ({"scores": {"targt": {}}}, r"unknown model 'targt'; did you mean 'target'"),
+        (
+            {"compression": {"scores": [0.1, 0.2], "kept": [0, 2]}},
+            r"compression.kept must name blocks from 0 to 1, got",
+        ),
         ({"scores": {"target": {"easy": {"acc": "0.4"}}}}, r"scores.target.easy.acc must be a number, got '0.4'"),
         ({"run": {"recipe": "x"}}, r"run.method is missing"),
         (

@@ -10,6 +10,6 @@ Everything lives under one cache folder, ``$FEDPROXY_CACHE`` or ``fedproxy`` in 
 """
 
 from fedproxy.data.assets.entries import Asset, Wheel, catalog
-from fedproxy.data.assets.store import cache_root, cached_path, fetch, is_cached, resolve
+from fedproxy.data.assets.store import cache_root, cached_path, fetch, is_cached, resolve, tables_folder
 
-__all__ = ["Asset", "Wheel", "cache_root", "cached_path", "catalog", "fetch", "is_cached", "resolve"]
+__all__ = ["Asset", "Wheel", "cache_root", "cached_path", "catalog", "fetch", "is_cached", "resolve", "tables_folder"]

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,22 @@ def cache_root() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "fedproxy"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedproxy"
+
+
+def tables_folder() -> Path:
+    """Return where libraries may keep tables that they make of the cache's files.
+
+    That is in the cache itself; where it is only to be read, as a cache of several users may be, in a folder of this
+    process, which is deleted at its end.
+    """
+    folder = cache_root() / "datasets"
+    near = next(path for path in (folder, *folder.parents) if path.exists())
+    return folder if os.access(near, os.W_OK | os.X_OK) else Path(_own_folder().name)
+
+
+@cache
+def _own_folder() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="fedproxy-")
 
 
 def cached_path(name: str) -> Path:

@@ -23,7 +23,10 @@ _KEPT = ("name", "tool_call_id")
 
 @dataclass(frozen=True)
 class Chat(DataFormat, name="chat"):
-    """A list of turns, each with ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT's files."""
+    """A list of turns, each with ``role`` and ``content``, or ``from`` and ``value`` as in ShareGPT's files.
+
+    The arguments of ``tool_calls`` may be objects or, as chat services send them, their JSON text.
+    """
 
     column: str | None = None
     """Column of the turns, a list or its JSON text; null takes ``messages``, or ``conversations`` where a row has no
@@ -96,12 +99,25 @@ class Chat(DataFormat, name="chat"):
         if role == "assistant" and calls is None and not message["content"].strip():
             raise DataError(f"{where}: the answer's {said!r} is empty; fill it in or remove the row")
         message |= {key: as_text(where, repr(key), turn[key]) for key in _KEPT if turn.get(key) is not None}
-        return message if calls is None else {**message, "tool_calls": _objects(calls, f"{where}: 'tool_calls'")}
+        if calls is None:
+            return message
+        return {**message, "tool_calls": [_call(call) for call in _objects(calls, f"{where}: 'tool_calls'")]}
 
     def _tools(self, record: Record) -> list[Mapping[str, Any]]:
         where = f"{record.place}: {self.tools!r}"
         found = _parsed(record.values.get(self.tools), where)
         return _objects(found, where) if found else []
+
+
+def _call(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a call with its arguments as an object, which templates take, where it has them as JSON text."""
+    inner = call.get("function")
+    if isinstance(inner, Mapping):
+        return {**call, "function": _call(inner)}
+    try:
+        return {**call, "arguments": parse_json(call["arguments"], dict, unique_keys=True)}
+    except (KeyError, TypeError, ValueError):  # there are none, they are an object, or some other text
+        return call
 
 
 def _text(content: Any, where: str, what: str) -> str:

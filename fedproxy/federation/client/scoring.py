@@ -12,6 +12,7 @@ from fedproxy.data.batching import collate
 from fedproxy.data.examples import IGNORED
 from fedproxy.data.tokenisation import Example
 from fedproxy.models import placed
+from fedproxy.models.modes import evaluating
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.devices import training_device
 from fedproxy.modules.losses import answer_nll
@@ -40,10 +41,9 @@ def answer_sums(
     """
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     by_token, by_row, tokens = list[float](), list[float](), 0
-    training, dtype = model.training, autocast_dtype(trainer)
+    dtype = autocast_dtype(trainer)
     with ExitStack() as stack:
-        stack.callback(model.train, training)
-        model.eval()
+        stack.enter_context(evaluating(model))
         if rank_and_size()[1] == 1 and not getattr(model, "is_quantized", False):  # else it is where it belongs
             stack.enter_context(placed(model, training_device(trainer)))
         stack.enter_context(torch.autocast(model.device.type, dtype, enabled=dtype is not None))

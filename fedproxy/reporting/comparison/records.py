@@ -92,9 +92,23 @@ class Record:
             if data["schema_version"] != SCHEMA_VERSION:
                 raise SchemaError(f"schema_version must be {SCHEMA_VERSION}, got {data['schema_version']!r}")
             RunReport.from_dict(data["report"], str(path))  # its own rules, and its own words where one is broken
-            return decode(cls, data)
+            record = decode(cls, data)
+            _check_answers(record.answers)
         except (ValueError, KeyError, TypeError, CheckpointError) as error:
             raise CheckpointError(f"{path} is not the record of a run ({one_line(error)}); {remedy}") from None
+        return record
+
+
+def _check_answers(answers: Mapping[str, Mapping[str, Answers]]) -> None:
+    """Refuse answers that do not pair up: of other tasks than the first model's, or of several numbers of questions."""
+    tasks = next((sorted(own) for own in answers.values()), [])
+    for model, found in answers.items():
+        if sorted(found) != tasks or not tasks:
+            raise SchemaError(f"answers.{model} must have the tasks of all other models, got {sorted(found)}")
+        for task, own in found.items():
+            counts = {len(values) for values in own.values.values()}
+            if len(counts) > 1 or 0 in counts:
+                raise SchemaError(f"answers.{model}.{task}.values must hold one number per question for every metric")
 
 
 def _answers(evaluation: Evaluation) -> dict[str, Answers]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ConfigError, ModelError
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import OTHER_PARTS
+from fedproxy.models.modes import evaluating
 from fedproxy.models.needs import check_needs
 from fedproxy.models.probing import check_decoder, check_subset, check_target
 from fedproxy.registry import Component
@@ -140,7 +141,7 @@ class Compressor(Component, family="compression"):
         """Check, score and build in one call.
 
         Args:
-            target: The server's LLM.
+            target: The server's LLM; it stays as it is, and is looked at in evaluation mode.
             calibration: Batches of public text; not read where no score is needed.
 
         Raises:
@@ -148,5 +149,6 @@ class Compressor(Component, family="compression"):
             ModelError: If the target is no causal decoder-only model with one stack of blocks.
             DataError: If scores are needed and the calibration text holds no token.
         """
-        check_target(target)
-        return self.build(target, self.score(Decoder.of(target), calibration))
+        with evaluating(target):
+            check_target(target)
+            return self.build(target, self.score(Decoder.of(target), calibration))

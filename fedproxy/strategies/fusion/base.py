@@ -66,7 +66,9 @@ class Fusion(Component, family="fusion"):
         after: PreTrainedModel | Weights,
         layer_map: LayerMap,
     ) -> PreTrainedModel:
-        """Return the fused model; inputs stay as they are, and weights that do not move are shared with the target.
+        """Return the fused model, in evaluation mode; all inputs stay as they are.
+
+        Weights that do not move are shared with the target.
 
         Args:
             target: The model that compression started from.

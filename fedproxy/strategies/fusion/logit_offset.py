@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from fedproxy.errors import ModelError
 from fedproxy.models import LayerMap
+from fedproxy.models.decoder import share_weights
 from fedproxy.models.logit_offset import LogitOffsetModel
 from fedproxy.strategies.fusion.base import Fusion, Weights
 from fedproxy.strategies.fusion.none import tuned_model
@@ -49,4 +50,5 @@ class LogitOffset(Fusion, name="logit_offset"):
         """
         if not isinstance(before, PreTrainedModel):
             raise ModelError("fusion.name=logit_offset needs the untuned proxy itself, not its weights; give the model")
-        return LogitOffsetModel(target, tuned_model(before, after, self.name), before, alpha=self.alpha)
+        tuned = tuned_model(before, after, self.name)
+        return LogitOffsetModel(share_weights(target), tuned, share_weights(before), alpha=self.alpha)

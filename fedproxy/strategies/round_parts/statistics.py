@@ -13,6 +13,7 @@ from fedproxy.data.batching import collate
 from fedproxy.data.tokenisation import Example
 from fedproxy.errors import ConfigError
 from fedproxy.models import placed
+from fedproxy.models.modes import evaluating
 from fedproxy.modules.answer_logits import answer_logits
 from fedproxy.modules.losses import answer_nll
 from fedproxy.protocol import ClientUpdate
@@ -32,13 +33,8 @@ def client_statistics(
         pad_id: Token that fills up short rows.
         device: Where to compute.
     """
-    training = model.model.training
-    model.model.eval()
-    try:
-        with placed(model.model, device):
-            return {group: STATISTICS[group](model, examples, pad_id) for group in groups}
-    finally:
-        model.model.train(training)
+    with evaluating(model.model), placed(model.model, device):
+        return {group: STATISTICS[group](model, examples, pad_id) for group in groups}
 
 
 def diagonal_fisher(model: TrainableModel, examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:

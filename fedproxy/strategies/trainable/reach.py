@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from fedproxy.errors import ModelError, first_line
 from fedproxy.models import Decoder
 from fedproxy.models.decoder import positions_limit
+from fedproxy.models.modes import evaluating
 from fedproxy.models.quiet import without_reports
 
 _TOKENS = 8
@@ -167,11 +168,9 @@ def _starved(decoder: Decoder, layers: Mapping[str, nn.Module], zeros: set[str])
 
 def _gradients(model: PreTrainedModel, pushes: Mapping[str, list[Tensor]]) -> list[tuple[str, Tensor | None]]:
     """Run the model and return the gradient of its logits, weighted at random, in the sizes that hooks put into it."""
-    training = model.training
-    model.eval()
     ids = torch.arange(positions_limit(model, _TOKENS), device=model.device)[None]
     try:
-        with without_reports(), torch.enable_grad():
+        with evaluating(model), without_reports(), torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits.float()
             named = [(name, size) for name, sizes in pushes.items() for size in sizes]
             if not named:
@@ -184,8 +183,6 @@ def _gradients(model: PreTrainedModel, pushes: Mapping[str, list[Tensor]]) -> li
         raise ModelError(
             f"{type(model).__name__} fails on a few tokens: {first_line(error)}; choose other trainable.modules"
         ) from error
-    finally:
-        model.train(training)
     return [(name, gradient) for (name, _), gradient in zip(named, found, strict=True)]
 
 

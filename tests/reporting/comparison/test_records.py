@@ -1,3 +1,5 @@
+import gzip
+import json
 from dataclasses import replace
 
 import pytest
@@ -40,6 +42,33 @@ def test_a_broken_record_is_one_line(tmp_path, text, message):
     path = tmp_path / "r.json.gz"
     path.write_bytes(packed(text))
     with pytest.raises(CheckpointError, match=message):
+        Record.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda own: own["fused"].pop("easy"),
+            r"answers.fused must have the tasks of all other models, got \['hard'\]",
+        ),
+        (lambda own: own["fused"].clear(), r"answers.fused must have the tasks of all other models, got \[\]"),
+        (
+            lambda own: own["target"]["easy"]["values"]["acc"].pop(),
+            r"answers.target.easy.values must hold one number per",
+        ),
+        (
+            lambda own: own["fused"]["easy"].update(values={"acc": []}),
+            r"answers.fused.easy.values must hold one number",
+        ),
+    ],
+)
+def test_answers_that_do_not_pair_up_are_one_line(tmp_path, change, message):
+    path = make_record(tmp_path / "run", "fedot", 3, 0.5).save(tmp_path / "r.json.gz")
+    content = json.loads(gzip.decompress(path.read_bytes()))
+    change(content["answers"])
+    path.write_bytes(packed(json.dumps(content)))
+    with pytest.raises(CheckpointError, match=rf"is not the record of a run \({message}.*; delete it to run that"):
         Record.load(path)
 
 
