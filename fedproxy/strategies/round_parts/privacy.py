@@ -213,7 +213,7 @@ class Privacy(RoundPart, name="privacy"):
         if self.quantile is not None:
             sizes["within"] = ()
         forms = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
-        return {**up, self.name: Group(forms)}
+        return {**up, self.name: Group(forms, figures=True)}
 
     def _release(self, rows: int, batch: int, job: Mapping[str, Any]) -> Release:
         noise = self.noise_multiplier or 0.0
@@ -254,22 +254,29 @@ class Privacy(RoundPart, name="privacy"):
         """
         if self.unit == "example":
             return delta, {}
+        if not math.isfinite(length := norm(delta)):  # no clip bounds it
+            _log.warning("the update is not finite and counts as zero; lower client.lr")
+            delta = {name: torch.zeros_like(delta[name]) for name in delta}
         clipped, stream = clip(delta, self.clip), SecretStream(charge.key)
         noise = 0.0 if self.noise_at == "server" else charge.release.noise_multiplier
         if self.quantile is None:
             return noised(clipped, noise * self.clip, stream), {}
         noise, of_count = split_noise(noise)
-        within = torch.tensor(0.5 if norm(delta) <= self.clip else -0.5, dtype=torch.float64)
+        within = torch.tensor(0.5 if length <= self.clip else -0.5, dtype=torch.float64)
         return noised(clipped, noise * self.clip, stream), noised({"within": within}, of_count, stream)
 
     def _with_share(self, update: ClientUpdate, stream: SecretStream) -> ClientUpdate:
-        """Return an update with its share of the noise that the server adds, one of ``least`` that make it up."""
+        """Return an update with its share of the noise that the server adds, one of ``least`` that make it up.
+
+        It is cut once more: what ``parts.precision`` rounds may be a little longer than what the client cut.
+        """
         share = (self.noise_multiplier or 0.0) / math.sqrt(self.least)
         if self.quantile is None:
-            return replace(update, delta=noised(update.delta, share * self.clip, stream), wire_bytes=update.bytes)
-        told = update.extras[self.name]
+            delta = noised(clip(update.delta, self.clip), share * self.clip, stream)
+            return replace(update, delta=delta, wire_bytes=update.bytes)
+        told, bound = update.extras[self.name], float(update.extras[self.name]["clip"])
         share, of_count = split_noise(share)
-        delta = noised(update.delta, share * float(told["clip"]), stream)
+        delta = noised(clip(update.delta, bound), share * bound, stream)
         within = noised({"within": told["within"]}, of_count, stream)
         extras = {**update.extras, self.name: {**told, **within}}
         return replace(update, delta=delta, extras=extras, wire_bytes=update.bytes)
