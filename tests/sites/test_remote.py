@@ -5,8 +5,9 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from fedproxy.errors import ClientError, ConfigError
+from fedproxy.errors import CheckpointError, ClientError, ConfigError
 from fedproxy.federation.engines.flower import Flower
 from fedproxy.messages import Dropped, Evaluate, Sums, UpdateFile
 from fedproxy.protocol import Broadcast, Kept
@@ -19,6 +20,8 @@ from fedproxy.wire.link import Link, Terms
 from fedproxy.wire.remote import RemoteSites
 
 from .fake_courier import FakeCourier
+
+EVALUATE = Evaluate(Kept(), {"tuned": {"w": torch.arange(3.0)}})
 
 
 class FakeSite:
@@ -153,8 +156,7 @@ def test_states_to_score_travel_as_a_file_and_sums_come_back(tmp_path):
     remote, sites, _ = reached(
         tmp_path, {"x": ("a", lambda site, head: {"a": {"says": {"tuned": {"nll": [1.5, 30]}}}})}
     )
-    states = {"tuned": {"w": torch.arange(3.0)}}
-    (found,) = remote.ask({"a": Evaluate(Kept(), states)})
+    (found,) = remote.ask({"a": EVALUATE})
     assert found == Sums("a", {"tuned": {"nll": (1.5, 30)}})
     question = sites["x"].asked[0]["question"]
     (file,) = unpack(sites["x"].inbox.whole(question["bundle"]), tmp_path / "got")
@@ -189,3 +191,14 @@ def test_a_site_that_the_hub_does_not_know_is_named_with_the_nearest(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has registered no site"):
         Flower(hub=str(tmp_path / "empty")).clients()
+
+
+@pytest.mark.parametrize("asks", ["run", "ask"])
+def test_a_disk_of_the_servers_that_is_full_ends_the_round_in_one_line(asks, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    remote, _, _ = reached(tmp_path, {"x": ("a", updates)})
+    monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
+    with pytest.raises(CheckpointError, match=r"now cannot be written \(No space left on device\); free disk space"):
+        list(remote.run(broadcast("a"), ["a"]) if asks == "run" else remote.ask({"a": EVALUATE}))
