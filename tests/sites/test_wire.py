@@ -179,7 +179,8 @@ GREETING = {"clients": {"a": 3}, "version": "1", "clock": 1.0, "have": 0, "conve
         (Train, TRAIN, {"seconds": float("nan")}), (Train, TRAIN, {"seconds": 1e9}), (Train, TRAIN, {"bundle": None}),
         (Ask, {"messages": {"a": {}}, "bundle": None, "seconds": 1}, {"messages": []}),
         (Greeting, GREETING, {"clients": {}}), (Greeting, GREETING, {"clients": {"a": 0}}),
-        (Greeting, GREETING, {"clock": "now"}), (Greeting, GREETING, {"converse": 1}),
+        (Greeting, GREETING, {"clock": "now"}), (Greeting, GREETING, {"clock": 10**400}),
+        (Greeting, GREETING, {"clock": float("nan")}), (Greeting, GREETING, {"converse": 1}),
     ],
 )  # fmt: skip
 def test_lines_are_checked_field_by_field(kind, whole, change):
