@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from fedproxy.config import load_config
 from fedproxy.errors import CheckpointError, ClientError, ConfigError
 from fedproxy.federation.engines.flower import Flower
 from fedproxy.messages import Dropped, Evaluate, Sums, UpdateFile
+from fedproxy.pipeline.checks import check_components
 from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 from fedproxy.wire import link as wire
@@ -202,3 +204,26 @@ def test_a_disk_of_the_servers_that_is_full_ends_the_round_in_one_line(asks, tmp
     monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
     with pytest.raises(CheckpointError, match=r"now cannot be written \(No space left on device\); free disk space"):
         list(remote.run(broadcast("a"), ["a"]) if asks == "run" else remote.ask({"a": EVALUATE}))
+
+
+MOVES = [
+    *("recipe=fedproxy_tiny", "engine.name=flower", "data.partition.name=sites", "data.partition.clients=4"),
+    *("aggregator.name=flora", "federation.space=product", "regularizer.name=none"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["federation.clients_per_round=2"], r"federation.clients_per_round must be all at real sites .*=flora, got 2"),
+        (["federation.min_clients=3"], r"federation.min_clients must be null at real sites with .*, got 3: it changes"),
+        (["federation.clients_per_round=4", "federation.min_clients=4"], None),
+        (["federation.clients_per_round=2", "aggregator.name=flexlora"], None),
+    ],
+)
+def test_rounds_without_some_sites_are_refused_where_each_brings_a_change_of_the_frozen_weights(words, said):
+    if said is None:
+        check_components(load_config([*MOVES, *words]))
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_components(load_config([*MOVES, *words]))
