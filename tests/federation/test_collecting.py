@@ -110,6 +110,26 @@ def test_a_client_whose_own_tensors_are_not_finite_is_named(trainable, tmp_path)
         assemble(trainable, progress(own, state), FedSA, ServerFiles(tmp_path), Handing(own))
 
 
+@pytest.mark.parametrize(
+    ("moved", "ratio", "said"),
+    [
+        (1e30, None, r"client 'c': tensor '.*lora_B.*' of its own has moved by 1e\+30, 1e\+06 is the most; have it"),
+        (3e3, 1000, r"client 'c' hands in .* no trained ones: .* is 3e\+03 times the round's median .* allows 1000"),
+        (3e3, None, None),
+    ],
+)
+def test_a_client_whose_own_tensors_are_far_from_all_others_is_named(moved, ratio, said, trainable, tmp_path):
+    state, by = trainable.state(), {"a": 1.0, "b": 1.0, "c": moved}
+    own = {client: {name: state[name] + value for name in personal(state)} for client, value in by.items()}
+    places = FedSA, ServerFiles(tmp_path), Handing(own)
+    if said is None:
+        assemble(trainable, progress(own, state), *places, max_norm_ratio=ratio)
+        return
+    with pytest.raises(ClientError, match=said):
+        assemble(trainable, progress(own, state), *places, max_norm_ratio=ratio)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in trainable.state().items())
+
+
 def test_other_rules_put_nothing_together(trainable, tmp_path):
     state = {name: torch.full_like(tensor, 0.5) for name, tensor in trainable.state().items()}
     assert assemble(trainable, progress(["a"], state), FedAvg, ServerFiles(tmp_path), Handing({})) == 0
