@@ -103,6 +103,20 @@ def test_half_a_part_that_a_killed_process_left_does_not_count(tmp_path):
     assert inbox.whole(bundle.sha256)
 
 
+def test_a_kill_while_the_whole_is_looked_at_costs_the_last_part_alone(tmp_path, monkeypatch):
+    """Of a proxy of many GiB that look takes long; a file that counted as there and was never whole would stay so."""
+    bundle, inbox = bundle_of(tmp_path / "from", a=bytes(range(250))), Inbox(tmp_path / "inbox")
+    with monkeypatch.context() as patched:
+        patched.setattr(Inbox, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            for at in range(0, bundle.size, 64):
+                sent(inbox, bundle, at, 64, tmp_path)
+    have = Inbox(tmp_path / "inbox").have(bundle.sha256)
+    assert have == (bundle.size - 1) // 64 * 64
+    assert sent(Inbox(tmp_path / "inbox"), bundle, have, 64, tmp_path) == bundle.size
+    assert inbox.whole(bundle.sha256)
+
+
 def test_a_part_that_comes_twice_changes_nothing(tmp_path):
     bundle, inbox = bundle_of(tmp_path / "from", a=bytes(range(250))), Inbox(tmp_path / "inbox")
     assert sent(inbox, bundle, 0, 64, tmp_path) == 64
