@@ -109,6 +109,10 @@ def test_a_site_pins_its_peers_keys_and_shows_its_own(place):
     shown = register_site(site)
     assert shown == register_site(site)
     assert registered(site.folder / FOLDER) == {"other": b"\xab" * 32, "ward": bytes.fromhex(shown["ward"])}
+    register_site(place(f"peers: {{third: {'cd' * 32}}}"))
+    assert registered(site.folder / FOLDER) == {"third": b"\xcd" * 32, "ward": bytes.fromhex(shown["ward"])}
+    register_site(place())  # a peer that was taken out is trusted no longer
+    assert registered(site.folder / FOLDER) == {"ward": bytes.fromhex(shown["ward"])}
     with pytest.raises(ConfigError, match=r"peers.ward is a client of this site"):
         register_site(place(f"peers: {{ward: {'ab' * 32}}}"))
 
