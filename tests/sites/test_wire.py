@@ -8,9 +8,9 @@ import pytest
 
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle, unpack
-from fedproxy.wire.frames import BrokenFrameError, Bytes, receive, send
+from fedproxy.wire.frames import LONGEST_LINE, BrokenFrameError, Bytes, receive, send
 from fedproxy.wire.inbox import Inbox, Piece
-from fedproxy.wire.messages import Ask, Greeting, Setup, Train, refusal, run_id, told
+from fedproxy.wire.messages import _MOST_CLIENTS, Ask, Greeting, Setup, Train, refusal, run_id, told
 
 
 def bundle_of(folder, **files):
@@ -32,6 +32,14 @@ def test_a_bundle_comes_out_as_it_went_in(tmp_path):
     paths = unpack(written(bundle, tmp_path / "whole"), tmp_path / "to")
     assert [path.name for path in paths] == ["a", "b", "c"]
     assert [path.read_bytes() for path in paths] == [b"x" * 3_000_000, b"", b"yz"]
+
+
+@pytest.mark.parametrize(("files", "line"), [(_MOST_CLIENTS, "other files"), (_MOST_CLIENTS + 1, "names no plain")])
+def test_a_bundle_holds_a_file_for_each_of_the_most_clients_of_a_site(files, line, tmp_path):
+    table = json.dumps([[f"{number:05d}", 0] for number in range(files)]).encode()
+    (tmp_path / "bundle").write_bytes(len(table).to_bytes(8, "little") + table)
+    with pytest.raises(ClientError, match=line):
+        unpack(tmp_path / "bundle", tmp_path / "to", names=[])
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
@@ -168,10 +176,10 @@ def test_what_is_no_frame_is_refused(data, tmp_path):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
-    stream = io.BytesIO(b"x" * (1 << 22))
+    stream = io.BytesIO(b"x" * (4 * LONGEST_LINE))
     with pytest.raises(BrokenFrameError, match="a line is too long"):
         receive(stream, tmp_path / "payload", most=3)
-    assert stream.tell() <= 1 << 20
+    assert stream.tell() <= LONGEST_LINE
 
 
 SETUP = {
