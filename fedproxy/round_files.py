@@ -90,7 +90,9 @@ class RoundFiles:
             part.replace(final)
             flush([self.folder, *([self.folder.parent] if is_new else [])])
         except OSError as error:
-            raise CheckpointError(f"{final} cannot be written: {error.strerror or error}; free space, then resume=auto") from error
+            raise CheckpointError(
+                f"{final} cannot be written: {error.strerror or error}; free space, then resume=auto"
+            ) from error
         return seal
 
     def keep(self, round_: int, tensors: Mapping[str, Tensor]) -> None:

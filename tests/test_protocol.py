@@ -161,7 +161,9 @@ def small_files():
     signal.signal(signal.SIGXFSZ, ignored)
 
 
-@pytest.mark.parametrize("sent", [Broadcast(1, {"w": torch.zeros(1 << 16)}), ClientUpdate("a", {"w": torch.zeros(1 << 16)})])
+@pytest.mark.parametrize(
+    "sent", [Broadcast(1, {"w": torch.zeros(1 << 16)}), ClientUpdate("a", {"w": torch.zeros(1 << 16)})]
+)
 def test_a_disk_that_has_no_room_is_an_error_of_the_system(sent, small_files, tmp_path):
     with pytest.raises(OSError, match="File too large") as caught:
         sent.save(tmp_path / "file")

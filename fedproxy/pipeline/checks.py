@@ -153,7 +153,7 @@ def _check_base_change_at_sites(config: RunConfig) -> None:
         if (got := getattr(config.federation, key)) not in (usual, clients):
             raise ConfigError(
                 f"federation.{key} must be {usual or 'null'} at real sites with aggregator.name="
-                f"{config.aggregator.name}, got {got}: it changes frozen weights in every round, and a site that misses "
+                f"{config.aggregator.name}, got {got}: it moves frozen weights in every round, and a site that misses "
                 "one cannot go on; or use another aggregator"
             )
 

@@ -268,7 +268,9 @@ class Resident:
             "sent_bytes": sent,
             "outcome": one_line(said),
         }
-        _log.info("%s %s%s: %s", kind, line["run"][:8], f" round {line['round']}" if line["round"] else "", line["outcome"])
+        _log.info(
+            "%s %s%s: %s", kind, line["run"][:8], f" round {line['round']}" if line["round"] else "", line["outcome"]
+        )
         try:
             with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

@@ -105,6 +105,8 @@ def test_a_full_disk_is_one_line_and_the_last_memory_stays(tmp_path, monkeypatch
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
-    with pytest.raises(CheckpointError, match=r"round_0002.safetensors cannot be written: No space left on device; free"):
+    with pytest.raises(
+        CheckpointError, match=r"round_0002.safetensors cannot be written: No space left on device; free"
+    ):
         store.save("c", 2, kept(2))
     assert value(store.load("c", known[1])) == 1.0

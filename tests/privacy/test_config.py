@@ -71,9 +71,18 @@ def test_a_node_that_promises_nothing_whole_is_refused(overrides, said):
         ([*CLIENT, "federation.sampling=weighted"], r"federation.sampling must be uniform with privacy.unit=client"),
         ([*CLIENT, "privacy.noise_at=server"], r"privacy.noise_at=server covers a mean .* 'h_ties' is not linear"),
         ([*AT_SERVER, "federation.space=product"], r"federation.space must be factors with privacy.noise_at=server"),
-        ([*AT_SERVER, "regularizer.name=conflict"], r"all clients are sent what regularizer 'conflict' makes of single"),
-        ([*AT_SERVER, "regularizer.name=scaffold"], r"all clients are sent what regularizer 'scaffold' makes of single"),
-        ([*CLIENT, *FEDAVG, "aggregator.weighting=tokens"], r"aggregator.weighting must be examples or uniform with pri"),
+        (
+            [*AT_SERVER, "regularizer.name=conflict"],
+            r"all clients are sent what regularizer 'conflict' makes of single",
+        ),
+        (
+            [*AT_SERVER, "regularizer.name=scaffold"],
+            r"all clients are sent what regularizer 'scaffold' makes of single",
+        ),
+        (
+            [*CLIENT, *FEDAVG, "aggregator.weighting=tokens"],
+            r"aggregator.weighting must be examples or uniform with pri",
+        ),
         ([*EXAMPLE, "trainer.devices=2"], r"trainer.devices must be 1 with privacy.unit=example, got 2"),
         ([*EXAMPLE, "trainer.precision=16-mixed"], r"trainer.precision must be 32-true or bf16-mixed with"),
     ],

@@ -216,7 +216,7 @@ MOVES = [
     ("words", "said"),
     [
         (["federation.clients_per_round=2"], r"federation.clients_per_round must be all at real sites .*=flora, got 2"),
-        (["federation.min_clients=3"], r"federation.min_clients must be null at real sites with .*, got 3: it changes"),
+        (["federation.min_clients=3"], r"federation.min_clients must be null at real sites with .*, got 3: it moves"),
         (["federation.clients_per_round=4", "federation.min_clients=4"], None),
         (["federation.clients_per_round=2", "aggregator.name=flexlora"], None),
     ],

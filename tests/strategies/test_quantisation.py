@@ -60,7 +60,9 @@ def test_packing_by_hand():
     assert pack(torch.tensor([5, 3, 1], dtype=torch.uint8), 3).tolist() == [0b01_011_101, 0]
 
 
-@pytest.mark.parametrize(("levels", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (129, 8), (256, 8), (257, 9)])
+@pytest.mark.parametrize(
+    ("levels", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (129, 8), (256, 8), (257, 9)]
+)
 def test_bits_for_levels(levels, bits):
     assert bits_for(levels) == bits
 

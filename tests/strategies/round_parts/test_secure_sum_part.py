@@ -1,4 +1,4 @@
-"""A client's half and the server's half of a secure sum: the weighted mean comes out, whatever numbers are the largest."""
+"""Both halves of a secure sum: the weighted mean comes out, however small or large numbers may be."""
 
 import pytest
 import torch
