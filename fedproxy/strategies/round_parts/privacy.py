@@ -29,8 +29,9 @@ _LONGEST_RUN = 128
 _log = logging.getLogger(__name__)
 _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 """What a client says of its release; an epsilon without bound is -1."""
-_CLIP = " clip"
-"""Where the server keeps the next round's clip among what clients released: no client's name begins with a blank."""
+_CLIP, _CLIENT = "clip", "client/"
+"""Where the server keeps the next round's clip, and what each client released: a name alone may be any text, and that
+of a tensor may not."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Privacy(RoundPart, name="privacy"):
         Raises:
             ClientError: If it is less.
         """
-        before, now = memory.get(update.client_id), float(update.extras[self.name]["release"][0])
+        before, now = memory.get(_CLIENT + update.client_id), float(update.extras[self.name]["release"][0])
         if before is not None and now < (most := float(before[:, 0].max())) * (1 - 1e-9):
             raise ClientError(
                 f"it added noise {now:.4g}, and {most:.4g} before; a run that goes on may not lower "
@@ -198,8 +199,9 @@ class Privacy(RoundPart, name="privacy"):
         kept = {name: memory[name] for name in memory}
         for update in result.received:
             row = update.extras[self.name]["release"][None]
-            before = kept.get(update.client_id)
-            kept[update.client_id] = row.clone() if before is None else torch.cat([before, row])
+            name = _CLIENT + update.client_id
+            before = kept.get(name)
+            kept[name] = row.clone() if before is None else torch.cat([before, row])
         if self.quantile is not None:
             told = [update.extras[self.name] for update in result.updates]
             within = 0.5 + float(torch.stack([one["within"] for one in told]).mean())

@@ -1,15 +1,19 @@
 """What the part privacy takes from a server: options that a ledger can hold and a client can account for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedproxy.errors import ClientError, ConfigError
+from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.update_checks import check_update, too_long
 from fedproxy.privacy.accounting import Release
 from fedproxy.privacy.ledger import Charge
 from fedproxy.protocol import Broadcast, ClientUpdate
-from fedproxy.strategies.round_parts import described, made
+from fedproxy.strategies.aggregators import Aggregation
+from fedproxy.strategies.round_parts import RoundResult, described, made
 from fedproxy.strategies.round_parts.clip_noise import norm
 from fedproxy.strategies.round_parts.precision import decoded, encoded
 from fedproxy.strategies.round_parts.privacy import Privacy
@@ -95,3 +99,22 @@ def test_a_client_of_many_rows_is_not_dropped_for_the_steps_that_it_tells():
     assert not any(too_long({client: own[part] for client, own in found.items()}, 10, part) for part in found["large"])
     with pytest.raises(ClientError, match=r"extras\['privacy'\] tensor 'release' must be finite"):
         norms(NAN)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "clip"])
+def test_what_a_client_of_any_name_released_is_in_a_checkpoint_that_can_be_read(name, tmp_path):
+    """At real sites clients' names are their sites' own, and safetensors has a use for one of them."""
+    release = torch.tensor([1.0, 1.0, 1.0, 3.0], dtype=torch.float64)
+    told = {"release": release, "within": torch.tensor(0.5), "clip": torch.tensor(1.0, dtype=torch.float64)}
+    update = ClientUpdate(name, {}, round=1, extras={"privacy": told})
+    part = Privacy(noise_multiplier=1.0, quantile=0.5)
+    result = RoundResult(1, 1, Broadcast(1, {}), [update], Aggregation({}), received=[update])
+    folder = CheckpointFolder(tmp_path)
+    folder.save(Progress(1, {}, {"privacy": part.collect({}, result)}))
+    memory = folder.load(1).remembered("privacy")
+    part.verify(update, memory)
+    quieter = replace(update, extras={"privacy": {**told, "release": release / 2}})
+    with pytest.raises(ClientError, match=r"it added noise 0.5, and 1 before"):
+        part.verify(quieter, memory)
+    sent = part.send(Broadcast(2, {}, {"parts": [{"name": "privacy", "clip": 1.0}]}), memory)
+    assert sent.job["parts"][0]["clip"] == pytest.approx(0.9048, abs=1e-3)  # exp(-0.2 (1 - 0.5))
