@@ -15,6 +15,7 @@ from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
+from fedproxy.federation.server.participation import Participation
 from fedproxy.federation.server.state_checks import LARGEST_WEIGHT, largest
 from fedproxy.federation.server.update_checks import too_long
 from fedproxy.messages import (
@@ -121,9 +122,7 @@ def assemble(
     aggregator: Aggregator,
     files: ServerFiles,
     sites: Sites,
-    *,
-    folder: Path | None = None,
-    max_norm_ratio: float | None = None,
+    terms: Participation | None = None,
 ) -> int:
     """Bring a model to the state of ``progress``: shared tensors, the frozen weights, and the mean of clients' own.
 
@@ -135,8 +134,8 @@ def assemble(
         aggregator: The run's rule.
         files: Where the changes of the frozen weights lie.
         sites: The clients.
-        folder: Folder of the server alone, for its copies of what comes as files; see :class:`Vault`.
-        max_norm_ratio: How much longer than the clients' median one client's change may be; None compares none.
+        terms: Where copies of what comes as files lie, and how much longer than the clients' median one client's change
+            may be; by default nothing is compared.
 
     Returns:
         Bytes that clients handed in.
@@ -149,11 +148,12 @@ def assemble(
     if "base_change" in aggregator.parts and progress.round:
         files.changes.receive(model, progress.round, progress.remembered("base_change"))
     own = {name: tensor for name, tensor in progress.state.items() if not aggregator.shares(name)}
+    terms = terms or Participation(max_norm_ratio=None)
     means, handed, norms = (
-        _mean_of_own(own, progress, aggregator, sites, folder) if own and progress.kept else ({}, 0, {})
+        _mean_of_own(own, progress, aggregator, sites, terms.folder) if own and progress.kept else ({}, 0, {})
     )
-    if max_norm_ratio is not None:
-        for client, why in too_long(norms, max_norm_ratio).items():
+    if terms.max_norm_ratio is not None:
+        for client, why in too_long(norms, terms.max_norm_ratio).items():
             raise ClientError(f"client {client!r} hands in tensors of its own that are no trained ones: {why}; {_MEND}")
     model.load_state({**progress.state, **means})
     return handed
