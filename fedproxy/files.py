@@ -8,9 +8,9 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -70,14 +70,14 @@ def write_bytes(path: str | Path, data: bytes, *, private: bool = False) -> Path
         if _holds(path, data):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:64]}.", dir=path.parent)
+        temporary = path.parent / f".{path.name[:64]}.{secrets.token_hex(4)}"
+        # Not by mkstemp: its files are the owner's alone, and to ask for the umask is to change it, for all threads.
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            if not private:
-                os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the owner reads
             os.replace(temporary, path)
         except BaseException:
             with suppress(OSError):
@@ -279,9 +279,3 @@ def _holds(path: Path, data: bytes) -> bool:
             return os.fstat(file.fileno()).st_size == len(data) and file.read() == data
     except OSError:
         return False
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

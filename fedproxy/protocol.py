@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedproxy.errors import ClientError, one_line
 from fedproxy.files import parse_json
 from fedproxy.seeding import ClientSeeds
-from fedproxy.tensor_files import TensorFile, Tensors, nbytes
+from fedproxy.tensor_files import TensorFile, Tensors, nbytes, write_tensors
 
 __all__ = [
     "FORMAT",
@@ -112,7 +111,11 @@ class Broadcast:
         return self.all_seeds.get(client_id, self.seeds)
 
     def save(self, path: str | Path) -> None:
-        """Write the broadcast without seeds as one safetensors file; one of many is addressed to its client before."""
+        """Write the broadcast without seeds as one safetensors file; one of many is addressed to its client before.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         assert self.each is None, "what is written is addressed_to() one client"
         meta = {"round": self.round, "job": dict(self.job)}
         _save(path, "broadcast", meta, {"state": self.state}, self.extras)
@@ -187,7 +190,11 @@ class ClientUpdate:
     """Bytes that crossed the wire, where the tensors were decoded since."""
 
     def save(self, path: str | Path) -> None:
-        """Write the update as one safetensors file."""
+        """Write the update as one safetensors file.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         meta = {
             item.name: getattr(self, item.name)
             for item in fields(self)
@@ -240,7 +247,7 @@ def _save(
             seen.add(tensor.data_ptr())
             flat[f"{group}/{name}"] = tensor.clone() if shared else tensor.contiguous()
     header = {**meta, "extras": sorted(extras)}
-    save_file(flat, str(path), metadata={"format": FORMAT, "kind": kind, "meta": json.dumps(header)})
+    write_tensors(path, flat, {"format": FORMAT, "kind": kind, "meta": json.dumps(header)})
 
 
 def _load(path: str | Path, kind: str) -> tuple[TensorFile, dict[str, Any], dict[str, Tensors]]:

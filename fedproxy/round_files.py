@@ -9,7 +9,6 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
@@ -90,8 +89,10 @@ class RoundFiles:
             seal = save_tensors(part, tensors, {"round": str(round_), "owner": self.owner})
             part.replace(final)
             flush([self.folder, *([self.folder.parent] if is_new else [])])
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{final} cannot be written: {error}; free space, then resume=auto") from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{final} cannot be written: {error.strerror or error}; free space, then resume=auto"
+            ) from error
         return seal
 
     def keep(self, round_: int, tensors: Mapping[str, Tensor]) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedproxy.errors import one_line
 from fedproxy.files import flush, open_regular, parse_json
+from fedproxy.tensor_files import write_tensors
 
 _SEAL, _KEY = "sha256", "fedproxy"
 """One key holds all facts, as JSON: the library writes several keys in any order, and files could not be compared."""
@@ -25,11 +25,11 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, 
         The hash.
 
     Raises:
-        OSError: If it cannot be written, or SafetensorError: a full disk comes as either.
+        OSError: If it cannot be written.
     """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = sealed(whole, facts or {})
-    save_file(whole, path, metadata)
+    write_tensors(path, whole, metadata)
     flush([path])
     return json.loads(metadata[_KEY])[_SEAL]  # type: ignore[no-any-return]
 

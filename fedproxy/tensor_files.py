@@ -3,9 +3,11 @@
 Nothing is mapped into memory, so that a file that somebody cuts short while it is read is an error and no crash.
 """
 
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedproxy.errors import ClientError, one_line
@@ -30,6 +33,8 @@ _DTYPES = {
 """safetensors' names of the dtypes that may cross the wire."""
 _LENGTH = 8
 """Bytes that hold the header's length."""
+_SYSTEM = re.compile(r"\(os error (\d+)\)")
+"""How the library says that a file could not be written: the system's number of the error."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,20 @@ class TensorFile(Mapping[str, Tensor]):
                 raise ClientError(f"{self.path} ends within tensor {name!r}; ask its sender to send it again")
             left, place = left[read:], place + read
         return tensor
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: If it cannot be written, a full disk included, which the library says by an error of its own.
+    """
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        found = _SYSTEM.search(str(error))
+        number = int(found[1]) if found else errno.EIO
+        raise OSError(number, os.strerror(number) if found else one_line(error), str(path)) from error
 
 
 def nbytes(tensors: Tensors) -> int:

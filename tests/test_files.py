@@ -28,6 +28,22 @@ def test_an_equal_text_is_not_written_again(tmp_path):
     assert path.read_text() == "y\n"
 
 
+@pytest.mark.parametrize(("private", "mode"), [(False, 0o640), (True, 0o600)])
+def test_a_file_has_the_mode_that_the_umask_leaves_which_no_other_thread_sees_changed(
+    private, mode, tmp_path, monkeypatch
+):
+    before, asked = os.umask(0o027), []
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "umask", asked.append)
+            write_text(tmp_path / "a.json", "x", private=private)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == mode
+    assert asked == []  # it is the whole process's
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
 def test_what_stood_there_stays_when_writing_fails(tmp_path, monkeypatch):
     path = write_text(tmp_path / "a.json", "old\n")
 

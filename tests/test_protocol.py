@@ -1,7 +1,10 @@
 """What crosses the wire survives the trip, and foreign bytes are refused without unpickling."""
 
+import errno
 import os
 import pickle
+import resource
+import signal
 
 import pytest
 import torch
@@ -146,3 +149,22 @@ def test_only_regular_files_are_read(tmp_path, kind):
     {"fifo": os.mkfifo, "link": lambda path: path.symlink_to("/dev/zero"), "folder": os.mkdir}[kind](path)
     with pytest.raises(ClientError, match=r"u.safetensors is not a readable safetensors file \("):
         ClientUpdate.load(path)
+
+
+@pytest.fixture
+def small_files():
+    """Let this process write files of at most 64 KiB; longer ones fail as on a full disk, but for the number."""
+    before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, ignored)
+
+
+@pytest.mark.parametrize(
+    "sent", [Broadcast(1, {"w": torch.zeros(1 << 16)}), ClientUpdate("a", {"w": torch.zeros(1 << 16)})]
+)
+def test_a_disk_that_has_no_room_is_an_error_of_the_system(sent, small_files, tmp_path):
+    with pytest.raises(OSError, match="File too large") as caught:
+        sent.save(tmp_path / "file")
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))

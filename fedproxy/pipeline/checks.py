@@ -137,11 +137,25 @@ def _check_sites(config: RunConfig) -> None:
             f"engine.name={engine.name}: sites have rows of their own and none are dealt out; use "
             f"data.partition.name=sites, got {config.data.partition.name}"
         )
+    if own and "base_change" in config.aggregator.parts:
+        _check_base_change_at_sites(config)
     if own and config.federation.validation.every and config.federation.validation.evaluator is None:
         raise ConfigError(
             "federation.validation.every must be 0 with data.partition.name=sites: the server has no held-out rows; "
             "name a federation.validation.evaluator to score rounds on other questions"
         )
+
+
+def _check_base_change_at_sites(config: RunConfig) -> None:
+    """Refuse rounds without some sites where each round's change of the frozen weights is sent once."""
+    clients = config.data.partition.count(config.data.tasks, config.data.files)
+    for key, usual in (("clients_per_round", "all"), ("min_clients", None)):
+        if (got := getattr(config.federation, key)) not in (usual, clients):
+            raise ConfigError(
+                f"federation.{key} must be {usual or 'null'} at real sites with aggregator.name="
+                f"{config.aggregator.name}, got {got}: it moves frozen weights in every round, and a site that misses "
+                "one cannot go on; or use another aggregator"
+            )
 
 
 def _check_ranks(config: RunConfig) -> None:

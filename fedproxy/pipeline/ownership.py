@@ -39,7 +39,7 @@ _FILES = re.compile(
             rf"server/proxy_undistilled/{_MODEL}",
             r"rows/[^/]+\.jsonl",
             r"rows/\.signing_keys/(?:registered\.json|[^/]+\.(?:key|sums\.json|sums\.lock))",
-            r"rows/\.privacy_ledger/(?:\.lock|[^/]+\.json|releases/[^/]+/round_\d+\.safetensors)",
+            r"rows/\.privacy_ledger/(?:\.lock|[^/]+\.json|releases/[^/]+/round_\d+\.\w+)",
             rf"proxy/{_MODEL}",
             rf"fused/(?:[^/]+/)?{_MODEL}",
             r"adapter/(?:[^/]+/)?(?:adapter_config\.json|adapter_model\.safetensors|trained_weights\.safetensors)",

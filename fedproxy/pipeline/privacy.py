@@ -86,6 +86,11 @@ def _check_let_out(config: RunConfig) -> None:
             f"federation.sampling must be uniform with privacy.unit={privacy.unit}, got 'weighted': numbers of rows "
             "are withheld"
         )
+    if getattr(config.aggregator, "weighting", "uniform") == "tokens":
+        raise ConfigError(
+            f"aggregator.weighting must be examples or uniform with privacy.unit={privacy.unit}, got 'tokens': numbers "
+            "of tokens are withheld, and all clients count alike"
+        )
     if config.data.holdout is not None:
         raise ConfigError(
             f"data.holdout must be null with privacy.unit={privacy.unit}, got {config.data.holdout}: scores on "
@@ -135,10 +140,28 @@ def _check_clients(config: RunConfig) -> None:
             f"privacy.unit=client covers updates that are merged, and aggregator {rule.name!r} takes tensors of single "
             "clients; use another aggregator or privacy.unit=example"
         )
-    if config.privacy.noise_at == "server" and not rule.linear:
+    if config.privacy.noise_at == "server":
+        _check_noise_at_server(config)
+
+
+def _check_noise_at_server(config: RunConfig) -> None:
+    """Refuse what clients would be told of single updates, each of which has a share of the noise or none."""
+    rule, term, space = config.aggregator, config.regularizer, config.federation.space
+    if not rule.linear:
         raise ConfigError(
             f"privacy.noise_at=server covers a mean of updates, and aggregator {rule.name!r} is not linear; use "
             "privacy.noise_at=client or aggregator.name=fedavg"
+        )
+    if space == "product":
+        raise ConfigError(
+            "federation.space must be factors with privacy.noise_at=server, got 'product': products of factors under "
+            "a share of the noise each are no mean of updates; use privacy.noise_at=client"
+        )
+    if "conflict" in term.parts or term.keeps_shared_memory:
+        raise ConfigError(
+            f"regularizer.name: all clients are sent what regularizer {term.name!r} makes of single updates, and "
+            "privacy.noise_at=server covers their mean alone; use privacy.noise_at=client, or "
+            "regularizer.name=proximal or none"
         )
 
 

@@ -168,11 +168,6 @@ class Ledger:
         Raises:
             ClientError: If it may not.
         """
-        if content["entries"] and content["unit"] != terms.unit:
-            raise ClientError(
-                f"privacy.unit must be {content['unit']} as in the earlier releases of {self.path}, got {terms.unit}; "
-                "budgets of two units do not add up, use other rows"
-            )
         mine = _by_run(content["entries"]).get(terms.run, ())
         before = [*others, *mine]
         left = terms.planned.times(max(1, terms.rounds - len(mine)))
@@ -219,13 +214,20 @@ class Ledger:
         """Return what all other runs spent: of each the most of a client, since rows may have had another owner there.
 
         They are looked up at every charge: another run may be at work on the same rows.
+
+        Raises:
+            ClientError: If they protect another unit.
         """
         runs: dict[str, list[Sequence[Release]]] = {}
         names = sorted({self.path.name, *(name for name in os.listdir(self.folder) if name.endswith(".json"))})
         for name in names:
-            own = name == self.path.name
-            found = _by_run(content["entries"]) if own else _kept(os.path.join(self.folder, name))
-            for run, releases in found.items():
+            kept = _Kept.of(content) if name == self.path.name else _kept(os.path.join(self.folder, name))
+            if kept.runs and kept.unit != terms.unit:
+                raise ClientError(
+                    f"privacy.unit must be {kept.unit} as in the earlier releases of {self.folder / name}, got "
+                    f"{terms.unit}; budgets of two units do not add up, use other rows, and another privacy.ledger"
+                )
+            for run, releases in kept.runs.items():
                 runs.setdefault(run, []).append(releases)
         others = (run for run in sorted(runs) if run != terms.run)
         return [release for run in others for release in max(runs[run], key=lambda releases: _most(releases, terms))]
@@ -264,18 +266,30 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _kept(path: str) -> Mapping[str, Sequence[Release]]:
-    """Return what another client's ledger holds, by run; it is read again where it was written since."""
+@dataclass(frozen=True)
+class _Kept:
+    """What a ledger holds."""
+
+    unit: str
+    runs: Mapping[str, Sequence[Release]]
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "_Kept":
+        return cls(content.get("unit", ""), _by_run(content.get("entries", [])))
+
+
+def _kept(path: str) -> _Kept:
+    """Return what another client's ledger holds; it is read again where it was written since."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        return {}
+        return _Kept("", {})
     return _kept_at(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=4096)
-def _kept_at(path: str, *stamp: int) -> Mapping[str, Sequence[Release]]:
-    return _by_run(_content(Path(path)).get("entries", []))
+def _kept_at(path: str, *stamp: int) -> _Kept:
+    return _Kept.of(_content(Path(path)))
 
 
 def _by_run(entries: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[Release]]:

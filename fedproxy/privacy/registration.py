@@ -16,8 +16,15 @@ _REGISTRY = "registered.json"
 _REMEDY = "ask the other clients for their registered keys again, and compare them by telephone"
 
 
-def register_all(folder: Path, clients: Iterable[str]) -> None:
-    """Make the secrets of simulated clients, which share a folder, and register each with all; old ones stay.
+def register_all(folder: Path, clients: Iterable[str], peers: Mapping[str, str] | None = None) -> None:
+    """Make the secrets of clients that share a folder, where there are none, and pin their keys and those of others.
+
+    Keys of clients that are neither are pinned no more: whoever is to be trusted no longer is left out.
+
+    Args:
+        folder: The folder.
+        clients: Its own clients.
+        peers: Public keys of others, as hexadecimal digits.
 
     Raises:
         CheckpointError: If the folder cannot be used.
@@ -30,17 +37,8 @@ def register_all(folder: Path, clients: Iterable[str]) -> None:
     for name in names:
         if not _secret_file(folder, name).exists():
             write_bytes(_secret_file(folder, name), secrets.token_bytes(KEY_BYTES), private=True)
-    pinned = {name: identity_of(folder, name).public.hex() for name in names}
-    write_sealed(folder / _REGISTRY, {"clients": {**_pinned(folder), **pinned}})
-
-
-def pin(folder: Path, keys: Mapping[str, str]) -> None:
-    """Register other clients' public keys, given as hexadecimal digits; what was pinned for them before goes.
-
-    Raises:
-        CheckpointError: If the folder cannot be used.
-    """
-    write_sealed(folder / _REGISTRY, {"clients": {**_pinned(folder), **keys}})
+    own = {name: identity_of(folder, name).public.hex() for name in names}
+    write_sealed(folder / _REGISTRY, {"clients": {**(peers or {}), **own}})
 
 
 def identity_of(folder: Path, client_id: str) -> Identity:
@@ -65,13 +63,8 @@ def registered(folder: Path) -> dict[str, bytes]:
     Raises:
         CheckpointError: If the file is damaged.
     """
-    return {name: bytes.fromhex(key) for name, key in _pinned(folder).items()}
-
-
-def _pinned(folder: Path) -> Mapping[str, str]:
     content = read_sealed(folder / _REGISTRY, remedy=_REMEDY) or {"clients": {}}
-    clients: Mapping[str, str] = content["clients"]
-    return clients
+    return {name: bytes.fromhex(key) for name, key in content["clients"].items()}
 
 
 def _secret_file(folder: Path, client_id: str) -> Path:

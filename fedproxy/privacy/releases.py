@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -58,18 +59,21 @@ class Releases:
         return {name: tensors[name] for name in tensors}, {name: figures[name] for name in figures}
 
     def keep(self, numbers: Collection[int]) -> None:
-        """Delete all releases but these, and what a killed process left half-written.
+        """Delete all older releases but these, and what a killed process left half-written.
+
+        Another run may be at work here: a release of a later charge than these is its own.
 
         Raises:
             CheckpointError: If one cannot be deleted.
         """
         try:
             for number in self._files.rounds():
-                if number not in numbers:
+                if number not in numbers and number < max(numbers, default=0):
                     self._files.remove(number)
             for part in self._files.folder.glob("*.part*"):
-                if time.time() - part.stat().st_mtime > _STALE_S:
-                    remove(part)
+                with suppress(FileNotFoundError):  # its process has just given it its name
+                    if time.time() - part.stat().st_mtime > _STALE_S:
+                        remove(part)
         except OSError as error:
             raise CheckpointError(
                 f"{self._files.folder} cannot be tidied up ({error.strerror or error}); make it writable"

@@ -40,6 +40,14 @@ def step_of(largest: float, clients: int) -> float:
     return 2.0 ** math.ceil(math.log2(largest * clients / (2**31 - clients)))
 
 
+def unit_of(largest: float) -> float:
+    """Return what stands for 1 where weights or counts are added up: the highest power of two up to ``largest``.
+
+    Fixed-point numbers hold it exactly, whatever ``largest`` is.
+    """
+    return 2.0 ** math.floor(math.log2(largest))
+
+
 def encode(tensors: Tensors, largest: float, clients: int) -> dict[str, Tensor]:
     """Return numbers as fixed point, int32 in their shapes.
 

@@ -73,9 +73,9 @@ def make_site_key(path: Path) -> None:
         return
     key = ec.generate_private_key(ec.SECP384R1())
     private_folder(path.parent)
-    write_bytes(path, key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _PLAIN), private=True)
     public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
-    write_bytes(path.with_name(f"{path.name}.pub"), public + b"\n")
+    write_bytes(path.with_name(f"{path.name}.pub"), public + b"\n")  # before what says that both are there
+    write_bytes(path, key.private_bytes(_PEM, serialization.PrivateFormat.OpenSSH, _PLAIN), private=True)
 
 
 def expires(certificate: Path) -> dt.datetime:
@@ -152,7 +152,7 @@ def _usage(*, signs: bool) -> x509.KeyUsage:
 
 def _write(folder: Path, stem: str, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
     private_folder(folder)
+    write_bytes(folder / f"{stem}.crt", certificate.public_bytes(_PEM))  # before what says that both are there
     write_bytes(
         folder / f"{stem}.key", key.private_bytes(_PEM, serialization.PrivateFormat.PKCS8, _PLAIN), private=True
     )
-    write_bytes(folder / f"{stem}.crt", certificate.public_bytes(_PEM))

@@ -22,7 +22,7 @@ from fedproxy.sites.site_run import Answered, ChangedRowsError, SiteRun, reason
 from fedproxy.wire.bundle import unpack
 from fedproxy.wire.frames import NOTHING, Head, Source, sha256
 from fedproxy.wire.inbox import Inbox, Piece, is_hash
-from fedproxy.wire.messages import PROTOCOL, Ask, Greeting, Refusal, Setup, Train, refusal, run_id
+from fedproxy.wire.messages import PROTOCOL, Ask, Greeting, Refusal, Setup, Train, is_whole, refusal, run_id
 
 _log = logging.getLogger(__name__)
 Reply = tuple[Head, Source]
@@ -258,16 +258,19 @@ class Resident:
     def _note(self, head: Head, kind: str, said: str, seconds: float, sent: int) -> None:
         """Add a line to the owner's journal: what was asked, and what left."""
         task = head.get("task")
+        round_ = task.get("round") if isinstance(task, dict) else None
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "run": one_line(head.get("run", ""), 32),
             "kind": kind,
-            "round": task.get("round") if isinstance(task, dict) else None,
+            "round": round_ if is_whole(round_) else None,
             "seconds": round(seconds, 2),
             "sent_bytes": sent,
             "outcome": one_line(said),
         }
-        _log.info("%s %s%s: %s", kind, line["run"][:8], f" round {line['round']}" if task else "", line["outcome"])
+        _log.info(
+            "%s %s%s: %s", kind, line["run"][:8], f" round {line['round']}" if line["round"] else "", line["outcome"]
+        )
         try:
             with open(self.folder / "journal.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")

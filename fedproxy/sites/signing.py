@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 
 from fedproxy.errors import ConfigError
-from fedproxy.privacy.registration import FOLDER, pin, register_all, registered
+from fedproxy.privacy.registration import FOLDER, register_all, registered
 from fedproxy.sites.site_config import SitePlace
 
 
 def register_site(place: SitePlace) -> Mapping[str, str]:
-    """Make the secrets of a site's clients, where there are none, and pin the keys of its peers.
+    """Make the secrets of a site's clients, where there are none, and pin the keys of its peers and no others.
 
     Returns:
         The public keys of its own clients, as hexadecimal digits.
@@ -21,7 +21,6 @@ def register_site(place: SitePlace) -> Mapping[str, str]:
     both = sorted(set(own).intersection(place.config.peers))
     if both:
         raise ConfigError(f"peers.{both[0]} is a client of this site; name those of other sites")
-    register_all(folder, own)
-    pin(folder, place.config.peers)
+    register_all(folder, own, place.config.peers)
     keys = registered(folder)
     return {client: keys[client].hex() for client in own}

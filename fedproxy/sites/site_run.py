@@ -266,7 +266,8 @@ class Answered:
         return Bundle({name: self.folder / name for name in sorted(names)}) if names else None
 
     def begin(self) -> None:
-        """Make an empty folder."""
+        """Make an empty folder; what was answered before is forgotten."""
+        self.answers = {}
         shutil.rmtree(self.folder, ignore_errors=True)
         private_folder(self.folder)
 

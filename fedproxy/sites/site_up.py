@@ -9,6 +9,7 @@ from fedproxy.errors import ConfigError
 from fedproxy.files import private_folder, write_json
 from fedproxy.interrupts import check_interrupt
 from fedproxy.locks import locked
+from fedproxy.privacy.registration import FOLDER
 from fedproxy.sites.probe import freed, probe
 from fedproxy.sites.programs import Program
 from fedproxy.sites.relay_user import handed_over
@@ -41,7 +42,7 @@ def up(path: Path, *, say: Say, until: Callable[[], bool] = lambda: False) -> No
         if not freed(config.node_port):
             raise ConfigError(f"node_port={config.node_port} is in use by another program; choose another")
         rows = SiteRows(place.rows(), folder / "rows", least=config.policy.least_rows)
-        if config.peers:
+        if config.peers or (folder / FOLDER).exists():  # of peers that were taken out, too
             register_site(place)
         resident = Resident(place, rows)
         service = Service(resident.serve, folder / "socket", config.relay_user)

@@ -14,7 +14,8 @@ from fedproxy.errors import ClientError
 from fedproxy.files import open_regular, parse_json
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
-_MOST_TABLE, _MOST_FILES, _AT_ONCE = 1 << 20, 4096, 1 << 20
+_MOST_TABLE, _MOST_FILES, _AT_ONCE = 1 << 20, 10_000, 1 << 20
+"""Files: one for each of the most clients that a site may have (:mod:`fedproxy.wire.messages`)."""
 _PREFIX = 8
 
 

@@ -13,8 +13,10 @@ from typing import Any, BinaryIO, Protocol
 
 from fedproxy.files import parse_json
 
-LONGEST_LINE = 1 << 20
-"""Most bytes of a line: names and seeds of a site's clients, and figures."""
+LONGEST_LINE = 1 << 23
+"""Most bytes of a line: names and seeds of a site's clients, and figures. Of 10,000 clients that is some 2.6 MB."""
+MOST_HEAD = LONGEST_LINE // 2
+"""Most bytes of a message's line as a text within a line, as the relay hands it on."""
 _AT_ONCE = 1 << 20
 Head = dict[str, Any]
 Stream = BufferedRWPair | BinaryIO

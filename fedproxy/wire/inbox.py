@@ -102,9 +102,10 @@ class Inbox:
             file.flush()
             os.fsync(file.fileno())
         have += size
-        write_json(self._note(piece.file), {"have": have})
-        if have == piece.total:
+        if have == piece.total:  # noted only once it is whole: a kill until then costs the last part
             self._finish(piece.file)
+        else:
+            write_json(self._note(piece.file), {"have": have})
         return have
 
     def drop(self, file: str) -> None:

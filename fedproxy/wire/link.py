@@ -1,8 +1,10 @@
 """The server's side of the wire: asks sites, waits for them within limits, and sends and fetches files in parts."""
 
+import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle
 from fedproxy.wire.courier import LOST, NO_ANSWER, REPLY_LOST, TOO_LARGE, Courier, CourierError, Node
-from fedproxy.wire.frames import NOTHING, Head, Source, sha256
+from fedproxy.wire.frames import MOST_HEAD, NOTHING, Head, Source, sha256
 from fedproxy.wire.inbox import Inbox, Piece
 from fedproxy.wire.messages import told
 
@@ -64,6 +66,8 @@ class _Asked:
 
     line: Head
     payload: Source
+    size: int = 0
+    """Bytes of the line, as a text within a line."""
     message: str | None = None
     opened: int = 0
     """Which opening of the courier it was sent through; it is known to no later one."""
@@ -128,7 +132,12 @@ class Link:
         """
         now, file = time.monotonic(), self.folder / "answer"
         sent = payloads or {}
-        left = {site: _Asked(line, sent.get(site, NOTHING)) for site, line in lines.items()}
+        left = {site: _Asked(line, sent.get(site, NOTHING), _size_of(line)) for site, line in lines.items()}
+        for site, asked in list(left.items()):
+            if asked.size > MOST_HEAD:
+                del left[site]
+                why = f"what it is to be told of its clients has {asked.size} bytes, {MOST_HEAD} are the most"
+                yield self._lost(site, f"{why}; let fewer of them take part in a round")
         limit = now + seconds + margin_s + self.terms.wait_s
         remind = math.inf if remind_s is None else now + remind_s
         while left:
@@ -272,12 +281,14 @@ class Link:
                 yield self._lost(site, why)
 
     def _push(self, left: Mapping[str, _Asked], ttl_s: float) -> None:
-        """Send the messages of those that are online, all of the same bytes at once."""
-        now, groups = time.monotonic(), dict[int, list[str]]()
+        """Send the messages of those that are online, of the same bytes as many at once as one line holds."""
+        now, groups = time.monotonic(), dict[tuple[int, int], list[str]]()
+        told = Counter[int]()
         for site, asked in left.items():
             node = self._nodes.get(site)
             if asked.message is None and node is not None and node.online and now >= asked.not_before:
-                groups.setdefault(id(asked.payload), []).append(site)
+                told[id(asked.payload)] += asked.size
+                groups.setdefault((id(asked.payload), 2 * told[id(asked.payload)] // MOST_HEAD), []).append(site)
         for sites in groups.values():
             lines = {self._nodes[site].id: left[site].line for site in sites}
             sent = self._opened().push(lines, left[sites[0]].payload, ttl_s)
@@ -345,6 +356,10 @@ class Link:
 
     def _lost(self, site: str, why: str) -> Came:
         return Came(site, {}, self.folder / "answer", why)
+
+
+def _size_of(line: Head) -> int:
+    return len(json.dumps(json.dumps(line)))
 
 
 def _piece(bundle: Bundle, offset: int, part: Source) -> dict[str, Any]:

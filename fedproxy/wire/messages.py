@@ -16,6 +16,8 @@ LONGEST_S = 43200.0
 """Longest wait for a site, where a run names none: 12 hours."""
 _RUN = re.compile(r"[0-9a-f]{32}")
 _MOST_CLIENTS = 10_000
+_LATEST = 1e12
+"""Seconds since 1970 that no clock shows. They are compared first: a whole number may be too long to be subtracted."""
 
 Refusal = Literal[
     "refused", "busy", "late", "failed", "damaged", "unknown", "version", "changed", "site_down", "not_ours", "full"
@@ -63,11 +65,11 @@ class Setup:
         values = fields_of(said, cls.__dataclass_fields__, "setup")
         checks = {
             "proxy": is_hash(values["proxy"]),
-            "proxy_bytes": _whole(values["proxy_bytes"]),
+            "proxy_bytes": is_whole(values["proxy_bytes"]),
             "dtype": values["dtype"] in ("float32", "bfloat16", "float16"),
             "trainable": isinstance(values["trainable"], dict) and isinstance(values["trainable"].get("name"), str),
-            "max_input_tokens": _whole(values["max_input_tokens"], least=1),
-            "max_target_tokens": _whole(values["max_target_tokens"], least=1),
+            "max_input_tokens": is_whole(values["max_input_tokens"], least=1),
+            "max_target_tokens": is_whole(values["max_target_tokens"], least=1),
             "long_rows": values["long_rows"] in ("cut", "split", "drop"),
             "quantization": values["quantization"] in ("none", "8bit", "4bit"),
             "plugins": isinstance(values["plugins"], list) and all(isinstance(m, str) for m in values["plugins"]),
@@ -100,14 +102,14 @@ class Train:
         values = fields_of(said, cls.__dataclass_fields__, "task")
         own, files = values["own"], values["files"]
         checks = {
-            "round": _whole(values["round"], least=1),
+            "round": is_whole(values["round"], least=1),
             "own": _by_client(own) and all(isinstance(part, dict) for part in own.values()),
             "files": isinstance(files, dict) and isinstance(own, dict) and files.keys() == own.keys(),
             "bundle": is_hash(values["bundle"]),
             "seconds": _seconds(values["seconds"]),
         }
         _require(checks, values, "task")
-        _require({"files": all(_whole(place) for place in files.values())}, values, "task")
+        _require({"files": all(is_whole(place) for place in files.values())}, values, "task")
         return cls(**values)
 
 
@@ -165,10 +167,10 @@ class Greeting:
         values = fields_of(said, cls.__dataclass_fields__, "greeting")
         clients = values["clients"]
         checks = {
-            "clients": _by_client(clients) and all(_whole(rows, least=1) for rows in clients.values()),
+            "clients": _by_client(clients) and all(is_whole(rows, least=1) for rows in clients.values()),
             "version": isinstance(values["version"], str),
-            "clock": type(values["clock"]) in (int, float),
-            "have": _whole(values["have"]),
+            "clock": type(values["clock"]) in (int, float) and abs(values["clock"]) < _LATEST,
+            "have": is_whole(values["have"]),
             "converse": isinstance(values["converse"], bool),
         }
         _require(checks, values, "greeting")
@@ -238,7 +240,8 @@ def _is_name(name: object) -> bool:
     return True
 
 
-def _whole(value: object, *, least: int = 0) -> bool:
+def is_whole(value: object, *, least: int = 0) -> bool:
+    """Return whether a value is a whole number from ``least`` on that has 63 bits."""
     return type(value) is int and least <= value < 1 << 63
 
 

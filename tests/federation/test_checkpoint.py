@@ -80,7 +80,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeyp
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fedproxy.sealed_tensors.save_file", full)
-    with pytest.raises(CheckpointError, match=r"round_0002 cannot be written: I/O error: No space left"):
+    monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
+    with pytest.raises(CheckpointError, match=r"round_0002 cannot be written: No space left on device; free"):
         folder.save(progress(2))
     assert folder.rounds() == [1]

@@ -104,7 +104,9 @@ def test_a_full_disk_is_one_line_and_the_last_memory_stays(tmp_path, monkeypatch
     def full(*_):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("fedproxy.sealed_tensors.save_file", full)
-    with pytest.raises(CheckpointError, match=r"round_0002.safetensors cannot be written: I/O error: No space left"):
+    monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
+    with pytest.raises(
+        CheckpointError, match=r"round_0002.safetensors cannot be written: No space left on device; free"
+    ):
         store.save("c", 2, kept(2))
     assert value(store.load("c", known[1])) == 1.0

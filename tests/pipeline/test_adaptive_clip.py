@@ -62,5 +62,5 @@ def test_what_clients_tell_is_hidden_under_the_noise_of_its_share(run_tiny, tmp_
     steps = [math.log(after / before) for before, after in zip(clips(folder), clips(folder)[1:], strict=False)]
     assert all(abs(step) <= 0.1 + 1e-12 for step in steps)
     told = load_file(folder / "checkpoints/round_0003/privacy.safetensors")
-    assert " clip" in told
+    assert "clip" in told
     assert len(told) == 5

@@ -85,6 +85,19 @@ def test_ledgers_keys_and_noise_of_a_private_run_are_its_own_and_go(run_tiny, tm
 
 
 @pytest.mark.parametrize(
+    "left",
+    [
+        *("rows/.privacy_ledger/releases/a-1/round_0003.part4242", "rows/.privacy_ledger/.a-1.json.0a1b2c3d"),
+        *("checkpoints/clients/a-1/round_0001.part77", "rows/.signing_keys/.a-1.sums.json.0a1b2c3d"),
+    ],
+)
+def test_what_a_killed_run_was_just_writing_is_its_own(tmp_path, left):
+    (tmp_path / left).parent.mkdir(parents=True)
+    (tmp_path / left).write_bytes(b"half")
+    assert first_foreign(tmp_path) is None
+
+
+@pytest.mark.parametrize(
     "foreign",
     [
         *("notes.md", "cache/model.safetensors", "fused/notes.txt", "fused/gguf/model.gguf", "server/key.pem"),

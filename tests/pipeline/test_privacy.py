@@ -72,7 +72,9 @@ def test_a_private_run_spends_its_budget_and_tells(private, unit):
     assert lines[1]["privacy"]["epsilon"] > 7.9
     assert len(list((folder / "rows/.privacy_ledger").glob("*.json"))) == 4
     memory = load_file(folder / "checkpoints/round_0002/privacy.safetensors")
-    assert {name: tensor.shape for name, tensor in memory.items()} == dict.fromkeys(lines[0]["clients"], (2, 4))
+    assert {name: tensor.shape for name, tensor in memory.items()} == {
+        f"client/{name}": (2, 4) for name in lines[0]["clients"]
+    }
 
 
 @pytest.mark.parametrize("rule", ["fedsa_lora", "none"])

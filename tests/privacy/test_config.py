@@ -8,6 +8,8 @@ from fedproxy.privacy.accounting import Release, spent
 
 EXAMPLE = ("privacy.unit=example", "privacy.epsilon=8", "privacy.delta=1e-5", "privacy.accountant=rdp")
 CLIENT = ("privacy.unit=client", *EXAMPLE[1:])
+FEDAVG = ("aggregator.name=fedavg",)
+AT_SERVER = (*CLIENT, *FEDAVG, "privacy.noise_at=server")
 
 
 def config(*overrides):
@@ -68,6 +70,19 @@ def test_a_node_that_promises_nothing_whole_is_refused(overrides, said):
         ([*CLIENT, "parts.clip_noise.clip=1"], r"parts.clip_noise adds noise that nobody accounts for"),
         ([*CLIENT, "federation.sampling=weighted"], r"federation.sampling must be uniform with privacy.unit=client"),
         ([*CLIENT, "privacy.noise_at=server"], r"privacy.noise_at=server covers a mean .* 'h_ties' is not linear"),
+        ([*AT_SERVER, "federation.space=product"], r"federation.space must be factors with privacy.noise_at=server"),
+        (
+            [*AT_SERVER, "regularizer.name=conflict"],
+            r"all clients are sent what regularizer 'conflict' makes of single",
+        ),
+        (
+            [*AT_SERVER, "regularizer.name=scaffold"],
+            r"all clients are sent what regularizer 'scaffold' makes of single",
+        ),
+        (
+            [*CLIENT, *FEDAVG, "aggregator.weighting=tokens"],
+            r"aggregator.weighting must be examples or uniform with pri",
+        ),
         ([*EXAMPLE, "trainer.devices=2"], r"trainer.devices must be 1 with privacy.unit=example, got 2"),
         ([*EXAMPLE, "trainer.precision=16-mixed"], r"trainer.precision must be 32-true or bf16-mixed with"),
     ],
@@ -76,6 +91,11 @@ def test_components_that_would_let_something_out_are_refused(overrides, said):
     rest = ["regularizer.name=none", *overrides]
     with pytest.raises(ConfigError, match=said):
         check_components(config(*rest))
+
+
+@pytest.mark.parametrize("term", ["none", "proximal"])
+def test_a_mean_under_noise_at_the_server_is_let_through(term):
+    check_components(config(*AT_SERVER, f"regularizer.name={term}", "parts.precision.up=int8"))
 
 
 def test_a_plan_past_its_budget_is_refused_before_any_work():

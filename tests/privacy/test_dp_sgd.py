@@ -6,10 +6,14 @@ import torch
 from fedproxy.data.batching import collate
 from fedproxy.data.examples import Example
 from fedproxy.errors import ClientError
+from fedproxy.federation.client.training import Job, tune
 from fedproxy.modules.trainer import fit, make_trainer
 from fedproxy.privacy.dp_sgd import PoissonLoader, PrivateLMModule, PrivateTraining, row_losses, sampling_of, steps_of
 from fedproxy.privacy.noise import SecretStream
 from fedproxy.privacy.row_gradients import RowGradients
+from fedproxy.protocol import Broadcast
+from fedproxy.seeding import ClientSeeds
+from fedproxy.strategies.round_parts import ClientRound
 from fedproxy.strategies.trainable import Trainable
 
 SECRET = bytes(range(32))
@@ -203,6 +207,20 @@ def test_no_step_is_made_that_was_not_charged(make_model):
     module = PrivateLMModule(trainable.model, again, 6, lr=1e-3, parameters=trainable.parameters())
     fit(make_trainer({"accelerator": "cpu"}, max_steps=2), module, PoissonLoader(rows, again, pad_id=0), seed=0)
     assert module.trainer.global_step == 2
+
+
+@pytest.mark.parametrize(("number", "over", "mean"), [(1, "round", 0.75), (2, "rounds", 0.375)])
+def test_a_schedule_goes_over_the_steps_that_are_made(number, over, mean, make_model):
+    """Of 3 samples an epoch max_steps leaves 2: rates 1 and 1/2 in a round, and in round 2 of 2 1/2 and 1/4."""
+    trainable, device = lora(make_model), torch.device("cpu")
+    broadcast = Broadcast(number, trainable.state())
+    task = ClientRound("c", broadcast, trainable, {}, trainable.state(), {}, examples(12), 0, None, device)
+    task.training = training(steps=3, charged=2)
+    schedule = {"name": "linear", "over": over}
+    options = {"batch_size": 4, "accumulate": 1, "epochs": 1, "weight_decay": 0.0, "max_grad_norm": None}
+    job = Job(1e-3, **options, regularizer={"name": "none"}, schedule=schedule, rounds=2, max_steps=2)
+    tune(task, job, ClientSeeds(1, [2]), {"accelerator": "cpu", "devices": 1})
+    assert (task.steps, task.lr) == (2, pytest.approx(mean * 1e-3))
 
 
 def test_losses_of_rows_and_rates():

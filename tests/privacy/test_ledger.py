@@ -135,6 +135,9 @@ def test_units_do_not_mix(tmp_path):
     Ledger(tmp_path, "a").charge(terms(planned=Release(4.0)), 1, "key")
     with pytest.raises(ClientError, match=r"privacy.unit must be client as in the earlier releases .* got example"):
         Ledger(tmp_path, "a").charge(terms(run="two", unit="example", planned=Release(4.0)), 1, "other")
+    with pytest.raises(ClientError, match=r"privacy.unit must be client as in the earlier releases of .*/a-.*json, g"):
+        Ledger(tmp_path, "b").charge(terms(run="two", unit="example", planned=Release(4.0)), 1, "rows that were a's")
+    assert not Ledger(tmp_path, "b").path.exists()
 
 
 def test_a_ledger_that_was_taken_away_is_missed(tmp_path):

@@ -1,5 +1,6 @@
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_a_release_is_read_back_to_the_bit_and_verified(tmp_path):
 
 def test_others_are_deleted_with_what_a_killed_process_left(tmp_path):
     releases = Releases(tmp_path, "a")
-    for number in range(4):
+    for number in (*range(4), 18):
         releases.write(number, DELTA, FIGURES)
     folder = next(tmp_path.rglob("*.safetensors")).parent
     old, young = folder / "round_0009.part1", folder / "round_0009.part2"
@@ -41,7 +42,23 @@ def test_others_are_deleted_with_what_a_killed_process_left(tmp_path):
         "round_0001.safetensors",
         "round_0003.safetensors",
         "round_0009.part2",
+        "round_0018.safetensors",  # of a charge that another run made meanwhile
     ]
+
+
+def test_a_release_that_another_run_is_just_writing_does_not_end_this_one(tmp_path, monkeypatch):
+    """Its half-written file has got its name between the look into the folder and the look at the file."""
+    releases = Releases(tmp_path, "a")
+    releases.write(1, DELTA, FIGURES)
+    folder = next(tmp_path.rglob("*.safetensors")).parent
+    glob = Path.glob
+
+    def renamed(self, pattern):
+        return [folder / "round_0002.part77"] if self == folder else glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", renamed)
+    releases.keep({1})
+    assert [path.name for path in folder.iterdir()] == ["round_0001.safetensors"]
 
 
 def test_a_round_merged_again_from_the_same_updates_has_the_same_noise_and_other_updates_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """Asking sites: who is away is given up in time, a lost message is sent again, a broken line is opened anew."""
 
 import hashlib
+import json
 import time
 from collections import Counter
 
@@ -13,6 +14,7 @@ from fedproxy.wire.courier import CourierError
 from fedproxy.wire.frames import NOTHING, Bytes
 from fedproxy.wire.inbox import Inbox, Piece
 from fedproxy.wire.link import Link, Terms
+from fedproxy.wire.messages import _MOST_CLIENTS
 
 from .fake_courier import FakeCourier
 
@@ -42,6 +44,28 @@ def test_sites_answer_and_shared_bytes_go_up_once(tmp_path):
     payload = Bytes(b"abc")
     assert asked(link, "a", "b", payloads={"a": payload, "b": payload}) == {"a": {"got": 3}, "b": {"got": 3}}
     assert courier.bytes["pushed"] == 3
+
+
+def test_lines_go_together_as_far_as_the_relay_takes_them_and_one_too_long_costs_its_site_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(wire, "MOST_HEAD", 1000)
+    courier, link = opened(tmp_path, dict.fromkeys("abcdef", echo))
+    pushed, push = [], courier.push
+    courier.push = lambda to, *more: pushed.append(len(json.dumps({"to": list(to.values())}))) or push(to, *more)
+    lines = {site: {"kind": "x", "own": site * (1000 if site == "d" else 200)} for site in "abcdef"}
+    found = {answer.site: answer.lost or answer.head for answer in link.ask(lines, 0.2, margin_s=0.2)}
+    assert found.pop("d").startswith(
+        "what it is to be told of its clients has 1034 bytes, 1000 are the most; let fewer"
+    )
+    assert found == {site: {"got": 0} for site in "abcef"}
+    assert 1 < len(pushed) < 5
+    assert max(pushed) < 1000
+
+
+def test_what_a_site_of_most_clients_is_told_of_them_fits_into_a_line():
+    seeds = {"batches": 2**62, "dropout": [2**62], "parts": 2**62}
+    own = {f"client {k:05d}": {"seeds": seeds, "kept": {"round": 100, "seal": "ab" * 32}} for k in range(_MOST_CLIENTS)}
+    task = {"round": 100, "own": own, "files": dict.fromkeys(own, 0), "bundle": "ab" * 32, "seconds": 600.0}
+    assert wire._size_of({"kind": "train", "run": "ab" * 16, "part": 1 << 27, "task": task}) < wire.MOST_HEAD
 
 
 def test_a_site_that_is_not_named_receives_nothing(tmp_path):

@@ -112,6 +112,29 @@ def test_no_certificate_is_one_line(tmp_path):
         keys.expires(tmp_path / "ca.crt")
 
 
+@pytest.mark.parametrize("most", [0, 1])
+def test_keys_whose_making_was_cut_short_are_made_again(most, tmp_path, monkeypatch):
+    """A key without its certificate, or without its public half, would never be made again, since it is there."""
+    write, left = keys.write_bytes, [most]
+
+    def killed(*words, **options):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return write(*words, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(keys, "write_bytes", killed)
+        for make, place in ((keys.make_authority, tmp_path), (keys.make_site_key, tmp_path / "site")):
+            left[0] = most
+            with pytest.raises(KeyboardInterrupt):
+                make(place)
+    keys.make_authority(tmp_path)
+    keys.make_site_key(tmp_path / "site")
+    keys.make_certificate(tmp_path, ["localhost"])
+    keys.check_public_key(tmp_path / "site.pub")
+
+
 def test_private_keys_are_their_owners_alone_and_are_not_taken_for_public_ones(tmp_path):
     keys.make_site_key(tmp_path / "keys" / "site")
     before = (tmp_path / "keys/site").read_bytes()

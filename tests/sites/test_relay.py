@@ -132,6 +132,10 @@ def test_nonsense_of_one_site_is_its_own_error_and_the_others_are_heard(reply, c
     line.close()
 
 
+def test_both_ends_take_lines_of_one_length(relay):
+    assert relay.records.LONGEST_LINE == LONGEST_LINE
+
+
 def test_a_number_that_json_does_not_have_reaches_the_run_as_one_sites_head(courier, tmp_path):
     line = courier({"bad": content('{"have": 1e400}'), "good": content("{}")})
     assert line.pull("bad", tmp_path / "file", most=10).head["have"] == float("inf")

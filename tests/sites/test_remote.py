@@ -5,10 +5,13 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from fedproxy.errors import ClientError, ConfigError
+from fedproxy.config import load_config
+from fedproxy.errors import CheckpointError, ClientError, ConfigError
 from fedproxy.federation.engines.flower import Flower
 from fedproxy.messages import Dropped, Evaluate, Sums, UpdateFile
+from fedproxy.pipeline.checks import check_components
 from fedproxy.protocol import Broadcast, Kept
 from fedproxy.seeding import ClientSeeds
 from fedproxy.wire import link as wire
@@ -19,6 +22,8 @@ from fedproxy.wire.link import Link, Terms
 from fedproxy.wire.remote import RemoteSites
 
 from .fake_courier import FakeCourier
+
+EVALUATE = Evaluate(Kept(), {"tuned": {"w": torch.arange(3.0)}})
 
 
 class FakeSite:
@@ -153,8 +158,7 @@ def test_states_to_score_travel_as_a_file_and_sums_come_back(tmp_path):
     remote, sites, _ = reached(
         tmp_path, {"x": ("a", lambda site, head: {"a": {"says": {"tuned": {"nll": [1.5, 30]}}}})}
     )
-    states = {"tuned": {"w": torch.arange(3.0)}}
-    (found,) = remote.ask({"a": Evaluate(Kept(), states)})
+    (found,) = remote.ask({"a": EVALUATE})
     assert found == Sums("a", {"tuned": {"nll": (1.5, 30)}})
     question = sites["x"].asked[0]["question"]
     (file,) = unpack(sites["x"].inbox.whole(question["bundle"]), tmp_path / "got")
@@ -189,3 +193,37 @@ def test_a_site_that_the_hub_does_not_know_is_named_with_the_nearest(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="has registered no site"):
         Flower(hub=str(tmp_path / "empty")).clients()
+
+
+@pytest.mark.parametrize("asks", ["run", "ask"])
+def test_a_disk_of_the_servers_that_is_full_ends_the_round_in_one_line(asks, tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    remote, _, _ = reached(tmp_path, {"x": ("a", updates)})
+    monkeypatch.setattr("fedproxy.tensor_files.save_file", full)
+    with pytest.raises(CheckpointError, match=r"now cannot be written \(No space left on device\); free disk space"):
+        list(remote.run(broadcast("a"), ["a"]) if asks == "run" else remote.ask({"a": EVALUATE}))
+
+
+MOVES = [
+    *("recipe=fedproxy_tiny", "engine.name=flower", "data.partition.name=sites", "data.partition.clients=4"),
+    *("aggregator.name=flora", "federation.space=product", "regularizer.name=none"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["federation.clients_per_round=2"], r"federation.clients_per_round must be all at real sites .*=flora, got 2"),
+        (["federation.min_clients=3"], r"federation.min_clients must be null at real sites with .*, got 3: it moves"),
+        (["federation.clients_per_round=4", "federation.min_clients=4"], None),
+        (["federation.clients_per_round=2", "aggregator.name=flexlora"], None),
+    ],
+)
+def test_rounds_without_some_sites_are_refused_where_each_brings_a_change_of_the_frozen_weights(words, said):
+    if said is None:
+        check_components(load_config([*MOVES, *words]))
+        return
+    with pytest.raises(ConfigError, match=said):
+        check_components(load_config([*MOVES, *words]))

@@ -109,6 +109,10 @@ def test_a_site_pins_its_peers_keys_and_shows_its_own(place):
     shown = register_site(site)
     assert shown == register_site(site)
     assert registered(site.folder / FOLDER) == {"other": b"\xab" * 32, "ward": bytes.fromhex(shown["ward"])}
+    register_site(place(f"peers: {{third: {'cd' * 32}}}"))
+    assert registered(site.folder / FOLDER) == {"third": b"\xcd" * 32, "ward": bytes.fromhex(shown["ward"])}
+    register_site(place())  # a peer that was taken out is trusted no longer
+    assert registered(site.folder / FOLDER) == {"ward": bytes.fromhex(shown["ward"])}
     with pytest.raises(ConfigError, match=r"peers.ward is a client of this site"):
         register_site(place(f"peers: {{ward: {'ab' * 32}}}"))
 
@@ -140,8 +144,11 @@ def test_every_message_is_in_the_owners_journal(place, nothing):
     resident = resident_of(place())
     resident.serve(hello(), nothing)
     resident.serve(hello(kind="shell\x1b[2J"), nothing)
+    for round_ in (7, "x" * 1_000_000):  # what is no number is not the server's to fill the owner's disk with
+        resident.serve(hello(kind="train", task={"round": round_}), nothing)
     lines = [json.loads(line) for line in (place().folder / "journal.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["hello", "shell"]
+    assert [line["kind"] for line in lines] == ["hello", "shell", "train", "train"]
+    assert [line["round"] for line in lines] == [None, None, 7, None]
     assert lines[0]["outcome"] == "done"
 
 
@@ -346,6 +353,20 @@ def test_the_same_question_is_answered_the_same_without_training_again(place, tm
         Answered.find(run.folder / "answers", key).begin()
     Answered.find(run.folder / "answers", "d").begin()
     assert not Answered.find(run.folder / "answers", "key").is_whole  # the latest stay
+
+
+def test_a_question_that_is_asked_again_has_a_file_for_each_client(tmp_path):
+    """A reply that was lost: what answers the question now is made anew, a key share for example."""
+    for value in (1.0, 2.0):
+        answered = Answered.find(tmp_path / "answers", "key")
+        answered.begin()
+        answered.take([ClientUpdate(client, {"share": torch.full((1,), value)}) for client in ("a", "b")])
+        answered.finish()
+    files = [answered.answers[client]["file"] for client in ("a", "b")]
+    assert sorted(files) == sorted(answered.bundle.files)
+    for client, file in zip(("a", "b"), files, strict=True):
+        update = ClientUpdate.load(answered.folder / file)
+        assert (update.client_id, update.delta["share"].tolist()) == (client, [2.0])
 
 
 def talk(service, data):

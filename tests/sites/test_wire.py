@@ -8,9 +8,9 @@ import pytest
 
 from fedproxy.errors import ClientError
 from fedproxy.wire.bundle import Bundle, unpack
-from fedproxy.wire.frames import BrokenFrameError, Bytes, receive, send
+from fedproxy.wire.frames import LONGEST_LINE, BrokenFrameError, Bytes, receive, send
 from fedproxy.wire.inbox import Inbox, Piece
-from fedproxy.wire.messages import Ask, Greeting, Setup, Train, refusal, run_id, told
+from fedproxy.wire.messages import _MOST_CLIENTS, Ask, Greeting, Setup, Train, refusal, run_id, told
 
 
 def bundle_of(folder, **files):
@@ -32,6 +32,14 @@ def test_a_bundle_comes_out_as_it_went_in(tmp_path):
     paths = unpack(written(bundle, tmp_path / "whole"), tmp_path / "to")
     assert [path.name for path in paths] == ["a", "b", "c"]
     assert [path.read_bytes() for path in paths] == [b"x" * 3_000_000, b"", b"yz"]
+
+
+@pytest.mark.parametrize(("files", "line"), [(_MOST_CLIENTS, "other files"), (_MOST_CLIENTS + 1, "names no plain")])
+def test_a_bundle_holds_a_file_for_each_of_the_most_clients_of_a_site(files, line, tmp_path):
+    table = json.dumps([[f"{number:05d}", 0] for number in range(files)]).encode()
+    (tmp_path / "bundle").write_bytes(len(table).to_bytes(8, "little") + table)
+    with pytest.raises(ClientError, match=line):
+        unpack(tmp_path / "bundle", tmp_path / "to", names=[])
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000, 10**6])
@@ -103,6 +111,22 @@ def test_half_a_part_that_a_killed_process_left_does_not_count(tmp_path):
     assert inbox.whole(bundle.sha256)
 
 
+def test_a_kill_while_the_whole_is_looked_at_costs_the_last_part_alone(tmp_path, monkeypatch):
+    """Of a proxy of many GiB that look takes long; a file that counted as there and was never whole would stay so."""
+    bundle, inbox = bundle_of(tmp_path / "from", a=bytes(range(250))), Inbox(tmp_path / "inbox")
+    with monkeypatch.context() as patched:
+        patched.setattr(Inbox, "_finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        last = (bundle.size - 1) // 64 * 64
+        for at in range(0, last, 64):
+            sent(inbox, bundle, at, 64, tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            sent(inbox, bundle, last, 64, tmp_path)
+    have = Inbox(tmp_path / "inbox").have(bundle.sha256)
+    assert have == last
+    assert sent(Inbox(tmp_path / "inbox"), bundle, have, 64, tmp_path) == bundle.size
+    assert inbox.whole(bundle.sha256)
+
+
 def test_a_part_that_comes_twice_changes_nothing(tmp_path):
     bundle, inbox = bundle_of(tmp_path / "from", a=bytes(range(250))), Inbox(tmp_path / "inbox")
     assert sent(inbox, bundle, 0, 64, tmp_path) == 64
@@ -154,10 +178,10 @@ def test_what_is_no_frame_is_refused(data, tmp_path):
 
 
 def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
-    stream = io.BytesIO(b"x" * (1 << 22))
+    stream = io.BytesIO(b"x" * (4 * LONGEST_LINE))
     with pytest.raises(BrokenFrameError, match="a line is too long"):
         receive(stream, tmp_path / "payload", most=3)
-    assert stream.tell() <= 1 << 20
+    assert stream.tell() <= LONGEST_LINE
 
 
 SETUP = {
@@ -179,7 +203,8 @@ GREETING = {"clients": {"a": 3}, "version": "1", "clock": 1.0, "have": 0, "conve
         (Train, TRAIN, {"seconds": float("nan")}), (Train, TRAIN, {"seconds": 1e9}), (Train, TRAIN, {"bundle": None}),
         (Ask, {"messages": {"a": {}}, "bundle": None, "seconds": 1}, {"messages": []}),
         (Greeting, GREETING, {"clients": {}}), (Greeting, GREETING, {"clients": {"a": 0}}),
-        (Greeting, GREETING, {"clock": "now"}), (Greeting, GREETING, {"converse": 1}),
+        (Greeting, GREETING, {"clock": "now"}), (Greeting, GREETING, {"clock": 10**400}),
+        (Greeting, GREETING, {"clock": float("nan")}), (Greeting, GREETING, {"converse": 1}),
     ],
 )  # fmt: skip
 def test_lines_are_checked_field_by_field(kind, whole, change):

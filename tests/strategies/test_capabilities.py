@@ -87,6 +87,10 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
         ({"aggregator": "flexlora"}, "'flexlora' is defined in product space, got 'factors'"),
         ({"space": "tangent"}, "federation.space must be one of factors, product, got 'tangent'"),
         ({"aggregator": "krum", "clients_per_round": 4}, "'krum' needs at least 5 clients a round .* got 4"),
+        (
+            {"aggregator": "sce", "options": {"density": 0.5}, "clients_per_round": 1},
+            "'sce' needs at least 2 clients a round .* got 1",
+        ),
         ({"aggregator": "bulyan", "options": {"byzantine": 2}}, "'bulyan' needs at least 11 clients a round .* got 8"),
         ({"aggregator": "regmean"}, "'regmean' needs clients that send 'gram' statistics"),
         ({"aggregator": "none", "regularizer": "conflict"}, "'conflict' needs the conflict between clients"),

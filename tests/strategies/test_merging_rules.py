@@ -39,6 +39,18 @@ def test_dare_draws_differ_between_clients():
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
 
 
+@pytest.mark.parametrize("clients", [3, 64])
+def test_what_dare_drops_of_a_client_does_not_depend_on_how_many_others_there_are(clients):
+    """More clients cut a tensor into shorter blocks: 600,000 coordinates of two clients are 2, of 64 clients 37."""
+    size = 600_000
+    others = [ClientUpdate(f"other {k}", {"w": torch.zeros(size)}) for k in range(clients - 1)]
+    kept = [
+        Aggregator.by_name("dare")(drop_rate=0.5).aggregate([ClientUpdate("c", {"w": torch.ones(size)}), *some]).delta
+        for some in (others[:1], others)
+    ]
+    assert torch.equal(kept[0]["w"] != 0, kept[1]["w"] != 0)
+
+
 def test_dare_with_ties_votes_on_what_is_left():
     # nothing dropped: 3 - 2 > 0 elects +, whose mean is 3
     torch.testing.assert_close(aggregate("dare", [3.0], [-2.0], drop_rate=0.0, merge="ties"), torch.tensor([3.0]))

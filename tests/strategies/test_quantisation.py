@@ -45,10 +45,11 @@ def test_int8_of_odd_values_stays_finite(values):
     torch.testing.assert_close(back, values, rtol=0.01, atol=max(largest / 127, 1e-37))
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("bits", range(1, 16))
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 1000, (1 << 20) + 5])
 def test_packing_keeps_every_code(bits, count):
-    codes = torch.randint(2**bits, (count,), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    dtype = torch.uint8 if bits <= 8 else torch.int16
+    codes = torch.randint(2**bits, (count,), dtype=dtype, generator=torch.Generator().manual_seed(bits))
     packed = pack(codes, bits)
     assert len(packed) == packed_bytes(count, bits) == -(-count * bits // 8)
     assert torch.equal(unpack(packed, bits, count), codes)
@@ -59,18 +60,21 @@ def test_packing_by_hand():
     assert pack(torch.tensor([5, 3, 1], dtype=torch.uint8), 3).tolist() == [0b01_011_101, 0]
 
 
-@pytest.mark.parametrize(("levels", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (129, 8)])
+@pytest.mark.parametrize(
+    ("levels", "bits"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (9, 4), (129, 8), (256, 8), (257, 9)]
+)
 def test_bits_for_levels(levels, bits):
     assert bits_for(levels) == bits
 
 
-@pytest.mark.parametrize("clients", [1, 2, 3, 4, 5, 8, 10, 100])
+@pytest.mark.parametrize("clients", [1, 2, 3, 4, 5, 8, 10, 100, 511, 512, 600, 2000])
 def test_conflict_of_clients_that_all_moved_survives_to_the_bit(clients):
     signs = (torch.randint(2, (clients, 500), generator=torch.Generator().manual_seed(clients)) * 2 - 1).float()
     updates = [ClientUpdate(f"{k:03d}", {"w": sign}) for k, sign in enumerate(signs)]
     conflict = Aggregator.by_name("fedavg")().aggregate(updates).conflict["w"]
     torch.testing.assert_close(conflict, 1 - signs.sum(dim=0).abs() / clients)  # FedProxy Eq 7
-    codes = conflict_codes(conflict, clients)
+    codes, bits = conflict_codes(conflict, clients), bits_for(conflict_levels(clients))
+    assert torch.equal(unpack(pack(codes, bits), bits, 500), codes)
     assert int(codes.max()) < conflict_levels(clients)
     assert torch.equal(conflict_of(codes, clients, (500,)), conflict)
 

@@ -89,7 +89,7 @@ def tune(
     model = task.model
     model.load_state(task.state)
     data = _data(task, job, seeds)
-    steps = job.steps(len(data.sampler)) if isinstance(data, ExampleDataModule) else job.epochs * data.training.steps
+    steps = job.steps(len(data.sampler)) if isinstance(data, ExampleDataModule) else data.training.charged
     rate = Schedule.made(job.schedule).in_round(task.broadcast.round, rounds=job.rounds, steps=steps, lr=job.lr)
     module = _module(task, job, rate)
     term = Regularize(Regularizer.made(job.regularizer), task.state, task.conflict, task.pull)

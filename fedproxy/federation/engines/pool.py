@@ -11,8 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from fedproxy.errors import CheckpointError, ClientError, one_line
 from fedproxy.federation.client.base import RemoteClient
 from fedproxy.federation.engines.base import late
@@ -141,7 +139,7 @@ class WorkerPool:
             folder = Path(tempfile.mkdtemp(prefix=f"round_{broadcast.round:04d}_", dir=self.folder))
             if trains and broadcast.each is None:
                 broadcast.save(folder / _BROADCAST)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise self._unwritten(broadcast, error) from error
         return folder
 
@@ -164,7 +162,7 @@ class WorkerPool:
         try:
             if not path.exists():
                 broadcast.addressed_to(client_id).save(path)
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise self._unwritten(broadcast, error) from error
         return path
 

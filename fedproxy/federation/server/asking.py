@@ -15,6 +15,9 @@ from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
+from fedproxy.federation.server.participation import Participation
+from fedproxy.federation.server.state_checks import LARGEST_WEIGHT, largest
+from fedproxy.federation.server.update_checks import too_long
 from fedproxy.messages import (
     Answer,
     Answers,
@@ -35,6 +38,8 @@ from fedproxy.round_files import joint_seal
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.trainable.base import TrainableModel
+
+_MEND = "have it hand in what it trained, then resume=auto"
 
 
 def greet(sites: Sites, clients: Sequence[str]) -> dict[str, Facts]:
@@ -117,8 +122,7 @@ def assemble(
     aggregator: Aggregator,
     files: ServerFiles,
     sites: Sites,
-    *,
-    folder: Path | None = None,
+    terms: Participation | None = None,
 ) -> int:
     """Bring a model to the state of ``progress``: shared tensors, the frozen weights, and the mean of clients' own.
 
@@ -130,27 +134,38 @@ def assemble(
         aggregator: The run's rule.
         files: Where the changes of the frozen weights lie.
         sites: The clients.
-        folder: Folder of the server alone, for its copies of what comes as files; see :class:`Vault`.
+        terms: Where copies of what comes as files lie, and how much longer than the clients' median one client's change
+            may be; by default nothing is compared.
 
     Returns:
         Bytes that clients handed in.
 
     Raises:
         CheckpointError: If a file that the state needs is damaged or missing.
-        ClientError: If a client hands in nothing, or what does not fit the state.
+        ClientError: If a client hands in nothing, what does not fit the state, or numbers that are not finite or too
+            large.
     """
     if "base_change" in aggregator.parts and progress.round:
         files.changes.receive(model, progress.round, progress.remembered("base_change"))
     own = {name: tensor for name, tensor in progress.state.items() if not aggregator.shares(name)}
-    means, handed = _mean_of_own(own, progress, aggregator, sites, folder) if own and progress.kept else ({}, 0)
+    terms = terms or Participation(max_norm_ratio=None)
+    means, handed, norms = (
+        _mean_of_own(own, progress, aggregator, sites, terms.folder) if own and progress.kept else ({}, 0, {})
+    )
+    if terms.max_norm_ratio is not None:
+        for client, why in too_long(norms, terms.max_norm_ratio).items():
+            raise ClientError(f"client {client!r} hands in tensors of its own that are no trained ones: {why}; {_MEND}")
     model.load_state({**progress.state, **means})
     return handed
 
 
 def _mean_of_own(
     start: Mapping[str, Tensor], progress: Progress, aggregator: Aggregator, sites: Sites, folder: Path | None
-) -> tuple[dict[str, Tensor], int]:
-    """Return the clients' own tensors merged by a linear rule, and their bytes; one client's are held at a time."""
+) -> tuple[dict[str, Tensor], int, dict[str, float]]:
+    """Return the clients' own tensors merged by a linear rule, their bytes, and how far each client moved its own.
+
+    One client's are held at a time.
+    """
     clients = sorted(progress.kept)
     counts = [
         ClientUpdate(client, {}, progress.kept[client]["examples"], progress.kept[client]["tokens"])
@@ -158,6 +173,7 @@ def _mean_of_own(
     ]
     weights = aggregator.linear_weights(counts, RoundContext(progress.round)).tolist()
     sums, handed = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}, 0
+    norms = dict.fromkeys(clients, 0.0)
     form = Form.of(Broadcast(progress.round, start), Expected())
     for (client, answer), weight in zip(_in_order(sites, progress, clients), weights, strict=True):
         try:
@@ -170,10 +186,16 @@ def _mean_of_own(
         handed += nbytes(own)
         for name, total in sums.items():
             change = (own[name] - start[name]).float()
-            if not bool(change.isfinite().all()):
+            if not math.isfinite(size := largest(change)):
                 raise not_finite(client, name)
+            if size > LARGEST_WEIGHT:
+                raise ClientError(
+                    f"client {client!r}: tensor {name!r} of its own has moved by {size:.3g}, {LARGEST_WEIGHT:g} is the "
+                    f"most; {_MEND}"
+                )
+            norms[client] = math.hypot(norms[client], float(torch.linalg.vector_norm(change, dtype=torch.float64)))
             total.add_(change, alpha=weight)
-    return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed
+    return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed, norms
 
 
 def _in_order(

@@ -106,9 +106,9 @@ class CheckpointFolder:
             remove(final)
             part.rename(final)
             flush([self.folder])
-        except (OSError, SafetensorError) as error:  # a full disk comes as either
+        except OSError as error:
             raise CheckpointError(
-                f"checkpoint {final} cannot be written: {error}; free space, then resume=auto"
+                f"checkpoint {final} cannot be written: {error.strerror or error}; free space, then resume=auto"
             ) from error
         kept = [number for number in self.rounds() if number <= progress.round][-self.keep :]
         for other in self.rounds():

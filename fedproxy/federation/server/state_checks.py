@@ -14,7 +14,7 @@ from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.protocol import Tensors
 from fedproxy.strategies.aggregators import Aggregation
 
-_LARGEST = 1e6
+LARGEST_WEIGHT = 1e6
 """Largest size of a trained weight: far above any that trains, far below what overflows in a product."""
 
 
@@ -78,8 +78,8 @@ class StateCheck:
 
     def _bounded(self, tensors: Tensors, what: str) -> None:
         for name in sorted(tensors):
-            if (size := largest(tensors[name])) > _LARGEST:
-                raise self._error(f"{what} would hold {size:.3g} in tensor {name!r}, {_LARGEST:g} is the most")
+            if (size := largest(tensors[name])) > LARGEST_WEIGHT:
+                raise self._error(f"{what} would hold {size:.3g} in tensor {name!r}, {LARGEST_WEIGHT:g} is the most")
 
     def _error(self, fault: str) -> ClientError:
         longest = max(self.norms, key=self.norms.__getitem__, default=None)

@@ -35,7 +35,7 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
 
     Returns:
         The update's Euclidean norm over all tensors, under ``""``, and that of every group of extras under its name
-        (of sums of squares its square root); nothing of what is masked.
+        (of sums of squares its square root); nothing of what is masked or holds figures.
 
     Raises:
         ClientError: If round or figures are others than asked for, or a value is not finite, or too large.
@@ -56,7 +56,8 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
             continue
         largest = _LARGEST_EXTRA**2 if form.squares else _LARGEST_EXTRA
         norm = _norm(update.extras[group], largest, f"extras[{group!r}] ", non_negative=form.non_negative)
-        norms[group] = math.sqrt(norm) if form.squares else norm
+        if not form.figures:
+            norms[group] = math.sqrt(norm) if form.squares else norm
     return norms
 
 

@@ -31,6 +31,11 @@ class SCE(Aggregator, name="sce"):
         """Check the options."""
         self.require("density", 0.0 < self.density <= 1.0, "in (0, 1]")
 
+    @property
+    def min_clients(self) -> int:
+        """Two where a share of the coordinates is selected, since a single client's vary nowhere."""
+        return 1 if self.density == 1.0 else 2
+
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:
         """Merge one tensor."""
         return sce(deltas.reshape(len(deltas), -1), density=self.density).view(deltas.shape[1:])

@@ -27,19 +27,20 @@ class SparsifyingAggregator(VotingAggregator):
         super().__post_init__()
         self.require("merge", self.merge in ("linear", "ties"), "one of linear, ties")
 
-    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+    def thin(self, block: Block, draws: "Draws") -> Tensor:
         """Return the block's values, float32 of the same shape, with the dropped coordinates set to zero."""
         raise NotImplementedError
 
     def plan(self, cohort: Cohort, survey: Survey, memory: Memory, context: RoundContext) -> Plan:
         """Thin out each block, then merge it."""
+        draws = Draws(cohort, context, self.name)
         if self.merge == "ties":
-            return self.elect(cohort, lambda block: self.thin(block, cohort, context))
+            return self.elect(cohort, lambda block: self.thin(block, draws))
         weights = cohort.shares("examples") * self.scale
         factors = weights.float()
 
         def combine(block: Block) -> Tensor:
-            merged: Tensor = torch.tensordot(factors, self.thin(block, cohort, context), dims=1)
+            merged: Tensor = torch.tensordot(factors, self.thin(block, draws), dims=1)
             return merged
 
         return Plan(combine, weights, threaded=self.coordinatewise)
@@ -64,9 +65,9 @@ class Dare(SparsifyingAggregator, name="dare"):
         super().__post_init__()
         self.require("drop_rate", 0.0 <= self.drop_rate < 1.0, "in [0, 1)")
 
-    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+    def thin(self, block: Block, draws: "Draws") -> Tensor:
         """Keep each coordinate with probability 1 - p."""
-        return dare(block.values, _draws(block, cohort, context, "dare"), drop_rate=self.drop_rate)
+        return dare(block.values, draws.of(block), drop_rate=self.drop_rate)
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,9 @@ class Della(SparsifyingAggregator, name="della"):
         room = 2.0 * min(self.density, 1.0 - self.density)
         self.require("window", 0.0 <= self.window < room, f"in [0, {room:g}) at density {self.density:g}")
 
-    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+    def thin(self, block: Block, draws: "Draws") -> Tensor:
         """Keep each coordinate with its own probability."""
-        draws = _draws(block, cohort, context, "della")
-        return della(block.values, draws, density=self.density, window=self.window)
+        return della(block.values, draws.of(block), density=self.density, window=self.window)
 
 
 @dataclass(frozen=True)
@@ -122,20 +122,31 @@ class Breadcrumbs(SparsifyingAggregator, name="breadcrumbs"):
         self.require("density", 0.0 < self.density <= 1.0, "in (0, 1]")
         self.require("gamma", 0.0 <= self.gamma < 1.0, "in [0, 1)")
 
-    def thin(self, block: Block, cohort: Cohort, context: RoundContext) -> Tensor:
+    def thin(self, block: Block, draws: "Draws") -> Tensor:
         """Keep the window of magnitudes below the outliers."""
         size = block.values[0].numel()
         return magnitude_window(block.values, top_count(self.gamma, size), top_count(self.density, size))
 
 
-def _draws(block: Block, cohort: Cohort, context: RoundContext, purpose: str) -> Tensor:
-    """Return uniform draws in [0, 1), float32 in the block's shape, that depend on no other client or tensor."""
-    return torch.stack(
-        [
-            torch.rand(
-                block.values.shape[1:],
-                generator=generator(context.seed, context.round, client, purpose, block.name, block.start),
-            )
-            for client in cohort.ids
-        ]
-    )
+class Draws:
+    """Uniform draws of a round, which depend on no other client or tensor, nor on how tensors are cut into blocks.
+
+    Args:
+        cohort: The round's updates.
+        context: Round and seed.
+        purpose: What is drawn for.
+    """
+
+    def __init__(self, cohort: Cohort, context: RoundContext, purpose: str) -> None:
+        self._clients, self._context, self._purpose = cohort.ids, context, purpose
+        self._generators: dict[str, list[torch.Generator]] = {}
+
+    def of(self, block: Block) -> Tensor:
+        """Return draws in [0, 1), float32 in the block's shape; a tensor's blocks come in order, each once."""
+        if block.start == 0:
+            seed, number = self._context.seed, self._context.round
+            self._generators[block.name] = [
+                generator(seed, number, client, self._purpose, block.name, 0) for client in self._clients
+            ]
+        shape = block.values.shape[1:]
+        return torch.stack([torch.rand(shape, generator=own) for own in self._generators[block.name]])

@@ -49,32 +49,36 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack whole numbers into as few bytes as they need: code i fills bits [i b, (i + 1) b), lowest first.
 
     Args:
-        codes: uint8 (n,), each below 2 ** bits.
-        bits: Bits per code, 1 to 8.
+        codes: uint8 or int16 (n,), each below 2 ** bits.
+        bits: Bits per code, 1 to 15.
 
     Returns:
         uint8 (ceil(n bits / 8),).
     """
-    places = torch.arange(bits, dtype=torch.uint8)
+    places = torch.arange(bits, dtype=codes.dtype)
     worth = 2 ** torch.arange(8, dtype=torch.uint8)
     parts = []
     for chunk in torch.split(codes, _CHUNK):
-        stream = ((chunk[:, None] >> places) & 1).view(-1)
+        stream = ((chunk[:, None] >> places) & 1).to(torch.uint8).view(-1)
         stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).view(-1, 8)
         parts.append((stream * worth).sum(dim=1, dtype=torch.uint8))
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Return the ``count`` codes that :func:`pack` packed, uint8 (count,)."""
-    places = torch.arange(8, dtype=torch.uint8)
-    worth = 2 ** torch.arange(bits, dtype=torch.uint8)
+    """Return the ``count`` codes that :func:`pack` packed: uint8 (count,), int16 where they have more than 8 bits."""
+    places, dtype = torch.arange(8, dtype=torch.uint8), _holds(bits)
+    worth = 2 ** torch.arange(bits, dtype=dtype)
     parts = []
     for chunk in torch.split(packed, _CHUNK // 8 * bits):
         stream = ((chunk[:, None] >> places) & 1).view(-1)
         whole = len(stream) // bits * bits
-        parts.append((stream[:whole].view(-1, bits) * worth).sum(dim=1, dtype=torch.uint8))
-    return torch.cat(parts)[:count] if parts else torch.zeros(0, dtype=torch.uint8)
+        parts.append((stream[:whole].view(-1, bits) * worth).sum(dim=1, dtype=dtype))
+    return torch.cat(parts)[:count] if parts else torch.zeros(0, dtype=dtype)
+
+
+def _holds(bits: int) -> torch.dtype:
+    return torch.uint8 if bits <= 8 else torch.int16
 
 
 def conflict_levels(clients: int) -> int:
@@ -90,13 +94,13 @@ def conflict_codes(conflict: Tensor, clients: int) -> Tensor:
 
     Args:
         conflict: float32, C = 1 - |n| / K.
-        clients: K, at most 510.
+        clients: K, below 2 ** 15.
 
     Returns:
-        uint8 (n,), row-major.
+        uint8 (n,), row-major; int16 where they have more than 8 bits.
     """
     against = (conflict.reshape(-1) * clients).round_()  # K - |n|: 0, 2, 4, ... where all moved
-    return against.div_(2, rounding_mode="floor").to(torch.uint8)
+    return against.div_(2, rounding_mode="floor").to(_holds(bits_for(conflict_levels(clients))))
 
 
 def conflict_of(codes: Tensor, clients: int, shape: tuple[int, ...]) -> Tensor:

@@ -35,6 +35,8 @@ class Group:
     """No value may be below zero."""
     masked: bool = False
     """Values say nothing until all clients' are added up."""
+    figures: bool = False
+    """Figures, not vectors: they are finite, and their lengths are not compared."""
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ _LONGEST_RUN = 128
 _log = logging.getLogger(__name__)
 _FIGURES = ("noise_multiplier", "rate", "steps", "epsilon")
 """What a client says of its release; an epsilon without bound is -1."""
-_CLIP = " clip"
-"""Where the server keeps the next round's clip among what clients released: no client's name begins with a blank."""
+_CLIP, _CLIENT = "clip", "client/"
+"""Where the server keeps the next round's clip, and what each client released: a name alone may be any text, and that
+of a tensor may not."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class Privacy(RoundPart, name="privacy"):
         Raises:
             ClientError: If it is less.
         """
-        before, now = memory.get(update.client_id), float(update.extras[self.name]["release"][0])
+        before, now = memory.get(_CLIENT + update.client_id), float(update.extras[self.name]["release"][0])
         if before is not None and now < (most := float(before[:, 0].max())) * (1 - 1e-9):
             raise ClientError(
                 f"it added noise {now:.4g}, and {most:.4g} before; a run that goes on may not lower "
@@ -198,8 +199,9 @@ class Privacy(RoundPart, name="privacy"):
         kept = {name: memory[name] for name in memory}
         for update in result.received:
             row = update.extras[self.name]["release"][None]
-            before = kept.get(update.client_id)
-            kept[update.client_id] = row.clone() if before is None else torch.cat([before, row])
+            name = _CLIENT + update.client_id
+            before = kept.get(name)
+            kept[name] = row.clone() if before is None else torch.cat([before, row])
         if self.quantile is not None:
             told = [update.extras[self.name] for update in result.updates]
             within = 0.5 + float(torch.stack([one["within"] for one in told]).mean())
@@ -213,7 +215,7 @@ class Privacy(RoundPart, name="privacy"):
         if self.quantile is not None:
             sizes["within"] = ()
         forms = {name: torch.empty(size, dtype=torch.float64, device="meta") for name, size in sizes.items()}
-        return {**up, self.name: Group(forms)}
+        return {**up, self.name: Group(forms, figures=True)}
 
     def _release(self, rows: int, batch: int, job: Mapping[str, Any]) -> Release:
         noise = self.noise_multiplier or 0.0
@@ -254,22 +256,29 @@ class Privacy(RoundPart, name="privacy"):
         """
         if self.unit == "example":
             return delta, {}
+        if not math.isfinite(length := norm(delta)):  # no clip bounds it
+            _log.warning("the update is not finite and counts as zero; lower client.lr")
+            delta = {name: torch.zeros_like(delta[name]) for name in delta}
         clipped, stream = clip(delta, self.clip), SecretStream(charge.key)
         noise = 0.0 if self.noise_at == "server" else charge.release.noise_multiplier
         if self.quantile is None:
             return noised(clipped, noise * self.clip, stream), {}
         noise, of_count = split_noise(noise)
-        within = torch.tensor(0.5 if norm(delta) <= self.clip else -0.5, dtype=torch.float64)
+        within = torch.tensor(0.5 if length <= self.clip else -0.5, dtype=torch.float64)
         return noised(clipped, noise * self.clip, stream), noised({"within": within}, of_count, stream)
 
     def _with_share(self, update: ClientUpdate, stream: SecretStream) -> ClientUpdate:
-        """Return an update with its share of the noise that the server adds, one of ``least`` that make it up."""
+        """Return an update with its share of the noise that the server adds, one of ``least`` that make it up.
+
+        It is cut once more: what ``parts.precision`` rounds may be a little longer than what the client cut.
+        """
         share = (self.noise_multiplier or 0.0) / math.sqrt(self.least)
         if self.quantile is None:
-            return replace(update, delta=noised(update.delta, share * self.clip, stream), wire_bytes=update.bytes)
-        told = update.extras[self.name]
+            delta = noised(clip(update.delta, self.clip), share * self.clip, stream)
+            return replace(update, delta=delta, wire_bytes=update.bytes)
+        told, bound = update.extras[self.name], float(update.extras[self.name]["clip"])
         share, of_count = split_noise(share)
-        delta = noised(update.delta, share * float(told["clip"]), stream)
+        delta = noised(clip(update.delta, bound), share * bound, stream)
         within = noised({"within": told["within"]}, of_count, stream)
         extras = {**update.extras, self.name: {**told, **within}}
         return replace(update, delta=delta, extras=extras, wire_bytes=update.bytes)

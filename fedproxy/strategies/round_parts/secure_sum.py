@@ -12,7 +12,7 @@ from fedproxy.errors import ClientError
 from fedproxy.privacy.keys import Occasion, verify
 from fedproxy.privacy.one_time import OneTime
 from fedproxy.privacy.registration import identity_of, registered
-from fedproxy.privacy.secure_sum import added, decode, encode, masked
+from fedproxy.privacy.secure_sum import added, decode, encode, masked, unit_of
 from fedproxy.protocol import Broadcast, ClientUpdate, Tensors
 from fedproxy.sealed_tensors import tensors_sha256
 from fedproxy.strategies.round_parts.base import ClientRound, Group, RoundPart
@@ -61,7 +61,7 @@ class SecureSum(RoundPart, name="secure_sum"):
             )
         groups: dict[str, Tensors] = {"delta": {name: update.delta[name] * weight for name in update.delta}}
         groups |= {name: update.extras[name] for name in update.extras if name not in _CLEAR}
-        groups[self.name] = {"weight": torch.tensor(weight)}
+        groups[self.name] = {"weight": torch.tensor(weight * unit_of(self.largest))}
         flat = {f"{group}/{name}": tensor for group, tensors in groups.items() for name, tensor in tensors.items()}
         values = encode(flat, self.largest, len(shares))
         hidden = masked(values, task.client_id, _keys(task, shares, occasion, tensors_sha256(values)))
@@ -92,7 +92,8 @@ class SecureSum(RoundPart, name="secure_sum"):
         """
         names = [name for name in updates[0].extras if name not in _CLEAR]
         total = {name: self._sum([update.extras[name] for update in updates]) for name in names}
-        delta, weight = self._sum([update.delta for update in updates]), float(total.pop(self.name)["weight"])
+        delta = self._sum([update.delta for update in updates])
+        weight = float(total.pop(self.name)["weight"]) / unit_of(self.largest)
         mean = {name: tensor / weight for name, tensor in delta.items()}
         return ClientUpdate("the sum", mean, extras=total, round=updates[0].round)
 

@@ -1,6 +1,5 @@
 """What TIES needs of clients whose updates only their sum is known of: trimmed values, magnitudes and signs."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -8,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedproxy.privacy.secure_sum import unit_of
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.trimming import plan_trimming
@@ -44,7 +44,7 @@ class SignSums(RoundPart, name="sign_sums"):
     def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
         """Trim the update and add magnitudes and signs."""
         trimmers = plan_trimming(Cohort([update]), [self.density], scope=self.trim_scope)
-        unit = _unit(self.largest)
+        unit = unit_of(self.largest)
         delta, beside = dict[str, Tensor](), dict[str, Tensor]()
         for name in sorted(update.delta):
             flat = update.delta[name].float().reshape(1, -1)
@@ -66,7 +66,7 @@ class SignSums(RoundPart, name="sign_sums"):
             total: The mean of their trimmed updates, the sums of what was beside them, and as its number of examples
                 how many clients they are.
         """
-        beside, unit, found = total.extras[self.name], _unit(self.largest), {}
+        beside, unit, found = total.extras[self.name], unit_of(self.largest), {}
         for name in total.delta:
             signs = beside[f"{_SIGNS}{name}"] / unit
             positive = signs.floor()
@@ -75,7 +75,3 @@ class SignSums(RoundPart, name="sign_sums"):
                 total.delta[name] * total.num_examples, beside[f"{_MAGNITUDE}{name}"], positive, negative
             )
         return found
-
-
-def _unit(largest: float) -> float:
-    return 2.0 ** math.floor(math.log2(largest))

@@ -3,7 +3,7 @@
 import json
 from typing import Any, BinaryIO
 
-LONGEST_LINE = 1 << 20
+LONGEST_LINE = 1 << 23
 """Most bytes of a line."""
 MOST_BYTES = 1 << 30
 """Most bytes of a payload."""
