@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from fedproxy.errors import ClientError
@@ -94,18 +95,13 @@ def tune(
     module = _module(task, job, rate)
     term = Regularize(Regularizer.made(job.regularizer), task.state, task.conflict, task.pull)
     private = task.training is not None  # clips each row, and steps by itself
-    listens = listener()
     trainer = make_trainer(
         options,
         max_epochs=job.epochs,
         max_steps=-1 if job.max_steps is None else job.max_steps,
         accumulate=1 if private else job.accumulate,
         max_grad_norm=None if private else job.max_grad_norm,
-        callbacks=[
-            term,
-            *([] if deadline is None else [Deadline(deadline)]),
-            *([] if listens is None else [Tell(listens, steps)]),
-        ],
+        callbacks=_callbacks(term, deadline, steps),
         root=logs,
     )
     if is_sharded(module.tuned) or getattr(model.model, "is_quantized", False):
@@ -128,6 +124,12 @@ def tune(
         regularizer_loss=term.mean_loss,
         round=task.broadcast.round,
     )
+
+
+def _callbacks(term: Regularize, deadline: float | None, steps: int) -> list[Callback]:
+    """Return what rides with a fit of so many optimiser steps."""
+    late, listens = [] if deadline is None else [Deadline(deadline)], listener()
+    return [term, *late, *([] if listens is None else [Tell(listens, steps)])]
 
 
 def _data(task: ClientRound, job: Job, seeds: ClientSeeds) -> ExampleDataModule | PoissonLoader:
