@@ -169,12 +169,13 @@ def _device(name: str | None) -> "torch.device":
 
     from fedproxy.errors import ConfigError, first_line
 
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(name)
         torch.zeros(1, device=device).item()
     except Exception as error:  # each kind of device fails in its own way
         raise ConfigError(
-            f"device={name} cannot be used here ({first_line(error)}); give cpu, cuda, cuda:1 or mps, or leave it out"
+            f"device={name} cannot be used here ({first_line(error)}); give cpu, cuda, cuda:1 or mps"
         ) from error
     return device
 

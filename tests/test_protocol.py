@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import signal
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -151,20 +152,22 @@ def test_only_regular_files_are_read(tmp_path, kind):
         ClientUpdate.load(path)
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
     """Let this process write files of at most 64 KiB; longer ones fail as on a full disk, but for the number."""
     before, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize(
     "sent", [Broadcast(1, {"w": torch.zeros(1 << 16)}), ClientUpdate("a", {"w": torch.zeros(1 << 16)})]
 )
-def test_a_disk_that_has_no_room_is_an_error_of_the_system(sent, small_files, tmp_path):
-    with pytest.raises(OSError, match="File too large") as caught:
+def test_a_disk_that_has_no_room_is_an_error_of_the_system(sent, tmp_path):
+    with pytest.raises(OSError, match="File too large") as caught, small_files():
         sent.save(tmp_path / "file")
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "file"))

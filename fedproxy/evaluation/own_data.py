@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fedproxy.data.conversations import rendered
 from fedproxy.data.rows import Row
 from fedproxy.data.tokenisation import Example, tokenise
 from fedproxy.evaluation.generation import generate
@@ -224,12 +223,12 @@ def _sample(
     judged: str,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> dict[str, Any]:
-    asked = rendered(row, row.messages[:-1], tokenizer, asks=True) if row.messages else row.prompt
+    framed_by = [str(tokenizer.chat_template)] if row.messages else []
     sample: dict[str, Any] = {
         "task": source,
         "doc_id": row.key,
         "doc_hash": _sha256(row.prompt, row.target),
-        "prompt_hash": _sha256(asked),  # as the chat template frames it
+        "prompt_hash": _sha256(row.prompt, *framed_by),  # not as it is rendered: templates print the day's date
         "answer_nll": nll / example.target_length,
         "answer_tokens": example.target_length,
     }
@@ -249,7 +248,8 @@ def _sha256(*texts: str) -> str:
 
 def _scores(samples: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     tokens = [sample["answer_tokens"] for sample in samples]
-    nlls = [sample["answer_nll"] * count for sample, count in zip(samples, tokens, strict=True)]
+    means = [math.nan if (nll := sample["answer_nll"]) is None else nll for sample in samples]
+    nlls = [mean * count for mean, count in zip(means, tokens, strict=True)]
     ratio, count = math.fsum(nlls) / sum(tokens), len(samples)
     scores = {"answer_nll": ratio}
     if count > 1:

@@ -45,7 +45,7 @@ class Terms:
     most_bytes: int = 8 << 30
     """Largest file that a site may send."""
     ping_s: float = 60.0
-    """Seconds of silence after which a site is pinged; twice as long after each ping."""
+    """Seconds of silence after which a site is pinged; four times as long after each ping."""
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class Link:
                 asked = left[site]
                 asked.message, asked.tries = sent[self._nodes[site].id], asked.tries + (not asked.refused)
                 asked.opened, asked.ping = self._openings, None
-                asked.ping_at, asked.ping_again_s = now + self.terms.ping_s, 2 * self.terms.ping_s
+                asked.ping_at, asked.ping_again_s = now + self.terms.ping_s, 4 * self.terms.ping_s
 
     def _ping(self, left: Mapping[str, _Asked], ttl_s: float) -> None:
         """Send those that are silent for long a second message, which they answer after the first."""
@@ -305,7 +305,7 @@ class Link:
             node = self._nodes.get(site)
             if asked.message is not None and now >= asked.ping_at and node is not None and node.online:
                 asked.ping = self._opened().push({node.id: {"kind": "ping"}}, NOTHING, ttl_s)[node.id]
-                asked.ping_at, asked.ping_again_s = now + asked.ping_again_s, 2 * asked.ping_again_s
+                asked.ping_at, asked.ping_again_s = now + asked.ping_again_s, 4 * asked.ping_again_s
 
     def _is_over(self, asked: _Asked) -> bool:
         """Return whether a site has answered the ping: it takes one message after the other, so it has done the first.

@@ -102,7 +102,9 @@ def test_what_is_lost_without_a_word_shows_by_a_ping_and_is_sent_again(tmp_path)
     began = time.monotonic()
     assert asked(link, "a", "b", seconds=30) == {"a": {"got": 0}, "b": "its reply was lost (2 tries)"}
     assert time.monotonic() - began < 10
-    assert [kind for name, kind, _ in courier.sent if name == "a"] == ["x", "ping", "x"]
+    kinds = Counter(kind for name, kind, _ in courier.sent if name == "a")
+    assert kinds["x"] == 2
+    assert kinds["ping"] >= 1
 
 
 def test_a_site_that_is_at_work_answers_no_ping_and_is_sent_nothing_twice(tmp_path):
@@ -111,7 +113,7 @@ def test_a_site_that_is_at_work_answers_no_ping_and_is_sent_nothing_twice(tmp_pa
     assert asked(link, "a", seconds=2.0) == {"a": "it did not answer in time"}
     kinds = Counter(kind for _, kind, _ in courier.sent)
     assert kinds["x"] == 1
-    assert 1 <= kinds["ping"] <= 6  # each after twice as long
+    assert 1 <= kinds["ping"] <= 3  # each after four times as long
 
 
 def test_an_error_that_nobody_knows_is_named_and_not_tried_again(tmp_path):

@@ -15,9 +15,7 @@ from fedproxy.federation.server.admission import Form, Vault, admit
 from fedproxy.federation.server.checkpoint import Progress
 from fedproxy.federation.server.expected import Expected
 from fedproxy.federation.server.files import ServerFiles
-from fedproxy.federation.server.participation import Participation
 from fedproxy.federation.server.state_checks import LARGEST_WEIGHT, largest
-from fedproxy.federation.server.update_checks import too_long
 from fedproxy.messages import (
     Answer,
     Answers,
@@ -38,8 +36,6 @@ from fedproxy.round_files import joint_seal
 from fedproxy.strategies.aggregators import Aggregator, RoundContext
 from fedproxy.strategies.aggregators.survey import not_finite
 from fedproxy.strategies.trainable.base import TrainableModel
-
-_MEND = "have it hand in what it trained, then resume=auto"
 
 
 def greet(sites: Sites, clients: Sequence[str]) -> dict[str, Facts]:
@@ -122,7 +118,8 @@ def assemble(
     aggregator: Aggregator,
     files: ServerFiles,
     sites: Sites,
-    terms: Participation | None = None,
+    *,
+    folder: Path | None = None,
 ) -> int:
     """Bring a model to the state of ``progress``: shared tensors, the frozen weights, and the mean of clients' own.
 
@@ -134,8 +131,7 @@ def assemble(
         aggregator: The run's rule.
         files: Where the changes of the frozen weights lie.
         sites: The clients.
-        terms: Where copies of what comes as files lie, and how much longer than the clients' median one client's change
-            may be; by default nothing is compared.
+        folder: Folder of the server alone, for its copies of what comes as files; see :class:`Vault`.
 
     Returns:
         Bytes that clients handed in.
@@ -148,24 +144,15 @@ def assemble(
     if "base_change" in aggregator.parts and progress.round:
         files.changes.receive(model, progress.round, progress.remembered("base_change"))
     own = {name: tensor for name, tensor in progress.state.items() if not aggregator.shares(name)}
-    terms = terms or Participation(max_norm_ratio=None)
-    means, handed, norms = (
-        _mean_of_own(own, progress, aggregator, sites, terms.folder) if own and progress.kept else ({}, 0, {})
-    )
-    if terms.max_norm_ratio is not None:
-        for client, why in too_long(norms, terms.max_norm_ratio).items():
-            raise ClientError(f"client {client!r} hands in tensors of its own that are no trained ones: {why}; {_MEND}")
+    means, handed = _mean_of_own(own, progress, aggregator, sites, folder) if own and progress.kept else ({}, 0)
     model.load_state({**progress.state, **means})
     return handed
 
 
 def _mean_of_own(
     start: Mapping[str, Tensor], progress: Progress, aggregator: Aggregator, sites: Sites, folder: Path | None
-) -> tuple[dict[str, Tensor], int, dict[str, float]]:
-    """Return the clients' own tensors merged by a linear rule, their bytes, and how far each client moved its own.
-
-    One client's are held at a time.
-    """
+) -> tuple[dict[str, Tensor], int]:
+    """Return the clients' own tensors merged by a linear rule, and their bytes; one client's are held at a time."""
     clients = sorted(progress.kept)
     counts = [
         ClientUpdate(client, {}, progress.kept[client]["examples"], progress.kept[client]["tokens"])
@@ -173,7 +160,6 @@ def _mean_of_own(
     ]
     weights = aggregator.linear_weights(counts, RoundContext(progress.round)).tolist()
     sums, handed = {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in start.items()}, 0
-    norms = dict.fromkeys(clients, 0.0)
     form = Form.of(Broadcast(progress.round, start), Expected())
     for (client, answer), weight in zip(_in_order(sites, progress, clients), weights, strict=True):
         try:
@@ -191,11 +177,10 @@ def _mean_of_own(
             if size > LARGEST_WEIGHT:
                 raise ClientError(
                     f"client {client!r}: tensor {name!r} of its own has moved by {size:.3g}, {LARGEST_WEIGHT:g} is the "
-                    f"most; {_MEND}"
+                    "most; have it hand in what it trained, then resume=auto"
                 )
-            norms[client] = math.hypot(norms[client], float(torch.linalg.vector_norm(change, dtype=torch.float64)))
             total.add_(change, alpha=weight)
-    return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed, norms
+    return {name: start[name] + total.to(start[name].dtype) for name, total in sums.items()}, handed
 
 
 def _in_order(

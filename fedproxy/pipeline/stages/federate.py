@@ -180,7 +180,7 @@ class _Rounds:
             self.aligns.restore()
         if federation.aggregator.aggregates:
             handed = assemble(
-                self.model, progress, federation.aggregator, federation.files, self.sites, federation.participation
+                self.model, progress, federation.aggregator, federation.files, self.sites, folder=run.folder.server
             )
             run.note(collected_bytes=handed)
         return progress

@@ -1,6 +1,7 @@
 """Rules that differ from TIES in how an update is thinned out: DARE, DELLA and Model Breadcrumbs."""
 
 from dataclasses import dataclass
+from threading import local
 from typing import ClassVar
 
 import torch
@@ -139,14 +140,14 @@ class Draws:
 
     def __init__(self, cohort: Cohort, context: RoundContext, purpose: str) -> None:
         self._clients, self._context, self._purpose = cohort.ids, context, purpose
-        self._generators: dict[str, list[torch.Generator]] = {}
+        self._own = local()  # a thread takes one tensor after the other
 
     def of(self, block: Block) -> Tensor:
         """Return draws in [0, 1), float32 in the block's shape; a tensor's blocks come in order, each once."""
         if block.start == 0:
             seed, number = self._context.seed, self._context.round
-            self._generators[block.name] = [
+            self._own.generators = [
                 generator(seed, number, client, self._purpose, block.name, 0) for client in self._clients
             ]
         shape = block.values.shape[1:]
-        return torch.stack([torch.rand(shape, generator=own) for own in self._generators[block.name]])
+        return torch.stack([torch.rand(shape, generator=own) for own in self._own.generators])
