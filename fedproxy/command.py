@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, message_of, printable_lines, shows_causes
 from fedproxy.interrupts import describe, exit_code, handled, interruption
+from fedproxy.machine import wait_asleep
 
 BAD_INPUT = 2
 COMMANDS = {
@@ -39,6 +40,7 @@ def run_command(
         usage: What it does, with examples.
         describe_keys: Returns what ``--help`` says of the keys that further words name, and of all without words.
     """
+    wait_asleep()
     arguments = sys.argv[1:]
     words = [argument for argument in arguments if argument not in ("-h", "--help")]
     if len(words) == len(arguments):

@@ -1,6 +1,8 @@
 """What a process may use: a container's quota counts, not the host's cores."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -73,3 +75,33 @@ def test_pytorch_uses_no_more_threads_than_cores_unless_told(monkeypatch):
     assert told.threads == 2
     monkeypatch.undo()
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "active"}, {"OMP_WAIT_POLICY": "active"}),
+    ],
+)
+def test_threads_wait_asleep_unless_somebody_says_how(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "environ", dict(given))
+    machine.wait_asleep()
+    assert os.environ == expected
+
+
+def test_a_command_sets_it_before_torch_reads_it():
+    """What OpenMP says of itself where torch is imported; other builds than PyTorch's may have no libgomp."""
+    code = (
+        "import sys\nfrom fedproxy.command import run_command\nassert 'torch' not in sys.modules\n"
+        "run_command(lambda words: __import__('torch') and 0, 'usage')"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env={**kept, "OMP_DISPLAY_ENV": "verbose"}, capture_output=True, text=True, check=True
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("torch is not built with libgomp")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
