@@ -84,7 +84,7 @@ def read_source(
             chosen = chosen.settled(record, columns)
         row = chosen.row(record, columns, source=name, key=f"{name}/{split}/{number}")
         if columns.label is not None:
-            row = replace(row, label=_number_if_one(_word_or_number(record, columns.label)))
+            row = replace(row, label=_word_or_number(record, columns.label))
         if columns.owner is not None:
             row = replace(row, owner=str(_word_or_number(record, columns.owner)))
         rows.append(row)
@@ -238,9 +238,3 @@ def _word_or_number(record: Record, column: str) -> int | str:
             "the row"
         )
     return value
-
-
-def _number_if_one(label: int | str) -> int | str:
-    """Return a label that a CSV file holds as text as the number that it is elsewhere; 007 stays a word."""
-    number = isinstance(label, str) and label.isascii() and label.isdigit() and (label == "0" or label[0] != "0")
-    return int(label) if number else label
