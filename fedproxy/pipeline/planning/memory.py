@@ -238,6 +238,9 @@ def _training(outline: Outline, traffic: Traffic, row: RowLength) -> tuple[int, 
     # On the host: the initial state, the broadcast, the tuned state; and a memory before and after the round.
     host_copies = 3 + sum(part.host_copies for part in traffic.parts)
     rows = math.ceil(outline.config.client.batch_size / count)
+    privacy = outline.config.privacy
+    if privacy.unit == "example" and privacy.physical_batch:
+        rows = min(rows, privacy.physical_batch)
     logits = rows * row.target_tokens * int(outline.text.vocab_size) * (outline.weight_bytes + 8)
     weights = proxy + device_copies * state + int(outline.config.client.optimizer.state_copies * state)
     if spread:

@@ -138,6 +138,14 @@ def test_an_odd_batch_counts_by_the_device_that_takes_most():
     assert training(four)[1] == training(two)[1]
 
 
+def test_a_physical_batch_bounds_what_private_training_holds_at_once():
+    private = ("privacy.unit=example", "privacy.noise_multiplier=1", "privacy.delta=1e-5")
+    whole = training(plan([LLAMA, "client.batch_size=8", *private]))[1]
+    parts = training(plan([LLAMA, "client.batch_size=8", *private, "privacy.physical_batch=2"]))[1]
+    assert whole - parts == per_batch(8) - per_batch(2)
+    assert training(plan([LLAMA, "client.batch_size=8", *private, "privacy.physical_batch=32"]))[1] == whole
+
+
 def test_processes_of_a_client_have_proxies_of_their_own_beside_the_servers():
     bare = plan([LLAMA, *FOUR, "engine.name=workers"])
     inside = plan([LLAMA, *FOUR])
