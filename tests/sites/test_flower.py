@@ -149,7 +149,7 @@ def test_all_four_kinds_of_process_are_killed_and_the_bytes_are_those_of_one_pro
         kills.until_round(1, 240)
         for wave in waves:
             kills.wave(wave)
-        assert kills.fit.process.wait(timeout=300) == 0, kills.fit.said
+        assert kills.fit.process.wait(timeout=300 + 60 * len(waves)) == 0, kills.fit.said
         assert here.process.wait(timeout=300) == 0, here.said
     finally:
         kills.fit.kill()
