@@ -7,7 +7,7 @@ from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.round_tables import by_client, mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
-from fedproxy.reporting.scores import ACCURACIES, MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.svg import INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -23,84 +23,72 @@ def draw_plots(report: RunReport) -> list[Plot]:
     found = (
         _accuracy(report), _likelihood(report), _loss(rounds), _validation(rounds, "answer_nll"),
         next(filter(None, (_validation(rounds, metric) for metric in ACCURACIES)), None),
-        _conflict(rounds), _cosine(rounds), _blocks(report),
+        _conflict(rounds), _cosine(rounds), block_plot(report),
     )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 
 
 def _accuracy(report: RunReport) -> Plot | None:
-    models = [model for model in MODELS if model in report.scores]
     mean = headline_metric(report.scores)
     metrics = {task: task_metric(report.scores, task) for task in task_names(report.scores)}
     rows = [(task, metric) for task, metric in metrics.items() if metric and facts(metric).share]
     rows += [("mean", mean)] if mean and facts(mean).share and len(rows) > 1 else []
-    if not rows:
-        return None
-
-    def draw(axes: "Axes") -> None:
-        thick = 0.8 / len(models)
-        for number, model in enumerate(models):
-            for row, (task, metric) in enumerate(rows):
-                value = value_of(report.scores[model].get(task), metric)
-                if value is None:
-                    continue
-                place, length = row + (number - (len(models) - 1) / 2) * thick, 100 * value.value
-                axes.barh(place, length, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
-                error = 100 * (value.stderr or 0.0)
-                if error:
-                    axes.plot([length - error, length + error], [place, place], color=INK, linewidth=1)
-                axes.text(length + error + 1, place, f"{length:.1f}", va="center", fontsize=8, color=INK)
-        axes.set_yticks(range(len(rows)), [task for task, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.margins(x=0.12)
-        axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))  # where all scores are 0, their texts need room
-        axes.set_xlabel("per cent, line = ± 1 standard error")
-        _legend(axes, len(models))
-
-    words = "; ".join(
-        f"{task}: " + ", ".join(f"{m} {show.score(value_of(report.scores[m].get(task), metric))}" for m in models)
-        for task, metric in rows
-    )
-    return plot(
-        "Scores per task", f"Bars, in per cent. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1)
-    )
+    return _bars(report, "Scores per task", rows, ("Bars, in per cent.", "per cent", 100))
 
 
 def _likelihood(report: RunReport) -> Plot | None:
     """Return answer NLL per source, for sources that have no accuracy."""
-    models = [model for model in MODELS if model in report.scores]
-    rows = [task for task in task_names(report.scores) if task_metric(report.scores, task) == "answer_nll"]
+    sources = [task for task in task_names(report.scores) if task_metric(report.scores, task) == "answer_nll"]
+    rows = [(task, "answer_nll") for task in sources]
+    return _bars(report, "Answer NLL per source", rows, ("Bars.", "answer NLL, nats per token", 1))
+
+
+def _bars(report: RunReport, title: str, rows: Sequence[tuple[str, str]], words: tuple[str, str, float]) -> Plot | None:
+    """Return a bar per task and model, with its standard error; None without rows.
+
+    Args:
+        report: Whose scores are drawn.
+        title: Of the plot.
+        rows: Task and the metric that it is shown by.
+        words: What the description begins with, what the axis counts, and what a value is multiplied by.
+    """
     if not rows:
         return None
-    values = {
-        (model, task): value_of(report.scores[model].get(task), "answer_nll") for model in models for task in rows
-    }
+    models = [model for model in MODELS if model in report.scores]
+    found = {(m, task): value_of(report.scores[m].get(task), metric) for m in models for task, metric in rows}
+    begin, unit, scale = words
 
     def draw(axes: "Axes") -> None:
         thick = 0.8 / len(models)
         for number, model in enumerate(models):
-            for row, task in enumerate(rows):
-                value = values[model, task]
+            label: str | None = model
+            for row, (task, metric) in enumerate(rows):
+                value = found[model, task]
                 if value is None:
                     continue
-                place, error = row + (number - (len(models) - 1) / 2) * thick, value.stderr or 0.0
-                axes.barh(place, value.value, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
+                place, length = row + (number - (len(models) - 1) / 2) * thick, scale * value.value
+                axes.barh(place, length, thick * 0.88, color=SERIES[number], label=label)
+                label = None  # once in the legend, by the first task that the model has
+                error = scale * (value.stderr or 0.0)
                 if error:
-                    axes.plot([value.value - error, value.value + error], [place, place], color=INK, linewidth=1)
+                    axes.plot([length - error, length + error], [place, place], color=INK, linewidth=1)
                 axes.annotate(
-                    show.fixed(value.value), (value.value + error, place), (4, 0), textcoords="offset points",
-                    va="center", fontsize=8, color=INK,
+                    show.measured(metric, Value(value.value)), (length + error, place), (4, 0),
+                    textcoords="offset points", va="center", fontsize=8, color=INK,
                 )  # fmt: skip
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_yticks(range(len(rows)), [task for task, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.12)
-        axes.set_xlabel("answer NLL, nats per token, line = ± 1 standard error")
+        if scale == 100:
+            axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))  # where all scores are 0, their texts need room
+        axes.set_xlabel(f"{unit}, line = ± 1 standard error")
         _legend(axes, len(models))
 
-    words = "; ".join(
-        f"{task}: " + ", ".join(f"{m} {show.measured('answer_nll', values[m, task])}" for m in models) for task in rows
+    said = "; ".join(
+        f"{task}: " + ", ".join(f"{model} {show.measured(metric, found[model, task])}" for model in models)
+        for task, metric in rows
     )
-    return plot("Answer NLL per source", f"Bars. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1))
+    return plot(title, f"{begin} {said}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1))
 
 
 def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
@@ -234,7 +222,8 @@ def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
 
 
-def _blocks(report: RunReport) -> Plot | None:
+def block_plot(report: RunReport) -> Plot | None:
+    """Return Block Influence per block of the target; None where it was not measured."""
     found = report.compression
     if found is None or not found.scores:
         return None

@@ -97,6 +97,13 @@ def test_scores_that_are_all_0_are_drawn_without_a_warning(recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.parametrize("metric", ["acc", "answer_nll"])
+def test_a_model_without_the_first_task_is_in_the_legend_too(metric):
+    scores = {"target": {"easy": {metric: 0.5}, "hard": {metric: 0.25}}, "fused": {"easy": {}, "hard": {metric: 0.75}}}
+    (drawn,) = draw_plots(plain(RunReport(RunInfo("r", "m", "completed", 1, ""), scores)))
+    assert re.findall(r">(target|fused)<", drawn.svg) == ["target", "fused"]
+
+
 @pytest.mark.parametrize("clients", [1, 20])
 def test_one_client_and_many_clients(tmp_path, clients):
     report = full_report(tuple(f"c{index}" for index in range(clients)), rounds=1)

@@ -1,6 +1,5 @@
 """The comparison's plots: accuracy against bytes, loss per round, conflict and cosines, Block Influence."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.tables import sent
-from fedproxy.reporting.plots import draw_plots
-from fedproxy.reporting.round_tables import mean_of
+from fedproxy.reporting.plots import block_plot
+from fedproxy.reporting.round_tables import mean_of, validated
 from fedproxy.reporting.run_report import RoundReport
 from fedproxy.reporting.scores import ACCURACIES
 from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
@@ -133,17 +132,11 @@ def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot
     asked = (record.report.validation for records in runs.values() for record in records)
     models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
     for metric in ACCURACIES:
-        curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
+        curves = {label: [(line.round, validated(line, metric)) for line in lines] for label, lines in rounds.items()}
         drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:
             return drawn
     return None
-
-
-def _validated(line: RoundReport, metric: str) -> float | None:
-    means = (dataclasses.asdict(line).get("validation") or {}).get("mean") or {}
-    value: float | None = means.get(metric)
-    return value
 
 
 def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
@@ -252,5 +245,4 @@ def _block_influence(runs: Runs) -> Plot | None:
     """Return the plot of the first run that measured it: all runs measure the same target."""
     reports = (record.report for records in runs.values() for record in records)
     report = next((report for report in reports if report.compression and report.compression.scores), None)
-    drawn = draw_plots(report) if report else []
-    return next((one for one in drawn if one.title == "Block Influence"), None)
+    return block_plot(report) if report else None
