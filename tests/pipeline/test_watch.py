@@ -80,6 +80,22 @@ def test_the_file_says_where_a_run_is_and_never_ends_it(tmp_path):
     NowFile(tmp_path / "file" / "now.json").stage("fuse")
 
 
+def test_answers_in_quick_succession_are_all_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.pipeline.now._WRITE_S", 0.05)
+    path = tmp_path / "now.json"
+    file, until = NowFile(path), time.monotonic() + 20
+    file.round(1, 2, ["a", "b", "c"])
+    for client in ("a", "b"):  # the third is waited for
+        file.client(client)
+    while len(read_now(path.read_bytes()).answered) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    file.client("c")
+    file.remove()
+    time.sleep(0.2)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"[]", b'{"round": "x"}', b'{"since": 1e999}', b'{"clients": {"a": 1}}', b"\xff", b'{"before": {"a": null}}'],

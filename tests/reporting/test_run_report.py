@@ -1,14 +1,28 @@
 import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.files import plain
-from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, with_means
+from fedproxy.reporting import (
+    CompressionReport,
+    Cost,
+    Exposure,
+    FidelityReport,
+    Provenance,
+    RoundReport,
+    RunInfo,
+    RunReport,
+    ValidationReport,
+    with_means,
+)
+from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.reporting.pages import save_report
+from fedproxy.reporting.privacy import PrivacyReport
 
 
 def report(**changes):
@@ -46,6 +60,13 @@ def test_top_level_and_section_keys_are_the_published_ones():
     )
     assert set(data["rounds"][0]) == set(line.split(" "))
     assert set(data["provenance"]) == {"versions", "git_commit", "target_sha256", "data_sha256", "hardware"}
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    kinds = (RunInfo, Cost, Exposure, RoundReport, Provenance, CompressionReport, FidelityReport, ValidationReport)
+    for key in (item.name for kind in (*kinds, PrivacyReport, SiteScores) for item in fields(kind)):
+        assert f"`{key}`" in page, key
 
 
 def test_saved_report_loads_equal_from_folder_and_file(tmp_path):
