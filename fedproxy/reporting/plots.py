@@ -1,7 +1,7 @@
 """The plots of a run: scores, training loss, conflict, cosines of the updates and Block Influence."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
@@ -23,7 +23,7 @@ def draw_plots(report: RunReport) -> list[Plot]:
     found = (
         _accuracy(report), _likelihood(report), _loss(rounds), _validation(rounds, "answer_nll"),
         next(filter(None, (_validation(rounds, metric) for metric in ACCURACIES)), None),
-        _conflict(rounds), _cosine(rounds), block_plot(report),
+        _conflict(rounds), cosine_plot(rounds), block_plot(report),
     )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 
@@ -170,7 +170,8 @@ def _conflict(rounds: Sequence[RoundReport]) -> Plot | None:
     return plot("Conflict between clients per round", words, draw)
 
 
-def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
+def cosine_plot(rounds: Sequence[RoundReport], of: str = "") -> Plot | None:
+    """Return the cosines of the last round that knows them; None without. ``of`` names the run in the title."""
     lines = [line for line in rounds if line.cosine is not None and len(line.clients) > 1]
     if not lines:
         return None
@@ -178,26 +179,41 @@ def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
     few = len(names) <= _NUMBERED_CELLS
 
     def draw(axes: "Axes") -> None:
-        from matplotlib import colormaps
-
-        colors = [[colormaps["RdBu"](0.5 + 0.42 * _clipped(value)) for value in row] for row in matrix]
-        axes.imshow(colors, interpolation="nearest")
-        for i, row in enumerate(matrix if few else ()):
-            for j, value in enumerate(row):
-                red, green, blue, _ = colors[i][j]
-                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
-                axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=ink)
+        heat_map(axes, matrix, "RdBu", low=-1.0, aspect="equal")
         turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90, "fontsize": 7}
         if len(names) <= _NAMED_CLIENTS:
             axes.set_xticks(range(len(names)), names, **turn)
             axes.set_yticks(range(len(names)), names, fontsize=9 if few else 7)
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
         axes.set_xlabel("blue: same direction, red: opposite")
 
-    title = f"Cosine of client updates, round {lines[-1].round}"
+    title = f"Cosine of client updates, {of}round {lines[-1].round}"
     return plot(title, f"Heat map, 1 same and -1 opposite direction. {_cosine_words(lines[-1])}.", draw, height=3.7)
+
+
+def heat_map(
+    axes: "Axes", matrix: Sequence[Sequence[float | None]], colors: str, *, low: float, aspect: Literal["equal", "auto"]
+) -> None:
+    """Draw numbers from ``low`` to 1 as coloured cells, numbered where they are few; None has no colour."""
+    from matplotlib import colormaps
+
+    def paint(value: float | None) -> tuple[float, float, float, float]:
+        if value is None:
+            return (1.0, 1.0, 1.0, 0.0)
+        share = (max(low, min(1.0, value)) - low) / (1.0 - low)
+        found: tuple[float, float, float, float] = colormaps[colors](0.08 + 0.84 * share)
+        return found
+
+    painted = [[paint(value) for value in row] for row in matrix]
+    axes.imshow(painted, interpolation="nearest", aspect=aspect)
+    for i, row in enumerate(matrix if max(len(matrix), len(matrix[0])) <= _NUMBERED_CELLS else ()):
+        for j, value in enumerate(row):
+            red, green, blue, _ = painted[i][j]
+            ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
+            color = INK if value is None else ink
+            axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=color)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _cosine_words(line: RoundReport) -> str:
@@ -212,10 +228,6 @@ def _cosine_words(line: RoundReport) -> str:
         return "; ".join(text for _, text in pairs)
     known = sorted((value, text) for value, text in pairs if value is not None)
     return f"{len(pairs)} pairs; lowest {known[0][1]}; highest {known[-1][1]}" if known else "no values"
-
-
-def _clipped(value: float | None) -> float:
-    return 0.0 if value is None else max(-1.0, min(1.0, value))
 
 
 def _short(name: str) -> str:
