@@ -4,12 +4,13 @@ Everything in ``__all__`` is stable: a change of it is in the changelog, with a 
 whatever a user, a client or a file causes is a :class:`FedProxyError` of one line.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedproxy.comparison.arguments import KEYS, read_study
@@ -41,7 +42,7 @@ from fedproxy.reporting import RunReport, model_card
 from fedproxy.strategies.aggregators import Aggregation, Aggregator, Memory, RoundContext
 from fedproxy.strategies.compression import CalibrationConfig, Compressor
 from fedproxy.strategies.fusion import Fusion
-from fedproxy.strategies.fusion.base import state_of
+from fedproxy.strategies.fusion.base import check_tuned, state_of
 from fedproxy.strategies.realignment import Realignment
 from fedproxy.strategies.regularizers import Regularizer
 from fedproxy.strategies.round_parts import RoundPart
@@ -144,10 +145,11 @@ def compare(
     Raises:
         FedProxyError: If recipes cannot be compared, or no run has a result.
     """
-    names = _listed("recipes", recipes if isinstance(recipes, str) else [str(recipe) for recipe in recipes])
-    named = {"recipes": names or None, "seeds": None if seeds is None else list(seeds), "study": study}
+    names = [str(recipe) for recipe in _listed("recipes", recipes, str, Path)]
+    listed = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else seeds
+    named = {"recipes": names or None, "seeds": listed, "study": study}
     own = {**named, **{key: keys[key] for key in keys if key in KEYS}}
-    every = {**(overrides or {}), **{key: keys[key] for key in keys if key not in KEYS}}
+    every = {**_mapping(overrides), **{key: keys[key] for key in keys if key not in KEYS}}
     words = [as_word(key, value) for key, value in own.items() if value is not None] + as_words(every)
     return do_study(read_study(words), words)
 
@@ -162,6 +164,7 @@ def load(path: str | Path, dtype: str = "float32") -> tuple[PreTrainedModel, Pre
     Raises:
         FedProxyError: If it cannot be fetched or read, or is not a decoder-only causal language model.
     """
+    _require("path", path, str, Path)
     found = resolve(str(path)) or path
     return load_model(found, dtype=dtype), load_tokenizer(found)
 
@@ -184,6 +187,7 @@ class Proxy:
         Raises:
             FedProxyError: If there is none, or it is damaged.
         """
+        _require("folder", folder, str, Path)
         layer_map = LayerMap.load(Path(folder) / LAYER_MAP)
         model, tokenizer = load(Path(folder) / "proxy", dtype)
         return cls(model, tokenizer, layer_map)
@@ -199,6 +203,7 @@ class Proxy:
         Raises:
             CheckpointError: If one of them is there already, or the folder cannot be written.
         """
+        _require("folder", folder, str, Path)
         proxy, layer_map = Path(folder) / "proxy", Path(folder) / LAYER_MAP
         for path in (proxy, layer_map):
             if path.exists():
@@ -229,6 +234,8 @@ def compress(
         ModelError: If the model cannot be compressed.
         DataError: If scores are needed and the texts hold no token.
     """
+    _require("target", target, PreTrainedModel)
+    _require("tokenizer", tokenizer, PreTrainedTokenizerBase)
     method: Compressor = _member(Compressor, compressor)
     given, limit = _listed("texts", texts), positions_limit(target, method.calibration.max_tokens)
     batches = text_batches(given, tokenizer, max_tokens=limit) if given else []
@@ -256,7 +263,7 @@ def aggregate(
         ConfigError: If the rule is unknown or cannot be used this way.
     """
     merging: Aggregator = _member(Aggregator, rule)
-    return merging.aggregate(updates, memory, context)
+    return merging.aggregate(_listed("updates", updates, ClientUpdate), memory, context)
 
 
 def fuse(
@@ -280,6 +287,8 @@ def fuse(
         ConfigError: If the operator is unknown, or needs texts and has none.
         ModelError: If target, proxy and tuned proxy do not belong together.
     """
+    _require("target", target, PreTrainedModel)
+    _require("proxy", proxy, Proxy)
     if not isinstance(tuned, PreTrainedModel | Mapping):
         raise ModelError(
             f"tuned must be a model or its state dict, got {type(tuned).__name__}; merge an adapter first: "
@@ -287,12 +296,13 @@ def fuse(
         )
     operator: Fusion = _member(Fusion, fusion)
     proxy.layer_map.require_target(state_sha256(target))
-    weights = state_of(tuned)
+    weights, given = state_of(tuned), _listed("texts", texts)
+    check_tuned(weights, proxy.model.state_dict())
     if operator.judged_texts:
-        if not texts:
+        if not given:
             raise ConfigError(f"fusion.name={operator.name} chooses its options by public text; give texts=[...]")
         limit = positions_limit(target, CalibrationConfig().max_tokens)
-        batches = text_batches(_listed("texts", texts), proxy.tokenizer, max_tokens=limit, batch_size=4)
+        batches = text_batches(given, proxy.tokenizer, max_tokens=limit, batch_size=4)
         judge = partial(text_nll, batches=batches)
         operator = operator.settle(target, proxy.model, weights, proxy.layer_map, judge)
     return operator.join(target, proxy.model, weights, proxy.layer_map)
@@ -316,15 +326,23 @@ def evaluate(
     Raises:
         FedProxyError: If a task or a row cannot be asked.
     """
+    _require("model", model, nn.Module)
+    _require("tokenizer", tokenizer, PreTrainedTokenizerBase)
     asked = questions if isinstance(questions, Questions) else Questions(_listed("questions", questions))
     return asked.ask(model, tokenizer, progress=progress)
 
 
 def _words(recipe: str | Path, overrides: Mapping[str, Any] | None, keys: Mapping[str, Any]) -> list[str]:
     """Return what a caller asks for as words of a command line, which are checked as such."""
-    if "recipe" in (overrides or {}):
+    given = _mapping(overrides)
+    if "recipe" in given:
         raise ConfigError("overrides: recipe is the first argument of the call; take it out")
-    return [as_word("recipe", recipe), *as_words(overrides or {}), *as_words(keys)]
+    return [as_word("recipe", recipe), *as_words(given), *as_words(keys)]
+
+
+def _mapping(overrides: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    _require("overrides", overrides, Mapping, type(None))
+    return overrides or {}
 
 
 def _member(family: Any, given: Any) -> Any:
@@ -334,8 +352,18 @@ def _member(family: Any, given: Any) -> Any:
     return build(family, {"name": given} if isinstance(given, str) else given, family.family)
 
 
-def _listed(key: str, texts: Sequence[str]) -> list[str]:
-    """Refuse one text where several are meant: its letters would be taken for them."""
-    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{key} must be a list of texts, got {type(texts).__name__}; write [...] around them")
-    return list(texts)
+def _listed(key: str, items: Iterable[Any], *kinds: type) -> list[Any]:
+    """Return what is given as a list, of texts if nothing else is said; one text would be taken for its letters."""
+    listed = list(items) if isinstance(items, Iterable) and not isinstance(items, str) else None
+    if listed is None or not all(isinstance(item, kinds or str) for item in listed):
+        words = "texts" if not kinds or str in kinds else f"{kinds[0].__name__}s"
+        got = next((item for item in listed or () if not isinstance(item, kinds or str)), items)
+        raise ConfigError(f"{key} must be a list of {words}, got {type(got).__name__}; write [...] around them")
+    return listed
+
+
+def _require(key: str, value: Any, *kinds: type) -> None:
+    """Refuse a value of another type."""
+    if not isinstance(value, kinds):
+        words = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ConfigError(f"{key} must be a {words}, got {type(value).__name__}; correct the call")

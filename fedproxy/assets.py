@@ -3,8 +3,10 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fedproxy.command import exit_code_of
+from fedproxy.errors import ConfigError
 from fedproxy.interrupts import interruption
 
 _EXAMPLES = """\
@@ -22,12 +24,16 @@ folder). Without any network: copy the wheels that `ls --wheels` names into its 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code (2 for an error with a way out)."""
-    options = _parser().parse_args(arguments)
-    return exit_code_of(lambda: _list(options.wheels) if options.command == "ls" else _work(options))
+    return exit_code_of(lambda: _do(_parser().parse_args(arguments)))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"assets: {message}; see --help")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m fedproxy.assets",
         description="Fetch or list the models and data sets that recipes call asset:NAME.",
         epilog=_EXAMPLES,
@@ -43,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _work(options: argparse.Namespace) -> int:
+def _do(options: argparse.Namespace) -> int:
+    if options.command == "ls":
+        return _list(options.wheels)
     try:
         return _fetch(options.names, options.all, options.accept_terms)
     except KeyboardInterrupt as error:

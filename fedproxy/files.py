@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -109,7 +110,7 @@ def parse_json(text: str | bytes, kind: type[T], *, unique_keys: bool = False) -
             UTF-8, a key twice), or holds another type.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None)
+        value = json.loads(text, object_pairs_hook=_unique if unique_keys else None, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeDecodeError as error:
@@ -271,6 +272,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{one_line(name, 40)!r} stands twice in one object")
         content[name] = value
     return content
+
+
+def _whole(digits: str) -> int:
+    number = int(digits)
+    if abs(number) > sys.float_info.max:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return number
 
 
 def _holds(path: Path, data: bytes) -> bool:

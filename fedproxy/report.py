@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedproxy.command import run_command
-from fedproxy.errors import ConfigError
+from fedproxy.errors import ConfigError, nearest, one_line
 
 USAGE = """
 usage: python -m fedproxy.report RUN [OTHER_RUN]
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str]) -> None:
         FedProxyError: If a run cannot be read or written, or two runs cannot be compared.
     """
     runs = [Path(argument) for argument in arguments if argument != "--watch"]
+    odd = next((str(run) for run in runs if str(run).startswith("-") and not run.exists()), None)
+    if odd is not None:
+        raise ConfigError(f"{one_line(odd, 80)} is neither a run's folder nor an option{nearest(odd, ['--watch'])}")
     if len(runs) < len(arguments):
         _watch(runs)
     elif len(runs) == 1:
@@ -65,8 +68,9 @@ def _compare(first: Path, second: Path) -> None:
     from fedproxy.locks import locked
     from fedproxy.reporting.run_comparison import save_comparison
 
-    if not second.is_dir():
-        raise ConfigError(f"{second} is no folder; give the folder of a finished run")
+    for run in (first, second):
+        if not run.is_dir():
+            raise ConfigError(f"{run} is no folder; give the folder of a finished run")
     with locked(second, "run"):
         path = save_comparison(first, second)
     print(path.read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -267,6 +268,17 @@ def test_compare_gives_the_report_of_the_command(tmp_path, monkeypatch):
         (lambda m, t: api.evaluate(m, t, "tiny_sums"), ConfigError, "questions must be a list of texts, got str"),
         (lambda m, t: api.evaluate(m, t, []), ConfigError, "tasks is missing; write, for example"),
         (lambda m, t: api.compare("fedproxy_tiny"), ConfigError, "recipes must be a list of texts, got str; write"),
+        (lambda m, t: api.compare(Path("a.yaml")), ConfigError, "recipes must be a list of texts, got Pos"),
+        (lambda m, t: api.compare(["fedproxy_tiny"], seeds=42), ConfigError, "seeds must be a list of .*, got 42"),
+        (lambda m, t: api.fit("fedproxy_tiny", ["seed=1"]), ConfigError, "overrides must be a Mapping, got list"),
+        (lambda m, t: api.load(None), ConfigError, "path must be a str or Path, got NoneType"),
+        (lambda m, t: api.Proxy.load(None), ConfigError, "folder must be a str or Path, got NoneType"),
+        (lambda m, t: api.compress("m", t, ["a"]), ConfigError, "target must be a PreTrainedModel, got str"),
+        (lambda m, t: api.compress(m, t, [b"a"]), ConfigError, "texts must be a list of texts, got bytes"),
+        (lambda m, t: api.evaluate("m", t, ["tiny_sums"]), ConfigError, "model must be a Module, got str"),
+        (lambda m, t: api.evaluate(m, None, ["tiny_sums"]), ConfigError, "tokenizer must be a PreTrainedTokenizerB"),
+        (lambda m, t: api.fuse(m, m, m), ConfigError, "proxy must be a Proxy, got LlamaForCausalLM"),
+        (lambda m, t: api.aggregate([{}]), ConfigError, "updates must be a list of ClientUpdates, got dict"),
         (lambda m, t: api.Questions("tiny_sums"), ConfigError, "tasks must be a list of names, got the text"),
     ],
 )
@@ -277,6 +289,12 @@ def test_bad_input_is_one_line(target, call, error, message):
     assert "\n" not in str(raised.value)
 
 
+def test_texts_may_be_read_once(target):
+    method = {"name": "block_influence", "ratio": 0.5}
+    once, listed = (api.compress(*target, texts, method) for texts in (iter(["a b c"]), ["a b c"]))
+    assert once.layer_map == listed.layer_map
+
+
 def test_fuse_refuses_what_does_not_belong_together(target, make_model):
     model, tokenizer = target
     proxy = api.compress(model, tokenizer, compressor={"name": "uniform", "ratio": 0.5, "first": 1, "last": 1})
@@ -284,6 +302,13 @@ def test_fuse_refuses_what_does_not_belong_together(target, make_model):
         api.fuse(model, proxy, torch.nn.Linear(1, 1))
     with pytest.raises(ModelError, match=r"the proxy after tuning has no model\.layers\.0"):
         api.fuse(model, proxy, {})
+    with pytest.raises(ModelError, match=r"the proxy has no model\.layers\.\d.*, which tuned holds; give the tuned"):
+        api.fuse(model, proxy, model)  # the blocks of another model would be taken for the proxy's
+    name, weight = next(iter(proxy.model.state_dict().items()))
+    with pytest.raises(ModelError, match=f"{name} of the proxy after tuning is not finite"):
+        api.fuse(model, proxy, {name: weight * math.nan})
+    with pytest.raises(ModelError, match=f"the proxy after tuning has no {name} of shape"):
+        api.fuse(model, proxy, {name: weight.numpy()})
     with pytest.raises(ModelError, match="are not those that were compressed"):
         api.fuse(make_model("llama"), proxy, proxy.model)
 

@@ -44,6 +44,9 @@ def test_ls_wheels_shows_whole_hashes(capsys):
     [
         (["fetch", "smolm2-135m"], "error: unknown asset 'smolm2-135m'; did you mean 'smollm2-135m'?"),
         (["fetch"], "error: name what to fetch (smollm2-135m, "),
+        ([], "error: assets: the following arguments are required: {fetch,ls}; see --help"),
+        (["list"], "error: assets: argument {fetch,ls}: invalid choice: 'list'"),
+        (["ls", "--al\x1b[2J"], "error: assets: unrecognized arguments: --al ; see --help"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(capsys, arguments, message):

@@ -62,6 +62,7 @@ def test_what_stood_there_stays_when_writing_fails(tmp_path, monkeypatch):
     [
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
+        (b'{"a": ' + b"9" * 400 + b"}", "cannot be read .a number has 400 digits"),
         (b"\xff\xfe{", "not UTF-8"),
         (b'{"a": 1', "not valid JSON"),
         (b"[1]", "must hold an object, got list"),

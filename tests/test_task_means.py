@@ -21,3 +21,5 @@ def test_mean_has_only_metrics_that_every_task_has():
 def test_mean_of_an_unknown_value_is_unknown():
     assert mean_scores({"a": {"acc": 0.4}, "b": {"acc": math.nan}}) == {"acc": None}
     assert mean_scores({"a": {"acc": 0.4}, "b": {"acc": None}}) == {"acc": None}
+    assert mean_scores({"a": {"acc": 1e308}, "b": {"acc": 1e308}}) == {"acc": None}  # no number holds 2e308
+    assert mean_scores({"a": {"acc_stderr": 1e200}}) == {"acc_stderr": None}

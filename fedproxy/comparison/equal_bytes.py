@@ -49,8 +49,13 @@ def total_bytes(report: RunReport) -> int:
 
 
 def affordable_rounds(report: RunReport, budget: int) -> int:
-    """Return the most rounds whose bytes stay within the budget; rounds beyond the last cost what the last one did."""
+    """Return the most rounds whose bytes stay within the budget; rounds beyond the last cost what the last one did.
+
+    Where a round does not say what it cost, those that were run.
+    """
     costs = [(line.upload_bytes or 0) + (line.download_bytes or 0) for line in report.rounds]
+    if not all(costs) or not costs:
+        return len(costs)
     rounds, left = 0, budget
     while left >= (cost := costs[min(rounds, len(costs) - 1)]):
         rounds, left = rounds + 1, left - cost

@@ -8,6 +8,7 @@ another host are refused, since a page from elsewhere may have its name lead her
 import hmac
 import os
 import secrets
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from fedproxy.errors import ConfigError
 from fedproxy.files import open_regular
@@ -134,6 +136,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, watched: Watched) -> None:
         super().__init__((HOST, 0), _Handler)
         self.watched, self.place = watched, f"/{secrets.token_urlsafe(16)}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a browser that hangs up before it has read its page; anything else is a defect."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -5,11 +5,14 @@ from pathlib import Path
 
 
 def framed(page: Path | None) -> str | None:
-    """Return the HTML that shows a page; None where it is not there.
+    """Return the HTML that shows a page; None where it is not there, or cannot be read.
 
     The frame runs no script and opens no window.
     """
-    if page is None or not page.is_file():
+    try:
+        text = html.escape(page.read_text(encoding="utf-8")) if page and page.is_file() else None
+    except (OSError, UnicodeDecodeError):
+        text = None
+    if text is None:
         return None
-    text = html.escape(page.read_text(encoding="utf-8"))
     return f'<iframe srcdoc="{text}" sandbox="" title="report" style="width:100%;height:640px;border:0"></iframe>'

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fedproxy.errors import one_line
 from fedproxy.reporting.markdown import escape, markdown_table
-from fedproxy.reporting.view import score_table
+from fedproxy.reporting.view import score_hint, score_table
 from fedproxy.task_means import Metrics
 
 _HEADS = {
@@ -67,9 +67,10 @@ def model_card(
         lines += [f"Parameters: {parameters:,}", ""]
     if not private:
         lines += [f"Method: {escape(method)}", "", *(f"> **Note.** {escape(note)}\n" for note in notes)]
-    table = score_table({model: scores[model] for model in _SHOWN[kind] if model in scores})
+    scores = {model: scores[model] for model in _SHOWN[kind] if model in scores}
+    table = score_table(scores)
     if table:
-        lines += ["## Scores", "", markdown_table(table), "", "lm-eval, per cent, ± one standard error.", ""]
+        lines += ["## Scores", "", markdown_table(table), "", score_hint(scores), ""]
     return "\n".join([*lines, "## Load it", "", *_loading(wrapper)])
 
 

@@ -1,13 +1,13 @@
 """The plots of a run: scores, training loss, conflict, cosines of the updates and Block Influence."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fedproxy.metric_facts import facts
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.round_tables import by_client, mean_of
 from fedproxy.reporting.run_report import RoundReport, RunReport
-from fedproxy.reporting.scores import ACCURACIES, MODELS, headline_metric, task_metric, task_names, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, headline_metric, task_metric, task_names, value_of
 from fedproxy.reporting.svg import INK, SERIES, Plot, plot
 
 if TYPE_CHECKING:
@@ -23,84 +23,72 @@ def draw_plots(report: RunReport) -> list[Plot]:
     found = (
         _accuracy(report), _likelihood(report), _loss(rounds), _validation(rounds, "answer_nll"),
         next(filter(None, (_validation(rounds, metric) for metric in ACCURACIES)), None),
-        _conflict(rounds), _cosine(rounds), _blocks(report),
+        _conflict(rounds), cosine_plot(rounds), block_plot(report),
     )  # fmt: skip
     return [drawn for drawn in found if drawn is not None]
 
 
 def _accuracy(report: RunReport) -> Plot | None:
-    models = [model for model in MODELS if model in report.scores]
     mean = headline_metric(report.scores)
     metrics = {task: task_metric(report.scores, task) for task in task_names(report.scores)}
     rows = [(task, metric) for task, metric in metrics.items() if metric and facts(metric).share]
     rows += [("mean", mean)] if mean and facts(mean).share and len(rows) > 1 else []
-    if not rows:
-        return None
-
-    def draw(axes: "Axes") -> None:
-        thick = 0.8 / len(models)
-        for number, model in enumerate(models):
-            for row, (task, metric) in enumerate(rows):
-                value = value_of(report.scores[model].get(task), metric)
-                if value is None:
-                    continue
-                place, length = row + (number - (len(models) - 1) / 2) * thick, 100 * value.value
-                axes.barh(place, length, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
-                error = 100 * (value.stderr or 0.0)
-                if error:
-                    axes.plot([length - error, length + error], [place, place], color=INK, linewidth=1)
-                axes.text(length + error + 1, place, f"{length:.1f}", va="center", fontsize=8, color=INK)
-        axes.set_yticks(range(len(rows)), [task for task, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.margins(x=0.12)
-        axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))  # where all scores are 0, their texts need room
-        axes.set_xlabel("per cent, line = ± 1 standard error")
-        _legend(axes, len(models))
-
-    words = "; ".join(
-        f"{task}: " + ", ".join(f"{m} {show.score(value_of(report.scores[m].get(task), metric))}" for m in models)
-        for task, metric in rows
-    )
-    return plot(
-        "Scores per task", f"Bars, in per cent. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1)
-    )
+    return _bars(report, "Scores per task", rows, ("Bars, in per cent.", "per cent", 100))
 
 
 def _likelihood(report: RunReport) -> Plot | None:
     """Return answer NLL per source, for sources that have no accuracy."""
-    models = [model for model in MODELS if model in report.scores]
-    rows = [task for task in task_names(report.scores) if task_metric(report.scores, task) == "answer_nll"]
+    sources = [task for task in task_names(report.scores) if task_metric(report.scores, task) == "answer_nll"]
+    rows = [(task, "answer_nll") for task in sources]
+    return _bars(report, "Answer NLL per source", rows, ("Bars.", "answer NLL, nats per token", 1))
+
+
+def _bars(report: RunReport, title: str, rows: Sequence[tuple[str, str]], words: tuple[str, str, float]) -> Plot | None:
+    """Return a bar per task and model, with its standard error; None without rows.
+
+    Args:
+        report: Whose scores are drawn.
+        title: Of the plot.
+        rows: Task and the metric that it is shown by.
+        words: What the description begins with, what the axis counts, and what a value is multiplied by.
+    """
     if not rows:
         return None
-    values = {
-        (model, task): value_of(report.scores[model].get(task), "answer_nll") for model in models for task in rows
-    }
+    models = [model for model in MODELS if model in report.scores]
+    found = {(m, task): value_of(report.scores[m].get(task), metric) for m in models for task, metric in rows}
+    begin, unit, scale = words
 
     def draw(axes: "Axes") -> None:
         thick = 0.8 / len(models)
         for number, model in enumerate(models):
-            for row, task in enumerate(rows):
-                value = values[model, task]
+            label: str | None = model
+            for row, (task, metric) in enumerate(rows):
+                value = found[model, task]
                 if value is None:
                     continue
-                place, error = row + (number - (len(models) - 1) / 2) * thick, value.stderr or 0.0
-                axes.barh(place, value.value, thick * 0.88, color=SERIES[number], label=model if row == 0 else None)
+                place, length = row + (number - (len(models) - 1) / 2) * thick, scale * value.value
+                axes.barh(place, length, thick * 0.88, color=SERIES[number], label=label)
+                label = None  # once in the legend, by the first task that the model has
+                error = scale * (value.stderr or 0.0)
                 if error:
-                    axes.plot([value.value - error, value.value + error], [place, place], color=INK, linewidth=1)
+                    axes.plot([length - error, length + error], [place, place], color=INK, linewidth=1)
                 axes.annotate(
-                    show.fixed(value.value), (value.value + error, place), (4, 0), textcoords="offset points",
-                    va="center", fontsize=8, color=INK,
+                    show.measured(metric, Value(value.value)), (length + error, place), (4, 0),
+                    textcoords="offset points", va="center", fontsize=8, color=INK,
                 )  # fmt: skip
-        axes.set_yticks(range(len(rows)), rows)
+        axes.set_yticks(range(len(rows)), [task for task, _ in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.12)
-        axes.set_xlabel("answer NLL, nats per token, line = ± 1 standard error")
+        if scale == 100:
+            axes.set_xlim(0, max(5.0, axes.get_xlim()[1]))  # where all scores are 0, their texts need room
+        axes.set_xlabel(f"{unit}, line = ± 1 standard error")
         _legend(axes, len(models))
 
-    words = "; ".join(
-        f"{task}: " + ", ".join(f"{m} {show.measured('answer_nll', values[m, task])}" for m in models) for task in rows
+    said = "; ".join(
+        f"{task}: " + ", ".join(f"{model} {show.measured(metric, found[model, task])}" for model in models)
+        for task, metric in rows
     )
-    return plot("Answer NLL per source", f"Bars. {words}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1))
+    return plot(title, f"{begin} {said}.", draw, height=0.9 + 0.19 * len(rows) * (len(models) + 1))
 
 
 def _loss(rounds: Sequence[RoundReport]) -> Plot | None:
@@ -182,7 +170,8 @@ def _conflict(rounds: Sequence[RoundReport]) -> Plot | None:
     return plot("Conflict between clients per round", words, draw)
 
 
-def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
+def cosine_plot(rounds: Sequence[RoundReport], of: str = "") -> Plot | None:
+    """Return the cosines of the last round that knows them; None without. ``of`` names the run in the title."""
     lines = [line for line in rounds if line.cosine is not None and len(line.clients) > 1]
     if not lines:
         return None
@@ -190,26 +179,41 @@ def _cosine(rounds: Sequence[RoundReport]) -> Plot | None:
     few = len(names) <= _NUMBERED_CELLS
 
     def draw(axes: "Axes") -> None:
-        from matplotlib import colormaps
-
-        colors = [[colormaps["RdBu"](0.5 + 0.42 * _clipped(value)) for value in row] for row in matrix]
-        axes.imshow(colors, interpolation="nearest")
-        for i, row in enumerate(matrix if few else ()):
-            for j, value in enumerate(row):
-                red, green, blue, _ = colors[i][j]
-                ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
-                axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=ink)
+        heat_map(axes, matrix, "RdBu", low=-1.0, aspect="equal")
         turn = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if few else {"rotation": 90, "fontsize": 7}
         if len(names) <= _NAMED_CLIENTS:
             axes.set_xticks(range(len(names)), names, **turn)
             axes.set_yticks(range(len(names)), names, fontsize=9 if few else 7)
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
         axes.set_xlabel("blue: same direction, red: opposite")
 
-    title = f"Cosine of client updates, round {lines[-1].round}"
+    title = f"Cosine of client updates, {of}round {lines[-1].round}"
     return plot(title, f"Heat map, 1 same and -1 opposite direction. {_cosine_words(lines[-1])}.", draw, height=3.7)
+
+
+def heat_map(
+    axes: "Axes", matrix: Sequence[Sequence[float | None]], colors: str, *, low: float, aspect: Literal["equal", "auto"]
+) -> None:
+    """Draw numbers from ``low`` to 1 as coloured cells, numbered where they are few; None has no colour."""
+    from matplotlib import colormaps
+
+    def paint(value: float | None) -> tuple[float, float, float, float]:
+        if value is None:
+            return (1.0, 1.0, 1.0, 0.0)
+        share = (max(low, min(1.0, value)) - low) / (1.0 - low)
+        found: tuple[float, float, float, float] = colormaps[colors](0.08 + 0.84 * share)
+        return found
+
+    painted = [[paint(value) for value in row] for row in matrix]
+    axes.imshow(painted, interpolation="nearest", aspect=aspect)
+    for i, row in enumerate(matrix if max(len(matrix), len(matrix[0])) <= _NUMBERED_CELLS else ()):
+        for j, value in enumerate(row):
+            red, green, blue, _ = painted[i][j]
+            ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
+            color = INK if value is None else ink
+            axes.text(j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=color)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def _cosine_words(line: RoundReport) -> str:
@@ -226,15 +230,12 @@ def _cosine_words(line: RoundReport) -> str:
     return f"{len(pairs)} pairs; lowest {known[0][1]}; highest {known[-1][1]}" if known else "no values"
 
 
-def _clipped(value: float | None) -> float:
-    return 0.0 if value is None else max(-1.0, min(1.0, value))
-
-
 def _short(name: str) -> str:
     return name if len(name) <= 18 else f"{name[:17]}…"
 
 
-def _blocks(report: RunReport) -> Plot | None:
+def block_plot(report: RunReport) -> Plot | None:
+    """Return Block Influence per block of the target; None where it was not measured."""
     found = report.compression
     if found is None or not found.scores:
         return None

@@ -1,11 +1,11 @@
 """The rounds of a run as tables: one row per round, and one per client of a round."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.run_report import Numbers, RoundReport
 from fedproxy.reporting.tables import Table
+from fedproxy.task_means import mean_known
 
 
 def by_client(line: RoundReport, numbers: Numbers) -> dict[str, float | None]:
@@ -21,9 +21,7 @@ def mean_of(numbers: Numbers) -> float | None:
     """Return a round's number, or the mean of its per-client numbers that are known."""
     if numbers is None or isinstance(numbers, int | float):
         return numbers
-    values = numbers.values() if isinstance(numbers, Mapping) else numbers
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known else None
+    return mean_known(numbers.values() if isinstance(numbers, Mapping) else numbers)
 
 
 def validated(line: RoundReport, metric: str) -> float | None:

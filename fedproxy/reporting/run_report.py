@@ -13,7 +13,7 @@ from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.reporting.frame import framed
 from fedproxy.reporting.privacy import PrivacyReport
 from fedproxy.reporting.schema import SchemaError, decode
-from fedproxy.reporting.scores import ACCURACIES, MODELS, Value, value_of
+from fedproxy.reporting.scores import ACCURACIES, MODELS, value_of
 from fedproxy.reporting.summary import summary
 
 SCHEMA_VERSION = 1
@@ -74,14 +74,10 @@ class Exposure:
     def measure(cls, scores: Mapping[str, Mapping[str, Mapping[str, float | None]]], share: float) -> "Exposure":
         """Return the exposure of a run from its scores (``mean`` included) and the disclosed share of parameters."""
 
-        def mean(model: str) -> Value | None:
-            metrics = scores.get(model, {}).get("mean")
-            metric = next((name for name in ACCURACIES if value_of(metrics, name) is not None), None)
-            return None if metric is None else value_of(metrics, metric)
-
         def gap(owner: str, held: str) -> float | None:
-            high, low = mean(owner), mean(held)
-            return high.value - low.value if high and low else None
+            means = [scores.get(model, {}).get("mean") for model in (owner, held)]
+            pairs = ([value_of(mean, metric) for mean in means] for metric in ACCURACIES)
+            return next((high.value - low.value for high, low in pairs if high and low), None)
 
         return cls(share, gap("target", "proxy"), gap("fused", "proxy_tuned"))
 
@@ -263,7 +259,7 @@ class RunReport:
 def report_file(path: str | Path) -> Path:
     """Return the report.json that a run folder or a file path means."""
     path = Path(path)
-    return path if path.suffix == ".json" else path / "report.json"
+    return path if path.suffix == ".json" and not path.is_dir() else path / "report.json"
 
 
 def check_pages(folder: Path) -> None:
@@ -304,6 +300,15 @@ def _check_values(report: RunReport) -> None:
     if blocks is not None and blocks.scores and not set(blocks.kept) <= set(range(len(blocks.scores))):
         raise SchemaError(f"compression.kept must name blocks from 0 to {len(blocks.scores) - 1}, got {blocks.kept}")
     for index, line in enumerate(report.rounds):
-        size = len(line.clients)
-        if line.cosine is not None and [len(row) for row in line.cosine] != [size] * size:
-            raise SchemaError(f"rounds[{index}].cosine must be {size} x {size}, one row per client")
+        check_round(line, f"rounds[{index}].")
+
+
+def check_round(line: RoundReport, where: str = "") -> None:
+    """Refuse a round whose cosines are not one row per client.
+
+    Raises:
+        SchemaError: Naming the key behind ``where``.
+    """
+    size = len(line.clients)
+    if line.cosine is not None and [len(row) for row in line.cosine] != [size] * size:
+        raise SchemaError(f"{where}cosine must be {size} x {size}, one row per client")

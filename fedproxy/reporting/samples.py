@@ -119,7 +119,9 @@ def load_samples(run: str | Path, model: str) -> list[dict[str, Any]]:
         EvaluationError: If the file is missing or broken; the line names it.
     """
     path = Path(run) / "evaluation" / f"{model}.samples.jsonl"
-    return [_sample(line, f"{path} line {number}") for number, line in enumerate(_read(path).splitlines(), start=1)]
+    text = _read(path)
+    lines = text.removesuffix("\n").split("\n") if text else []  # `splitlines` would break a text at its U+2028
+    return [_sample(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
 
 
 def _read(path: Path) -> str:

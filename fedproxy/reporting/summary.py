@@ -13,7 +13,7 @@ def summary(report: "RunReport") -> str:
     """Return each model's mean score with its standard error and its difference to the target, one line a model."""
     metric = headline_metric(report.scores)
     if metric is None:
-        return "no model was scored"
+        return "the scored tasks have no metric in common" if report.scores else "no model was scored"
     values = {model: value_of(tasks["mean"], metric) for model, tasks in report.scores.items()}
     target = values.get("target")
     counted = f", {unit(metric).removeprefix('in ')}" if unit(metric) else ""

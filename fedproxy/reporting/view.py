@@ -107,7 +107,7 @@ def build_view(
         notes=report.notes,
         models=[(model, MODEL_WORDS[model]) for model in scores],
         scores=score_table(scores),
-        score_hint=_score_hint(scores),
+        score_hint=score_hint(scores),
         further=_further(scores),
         own=own_scores(report.client_scores),
         cost=_cost(report),
@@ -222,7 +222,8 @@ def _questions(scores: Scores, task: str) -> str:
     return " / ".join(f"{int(size or 0)}" for size in sorted(sizes, key=lambda size: size or 0)) or show.NONE
 
 
-def _score_hint(scores: Scores) -> str:
+def score_hint(scores: Scores) -> str:
+    """Return what a reader of :func:`score_table` should know: units, errors, and what stands in brackets."""
     metrics = [metric for task in task_names(scores) if (metric := task_metric(scores, task))]
     shares, others = (any(facts(metric).share is wanted for metric in metrics) for wanted in (True, False))
     hint = "Per cent, ± one standard error over the questions" if shares else "± one standard error over the questions"

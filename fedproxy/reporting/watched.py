@@ -3,21 +3,20 @@
 The page loads itself again; see :mod:`fedproxy.pipeline.watch` for what serves it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fedproxy.files import parse_json
 from fedproxy.reporting import formatting as show
 from fedproxy.reporting.html import render
 from fedproxy.reporting.plots import draw_plots
 from fedproxy.reporting.round_tables import clients_table, dropped_table, rounds_table
-from fedproxy.reporting.run_report import RoundReport, RunInfo, RunReport
-from fedproxy.reporting.schema import SchemaError, decode
+from fedproxy.reporting.run_report import RoundReport, RunInfo, RunReport, check_round
+from fedproxy.reporting.schema import decode
 from fedproxy.reporting.svg import Plot
 from fedproxy.reporting.tables import Table, all_shown, shown
+from fedproxy.reporting.view import presentable
 
 RELOAD_S = 2
 """Seconds after which the page of a run that goes on loads itself again."""
@@ -62,7 +61,7 @@ def read_now(text: bytes) -> Now:
     """
     try:
         now = decode(Now, all_shown(parse_json(text, dict)))
-    except (ValueError, SchemaError):
+    except ValueError:
         return Now()
     times = (now.since, now.began, *now.answered.values(), *now.before.values())
     return now if all(map(math.isfinite, times)) else Now()
@@ -73,9 +72,11 @@ def read_rounds(lines: Sequence[bytes]) -> list[RoundReport]:
     rounds = []
     for line in lines:
         try:
-            rounds.append(decode(RoundReport, all_shown(parse_json(line, dict))))
-        except (ValueError, SchemaError):
+            found = decode(RoundReport, parse_json(line, dict))
+            check_round(found)
+        except ValueError:
             continue
+        rounds.append(found)
     return rounds
 
 
@@ -91,21 +92,25 @@ class Finished:
     plots: Sequence[Plot]
     up: str
     down: str
+    first: int
+    """The first round that is known: of a very long journal only the end is read."""
     count: int
 
     @classmethod
     def of(cls, rounds: Sequence[RoundReport]) -> "Finished":
         """Return the tables and plots of a run's rounds."""
-        last = rounds[-MOST_ROWS:]
+        report = presentable(RunReport(RunInfo("", "", "completed", 0, ""), rounds=rounds))
+        rounds, last = report.rounds, report.rounds[-MOST_ROWS:]
         return cls(
             rounds=rounds_table(last),
-            left_out=len(rounds) - len(last),
+            left_out=max(0, last[0].round - 1) if last else 0,
             clients=_cut(clients_table(rounds[-1])) if rounds else None,
             dropped=_cut(dropped_table(last[::-1])),
-            plots=draw_plots(_plain(rounds)),
+            plots=draw_plots(report),
             up=show.size(sum(line.upload_bytes or 0 for line in rounds)),
             down=show.size(sum(line.download_bytes or 0 for line in rounds)),
-            count=len(rounds),
+            first=rounds[0].round if rounds else 1,
+            count=rounds[-1].round if rounds else 0,
         )
 
 
@@ -124,7 +129,8 @@ def watch_page(name: str, finished: Finished, now: Now, *, runs: bool, clock: fl
     if runs and now.since:
         facts.append(("For", show.duration(max(0.0, clock - now.since))))
     facts += [("Rounds", f"{finished.count} of {now.rounds}" if now.rounds else str(finished.count))]
-    facts += [("Uploaded", finished.up), ("Downloaded", finished.down)]
+    since = f" since round {finished.first}" if finished.first > 1 else ""
+    facts += [(f"Uploaded{since}", finished.up), (f"Downloaded{since}", finished.down)]
     present = clients_now(now, clock) if runs and now.round else None
     return render(
         "watch.html.j2",
@@ -163,9 +169,3 @@ def clients_now(now: Now, clock: float) -> Table:
 
 def _cut(table: Table | None) -> Table | None:
     return None if table is None else Table(table.head, table.rows[:MOST_ROWS])
-
-
-def _plain(rounds: Sequence[RoundReport]) -> RunReport:
-    report = RunReport(RunInfo("", "", "completed", 0, ""), rounds=rounds)
-    data: Any = json.loads(json.dumps(report.to_dict()))
-    return RunReport.from_dict(data)

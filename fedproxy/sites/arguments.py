@@ -16,13 +16,13 @@ def worded(arguments: Sequence[str], command: str, verbs: Sequence[str]) -> tupl
     """Return what to do, the file, and the words that are left.
 
     Raises:
-        ConfigError: If it is nothing that the command does, or there is no file.
+        ConfigError: If it is no word that the command knows, or there is no file.
     """
     example = f"write, for example, python -m fedproxy.{command} up {command}.yaml"
     if not arguments or arguments[0] not in verbs:
-        given = one_line(repr(arguments[0]), 40) if arguments else "nothing"
+        given = f"{one_line(repr(arguments[0]), 40)} is not a word it knows" if arguments else "what to do is missing"
         hint = nearest(arguments[0], verbs) if arguments else f"; known: {', '.join(verbs)}"
-        raise ConfigError(f"{command}: {given} is nothing that it does{hint}; {example}")
+        raise ConfigError(f"{command}: {given}{hint}; {example}")
     if len(arguments) < 2 or "=" in arguments[1] or not arguments[1].endswith((".yaml", ".yml")):
         raise ConfigError(f"{command} {arguments[0]} needs a .yaml file; {example}")
     return arguments[0], Path(arguments[1]), list(arguments[2:])

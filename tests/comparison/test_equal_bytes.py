@@ -16,6 +16,8 @@ def test_rounds_beyond_the_last_cost_what_the_last_did(tmp_path):
     report = with_rounds(make_record(tmp_path / "r", "a", 1, 0.5), 10, 15).report
     # 10, 25, 40, 55 bytes after 1, 2, 3, 4 rounds
     assert [affordable_rounds(report, budget) for budget in (9, 10, 24, 25, 39, 40, 56)] == [0, 1, 1, 2, 2, 3, 4]
+    for odd in (with_rounds(make_record(tmp_path / "r", "a", 1, 0.5), 10, 0).report, replace(report, rounds=())):
+        assert affordable_rounds(odd, 10**9) == len(odd.rounds)  # nobody says what they cost
 
 
 def test_every_method_gets_the_rounds_that_the_budget_pays_for(tmp_path):

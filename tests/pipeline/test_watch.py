@@ -6,9 +6,11 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 from urllib.parse import urlsplit
 
 import pytest
@@ -78,6 +80,22 @@ def test_the_file_says_where_a_run_is_and_never_ends_it(tmp_path):
     NowFile(tmp_path / "file" / "now.json").stage("fuse")
 
 
+def test_answers_in_quick_succession_are_all_told(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedproxy.pipeline.now._WRITE_S", 0.05)
+    path = tmp_path / "now.json"
+    file, until = NowFile(path), time.monotonic() + 20
+    file.round(1, 2, ["a", "b", "c"])
+    for client in ("a", "b"):  # the third is waited for
+        file.client(client)
+    while len(read_now(path.read_bytes()).answered) < 2:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    file.client("c")
+    file.remove()
+    time.sleep(0.2)
+    assert not path.exists()
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"[]", b'{"round": "x"}', b'{"since": 1e999}', b'{"clients": {"a": 1}}', b"\xff", b'{"before": {"a": null}}'],
@@ -88,6 +106,7 @@ def test_a_file_that_says_something_else_says_nothing(text):
 
 def test_lines_that_are_no_rounds_are_left_out():
     lines = [json.dumps(record(1)).encode(), b"{", b'{"round": "two"}', b"[" * 100_000, json.dumps(record(3)).encode()]
+    lines.append(json.dumps(record(4, cosine=[[1.0]])).encode())  # of two clients
     assert [line.round for line in read_rounds(lines)] == [1, 3]
 
 
@@ -126,7 +145,11 @@ def test_a_journal_is_read_from_its_end_and_again_only_when_it_changes(tmp_path,
     real = module.Finished.of
     monkeypatch.setattr(module.Finished, "of", lambda rounds: made.append(rounds) or real(rounds))
     for _ in range(3):
-        watched.page()
+        page = watched.page()
+    first = made[0][0].round
+    assert "<dd>100</dd>" in page  # rounds, not those that were read
+    assert f"{first - 1} earlier rounds are not shown" in page
+    assert f"<dt>Uploaded since round {first}</dt><dd>{2 * len(made[0])}.0 KiB</dd>" in page
     assert [rounds[-1].round for rounds in made] == [100]
     assert len(made[0]) < 10
     journal(run, [record(number) for number in range(1, 102)])
@@ -156,6 +179,20 @@ def test_it_is_served_on_loopback_alone_to_who_knows_the_address(tmp_path):
         assert connection.getresponse().status == 501
     with pytest.raises(OSError, match="refused"):
         socket.create_connection((parts.hostname, parts.port), timeout=5)
+
+
+def test_a_browser_that_hangs_up_leaves_no_traceback(tmp_path, capfd):
+    watched, over = Watched(tmp_path / "run"), threading.Event()
+    watched.page = lambda: "x" * (20 << 20)
+    with serving(watched) as address:
+        place, done = urlsplit(address), module._Server.shutdown_request
+        with patch.object(module._Server, "shutdown_request", lambda *own: (done(*own), over.set())):
+            reader = socket.create_connection((place.hostname, place.port), timeout=5)
+            reader.sendall(f"GET {place.path} HTTP/1.0\r\nHost: 127.0.0.1:{place.port}\r\n\r\n".encode())
+            reader.recv(1)
+            reader.close()
+            assert over.wait(10)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_it_ends_with_the_run(tmp_path, monkeypatch):

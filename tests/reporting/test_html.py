@@ -4,11 +4,12 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from fedproxy.reporting import RoundReport, RunInfo, RunReport
 from fedproxy.reporting.html import cell, to_html
 from fedproxy.reporting.pages import save_report
-from fedproxy.reporting.plots import draw_plots
+from fedproxy.reporting.plots import draw_plots, heat_map
 
 from .report_samples import full_report, save_samples
 
@@ -95,6 +96,19 @@ def test_scores_that_are_all_0_are_drawn_without_a_warning(recwarn):
     zero = {"acc_norm": 0.0, "acc_norm_stderr": 0.0, "n": 2}
     draw_plots(plain(replace(report, scores={"fused": {"easy": zero}})))
     assert not [str(warning.message) for warning in recwarn]
+
+
+def test_an_unknown_cell_of_a_heat_map_is_not_the_colour_of_0():
+    axes = Figure().add_subplot()
+    heat_map(axes, [[1.0, None], [0.0, 1.0]], "RdBu", low=-1.0, aspect="equal")
+    assert axes.images[0].get_array()[:, :, 3].tolist() == [[1.0, 0.0], [1.0, 1.0]]
+
+
+@pytest.mark.parametrize("metric", ["acc", "answer_nll"])
+def test_a_model_without_the_first_task_is_in_the_legend_too(metric):
+    scores = {"target": {"easy": {metric: 0.5}, "hard": {metric: 0.25}}, "fused": {"easy": {}, "hard": {metric: 0.75}}}
+    (drawn,) = draw_plots(plain(RunReport(RunInfo("r", "m", "completed", 1, ""), scores)))
+    assert re.findall(r">(target|fused)<", drawn.svg) == ["target", "fused"]
 
 
 @pytest.mark.parametrize("clients", [1, 20])

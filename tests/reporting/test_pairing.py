@@ -6,7 +6,13 @@ import pytest
 from fedproxy.errors import EvaluationError
 from fedproxy.reporting.pairing import against_target, between_runs, evaluations_of, paired_table
 from fedproxy.reporting.run_comparison import comparison_page
-from fedproxy.reporting.samples import load_evaluation, require_comparable, save_evaluation, task_settings
+from fedproxy.reporting.samples import (
+    load_evaluation,
+    load_samples,
+    require_comparable,
+    save_evaluation,
+    task_settings,
+)
 from fedproxy.reporting.statistics import holm, mcnemar_exact
 
 from .report_samples import TASKS, answers, lm_eval_results, question, save_samples
@@ -168,6 +174,11 @@ def test_runs_without_a_common_model_or_questions(tmp_path):
         between_runs(tmp_path / "a", tmp_path / "b")
     with pytest.raises(EvaluationError, match="there are no questions"):
         between_runs(*two(tmp_path, [], []))
+
+
+def test_a_text_with_a_line_separator_is_one_sample(tmp_path):
+    save_evaluation(tmp_path, "fused", [question("easy", 0, 1, said="a\u2028b\x85c")], lm_eval_results())
+    assert load_samples(tmp_path, "fused")[0]["said"] == "a\u2028b\x85c"
 
 
 def test_broken_files_are_named_with_their_line(tmp_path):

@@ -82,6 +82,13 @@ def test_fused_card_has_both_scores_base_model_and_notes():
     assert "4-bit source" in card
 
 
+def test_card_says_what_its_numbers_are():
+    scores = with_means({"fused": {"notes": {"answer_nll": 2.5, "n": 20}}})
+    card = model_card("fused", scores)
+    assert "nats per token of the right answers, lower is better" in card
+    assert "er cent" not in card
+
+
 def test_card_of_another_kind_is_refused():
     with pytest.raises(ValueError, match="kind must be proxy or fused, got 'adapter'"):
         model_card("adapter", {})

@@ -112,6 +112,21 @@ def test_help_is_quick_and_has_examples():
     assert "python -m fedproxy.report runs/fedproxy_llama" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--wach", "a"], "--wach is neither a run's folder nor an option; did you mean '--watch'"),
+        (["none", "a"], "none is no folder; give the folder of a finished run"),
+        (["a", "none"], "none is no folder; give the folder of a finished run"),
+    ],
+)
+def test_what_is_no_run_is_named(tmp_path, monkeypatch, words, line):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=line):
+        main(words)
+
+
 @pytest.mark.parametrize("runs", [[], ["a", "b", "c"]])
 def test_none_or_too_many_runs_are_refused(runs):
     with pytest.raises(ConfigError, match=f"one run's folder, or two to compare, got {len(runs)}"):

@@ -1,13 +1,28 @@
 import json
 import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from fedproxy.errors import CheckpointError
 from fedproxy.files import plain
-from fedproxy.reporting import CompressionReport, Exposure, RoundReport, RunInfo, RunReport, with_means
+from fedproxy.reporting import (
+    CompressionReport,
+    Cost,
+    Exposure,
+    FidelityReport,
+    Provenance,
+    RoundReport,
+    RunInfo,
+    RunReport,
+    ValidationReport,
+    with_means,
+)
+from fedproxy.reporting.at_sites import SiteScores
 from fedproxy.reporting.pages import save_report
+from fedproxy.reporting.privacy import PrivacyReport
 
 
 def report(**changes):
@@ -45,6 +60,13 @@ def test_top_level_and_section_keys_are_the_published_ones():
     )
     assert set(data["rounds"][0]) == set(line.split(" "))
     assert set(data["provenance"]) == {"versions", "git_commit", "target_sha256", "data_sha256", "hardware"}
+
+
+def test_every_key_is_documented():
+    page = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    kinds = (RunInfo, Cost, Exposure, RoundReport, Provenance, CompressionReport, FidelityReport, ValidationReport)
+    for key in (item.name for kind in (*kinds, PrivacyReport, SiteScores) for item in fields(kind)):
+        assert f"`{key}`" in page, key
 
 
 def test_saved_report_loads_equal_from_folder_and_file(tmp_path):
@@ -124,6 +146,23 @@ def test_missing_section_missing_file_and_half_a_file(tmp_path):
         RunReport.load(tmp_path)
 
 
+def test_a_run_may_lie_in_a_folder_called_like_a_file(tmp_path):
+    folder = tmp_path / "run.json"
+    save_report(report(), folder)
+    assert RunReport.load(folder).path == folder
+
+
+def test_a_page_that_cannot_be_read_is_not_framed(tmp_path):
+    (tmp_path / "report.html").write_bytes(b"\xff")
+    assert replace(report(), path=tmp_path)._repr_html_() is None
+
+
+def test_scores_without_a_common_metric_are_not_called_no_scores():
+    scores = {"target": {"a": {"acc": 0.5}, "b": {"f1": 0.5}, "mean": {}}}
+    assert str(replace(report(), scores=scores)) == "the scored tasks have no metric in common"
+    assert str(replace(report(), scores={})) == "no model was scored"
+
+
 def test_unknown_keys_of_a_later_writer_are_ignored():
     data = report().to_dict()
     data["later"] = 1
@@ -146,3 +185,5 @@ def test_exposure_measures_the_gap_to_what_clients_hold_before_and_after():
     found = Exposure.measure(report().scores, 0.5)
     assert found == Exposure(0.5, pytest.approx(0.05), pytest.approx(0.06))
     assert Exposure.measure({}, 0.5) == Exposure(0.5, None, None)
+    mixed = {"target": {"mean": {"acc": 0.5, "acc_norm": 0.9}}, "proxy": {"mean": {"acc": 0.4, "acc_norm": None}}}
+    assert Exposure.measure(mixed, 0.6).proxy_gap == pytest.approx(0.1)  # acc minus acc

@@ -171,7 +171,7 @@ def test_a_site_is_registered_by_its_own_key_and_name_once(tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ([], "nothing is nothing that it does"),
+        ([], "hub: what to do is missing; known: init, up; write"),
         (["upp", "hub.yaml"], "did you mean 'up'"),
         (["up"], "needs a .yaml file"),
         (["up", "port=3"], "needs a .yaml file"),

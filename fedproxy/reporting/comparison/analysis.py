@@ -1,6 +1,5 @@
 """What the runs of a comparison say: scores, paired differences, share of the ceiling's gain, cost and exposure."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,6 +18,7 @@ from fedproxy.reporting.comparison.answers import (
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.scores import value_of
 from fedproxy.reporting.statistics import Interval, gain_recovered, holm, paired_bootstrap, sign_flip_test
+from fedproxy.task_means import mean_known
 
 SEED = 0
 """Seed of bootstrap and randomisation test: the same answers give the same intervals and p-values."""
@@ -267,5 +267,4 @@ def _exposure(records: Sequence[Record], metric: str) -> dict[str, float | None]
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """Return the mean over seeds, or None where a seed lacks the value."""
-    known = [value for value in values if value is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+    return None if None in values else mean_known(values)

@@ -1,6 +1,5 @@
 """The comparison's plots: accuracy against bytes, loss per round, conflict and cosines, Block Influence."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from fedproxy.reporting import formatting as show
 from fedproxy.reporting.comparison.analysis import Analysis
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.tables import sent
-from fedproxy.reporting.plots import draw_plots
-from fedproxy.reporting.round_tables import mean_of
+from fedproxy.reporting.plots import block_plot, cosine_plot, heat_map
+from fedproxy.reporting.round_tables import mean_of, validated
 from fedproxy.reporting.run_report import RoundReport
 from fedproxy.reporting.scores import ACCURACIES
 from fedproxy.reporting.svg import FAINT, INK, SERIES, Plot, plot
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)))
 _MARKERS = ("o", "s", "^")
-_NUMBERED_CELLS = 12
 _LABELLED_POINTS = 8
 """Points that carry their names; more would cover each other, and a legend names them."""
 _NAME_WIDTH = 0.6
@@ -35,7 +33,8 @@ def comparison_plots(found: Analysis, runs: Runs) -> list[Plot]:
     """Return every plot that the runs have data for; rounds are those of each method's first seed."""
     rounds = {label: records[0].report.rounds for label, records in runs.items() if records}
     drawn = [_accuracy_against_bytes(found), _losses(rounds), _validation(runs, rounds), _conflict(rounds)]
-    drawn += [_cosine(label, lines) for label, lines in rounds.items() if label in (found.reference, _first(rounds))]
+    shown = (found.reference, _first(rounds))
+    drawn += [cosine_plot(lines, f"{label}, ") for label, lines in rounds.items() if label in shown]
     return [one for one in [*drawn, _block_influence(runs)] if one is not None]
 
 
@@ -133,17 +132,11 @@ def _validation(runs: Runs, rounds: Mapping[str, Sequence[RoundReport]]) -> Plot
     asked = (record.report.validation for records in runs.values() for record in records)
     models = " or ".join(sorted({"tuned proxy" if own.model == "proxy" else "fused model" for own in asked if own}))
     for metric in ACCURACIES:
-        curves = {label: [(line.round, _validated(line, metric)) for line in lines] for label, lines in rounds.items()}
+        curves = {label: [(line.round, validated(line, metric)) for line in lines] for label, lines in rounds.items()}
         drawn = _curves(f"Validation accuracy per round, {models}", f"mean {metric}, 0 to 1", curves)
         if drawn is not None:
             return drawn
     return None
-
-
-def _validated(line: RoundReport, metric: str) -> float | None:
-    means = (dataclasses.asdict(line).get("validation") or {}).get("mean") or {}
-    value: float | None = means.get(metric)
-    return value
 
 
 def _curves(title: str, unit: str, curves: Mapping[str, Curve]) -> Plot | None:
@@ -187,7 +180,11 @@ def _conflict(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
     words = "; ".join(f"{label}: {_values(list(values.items()))}" for label, values in known.items())
 
     def draw(axes: "Axes") -> None:
-        _heat_map(axes, matrix, "Oranges", low=0.0, columns=[str(number) for number in columns], rows=list(known))
+        heat_map(axes, matrix, "Oranges", low=0.0, aspect="auto")
+        names = [str(number) for number in columns]
+        turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(names[-1]) > 3 else {}
+        axes.set_xticks(range(len(names)), names, fontsize=8, **turn)
+        axes.set_yticks(range(len(known)), list(known), fontsize=8)
         axes.set_xlabel("round; 0 all agree, 1 full conflict")
 
     return plot(
@@ -195,62 +192,8 @@ def _conflict(rounds: Mapping[str, Sequence[RoundReport]]) -> Plot | None:
     )
 
 
-def _cosine(label: str, lines: Sequence[RoundReport]) -> Plot | None:
-    known = [line for line in lines if line.cosine is not None and len(line.clients) > 1]
-    if not known:
-        return None
-    last = known[-1]
-    matrix, names = [list(row) for row in last.cosine or ()], list(last.clients)
-    pairs = [(i, j) for i in range(len(names)) for j in range(i)]
-    words = "; ".join(f"{names[j]} and {names[i]} {show.fixed(matrix[i][j], 2)}" for i, j in pairs[:66])
-
-    def draw(axes: "Axes") -> None:
-        _heat_map(axes, matrix, "RdBu", low=-1.0, columns=names, rows=names)
-        axes.set_xlabel("blue: same direction, red: opposite")
-
-    title = f"Cosine of client updates, {label}, round {last.round}"
-    return plot(title, f"Heat map, 1 same and -1 opposite direction. {words}.", draw, height=3.7)
-
-
-def _heat_map(
-    axes: "Axes",
-    matrix: Sequence[Sequence[float | None]],
-    colors: str,
-    *,
-    low: float,
-    columns: Sequence[str],
-    rows: Sequence[str],
-) -> None:
-    """Draw numbers from ``low`` to 1 as coloured cells, with the numbers in them where they are few."""
-    from matplotlib import colormaps
-
-    def paint(value: float | None) -> tuple[float, float, float, float]:
-        share = 0.0 if value is None else (max(low, min(1.0, value)) - low) / (1.0 - low)
-        found: tuple[float, float, float, float] = colormaps[colors](0.08 + 0.84 * share)
-        return (1.0, 1.0, 1.0, 0.0) if value is None else found
-
-    painted = [[paint(value) for value in row] for row in matrix]
-    axes.imshow(painted, interpolation="nearest", aspect="auto")
-    few = max(len(rows), len(columns)) <= _NUMBERED_CELLS
-    for i, row in enumerate(matrix if few else ()):
-        for j, value in enumerate(row):
-            red, green, blue, _ = painted[i][j]
-            ink = "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "#16181d"
-            axes.text(
-                j, i, show.fixed(value, 2), ha="center", va="center", fontsize=8, color=INK if value is None else ink
-            )
-    long = max(len(name) for name in columns) > 3
-    turn: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if long else {}
-    axes.set_xticks(range(len(columns)), columns, fontsize=8, **turn)
-    axes.set_yticks(range(len(rows)), rows, fontsize=8)
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
 def _block_influence(runs: Runs) -> Plot | None:
     """Return the plot of the first run that measured it: all runs measure the same target."""
     reports = (record.report for records in runs.values() for record in records)
     report = next((report for report in reports if report.compression and report.compression.scores), None)
-    drawn = draw_plots(report) if report else []
-    return next((one for one in drawn if one.title == "Block Influence"), None)
+    return block_plot(report) if report else None

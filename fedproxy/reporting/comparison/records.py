@@ -7,6 +7,7 @@ its run folders deleted.
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -109,6 +110,8 @@ def _check_answers(answers: Mapping[str, Mapping[str, Answers]]) -> None:
             counts = {len(values) for values in own.values.values()}
             if len(counts) > 1 or 0 in counts:
                 raise SchemaError(f"answers.{model}.{task}.values must hold one number per question for every metric")
+            if not all(math.isfinite(value) for values in own.values.values() for value in values):
+                raise SchemaError(f"answers.{model}.{task}.values must be finite")
 
 
 def _answers(evaluation: Evaluation) -> dict[str, Answers]:
@@ -138,19 +141,27 @@ def require_same_questions(records: Mapping[str, Record]) -> None:
     first: dict[str, tuple[str, Answers]] = {}
     rows: dict[int, tuple[str, Any]] = {}
     target: tuple[str, Any] | None = None
+    tasks: tuple[str, Any] | None = None
     for name, record in records.items():
         origin = record.report.provenance
         known = rows.setdefault(record.seed, (name, origin.data_sha256))
         _require_equal("data_sha256", name, origin.data_sha256, known)
         target = target or (name, origin.target_sha256)
         _require_equal("target_sha256", name, origin.target_sha256, target)
-        for tasks in record.answers.values():
-            for task, own in tasks.items():
+        for found in record.answers.values():
+            for task, own in found.items():
                 other, before = first.setdefault(task, (name, own))
+                _require_equal(f"number of questions of {task}", name, _count(own), (other, _count(before)))
                 for key in sorted(own.settings.keys() | before.settings.keys()):
                     pair = own.settings.get(key), (other, before.settings.get(key))
                     _require_equal(f"{key} of {task}", name, *pair)
                 _require_equal(f"questions of {task}", name, own.questions_sha256, (other, before.questions_sha256))
+            tasks = tasks or (name, sorted(found))
+            _require_equal("tasks", name, sorted(found), tasks)
+
+
+def _count(answers: Answers) -> int:
+    return len(next(iter(answers.values.values()), ()))
 
 
 def _require_equal(what: str, name: str, value: Any, known: tuple[str, Any]) -> None:

@@ -130,10 +130,11 @@ def _findings(found: Analysis) -> list[str]:
         if row is not None:
             reached = percent_or_plain(found.metric, row.scores["mean"].value)
             lines.append(f"{label} ({word}) scores {reached}{_gain(found.metric, row)}.")
-    better = [row.label for row in found.methods if _sure(row)]
+    below = [row.label for row in found.methods if _sure(row)]
     if found.reference:
-        names = ", ".join(better) or "no other method"
-        lines.append(f"{found.reference} is above {names} with a 95 % interval that excludes 0.")
+        names = ", ".join(below) or "no other method"
+        better = "above" if facts(found.metric).higher_is_better else "better than"
+        lines.append(f"{found.reference} is {better} {names} with a 95 % interval that excludes 0.")
     return lines
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from fedproxy.errors import ModelError
+from fedproxy.errors import ModelError, one_line
 from fedproxy.models import Decoder, LayerMap, state_sha256
 from fedproxy.models.decoder import set_weights, share_weights
 from fedproxy.models.feed_forward import FeedForward
@@ -120,6 +120,26 @@ def _like(part: Tensor, weights: Weights, name: str, which: str) -> Tensor:
     if weight is None or weight.shape != part.shape:
         raise ModelError(f"fusion: the proxy {which} tuning has no {name} of shape {tuple(part.shape)}")
     return weight.float()
+
+
+def check_tuned(after: Weights, before: Weights) -> None:
+    """Refuse weights that are not those of a tuned proxy: of other names or shapes, or not finite.
+
+    Args:
+        after: What is called the tuned proxy's state dict; what it lacks is left to whoever needs it.
+        before: The proxy's own.
+
+    Raises:
+        ModelError: Naming the first such weight.
+    """
+    for name, weight in after.items():
+        known = before.get(name)
+        if known is None:
+            raise ModelError(f"fusion: the proxy has no {one_line(name, 120)}, which tuned holds; give the tuned proxy")
+        if not isinstance(weight, Tensor) or weight.shape != known.shape:
+            raise ModelError(f"fusion: the proxy after tuning has no {name} of shape {tuple(known.shape)}")
+        if not weight.isfinite().all():
+            raise ModelError(f"fusion: {name} of the proxy after tuning is not finite; tune it with a lower rate")
 
 
 @dataclass(frozen=True)

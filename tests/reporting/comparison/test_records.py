@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -61,6 +62,10 @@ def test_a_broken_record_is_one_line(tmp_path, text, message):
             lambda own: own["fused"]["easy"].update(values={"acc": []}),
             r"answers.fused.easy.values must hold one number",
         ),
+        (
+            lambda own: own["fused"]["easy"]["values"]["acc"].__setitem__(0, math.nan),
+            r"answers.fused.easy.values must be finite",
+        ),
     ],
 )
 def test_answers_that_do_not_pair_up_are_one_line(tmp_path, change, message):
@@ -87,6 +92,10 @@ def test_records_of_other_questions_rows_or_targets_are_refused_by_name(tmp_path
         EvaluationError, match=r"a and b cannot be compared: version of easy is 1.0 and 2.0; delete one"
     ):
         require_same_questions({"a": one, "b": changed(other, version=2.0)})
+    with pytest.raises(EvaluationError, match=r"number of questions of easy is \d+ and 1; delete one"):
+        require_same_questions({"a": one, "b": changed(other, questions_sha256="", values={"acc": (1.0,)})})
+    with pytest.raises(EvaluationError, match=r"tasks is \['easy', 'hard'\] and \['easy'\]"):
+        require_same_questions({"a": one, "b": changed(other)})
     with pytest.raises(EvaluationError, match="questions of easy is"):
         require_same_questions({"a": one, "b": changed(other, questions_sha256="00" * 32)})
     for key, value in (("data_sha256", "11" * 32), ("target_sha256", "22" * 32)):
