@@ -216,6 +216,8 @@ class Aggregator(Component, family="aggregator"):
             ConfigError: If the rule cannot be used this way.
         """
         cohort = Cohort(updates)
+        if not cohort.names:
+            raise ClientError("aggregation needs at least one tensor, got updates without any; send what was trained")
         if not self.aggregates and len(cohort) > 1:
             raise ConfigError(
                 f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "
