@@ -126,6 +126,20 @@ def test_a_product_of_nothing_leaves_a_as_it_is(name):
     assert not any(tensor.any() for tensor in merged.delta.values())
 
 
+@pytest.mark.parametrize("name", ["fedavg", "flexlora"])
+def test_the_bits_do_not_depend_on_how_many_threads_there_are(name):
+    rng, shapes = torch.Generator().manual_seed(1), {A: (8, 3000), B: (2500, 8)}
+    state, *deltas = ({n: torch.randn(s, generator=rng) for n, s in shapes.items()} for _ in range(4))
+    updates, before = [ClientUpdate(f"c{k}", delta) for k, delta in enumerate(deltas)], torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        merged = aggregate_products(Aggregator.by_name(name)(), updates, None, RoundContext(state=state))
+        found.append((merged.delta[A].tolist(), merged.delta[B].tolist(), merged.diagnostics))
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_what_cannot_be_done_is_refused():
     _, updates, context = case()
     with pytest.raises(ConfigError, match="aggregator 'ffa_lora' works on LoRA factors and cannot merge products"):

@@ -97,8 +97,6 @@ class Aggregator(Component, family="aggregator"):
 
     linear: ClassVar[bool] = False
     """The result is a weighted sum with weights that do not depend on the updates: may run under secure aggregation."""
-    needs_individual_updates: ClassVar[bool] = True
-    """The server must see each client's update."""
     mixed_ranks: ClassVar[bool] = False
     """Clients may send LoRA factors of different ranks."""
     stateful: ClassVar[bool] = False

@@ -1,5 +1,6 @@
 """The clients' LoRA factors of a round, module by module: B_k and A_k after training, and their products' geometry."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import check_finite
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX, Pair, lora_modules, product_gram, stack_pairs
 
 
@@ -80,8 +82,8 @@ class CohortPairs:
         """
         clients = len(self._cohort)
         gram = torch.zeros(clients, clients, dtype=torch.float64)
-        for module in self.modules:
-            gram += product_gram(self.differences(module)) * scaling**2
+        for part in side_by_side(lambda module: product_gram(self.differences(module)), self.modules):
+            gram += part * scaling**2
         for name in self.others:
             rows = torch.stack([source.whole().double().reshape(-1) for source in self._cohort.read(name)])
             part = rows @ rows.T
@@ -89,10 +91,10 @@ class CohortPairs:
             gram += part
         return gram
 
-    def sink(self, delta: Tensors) -> Sink:
+    def sink(self, changes: Iterable[Tensors]) -> Sink:
         """Return a sink in memory that holds the modules' merged factors already."""
         sink = Sink()
-        for name, tensor in delta.items():
+        for name, tensor in (item for change in changes for item in change.items()):
             sink.open(name, tensor.shape, tensor.dtype)
             sink.write(name, 0, tensor.reshape(-1))
         return sink
