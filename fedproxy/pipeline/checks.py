@@ -106,16 +106,16 @@ def check_components(config: RunConfig, *, here: bool = True) -> None:
     """
     clients = config.data.partition.count(config.data.tasks, config.data.files)
     check_participation(config, clients)
-    drawn, least = config.federation.clients_per_round, config.federation.min_clients
+    drawn = clients if config.federation.clients_per_round == "all" else int(config.federation.clients_per_round)
     check_capabilities(
         config.aggregator,
         config.regularizer,
         config.server_optimizer,
-        clients_per_round=least or (clients if drawn == "all" else int(drawn)),
+        clients_per_round=config.federation.min_clients or drawn,
         space=config.federation.space,
         parts=config.parts.values(),
         client_statistics=STATISTICS,
-        clients=clients,
+        share=drawn / clients,
         secure_aggregation=config.privacy.secure_aggregation,
     )
     _check_sites(config)

@@ -21,7 +21,7 @@ def check_capabilities(
     parts: Collection[RoundPart] = (),
     secure_aggregation: bool = False,
     client_statistics: Collection[str] = (),
-    clients: int | None = None,
+    share: float = 1.0,
 ) -> None:
     """Refuse a recipe that asks a component for what it cannot do.
 
@@ -29,12 +29,12 @@ def check_capabilities(
         aggregator: With its options.
         regularizer: With its options.
         server_optimizer: With its options.
-        clients_per_round: Updates that a round will bring.
+        clients_per_round: Fewest updates that a round will bring.
         space: ``federation.space``, ``factors`` or ``product``.
         parts: Round parts that the recipe adds.
         secure_aggregation: The server sees only the sum of the updates.
         client_statistics: Groups of ``extras`` that the client code sends.
-        clients: All clients of the federation; None if every round takes all.
+        share: Share of all clients that a round takes.
 
     Raises:
         ConfigError: One line that names key, rule and way out.
@@ -63,12 +63,13 @@ def check_capabilities(
         )
     if "control_variates" in regularizer.parts:
         _check_memory(aggregator, regularizer, space)
-    if "base_change" in aggregator.parts and server_optimizer.name != "none":
+    if (space == "product" or "base_change" in aggregator.parts) and server_optimizer.name != "none":
         raise ConfigError(
-            f"server_optimizer.name: aggregator {aggregator.name!r} is exact only where its result is taken as it is, "
-            f"got {server_optimizer.name!r}; use server_optimizer.name=none or aggregator.name=flexlora"
+            f"server_optimizer.name: aggregator {aggregator.name!r} merges products and makes LoRA's factors anew, so "
+            f"that no step between old and new ones means anything, got {server_optimizer.name!r}; use "
+            "server_optimizer.name=none, or federation.space=factors with another aggregator"
         )
-    _check_halves(regularizer, server_optimizer, clients_per_round / (clients or clients_per_round))
+    _check_halves(regularizer, server_optimizer, share)
 
 
 def _check_part(part: RoundPart, aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:

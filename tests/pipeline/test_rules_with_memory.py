@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fedproxy.config import load_config
+from fedproxy.pipeline.checks import check_components
 from fedproxy.pipeline.plan import plan
 
 ROUNDS = 3
@@ -100,6 +102,18 @@ def test_scaffold_keeps_a_variate_per_client_and_their_mean_change_at_the_server
     state = sum(t.numel() * 4 for t in load_file(folder / "checkpoints/round_0003/state.safetensors").values())
     assert first["upload_bytes"] == 3 * 2 * state  # update and change of the variate
     assert (first["download_bytes"], second["download_bytes"]) == (3 * state, 3 * 2 * state)
+
+
+def test_the_share_of_feddyn_is_that_of_the_clients_that_are_drawn(tmp_path):
+    options = [*BRIEF, *RULES["feddyn"], "federation.min_clients=2", f"output_dir={tmp_path}"]
+    check_components(load_config(["recipe=fedproxy_tiny", *options]))  # three of four, whatever may be dropped
+
+
+def test_a_factor_that_rests_stays_under_server_momentum(run_tiny):
+    rules = ("aggregator.name=rolora", "server_optimizer={name: sgd, momentum: 0.9}")
+    _, folder = run_tiny(*BRIEF, *rules, "federation.rounds=3")
+    second, third = (load_file(folder / f"checkpoints/round_{n:04d}/state.safetensors") for n in (2, 3))
+    assert all(torch.equal(second[name], third[name]) == ("lora_A" in name) for name in second)
 
 
 def test_fedex_lora_and_flora_move_the_target_alike_in_the_first_round(run_tiny):

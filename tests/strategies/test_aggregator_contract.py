@@ -106,6 +106,23 @@ def test_file_backed_updates_give_the_same_bits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", MERGING)
+def test_tensors_with_a_gradient_give_the_same_bits(name):
+    updates, context = make_updates(), make_context()
+    tracked = [
+        dataclasses.replace(update, delta={n: t.clone().requires_grad_() for n, t in update.delta.items()})
+        for update in updates
+    ]
+    one, other = aggregate(name, updates, context), aggregate(name, tracked, context)
+    assert_same(one.delta, other.delta)
+    assert not any(tensor.requires_grad for tensor in other.delta.values())
+
+
+def test_updates_without_tensors_are_refused():
+    with pytest.raises(ClientError, match="aggregation needs at least one tensor, got updates without any"):
+        Aggregator.by_name("fedavg")().aggregate([ClientUpdate("a", {})])
+
+
+@pytest.mark.parametrize("name", MERGING)
 def test_leaving_out_the_figures_changes_no_bit_and_still_checks(name):
     updates, context = make_updates(), make_context()
     rule = Aggregator.by_name(name)()

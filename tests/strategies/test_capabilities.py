@@ -41,7 +41,7 @@ def check(aggregator="fedavg", regularizer="none", server_optimizer="none", opti
         {"aggregator": "krum", "clients_per_round": 5},
         {"aggregator": "fedex_lora", "space": "product"},
         {"aggregator": "fedsa_lora", "server_optimizer": "adam"},
-        {"regularizer": "feddyn", "server_optimizer": "feddyn", "clients": 8},
+        {"regularizer": "feddyn", "server_optimizer": "feddyn", "share": 1.0},
     ],
 )
 def test_what_goes_together_passes(facts):
@@ -70,6 +70,7 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
             {"parts": [Ranks({"a": 4})]},
             r"'fedavg' needs updates of one rank; use parts.ranks.pad=true, .* flexlora, flora",
         ),
+        ({"parts": [Ranks(memory_gib={"a": 4.0})]}, r"'fedavg' needs updates of one rank; use parts.ranks.pad=true"),
         (
             {"aggregator": "fedex_lora", "space": "product", "parts": [Ranks({"a": 4})]},
             r"'fedex_lora' needs updates of one rank",
@@ -97,13 +98,14 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
         ({"regularizer": "feddyn"}, "'feddyn' and server optimizer 'none' do not go together"),
         ({"server_optimizer": "feddyn"}, "regularizer 'none' and server optimizer 'feddyn' do not go together"),
         (
-            {"regularizer": "feddyn", "server_optimizer": "feddyn", "clients": 32},
+            {"regularizer": "feddyn", "server_optimizer": "feddyn", "share": 0.25},
             "server_optimizer.share: 'feddyn' must have the share of the clients' half, 0.25, got 1; set",
         ),
         (
             {"aggregator": "flora", "space": "product", "server_optimizer": "sgd"},
-            "server_optimizer.name: aggregator 'flora' is exact only where its result is taken as it is, got 'sgd'",
+            "server_optimizer.name: aggregator 'flora' merges products and makes LoRA's factors anew, .*, got 'sgd'",
         ),
+        ({"space": "product", "server_optimizer": "adam"}, "aggregator 'fedavg' merges products"),
         (
             {"aggregator": "fedsa_lora", "regularizer": "scaffold"},
             "regularizer.name: 'scaffold' corrects clients towards a state that all share, and aggregator 'fedsa_lora'",

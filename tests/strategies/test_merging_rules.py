@@ -154,6 +154,8 @@ def test_regmean_averages_where_no_input_went():
     ("name", "options", "message"),
     [
         ("dare", {"drop_rate": 1.0}, r"aggregator.drop_rate must be in \[0, 1\), got 1.0"),
+        ("dare", {"vote": "weighted"}, "aggregator.vote must be uniform where aggregator.merge is linear"),
+        ("della", {"divisor": "weight"}, "aggregator.divisor must be count where aggregator.merge is linear"),
         ("dare", {"merge": "x"}, "aggregator.merge must be one of linear, ties, got 'x'"),
         ("della", {"density": 1.0}, r"aggregator.density must be in \(0, 1\), got 1.0"),
         ("della", {"density": 0.1, "window": 0.2}, r"aggregator.window must be in \[0, 0.2\) at density 0.1, got 0.2"),

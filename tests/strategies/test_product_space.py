@@ -102,6 +102,44 @@ def test_dense_refactoring_is_the_truncated_svd():
         torch.testing.assert_close(b.norm(dim=0), a.norm(dim=1))
 
 
+def test_a_client_that_did_not_move_has_a_length_of_nothing():
+    # Factors of its change used to cancel in sums alone: rounding made the length -1e-17, by which pcgrad divided.
+    rng = torch.Generator().manual_seed(0)
+    shapes = {A: (4, 30), B: (20, 4)}
+    state = {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+    for _ in range(3):
+        updates = [
+            ClientUpdate(f"c{k}", {n: torch.randn(s, generator=rng) * (k not in (1, 3)) for n, s in shapes.items()})
+            for k in range(CLIENTS)
+        ]
+        merged = aggregate_products(Aggregator.by_name("pcgrad")(), updates, None, RoundContext(state=state))
+        assert merged.diagnostics["update_norms"][1] == merged.diagnostics["update_norms"][3] == 0.0
+        assert all(tensor.isfinite().all() for tensor in merged.delta.values())
+
+
+@pytest.mark.parametrize("name", ["fedavg", "median", "flexlora"])
+def test_a_product_of_nothing_leaves_a_as_it_is(name):
+    # As in a first round at rate 0: with A = B = 0 no gradient would ever move the pair again.
+    state = {A: torch.randn(RANK, IN), B: torch.zeros(OUT, RANK)}
+    updates = [ClientUpdate(f"c{k}", {n: torch.zeros_like(t) for n, t in state.items()}) for k in range(3)]
+    merged = aggregate_products(Aggregator.by_name(name)(), updates, None, RoundContext(state=state))
+    assert not any(tensor.any() for tensor in merged.delta.values())
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flexlora"])
+def test_the_bits_do_not_depend_on_how_many_threads_there_are(name):
+    rng, shapes = torch.Generator().manual_seed(1), {A: (8, 3000), B: (2500, 8)}
+    state, *deltas = ({n: torch.randn(s, generator=rng) for n, s in shapes.items()} for _ in range(4))
+    updates, before = [ClientUpdate(f"c{k}", delta) for k, delta in enumerate(deltas)], torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        merged = aggregate_products(Aggregator.by_name(name)(), updates, None, RoundContext(state=state))
+        found.append((merged.delta[A].tolist(), merged.delta[B].tolist(), merged.diagnostics))
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_what_cannot_be_done_is_refused():
     _, updates, context = case()
     with pytest.raises(ConfigError, match="aggregator 'ffa_lora' works on LoRA factors and cannot merge products"):

@@ -89,6 +89,23 @@ def test_memory_goes_on_exactly_after_a_restart(name):
     assert {key: value.tolist() for key, value in state.items()} == {k: v.tolist() for k, v in run(name)[0].items()}
 
 
+@pytest.mark.parametrize("name", ServerOptimizer.names())
+def test_what_rests_stays_and_keeps_its_moments(name):
+    rule = ServerOptimizer.by_name(name)()
+    state, memory = rule.step(start(), deltas()[0])
+    after, kept = rule.step(state, {**deltas()[1], "w": torch.zeros(7)}, memory, resting=["w"])
+    assert torch.equal(after["w"], state["w"])
+    assert all(torch.equal(kept[key], memory[key]) for key in memory if key.endswith("/w"))
+    assert torch.equal(after["s"], rule.step(state, deltas()[1], memory)[0]["s"])
+
+
+def test_feddyn_counts_the_clients_that_sent_an_update():
+    # one of two drawn clients of four is dropped: h = -alpha / 4 * the one update
+    rule = ServerOptimizer.by_name("feddyn")(strength=0.5, share=0.5)
+    _, memory = rule.taking(0.5).step({"x": torch.zeros(1)}, {"x": torch.tensor([2.0])})
+    assert memory["h/x"].tolist() == [-0.25]
+
+
 def test_other_tensors_than_the_states_are_refused():
     with pytest.raises(ClientError, match="the merged update must have the state's tensors, but 'v' is in only one"):
         ServerOptimizer.by_name("none")().step({"w": torch.ones(1)}, {"w": torch.ones(1), "v": torch.ones(1)})

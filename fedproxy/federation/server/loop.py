@@ -168,8 +168,11 @@ class Federation:
 
     def _job(self, state: Mapping[str, Tensor], number: int) -> dict[str, Any]:
         """Return what clients of a round are asked to do, with the tensors that rest and the parts of the round."""
-        resting = [name for name in state if not self.aggregator.trains(name, number)]
-        return {**self.job, "frozen": resting, "parts": [described(part) for part in self.parts]}
+        resting, parts = self._resting(state, number), [described(part) for part in self.parts]
+        return {**self.job, "frozen": resting, "parts": parts}
+
+    def _resting(self, state: Mapping[str, Tensor], number: int) -> list[str]:
+        return [name for name in state if not self.aggregator.trains(name, number)]
 
     def _turn(
         self,
@@ -208,9 +211,8 @@ class Federation:
         sent = self._seen(broadcast).state
         start = ClientState(sent, before.remembered("server_optimizer"), before.remembered("aggregator"))
         received, updates = updates, self._gathered(updates)
-        merged, state, remembered = self._step(
-            updates, start, RoundContext(number, self.seed, sent, self.lora_scaling or 1.0)
-        )
+        context, present = RoundContext(number, self.seed, sent, self.lora_scaling or 1.0), len(received)
+        merged, state, remembered = self._step(updates, start, context, present / self.clients_in_round)
         memory = {"aggregator": dict(merged.memory), "server_optimizer": remembered}
         result = RoundResult(number, len(self.clients), broadcast, updates, merged, received=received)
         for part in self.parts:
@@ -297,9 +299,9 @@ class Federation:
         return self.validation.pinned(progress.records)
 
     def _step(
-        self, updates: Sequence[ClientUpdate], before: ClientState, context: RoundContext
+        self, updates: Sequence[ClientUpdate], before: ClientState, context: RoundContext, present: float = 1.0
     ) -> tuple[Aggregation, dict[str, Tensor], dict[str, Tensor]]:
-        """Merge updates and move a state by the result, each checked: what is returned may be saved.
+        """Merge updates, of this part of the clients, and move a state by the result; it is checked and may be saved.
 
         Returns:
             What the rule gave, the new state, and the server optimizer's memory.
@@ -314,7 +316,8 @@ class Federation:
             {update.client_id: norm for update, norm in norms},
         )
         check.merged(merged)
-        state, memory = self.server_optimizer.step(before.state, merged.delta, before.server_memory)
+        optimizer, resting = self.server_optimizer.taking(present), self._resting(before.state, context.round)
+        state, memory = optimizer.step(before.state, merged.delta, before.server_memory, resting)
         check.moved(before.state, state, memory)
         return merged, state, memory
 

@@ -97,8 +97,6 @@ class Aggregator(Component, family="aggregator"):
 
     linear: ClassVar[bool] = False
     """The result is a weighted sum with weights that do not depend on the updates: may run under secure aggregation."""
-    needs_individual_updates: ClassVar[bool] = True
-    """The server must see each client's update."""
     mixed_ranks: ClassVar[bool] = False
     """Clients may send LoRA factors of different ranks."""
     stateful: ClassVar[bool] = False
@@ -216,6 +214,8 @@ class Aggregator(Component, family="aggregator"):
             ConfigError: If the rule cannot be used this way.
         """
         cohort = Cohort(updates)
+        if not cohort.names:
+            raise ClientError("aggregation needs at least one tensor, got updates without any; send what was trained")
         if not self.aggregates and len(cohort) > 1:
             raise ConfigError(
                 f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "

@@ -53,7 +53,7 @@ class Source:
         """Return a source for one tensor of an update; nothing is read from files yet."""
         if isinstance(delta, TensorFile):
             return cls(delta.shape(name), delta.dtype(name), lambda start, stop: delta.part(name, start, stop))
-        tensor = delta[name]
+        tensor = delta[name].detach().cpu()
         flat = tensor.reshape(-1)
         return cls(tuple(tensor.shape), tensor.dtype, lambda start, stop: flat[start:stop])
 
@@ -169,7 +169,7 @@ class Cohort:
                 f"client {update.client_id!r}: extras[{group!r}] must have tensor {name!r} like the update; "
                 "send statistics of every trainable parameter"
             )
-        values = update.extras[group][name]
+        values = update.extras[group][name].detach().cpu()
         if not bool(values.isfinite().all()):
             raise ClientError(
                 f"client {update.client_id!r}: extras[{group!r}][{name!r}] must be finite, got NaN or infinity; "

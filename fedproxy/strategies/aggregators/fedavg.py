@@ -18,7 +18,6 @@ class LinearAggregator(Aggregator):
 
     reads_survey: ClassVar[bool] = False
     linear: ClassVar[bool] = True
-    needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
     combines_by_gram: ClassVar[bool] = True
 

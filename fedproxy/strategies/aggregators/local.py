@@ -14,7 +14,6 @@ class LocalOnly(Aggregator, name="none"):
 
     reference: ClassVar[str] = "the local-only baseline"
     aggregates: ClassVar[bool] = False
-    needs_individual_updates: ClassVar[bool] = False
     coordinatewise: ClassVar[bool] = True
 
     def combine(self, deltas: Tensor, weights: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from fedproxy.strategies.aggregators.cohort import WEIGHTINGS, Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs, factor_names
 from fedproxy.strategies.aggregators.passes import WeightedSum, merge_tensor
 from fedproxy.strategies.aggregators.survey import Surveyor
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.lowrank import Pair, mean_residual, refactor, stack_pairs
 
 
@@ -57,13 +57,12 @@ class ExactLoraAggregator(Aggregator):
         memory: Memory | None = None,
         context: RoundContext | None = None,
         *,
-        output: Path | None = None,
         figures: bool = True,
     ) -> Aggregation:
         """Merge the round's LoRA modules; tensors outside LoRA are averaged.
 
-        A client of lower rank holds the first rows of A and the first columns of B. Factors are small, so the result is
-        kept in memory and always comes with its figures; ``output`` and ``figures`` change nothing.
+        A client of lower rank holds the first rows of A and the first columns of B. Factors are small, so the result
+        always comes with its figures; ``figures`` changes nothing.
 
         Raises:
             ClientError: If the updates do not fit the state, or one of them or the result is not finite.
@@ -78,16 +77,20 @@ class ExactLoraAggregator(Aggregator):
         cohort = Cohort(updates)
         weights = cohort.shares(self.weighting)
         signs = Surveyor(cohort).run() if cohort.same_shapes() else None
-        delta: dict[str, Tensor] = {}
-        base: dict[str, Tensor] = {}
         loras = CohortPairs(cohort, state)
-        for module in loras.modules:
+
+        def merge(module: str) -> tuple[dict[str, Tensor], Pair | None]:
             new, residual = self.merge_module(loras.start(module), loras.pairs(module), weights.tolist())
-            delta.update(loras.change(module, new))
-            if residual is not None:
-                base.update({n: part.float() for n, part in zip(factor_names(module), residual, strict=True)})
+            return loras.change(module, new), residual
+
+        merged = side_by_side(merge, loras.modules)
+        base = {
+            name: factor.float()
+            for module, (_, residual) in zip(loras.modules, merged, strict=True)
+            for name, factor in zip(factor_names(module), residual or (), strict=residual is not None)
+        }
         mean = WeightedSum(weights)
-        sink = loras.sink(delta)
+        sink = loras.sink(change for change, _ in merged)
         for name in loras.others:
             merge_tensor(cohort, name, mean, sink)
         require_finite(sink.tensors(), self.name, context, base)

@@ -1,5 +1,6 @@
 """The clients' LoRA factors of a round, module by module: B_k and A_k after training, and their products' geometry."""
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
@@ -10,6 +11,7 @@ from fedproxy.protocol import ClientUpdate, Tensors
 from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.sink import Sink
 from fedproxy.strategies.aggregators.survey import check_finite
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX, Pair, lora_modules, product_gram, stack_pairs
 
 
@@ -48,7 +50,7 @@ class CohortPairs:
     def start(self, module: str) -> Pair:
         """Return the broadcast (B, A)."""
         b, a = factor_names(module)
-        return self._state[b], self._state[a]
+        return self._state[b].detach().cpu(), self._state[a].detach().cpu()
 
     def pairs(self, module: str) -> list[Pair]:
         """Return every client's (B_k, A_k), float64.
@@ -64,11 +66,13 @@ class CohortPairs:
         return [self.difference(module, k) for k in range(len(self._cohort))]
 
     def difference(self, module: str, client: int) -> Pair:
-        """Return one client's factors of B_k A_k - B A, by its place in the cohort."""
+        """Return one client's factors of B_k A_k - B A, by its place in the cohort; B is 0 where it moved neither."""
         b, a = self.start(module)
         pair = _trained_pair(self._cohort.updates[client], module, (b, a))
         rank = len(pair[1])
-        return stack_pairs([pair, (b[:, :rank], a[:rank])], [1.0, -1.0])
+        start = b[:, :rank], a[:rank]
+        moved = float(not all(torch.equal(own, before.double()) for own, before in zip(pair, start, strict=True)))
+        return stack_pairs([pair, start], [moved, -moved])  # what cancels in sums alone leaves their rounding
 
     def gram(self, scaling: float) -> Tensor:
         """Return the inner products of the clients' whole changes: s B A per module, plain tensors elsewhere.
@@ -78,8 +82,8 @@ class CohortPairs:
         """
         clients = len(self._cohort)
         gram = torch.zeros(clients, clients, dtype=torch.float64)
-        for module in self.modules:
-            gram += product_gram(self.differences(module)) * scaling**2
+        for part in side_by_side(lambda module: product_gram(self.differences(module)), self.modules):
+            gram += part * scaling**2
         for name in self.others:
             rows = torch.stack([source.whole().double().reshape(-1) for source in self._cohort.read(name)])
             part = rows @ rows.T
@@ -87,24 +91,30 @@ class CohortPairs:
             gram += part
         return gram
 
-    def sink(self, delta: Tensors) -> Sink:
+    def sink(self, changes: Iterable[Tensors]) -> Sink:
         """Return a sink in memory that holds the modules' merged factors already."""
         sink = Sink()
-        for name, tensor in delta.items():
+        for name, tensor in (item for change in changes for item in change.items()):
             sink.open(name, tensor.shape, tensor.dtype)
             sink.write(name, 0, tensor.reshape(-1))
         return sink
 
     def change(self, module: str, new: Pair) -> dict[str, Tensor]:
-        """Return what turns the broadcast factors into ``new``, in the state's dtypes."""
+        """Return what turns the broadcast factors into ``new``, in the state's dtypes.
+
+        Choice: of a product of 0, A stays as it is: a pair of zeros has no gradient and would never learn again.
+        """
+        start = self.start(module)
+        if not any(bool(factor.any()) for factor in new):
+            new = new[0], start[1].double()
         return {
             name: (after - before.double()).to(before.dtype)
-            for name, before, after in zip(factor_names(module), self.start(module), new, strict=True)
+            for name, before, after in zip(factor_names(module), start, new, strict=True)
         }
 
 
 def _trained_pair(update: ClientUpdate, module: str, start: Pair) -> Pair:
-    b, a = (update.delta[name].double() for name in factor_names(module))
+    b, a = (update.delta[name].detach().cpu().double() for name in factor_names(module))
     rank = a.shape[0]
     if b.shape != (start[0].shape[0], rank) or a.shape[1:] != start[1].shape[1:] or rank > start[1].shape[0]:
         raise ClientError(

@@ -24,6 +24,7 @@ from fedproxy.strategies.aggregators.cohort import Cohort
 from fedproxy.strategies.aggregators.lora_pairs import CohortPairs
 from fedproxy.strategies.aggregators.passes import WeightedSum, merge_tensor
 from fedproxy.strategies.aggregators.survey import Survey, Surveyor
+from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.lowrank import refactor, refactor_dense, stack_pairs
 
 
@@ -81,12 +82,13 @@ def _merge_by_coefficients(
             "none; give them, or set combines_by_gram to False"
         )
     coefficients = plan.weights.tolist()
-    delta: dict[str, Tensor] = {}
-    for module in loras.modules:
+
+    def changed(module: str) -> dict[str, Tensor]:
         pairs = [loras.start(module), *loras.differences(module)]
-        delta.update(loras.change(module, refactor(stack_pairs(pairs, [1.0, *coefficients]), len(pairs[0][1]))))
+        return loras.change(module, refactor(stack_pairs(pairs, [1.0, *coefficients]), len(pairs[0][1])))
+
     mean = WeightedSum(plan.weights)
-    sink = loras.sink(delta)
+    sink = loras.sink(side_by_side(changed, loras.modules))
     for name in loras.others:
         merge_tensor(cohort, name, mean, sink)
     figures = diagnose(gram, sink)
@@ -102,12 +104,14 @@ def _merge_dense(
         for k, update in enumerate(cohort.updates)
     ]
     merged = rule.aggregate(views, memory, context)
-    delta: dict[str, Tensor] = {name: merged.delta[name] for name in loras.others}
-    for module in loras.modules:
+
+    def changed(module: str) -> dict[str, Tensor]:
         b, a = loras.start(module)
         target = b.double() @ a.double() + merged.delta[module].double() / context.scaling
-        delta.update(loras.change(module, refactor_dense(target, a.shape[0])))
-    return replace(merged, delta=delta)
+        return loras.change(module, refactor_dense(target, a.shape[0]))
+
+    factors = {name: tensor for part in side_by_side(changed, loras.modules) for name, tensor in part.items()}
+    return replace(merged, delta={name: merged.delta[name] for name in loras.others} | factors)
 
 
 class ProductDelta(Mapping[str, Tensor]):

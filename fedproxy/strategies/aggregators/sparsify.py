@@ -27,6 +27,9 @@ class SparsifyingAggregator(VotingAggregator):
         """Check the options."""
         super().__post_init__()
         self.require("merge", self.merge in ("linear", "ties"), "one of linear, ties")
+        for option, plain in (("vote", "uniform"), ("divisor", "count")):
+            elects = self.merge == "ties" or getattr(self, option) == plain
+            self.require(option, elects, f"{plain} where aggregator.merge is linear, which elects no signs")
 
     def thin(self, block: Block, draws: "Draws") -> Tensor:
         """Return the block's values, float32 of the same shape, with the dropped coordinates set to zero."""

@@ -39,7 +39,7 @@ class Fisher(Aggregator, name="fisher"):
             rows = block.values.reshape(len(cohort), -1)
             return fisher(rows, torch.stack(tuple(information)), weights).view(block.values.shape[1:])
 
-        return Plan(merge)
+        return Plan(merge, threaded=True)
 
     def _fisher(self, cohort: Cohort, name: str) -> list[Tensor]:
         found = []
@@ -90,7 +90,7 @@ class RegMean(Aggregator, name="regmean"):
             grams = [self._gram(cohort, k, block) for k in range(len(cohort))]
             return regmean(block.values, grams, shares, shrink=self.shrink)
 
-        return Plan(merge)
+        return Plan(merge, threaded=True)
 
     def _gram(self, cohort: Cohort, client: int, block: Block) -> Tensor:
         gram = cohort.extra(cohort.updates[client], "gram", block.name)

@@ -13,6 +13,8 @@ Result = TypeVar("Result")
 def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """Return ``work`` of every item, in order, on as many threads as torch may use; each computes with one of its own.
 
+    So the bits of a result, which depend on how many threads share an operation, do not depend on the machine.
+
     Args:
         work: Called from several threads at once, with another item each.
         items: What to work on.
@@ -21,11 +23,12 @@ def side_by_side(work: Callable[[Item], Result], items: Iterable[Item]) -> list[
         Exception: What ``work`` raised for the first item that failed.
     """
     every, threads = list(items), torch.get_num_threads()
-    if threads == 1 or len(every) < 2:
-        return [work(item) for item in every]
-    torch.set_num_threads(1)  # holds for the pool's threads, which are started after it
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(min(threads, len(every))) as pool:
+        if threads == 1 or len(every) < 2:
+            return [work(item) for item in every]
+        # Said in every thread: libraries of matrix products keep a number for each.
+        with ThreadPoolExecutor(min(threads, len(every)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, every))
     finally:
         torch.set_num_threads(threads)

@@ -25,7 +25,7 @@ def pcgrad(gram: Tensor, orders: Tensor) -> Tensor:
     for i in range(clients):
         for j in orders[i].tolist():
             inner = rows[i] @ gram[:, j]
-            if j != i and inner < 0:
+            if j != i and inner < 0 < gram[j, j]:
                 rows[i, j] -= inner / gram[j, j]
     return rows.mean(dim=0)
 

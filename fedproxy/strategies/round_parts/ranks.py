@@ -56,7 +56,7 @@ class Ranks(RoundPart, name="ranks"):
     @property
     def mixes(self) -> bool:
         """Whether rules see updates of different ranks."""
-        return bool(self.clients) and not self.pad
+        return bool(self.clients or self.memory_gib) and not self.pad
 
     def send(self, broadcast: Broadcast, memory: Tensors) -> Broadcast:
         """Cut what each client of a lower rank is sent; the broadcast itself stays whole."""

@@ -1,8 +1,8 @@
 """The server optimizer family: how the merged update changes the shared state."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -27,8 +27,12 @@ class ServerOptimizer(Component, family="server_optimizer"):
     slots: ClassVar[tuple[str, ...]] = ()
     """Names of the moments kept per tensor."""
 
+    def taking(self, present: float) -> Self:
+        """Return the optimizer of a round of whose clients this part, in (0, 1], sent an update that counts."""
+        return self
+
     def step(
-        self, state: Tensors, delta: Tensors, memory: Memory | None = None
+        self, state: Tensors, delta: Tensors, memory: Memory | None = None, resting: Collection[str] = ()
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Apply one round's merged update.
 
@@ -36,6 +40,7 @@ class ServerOptimizer(Component, family="server_optimizer"):
             state: phi^t; left untouched.
             delta: Merged update, same names and shapes.
             memory: What the previous step returned; None in the first.
+            resting: Tensors that nobody trained in this round: they stay, and so do their moments.
 
         Returns:
             phi^{t+1} in the state's dtypes, and the memory for the next step.
@@ -51,8 +56,11 @@ class ServerOptimizer(Component, family="server_optimizer"):
         after: dict[str, Tensor] = {}
         for name in sorted(state):
             slots = {slot: before[f"{slot}/{name}"] for slot in self.slots if f"{slot}/{name}" in before}
-            change, slots = self.update(delta[name].float(), slots)
-            new_state[name] = (state[name].float() + change).to(state[name].dtype)
+            if name in resting:
+                new_state[name] = state[name].clone()
+            else:
+                change, slots = self.update(delta[name].float(), slots)
+                new_state[name] = (state[name].float() + change).to(state[name].dtype)
             after.update({f"{slot}/{name}": value for slot, value in slots.items()})
         return new_state, after
 
