@@ -9,6 +9,10 @@ import fedproxy
 from fedproxy.config.loading import read_early
 from fedproxy.errors import FedProxyError
 from fedproxy.files import file_sha256, read_json, write_json
+from fedproxy.sealed import first_lost, read_sealed
+
+PAGES = ("config.yaml", "report.json", "report.md", "report.html")
+"""What a finished run has beside the files that it noted."""
 
 if TYPE_CHECKING:
     from fedproxy.config import RunConfig
@@ -35,12 +39,13 @@ def finished(arguments: Sequence[str]) -> "RunReport | None":
     folder = Path(config.output_dir)
     try:
         noted, report = read_json(_note(folder), dict), folder / "report.json"
-        if noted != _content(sha256, report) or not (folder / "config.yaml").is_file():
+        made = (read_sealed(folder / "server" / "facts.json") or {})["files"]
+        if noted != _content(sha256, report) or first_lost(folder, made, PAGES):
             return None
         from fedproxy.reporting.run_report import RunReport
 
         return RunReport.load(report)
-    except (OSError, FedProxyError):
+    except (OSError, FedProxyError, KeyError):
         return None
 
 
