@@ -77,7 +77,8 @@ def test_a_changed_folder_looks_closer(run, name, change):
 
 
 @pytest.mark.parametrize(
-    "lost", ["fused", "fused/model.safetensors", "adapter", "evaluation/fused.samples.jsonl", "report.md", "report.html"]
+    "lost",
+    ["fused", "fused/model.safetensors", "adapter", "evaluation/fused.samples.jsonl", "report.md", "report.html"],
 )
 def test_what_is_gone_is_made_again(run, lost, tmp_path, capsys):
     words, folder = run
