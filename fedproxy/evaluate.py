@@ -108,10 +108,11 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         FedProxyError: If an argument, the model or a task cannot be used, or ``output_dir`` holds foreign files.
     """
+    from fedproxy.files import at_home
     from fedproxy.locks import locked
 
     options = parse_arguments(arguments)
-    folder = Path(options.output_dir)
+    folder = at_home(options.output_dir)
     with locked(folder):
         _check_folder(folder, options.overwrite)
         result = _evaluate(options)

@@ -187,6 +187,11 @@ def read_whole(path: str | Path, *, most: int = MOST_JSON_BYTES) -> bytes:
         return file.read(most)
 
 
+def at_home(path: str | Path) -> Path:
+    """Return a path with the user's home folder for a leading ``~``; that of an unknown user stays as it is written."""
+    return Path(os.path.expanduser(path))
+
+
 def file_sha256(path: str | Path) -> str:
     """Return the hash of a regular file's bytes.
 

@@ -37,13 +37,13 @@ def locked(folder: str | Path, key: str = "output_dir") -> Iterator[None]:
         CheckpointError: If the folder or the lock cannot be written.
     """
     folder = Path(folder)
-    is_new = not folder.is_dir()
+    is_new = not os.path.isdir(folder)
     path = folder / LOCK_FILE
     try:
         handle, held = _open(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise CheckpointError(f"{key} {folder} cannot be written ({reason}); choose another {key}") from error
+    except (OSError, ValueError) as error:  # a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{key} {one_line(folder)} cannot be written ({reason}); choose another {key}") from error
     try:
         _check_holder(_holder(handle), path, key, held)
         _sign(handle, path)

@@ -5,8 +5,9 @@ import os
 import platform
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""Most threads of one operation: PyTorch crashes where the system refuses it one."""
 _CGROUP = Path("/sys/fs/cgroup")
-
 
 _SPINS = "1000"
 """Turns of a loop that a thread waits awake for the others, microseconds; libgomp's own are milliseconds."""

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from fedproxy.errors import ConfigError, nearest, one_line
+from fedproxy.files import at_home
 
 _PACKAGE = Path(__file__).parent
 
@@ -48,13 +49,14 @@ def find_recipe(name: str) -> Path:
     """
     shown = one_line(name, 120)
     if name.endswith((".yaml", ".yml")):
-        if not os.path.exists(name):
+        path = at_home(name)
+        if not os.path.exists(path):
             raise ConfigError(
                 f"recipe={shown}: no such file; `python -m fedproxy.recipes ls` lists the shipped recipes"
             )
-        if not os.path.isfile(name):
+        if not os.path.isfile(path):
             raise ConfigError(f"recipe={shown}: it is not a regular file; give a YAML file")
-        return Path(name).resolve()
+        return path.resolve()
     if name not in recipe_names():
         hint = nearest(name, recipe_names())
         if os.path.exists(name):

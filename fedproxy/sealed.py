@@ -104,6 +104,21 @@ def check_tree(root: Path, known: Mapping[str, str], *names: str) -> None:
             raise CheckpointError(f"{path} is not as the run wrote it: it has another SHA-256; {RESTART}")
 
 
+def first_lost(root: Path, known: Mapping[str, str], pages: Iterable[str] = ()) -> Path | None:
+    """Return the first file that is gone or has another size than :func:`tree_sha256` noted; nothing is hashed.
+
+    Args:
+        root: The folder.
+        known: Hashes and sizes by path.
+        pages: Files of any size.
+    """
+    for name, noted in [*known.items(), *((name, "") for name in pages)]:
+        path, size = root / name, noted.partition(" ")[2]
+        if not path.is_file() or size not in ("", str(path.stat().st_size)):
+            return path
+    return None
+
+
 def remove(path: Path) -> None:
     """Delete a file or a folder, whichever lies there; a link is deleted itself.
 

@@ -119,6 +119,12 @@ def test_links_pipes_and_files_in_the_way_are_one_line(tmp_path):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b"])
+def test_a_name_that_no_folder_can_have_is_one_line(tmp_path, name):
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); choose another"), locked(tmp_path / name):
+        pass
+
+
 def test_a_folder_that_another_holder_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
     """The last holder may remove it between the call that makes it and the look at what is there."""
     make, failures = locks.Path.mkdir, iter([FileExistsError, FileNotFoundError])

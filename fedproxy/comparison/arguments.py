@@ -10,6 +10,7 @@ from fedproxy.config.plugins import trusted_plugins
 from fedproxy.config.references import check_references, resolve
 from fedproxy.config.values import typed
 from fedproxy.errors import ConfigError, nearest, one_line
+from fedproxy.files import at_home
 from fedproxy.names import check_names
 from fedproxy.overrides import as_words
 from fedproxy.recipe_files import studies_folder, study_names
@@ -174,12 +175,12 @@ def _checked(given: _Arguments, every: Sequence[str]) -> Study:
     _check_labels(labels)
     if not given.output_dir.strip():
         raise ConfigError("output_dir must be a folder, got an empty text; give one, . for this folder")
-    output = Path(given.output_dir)
+    output = at_home(given.output_dir)
     return Study(
         methods=methods,
         seeds=given.seeds,
         output_dir=output,
-        work_dir=Path(given.work_dir) if given.work_dir else output / "work",
+        work_dir=at_home(given.work_dir) if given.work_dir else output / "work",
         title=one_line(given.title),
         ceiling=_known_label("ceiling", given.ceiling, labels, "centralised"),
         reference=_known_label("reference", given.reference, labels, "fedproxy"),

@@ -16,7 +16,7 @@ from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, lm_eval_folder, task_names
 from fedproxy.evaluation.quiet import quiet
 from fedproxy.evaluation.task_data import resolved_data
-from fedproxy.files import file_sha256, read_whole
+from fedproxy.files import at_home, file_sha256, read_whole
 from fedproxy.names import check_name
 from fedproxy.yaml_files import MOST_BYTES, parse_yaml
 
@@ -117,7 +117,7 @@ def _resolved(name: str) -> tuple[dict[str, Any], list[Path]]:
 
 def _merged(path: Path, files: list[Path], theirs: list[str]) -> dict[str, Any]:
     """Read a file and what it includes; lm-eval's own files, which may hold functions, are only named."""
-    path = path.expanduser().resolve()
+    path = at_home(path).resolve()
     if path in files:
         raise EvaluationError(f"it includes itself through {path.name}; remove one include")
     files.append(path)

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedproxy.data.assets import tables_folder
 from fedproxy.errors import EvaluationError, one_line
+from fedproxy.files import at_home
 
 _READERS = ("csv", "json", "parquet", "text")
 _OPTIONS = ("data_files", "field", "delimiter", "sep", "column_names")
@@ -62,7 +63,7 @@ def _absolute(value: Any, folder: Path, files: list[Path]) -> Any:
         return [_absolute(item, folder, files) for item in value]
     if not isinstance(value, str):
         raise EvaluationError(f"data_files must name files, got {one_line(value)!r}")
-    given = Path(value).expanduser()
+    given = at_home(value)
     path = next((place for place in (folder / given, given) if place.is_file()), None)
     if path is None:
         raise EvaluationError(f"data_files: there is no file {one_line(value, 120)}; correct the path")

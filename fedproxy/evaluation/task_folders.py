@@ -1,11 +1,13 @@
 """A folder of task files of one's own (``evaluation.include_path``): which file a task, tag or group is."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fedproxy.errors import EvaluationError, one_line
 from fedproxy.evaluation.own_tasks import read_task_file
+from fedproxy.files import at_home
 
 _MOST_FILES = 1000
 """Most files of a folder, its subfolders included."""
@@ -20,8 +22,8 @@ def named_files(folder: str) -> dict[str, list[str]]:
     Raises:
         EvaluationError: If it is no folder, holds too many files, a file cannot be read, or two have one name.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
+    root = at_home(folder)
+    if not os.path.isdir(root):
         raise EvaluationError(f"evaluation.include_path: {one_line(folder, 120)} is no folder; correct the path")
     tasks: dict[str, str] = {}
     tags: dict[str, list[str]] = {}

@@ -6,6 +6,9 @@ from typing import Literal
 from fedproxy.errors import ConfigError
 from fedproxy.modules.divergence import DivergenceName
 
+MOST_RANK = 1 << 16
+"""Largest rank of LoRA: more than the smaller side of any model's matrix."""
+
 
 @dataclass(frozen=True)
 class DistillationConfig:
@@ -44,6 +47,7 @@ class DistillationConfig:
         """Check the ranges, and that no option is set where nothing is distilled; else a ConfigError."""
         for key, low in (("steps", 0), ("rows", 1), ("batch_size", 1), ("lora_r", 1), ("top_k", 1)):
             self._require(key, getattr(self, key) >= low, f"at least {low}")
+        self._require("lora_r", self.lora_r <= MOST_RANK, f"at most {MOST_RANK}")
         for key in ("lr", "temperature", "lora_alpha", "cache_gib"):
             self._require(key, getattr(self, key) > 0, "positive")
         for key in ("kl_weight", "hidden_weight"):

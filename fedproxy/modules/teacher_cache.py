@@ -102,7 +102,7 @@ class TeacherCache:
         max_bytes: Largest size of all entries.
     """
 
-    def __init__(self, folder: Path, *, target_sha256: str, top_k: int, max_bytes: int) -> None:
+    def __init__(self, folder: Path, *, target_sha256: str, top_k: int, max_bytes: float) -> None:
         self.folder, self.target_sha256, self.top_k, self.max_bytes = folder, target_sha256, top_k, max_bytes
         self.hits = self.misses = 0
         self._used: set[str] = set()

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 import fedproxy
 from fedproxy.config.loading import read_early
 from fedproxy.errors import FedProxyError
-from fedproxy.files import file_sha256, read_json, write_json
+from fedproxy.files import at_home, file_sha256, read_json, write_json
+from fedproxy.sealed import first_lost, read_sealed
+
+PAGES = ("config.yaml", "report.json", "report.md", "report.html")
+"""What a finished run has beside the files that it noted."""
 
 if TYPE_CHECKING:
     from fedproxy.config import RunConfig
@@ -32,15 +36,16 @@ def finished(arguments: Sequence[str]) -> "RunReport | None":
     config, sha256 = early
     if config.resume != "auto" or config.overwrite or config.accept_changed:
         return None
-    folder = Path(config.output_dir)
+    folder = at_home(config.output_dir)
     try:
         noted, report = read_json(_note(folder), dict), folder / "report.json"
-        if noted != _content(sha256, report) or not (folder / "config.yaml").is_file():
+        made = (read_sealed(folder / "server" / "facts.json") or {})["files"]
+        if noted != _content(sha256, report) or first_lost(folder, made, PAGES):
             return None
         from fedproxy.reporting.run_report import RunReport
 
         return RunReport.load(report)
-    except (OSError, FedProxyError):
+    except (OSError, FedProxyError, KeyError):
         return None
 
 
@@ -55,7 +60,7 @@ def note_finished(arguments: Sequence[str], config: "RunConfig") -> None:
     """
     from fedproxy.pipeline.asked import asked_of, asked_sha256
 
-    early, folder = read_early(arguments), Path(config.output_dir)
+    early, folder = read_early(arguments), at_home(config.output_dir)
     if early is None or config.evaluation.files:  # not read again to say so
         return
     with suppress(OSError, FedProxyError):

@@ -10,7 +10,7 @@ from typing import Any
 
 from fedproxy.config import RunConfig, to_dict, to_yaml
 from fedproxy.errors import CheckpointError, ConfigError
-from fedproxy.files import parse_json, private_folder, read_whole, write_text
+from fedproxy.files import at_home, parse_json, private_folder, read_whole, write_text
 from fedproxy.locks import locked
 from fedproxy.pipeline.ownership import check_parts, check_removable, is_marked, mark, only_remains, remove_own
 from fedproxy.pipeline.reads import MAY_CHANGE, flat, lies_below
@@ -26,7 +26,7 @@ class RunFolder:
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root)
+        self.root = at_home(root)
         self.config = self.root / "config.yaml"
         self.journal = self.root / "rounds.jsonl"
         self.partition = self.root / "partition.json"
@@ -213,6 +213,7 @@ def check_inputs_outside(config: Mapping[str, Any], root: Path) -> None:
     for key, value in flat(config).items():
         if not (key.endswith((".path", ".template")) or key.startswith("data.files.")) or not isinstance(value, str):
             continue
+        value = os.fspath(at_home(value))
         found = [value] if os.path.lexists(value) else glob.glob(value, recursive=True)
         places = {place for path in found for place in (Path(os.path.abspath(path)), Path(path).resolve())}
         if any(place.is_relative_to(folder) for place in places for folder in folders):

@@ -10,6 +10,7 @@ from fedproxy.config.loading import build
 from fedproxy.data.formats import DataFormat
 from fedproxy.data.rows import Row
 from fedproxy.errors import ConfigError
+from fedproxy.machine import MOST_THREADS
 from fedproxy.names import check_name, check_names
 from fedproxy.sites.arguments import read_file
 from fedproxy.sites.policy import Policy
@@ -118,9 +119,10 @@ class SiteConfig:
             raise ConfigError("clients must name at least one client with its rows")
         if self.workers != "auto" and (not isinstance(self.workers, int) or self.workers < 1):
             raise ConfigError(f"workers must be 'auto' or at least 1, got {self.workers!r}")
-        for key in ("threads", "keep_runs"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key} must be at least 1, got {getattr(self, key)}")
+        if self.keep_runs < 1:
+            raise ConfigError(f"keep_runs must be at least 1, got {self.keep_runs}")
+        if not 1 <= self.threads <= MOST_THREADS:
+            raise ConfigError(f"threads must be from 1 to {MOST_THREADS}, got {self.threads}")
         if not 1 <= self.node_port <= 65535:
             raise ConfigError(f"node_port must be from 1 to 65535, got {self.node_port}")
         check_names(self.peers, "peers")

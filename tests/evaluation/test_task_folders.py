@@ -67,9 +67,10 @@ def test_a_folder_that_cannot_be_used_is_one_line(folder, name, content, message
         named_files(str(folder))
 
 
-def test_no_folder_is_one_line(tmp_path):
-    with pytest.raises(EvaluationError, match=r"evaluation.include_path: .*nowhere is no folder; correct the path"):
-        expand(["my_sums"], str(tmp_path / "nowhere"))
+@pytest.mark.parametrize("folder", ["{}/nowhere", "~nobody_of_this_name/nowhere", "{}/" + 300 * "a" + "nowhere"])
+def test_no_folder_is_one_line(tmp_path, folder):
+    with pytest.raises(EvaluationError, match=r"evaluation.include_path: .* is no folder; correct the path"):
+        expand(["my_sums"], folder.format(tmp_path))
 
 
 def test_too_many_files_are_refused(tmp_path):

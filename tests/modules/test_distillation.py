@@ -66,6 +66,15 @@ def flat(model):
     return torch.cat([tensor.flatten() for _, tensor in sorted(model.state_dict().items())])
 
 
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_a_proxy_that_ends_as_nan_is_refused(make_model, train):
+    student, teacher = make_pair(make_model)
+    with pytest.raises(
+        ModelError, match=r"distillation.lr=1e\+300: after 3 steps .* holds NaN or infinity, .*lower it"
+    ):
+        run(student, teacher, lr=1e300, train=train)
+
+
 def test_hidden_distance_by_hand():
     # Token 1: |(3, 4) - (3, 0)|^2 / 2 = 8 over RMS^2 = 25 / 2; token 2, a hundred times longer, agrees.
     teacher, student = torch.tensor([[3.0, 4.0], [300.0, 400.0]]), torch.tensor([[3.0, 0.0], [300.0, 400.0]])

@@ -1,6 +1,7 @@
 """A finished run is recognised before anything heavy is imported, and only if nothing that counts has changed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedproxy import fit
+from fedproxy.errors import CheckpointError
 from fedproxy.pipeline.finished import finished
 
 FAST = ("data.rows_per_task=8", "federation.rounds=1", "evaluation.limit=2", "trainer.accelerator=cpu")
@@ -71,6 +73,42 @@ def test_a_changed_folder_looks_closer(run, name, change):
         assert finished([*words, "resume=auto"]) is None
     finally:
         path.write_text(before)
+    assert finished([*words, "resume=auto"]) is not None
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["fused", "fused/model.safetensors", "adapter", "evaluation/fused.samples.jsonl", "report.md", "report.html"],
+)
+def test_what_is_gone_is_made_again(run, lost, tmp_path, capsys):
+    words, folder = run
+    kept = shutil.move(folder / lost, tmp_path / "kept")
+    fit.main([*words, "resume=auto"])
+    assert f"{folder / lost}" in capsys.readouterr().err.replace("\n", "")
+    made = folder / lost
+    for path in [kept] if kept.is_file() else kept.rglob("*.safetensors"):
+        again = made if kept.is_file() else made / path.name
+        assert again.suffix in (".md", ".html") or again.read_bytes() == path.read_bytes()
+    assert finished([*words, "resume=auto"]) is not None
+
+
+def test_half_a_fused_model_is_made_again(run):
+    words, folder = run
+    weights = folder / "fused/model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    fit.main([*words, "resume=auto"])
+    assert weights.read_bytes() == whole
+
+
+def test_a_lost_proxy_is_named_and_the_report_stays(run, tmp_path):
+    words, folder = run
+    report = (folder / "report.json").read_bytes()
+    shutil.move(folder / "proxy", tmp_path / "proxy")
+    with pytest.raises(CheckpointError, match=r"proxy/config\.json cannot be read: No such file .*; put back a copy"):
+        fit.main([*words, "resume=auto"])
+    assert (folder / "report.json").read_bytes() == report
+    shutil.move(tmp_path / "proxy", folder / "proxy")
     assert finished([*words, "resume=auto"]) is not None
 
 

@@ -18,7 +18,7 @@ from fedproxy.errors import ConfigError, DataError, FedProxyError
 from fedproxy.federation.engines import RemoteClient
 from fedproxy.federation.engines.workers import WorkerPool
 from fedproxy.locks import LOCK_FILE, locked
-from fedproxy.pipeline.folder import RunFolder
+from fedproxy.pipeline.folder import RunFolder, check_inputs_outside
 from fedproxy.pipeline.ownership import MARKER, first_foreign
 from fedproxy.pipeline.reuse import SharedWork
 from fedproxy.pipeline.run import run
@@ -157,6 +157,14 @@ def test_people_work_elsewhere(old, monkeypatch):
     monkeypatch.setenv("HOME", str(old / "inside"))
     with pytest.raises(ConfigError, match="is or holds your home folder and is never deleted"):
         claim(old, "overwrite=true")
+
+
+def test_the_users_home_is_meant_by_its_sign(old, monkeypatch):
+    monkeypatch.setenv("HOME", str(old.parent))
+    assert RunFolder(f"~/{old.name}").root == old
+    with pytest.raises(ConfigError, match=r"overwrite=true would delete data.files.ward=.*, which lies in output_dir"):
+        check_inputs_outside({"data": {"files": {"ward": f"~/{old.name}/config.yaml"}}}, old)
+    assert RunFolder("~nobody_of_this_name/run").root == Path("~nobody_of_this_name/run")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import torch
 from fedproxy.federation.client.base import Attempt, Client, RemoteClient, listening
 from fedproxy.federation.engines.base import Engine, late
 from fedproxy.federation.engines.pool import WorkerPool
+from fedproxy.machine import MOST_THREADS
 from fedproxy.messages import Answers, Dropped, Message, Sites, Working, nobody
 from fedproxy.protocol import Broadcast
 
@@ -35,7 +36,8 @@ class InProcess(Engine, name="in_process"):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self.require("threads", self.threads is None or self.threads >= 1, "at least 1, or null")
+        ok = self.threads is None or 1 <= self.threads <= MOST_THREADS
+        self.require("threads", ok, f"from 1 to {MOST_THREADS}, or null")
 
     def start(self, make_client: Callable[[], Client], remote: RemoteClient, folder: Path) -> Sites:
         """Load the one client there is."""

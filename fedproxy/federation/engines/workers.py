@@ -7,7 +7,7 @@ from pathlib import Path
 from fedproxy.federation.client.base import Client, RemoteClient
 from fedproxy.federation.engines.base import Engine
 from fedproxy.federation.engines.pool import Limits, WorkerPool
-from fedproxy.machine import cores
+from fedproxy.machine import MOST_THREADS, cores
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Workers(Engine, name="workers"):
         """Check the options."""
         count = self.workers
         self.require("workers", count == "auto" or (isinstance(count, int) and count >= 1), "'auto' or at least 1")
-        self.require("threads", self.threads >= 1, "at least 1")
+        self.require("threads", 1 <= self.threads <= MOST_THREADS, f"from 1 to {MOST_THREADS}")
         limit = self.client_timeout_s
         self.require("client_timeout_s", limit is None or limit > 0, "positive, or null")
         self.require("start_timeout_s", self.start_timeout_s > 0, "positive")

@@ -31,7 +31,7 @@ def with_ranks_that_fit(config: RunConfig) -> RunConfig:
     if not isinstance(part, Ranks) or not part.memory_gib or not isinstance(trained, Lora):
         return config
     found: dict[str, int] = {}
-    waiting = {client: int(gib * 2**30) for client, gib in part.memory_gib.items()}
+    waiting = {client: gib * 2**30 for client, gib in part.memory_gib.items()}
     least = 0
     for rank in _halves(trained.r):
         least = training_bytes(config, rank)

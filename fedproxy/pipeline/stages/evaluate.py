@@ -28,9 +28,6 @@ class Evaluate(Stage):
         """Leave it to the scores: every model's carry settings and hashes of their own."""
         return False
 
-    def seal(self, run: Run) -> None:
-        """Leave it to the scores."""
-
     def do(self, run: Run) -> None:
         """Score the models, into ``run.scores``."""
         if not run.config.asks:

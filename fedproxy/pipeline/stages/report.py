@@ -1,7 +1,6 @@
 """What a run tells when it ends: the report, its notes, and the cards of its models."""
 
 import dataclasses
-import os
 import resource
 import sys
 from collections.abc import Callable, Sequence
@@ -16,10 +15,12 @@ from fedproxy.pipeline.asked import asked_sha256
 from fedproxy.pipeline.context import Run
 from fedproxy.pipeline.data import length_notes
 from fedproxy.pipeline.evaluation import client_scores, evaluation_notes, scores_file
+from fedproxy.pipeline.finished import PAGES
 from fedproxy.pipeline.inputs import change_notes, data_sha256
 from fedproxy.pipeline.privacy import privacy_report
 from fedproxy.pipeline.reads import REPORT
 from fedproxy.pipeline.stage import Stage
+from fedproxy.pipeline.stages.compress import Compress
 from fedproxy.pipeline.stages.evaluate import Evaluate
 from fedproxy.pipeline.tuned import folder_of
 from fedproxy.pipeline.validation import validation_report
@@ -37,7 +38,7 @@ from fedproxy.reporting import (
 )
 from fedproxy.reporting.at_sites import SiteScores, site_notes
 from fedproxy.reporting.pages import save_report
-from fedproxy.sealed import read_sealed
+from fedproxy.sealed import first_lost, read_sealed
 
 _ROUND_FIELDS = tuple(item.name for item in dataclasses.fields(RoundReport))
 
@@ -57,8 +58,15 @@ class Report(Stage):
         return super().inputs(run, tell, before, without=without) | ({"asked": asked} if asked else {})
 
     def whole(self, run: Run) -> bool:
-        """Return whether the report can be read, into ``run.report``."""
-        if not os.path.lexists(run.folder.report):
+        """Return whether the report can be read, into ``run.report``, and nothing is gone of what the run made.
+
+        Raises:
+            CheckpointError: If what is gone cannot be made again.
+        """
+        lost = first_lost(run.folder.root, run.facts.files, PAGES)
+        if lost is not None:
+            Compress().whole(run)  # or a line on the proxy, while there is a report
+            run.display.say(f"{lost} is gone or not whole: it is made again")
             return False
         try:
             run.report = RunReport.load(run.folder.report)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from fedproxy.data.batching import ShuffledBatches
+from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, LayerMap, placed
 from fedproxy.models.decoder import set_weights
 from fedproxy.models.streaming import released_by_block
@@ -62,7 +63,7 @@ def distil(
 
     Raises:
         ConfigError: If ``top_k`` is more than the vocabulary.
-        ModelError: If the two models do not fit each other.
+        ModelError: If the two models do not fit each other, or the proxy's weights end as NaN or infinity.
         CheckpointError: If the cache cannot be written.
     """
     check_pair(proxy, target, layer_map.proxy_to_target)
@@ -85,6 +86,12 @@ def distil(
         merged = {name: weight.to(proxy.dtype) for name, weight in adapter.merged_weights().items()}
         set_weights(adapter.detach(), merged)
     proxy.eval().requires_grad_(False)
+    broken = next((name for name, weight in proxy.named_parameters() if not bool(weight.isfinite().all())), None)
+    if broken is not None:
+        raise ModelError(
+            f"distillation.lr={settings.lr:g}: after {settings.steps} steps {broken} holds NaN or infinity, and no "
+            "proxy is kept; lower it, in another output_dir or with overwrite=true"
+        )
     return module.last_loss
 
 
@@ -102,7 +109,7 @@ class _Told(Callback):  # type: ignore[misc]
 def _cache(folder: Path | None, settings: DistillationConfig, layer_map: LayerMap) -> TeacherCache | None:
     if folder is None or not settings.cache_teacher:
         return None
-    most = int(settings.cache_gib * 2**30)
+    most = settings.cache_gib * 2**30
     return TeacherCache(folder, target_sha256=layer_map.target_sha256, top_k=settings.top_k, max_bytes=most)
 
 

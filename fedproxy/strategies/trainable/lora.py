@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedproxy.errors import ConfigError
 from fedproxy.models import Decoder
+from fedproxy.modules.distillation_config import MOST_RANK
 from fedproxy.strategies.functional.lowrank import A_SUFFIX, B_SUFFIX
 from fedproxy.strategies.trainable.base import TrainableModel
 from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
@@ -40,7 +41,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     """
 
     r: int = 8
-    """Rank, at least 1."""
+    """Rank, from 1 to 65536."""
     alpha: float = 16
     """Scale: the adapter's product is multiplied by alpha / r, or with rslora by alpha / sqrt(r)."""
     dropout: float = 0.0
@@ -58,7 +59,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     def __post_init__(self) -> None:
         """Check the options; names become tuples."""
         super().__post_init__()
-        self.require("r", self.r >= 1, ">= 1")
+        self.require("r", 1 <= self.r <= MOST_RANK, f"from 1 to {MOST_RANK}")
         self.require("alpha", self.alpha > 0, "> 0")
         self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for field in ("modules", "parameters"):

@@ -223,7 +223,7 @@ def test_devices_get_one_worker_each(tmp_path):
 def test_options_are_checked():
     with pytest.raises(ConfigError, match=r"engine.workers must be 'auto' or at least 1, got 0"):
         Workers(workers=0)
-    with pytest.raises(ConfigError, match=r"engine.threads must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"engine.threads must be from 1 to 1024, got 0"):
         Workers(threads=0)
     with pytest.raises(ConfigError, match=r"engine.client_timeout_s must be positive, or null, got -1"):
         Workers(client_timeout_s=-1)

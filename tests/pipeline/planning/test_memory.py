@@ -263,6 +263,8 @@ def test_clients_train_the_rank_that_their_memory_has_room_for():
     words = ", ".join(f"{client}: {gib:.9f}" for client, gib in memory.items())
     config = with_ranks_that_fit(load_config([*recipe, f"parts.ranks={{memory_gib: {{{words}}}, pad: true}}"]))
     assert config.parts["ranks"].clients == {"tiny_a": 8, "tiny_b": 4, "tiny_c": 2}
+    endless = with_ranks_that_fit(load_config([*recipe, "parts.ranks={memory_gib: {tiny_a: 1e300}, pad: true}"]))
+    assert endless.parts["ranks"].clients == {"tiny_a": 8}
     with pytest.raises(ConfigError, match=r"parts\.ranks\.memory_gib\.tiny_a: training needs .* even at rank 1"):
         with_ranks_that_fit(load_config([*recipe, "parts.ranks={memory_gib: {tiny_a: 0.01}, pad: true}"]))
 
