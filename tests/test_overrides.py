@@ -8,6 +8,7 @@ from fedproxy.comparison.arguments import read_study
 from fedproxy.config import load_config, to_yaml
 from fedproxy.errors import ConfigError
 from fedproxy.evaluate import parse_arguments
+from fedproxy.files import at_home
 from fedproxy.overrides import as_typed
 
 TINY = "recipe=fedproxy_tiny"
@@ -38,7 +39,7 @@ def test_paths_are_what_was_typed_in_every_command(text, tmp_path):
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config([f"recipe={tmp_path / 'again.yaml'}"]) == config
     assert parse_arguments([f"model={text}", f"output_dir={text}", "tasks=[a]"]).output_dir == text
-    assert str(read_study(["recipes=[fedproxy_tiny]", f"output_dir={text}"]).output_dir) == text
+    assert str(read_study(["recipes=[fedproxy_tiny]", f"output_dir={text}"]).output_dir) == str(at_home(text))
 
 
 def test_words_of_lists_and_mappings_are_text_too():

@@ -191,7 +191,7 @@ def test_blocks(options, blocks):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"r": 0}, r"trainable\.r must be >= 1, got 0"),
+        ({"r": 0}, r"trainable\.r must be from 1 to 65536, got 0"),
         ({"alpha": 0}, r"trainable\.alpha must be > 0"),
         ({"dropout": 1.0}, r"trainable\.dropout must be in \[0, 1\)"),
         ({"modules": []}, r"trainable\.modules must be at least one module name"),

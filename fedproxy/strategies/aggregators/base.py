@@ -213,15 +213,7 @@ class Aggregator(Component, family="aggregator"):
             ClientError: If the updates do not fit each other, or one of them or the result is not finite.
             ConfigError: If the rule cannot be used this way.
         """
-        cohort = Cohort(updates)
-        if not cohort.names:
-            raise ClientError("aggregation needs at least one tensor, got updates without any; send what was trained")
-        if not self.aggregates and len(cohort) > 1:
-            raise ConfigError(
-                f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "
-                "aggregate each client alone, or choose another aggregator"
-            )
-        cohort.require_extras(self.needs_extras, self.name)
+        cohort = self._cohort(updates)
         surveyor = self._surveyor(cohort, signs=figures) if figures or self._surveys_first else None
         survey = surveyor.run() if surveyor is not None and self._surveys_first else Survey({}, {}, 0.0, 1.0)
         plan = self.plan(cohort, survey, memory or {}, context or RoundContext())
@@ -254,6 +246,18 @@ class Aggregator(Component, family="aggregator"):
         if plan.weights is not None:
             rows["weights"] = plan.weights.tolist()
         return Aggregation(sink.tensors(), rows, survey.conflict, plan.memory)
+
+    def _cohort(self, updates: Sequence[ClientUpdate]) -> Cohort:
+        cohort = Cohort(updates)
+        if not cohort.names:
+            raise ClientError("aggregation needs at least one tensor, got updates without any; send what was trained")
+        if not self.aggregates and len(cohort) > 1:
+            raise ConfigError(
+                f"aggregator.name: {self.name!r} does not merge clients, got {len(cohort)} updates; "
+                "aggregate each client alone, or choose another aggregator"
+            )
+        cohort.require_extras(self.needs_extras, self.name)
+        return cohort
 
     @property
     def _surveys_first(self) -> bool:

@@ -85,14 +85,17 @@ def distil(
     if adapter is not None:
         merged = {name: weight.to(proxy.dtype) for name, weight in adapter.merged_weights().items()}
         set_weights(adapter.detach(), merged)
-    proxy.eval().requires_grad_(False)
+    _require_finite(proxy.eval().requires_grad_(False), settings)
+    return module.last_loss
+
+
+def _require_finite(proxy: PreTrainedModel, settings: DistillationConfig) -> None:
     broken = next((name for name, weight in proxy.named_parameters() if not bool(weight.isfinite().all())), None)
     if broken is not None:
         raise ModelError(
             f"distillation.lr={settings.lr:g}: after {settings.steps} steps {broken} holds NaN or infinity, and no "
             "proxy is kept; lower it, in another output_dir or with overwrite=true"
         )
-    return module.last_loss
 
 
 class _Told(Callback):  # type: ignore[misc]

@@ -137,7 +137,7 @@ def test_figures_and_headers_that_crash_a_reader_drop_their_clients(pool, words)
         (words / client).write_text(word)
     updates, dropped = collect(pool)
     assert list(updates) == ["dot"]
-    assert dropped["ann"].startswith("the update's seconds must be a number from 0 to 1e+08, got 1000")
+    assert dropped["ann"].endswith("has a header that cannot be read; ask its sender to send it again")
     assert dropped["bob"].startswith("its update has 1000")  # bytes, more than any update of this round
     assert dropped["cid"] == "the update's train_loss must be a number from -1e+09 to 1e+09, got nan"
 
@@ -215,7 +215,7 @@ def test_devices_get_one_worker_each(tmp_path):
         return Workers(**options).count(RemoteClient("none:needed", devices=places, ranks=ranks))
 
     assert count([0, 1, 2]) == 3
-    assert count([], threads=10**6) == 1
+    assert count([], threads=1024) == 1
     assert count([], ranks=10**6) == 1
     assert count([0], workers=5) == 5
 
