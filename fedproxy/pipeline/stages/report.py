@@ -63,15 +63,15 @@ class Report(Stage):
         Raises:
             CheckpointError: If what is gone cannot be made again.
         """
-        lost = first_lost(run.folder.root, run.facts.files, PAGES)
-        if lost is not None:
-            Compress().whole(run)  # or a line on the proxy, while there is a report
-            run.display.say(f"{lost} is gone or not whole: it is made again")
-            return False
         try:
             run.report = RunReport.load(run.folder.report)
         except CheckpointError as error:
             run.display.say(f"the report is made again: {error}")
+            return False
+        lost = first_lost(run.folder.root, run.facts.files, PAGES)
+        if lost is not None:
+            Compress().whole(run)  # or a line on the proxy, while there is a report
+            run.display.say(f"{lost} is gone or not whole: it is made again")
             return False
         return True
 
