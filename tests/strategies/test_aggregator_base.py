@@ -8,6 +8,7 @@ import torch
 from fedproxy.errors import ClientError, ConfigError
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.aggregators import Aggregation, Aggregator
+from fedproxy.strategies.aggregators.base import MOST_COSINES
 
 
 def client(name, values, **fields):
@@ -39,6 +40,13 @@ def test_figures_that_decide_nothing_are_right_to_five_digits(scale):
     assert figures["update_norms"] == pytest.approx(norms.tolist(), rel=1e-5)
     cosines = torch.tensor(figures["cosine"], dtype=torch.float64)
     torch.testing.assert_close(cosines, exact @ exact.T / torch.outer(norms, norms), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("clients", [MOST_COSINES, MOST_COSINES + 1])
+def test_cosines_of_many_clients_are_no_figure(clients):
+    figures = fedavg(*(client(f"{k:03}", torch.ones(2)) for k in range(clients))).diagnostics
+    assert (figures["cosine"] is None) == (clients > MOST_COSINES)
+    assert len(figures["heterogeneity"]) == clients
 
 
 def test_bfloat16_is_averaged_in_float32():

@@ -20,6 +20,8 @@ from fedproxy.strategies.aggregators.threads import side_by_side
 from fedproxy.strategies.functional.similarity import cosine_matrix, heterogeneity
 from fedproxy.strategies.functional.voting import Sums
 
+MOST_COSINES = 100
+"""Most clients of a round whose cosines are a figure: more fill the journal, and no heat map shows them."""
 _BLOCK = re.compile(r"\.(\d+)\.")
 """A block's index in the name of a tensor."""
 
@@ -296,6 +298,8 @@ def require_finite(merged: Tensors, rule: str, context: RoundContext | None, mem
 def diagnose(gram: Tensor, merged: Sink) -> dict[str, Any]:
     """Return the round figures that every rule gives.
 
+    Choice: the cosines of more than ``MOST_COSINES`` clients are None, as they grow with the square of the clients.
+
     Args:
         gram: float64 (clients, clients), inner products of whole updates.
         merged: What the merged update was written into.
@@ -303,7 +307,7 @@ def diagnose(gram: Tensor, merged: Sink) -> dict[str, Any]:
     cosine = cosine_matrix(gram)
     return {
         "heterogeneity": heterogeneity(cosine).tolist(),
-        "cosine": cosine.tolist(),
+        "cosine": cosine.tolist() if len(cosine) <= MOST_COSINES else None,
         "kept_density": merged.nonzero / max(1, merged.size),
         "update_norms": gram.diagonal().clamp(min=0.0).sqrt().tolist(),
     }
