@@ -23,6 +23,7 @@ from fedproxy.data.records import Columns, Record, shown, text_of, value_of
 from fedproxy.data.rows import Row
 from fedproxy.data.tables import hub_records, is_saved, saved_records, saved_split
 from fedproxy.errors import DataError, nearest
+from fedproxy.files import at_home
 from fedproxy.seeding import generator
 
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
@@ -197,7 +198,7 @@ def _local_records(local: Path, split: str, columns: Sequence[str], optional: Se
 
 def _matching(pattern: str) -> list[Path]:
     """Return the files and folders of a pattern, in the order of their names."""
-    found = sorted(Path(path) for path in glob.glob(str(Path(pattern).expanduser()), recursive=True))
+    found = sorted(Path(path) for path in glob.glob(str(at_home(pattern)), recursive=True))
     if not found:
         raise DataError(f"{pattern}: no file or folder has such a name; correct the pattern")
     return found

@@ -4,13 +4,12 @@ A template is Jinja text. transformers renders it in a sandbox without access to
 """
 
 import re
-from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from fedproxy.data.encoding import leading_tokens
 from fedproxy.errors import ConfigError, one_line
-from fedproxy.files import read_whole
+from fedproxy.files import at_home, read_whole
 
 MOST_BYTES = 1 << 18
 """Largest template: 256 KiB; the longest ones in use have a tenth of it."""
@@ -78,8 +77,8 @@ def chat_template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str:
         begin = "{{- bos_token }}" if tokenizer.bos_token_id in leading_tokens(tokenizer) else ""
         return begin + _TEXTS.get(choice, PLAIN)
     try:
-        text = read_whole(Path(choice).expanduser(), most=MOST_BYTES).decode("utf-8-sig")
-    except (OSError, RuntimeError, ValueError) as error:  # ~ of nobody, a zero byte, not UTF-8
+        text = read_whole(at_home(choice), most=MOST_BYTES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # a zero byte, not UTF-8
         reason = getattr(error, "strerror", None) or one_line(error, 80)
         raise ConfigError(
             f"data.template={one_line(choice)} cannot be read as a chat template ({reason}); give a file of Jinja "

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
+from fedproxy.files import at_home
 from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
 from fedproxy.models.quiet import without_reports
 
@@ -168,7 +169,7 @@ def _folder(path: str | Path) -> Path | None:
     Raises:
         ModelError: If it can be neither.
     """
-    local = Path(path).expanduser()
+    local = at_home(path)
     if local.is_dir():
         return local
     if local.exists():

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedproxy.errors import ModelError, one_line
-from fedproxy.files import read_json, write_json
+from fedproxy.files import at_home, read_json, write_json
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
@@ -199,7 +199,7 @@ def offset_logits(target: Tensor, tuned: Tensor, untuned: Tensor, *, alpha: floa
 def is_logit_offset(folder: str | Path) -> bool:
     """Return whether a folder holds a wrapper's configuration."""
     try:
-        content = _read(Path(folder).expanduser() / "config.json")
+        content = _read(at_home(folder) / "config.json")
     except ModelError:
         return False
     return content.get("model_type") == LogitOffsetConfig.model_type
@@ -215,7 +215,7 @@ def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> Log
     Raises:
         ModelError: If the configuration is broken, or a folder that it names is gone.
     """
-    path = Path(folder).expanduser() / "config.json"
+    path = at_home(folder) / "config.json"
     content = _read(path)
     alpha, places = content.get("alpha"), {role: content.get(role) for role in ROLES}
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):

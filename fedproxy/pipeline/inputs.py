@@ -14,7 +14,7 @@ from fedproxy.data.rows import Row
 from fedproxy.data.templates import BUILT_IN
 from fedproxy.errors import CheckpointError
 from fedproxy.federation.server.checkpoint import CheckpointFolder
-from fedproxy.files import file_sha256
+from fedproxy.files import at_home, file_sha256
 from fedproxy.models import state_sha256
 from fedproxy.pipeline.context import Facts, Input, Run
 from fedproxy.pipeline.data import rows_sha256
@@ -169,7 +169,7 @@ def _all_rows(clients: Clients) -> str:
 
 
 def _template(choice: str) -> Input:
-    return {} if choice in BUILT_IN else {"data.template": _hash(Path(choice).expanduser())}
+    return {} if choice in BUILT_IN else {"data.template": _hash(at_home(choice))}
 
 
 def _texts(path: str) -> Input:

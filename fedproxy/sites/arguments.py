@@ -16,7 +16,7 @@ def worded(arguments: Sequence[str], command: str, verbs: Sequence[str]) -> tupl
     """Return what to do, the file, and the words that are left.
 
     Raises:
-        ConfigError: If it is no word that the command knows, or there is no file.
+        ConfigError: If the first word is unknown, or no file is named.
     """
     example = f"write, for example, python -m fedproxy.{command} up {command}.yaml"
     if not arguments or arguments[0] not in verbs:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedproxy.data.assets.entries import Asset, by_name
 from fedproxy.errors import AssetError, CheckpointError, DataError, one_line
-from fedproxy.files import file_sha256, parse_json, plain, whole_folder
+from fedproxy.files import at_home, file_sha256, parse_json, plain, whole_folder
 from fedproxy.sealed import read_sealed, write_sealed
 
 _STAMP = ".fedproxy-asset.json"
@@ -41,7 +41,7 @@ _CONVERSIONS = {
 def cache_root() -> Path:
     """Return the cache folder: ``$FEDPROXY_CACHE``, else ``fedproxy`` in the platform's user cache."""
     if chosen := os.environ.get("FEDPROXY_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return at_home(chosen).absolute()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fedproxy" / "cache"
     if sys.platform == "darwin":
@@ -133,9 +133,9 @@ def resolve(path: str, *, progress: bool = True) -> Path | None:
     """
     if not path.startswith(_PREFIX):
         try:
-            local = Path(path).expanduser()
+            local = at_home(path)
             return local if local.exists() else None
-        except (OSError, RuntimeError, ValueError) as error:  # too long, not allowed, ~ of nobody, a zero byte
+        except (OSError, ValueError) as error:  # too long, not allowed, a zero byte
             raise DataError(f"{one_line(path)} cannot be a path ({one_line(error, 80)}); correct it") from error
     name, _, inside = path.removeprefix(_PREFIX).partition("/")
     found = fetch(name, progress=progress)

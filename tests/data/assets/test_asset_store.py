@@ -4,6 +4,7 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -177,3 +178,5 @@ def test_the_cache_is_the_users_unless_told_otherwise(monkeypatch, tmp_path):
     assert cache_root() == tmp_path / "local" / "fedproxy" / "cache"
     monkeypatch.setenv("FEDPROXY_CACHE", str(tmp_path / "mine"))
     assert cache_root() == tmp_path / "mine"
+    monkeypatch.setenv("FEDPROXY_CACHE", "~nobody_of_this_name/cache")
+    assert cache_root() == Path("~nobody_of_this_name/cache").absolute()
