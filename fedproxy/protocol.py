@@ -276,5 +276,8 @@ def _read(file: TensorFile, kind: str) -> tuple[dict[str, Any], dict[str, Tensor
         meta = parse_json(header["meta"], dict)
         groups = [str(group) for group in meta.pop("extras")]
     except (KeyError, ValueError, TypeError) as error:
-        raise ClientError(f"{file.path} has a header that cannot be read; ask its sender to send it again") from error
+        reason = one_line(error, 80)
+        raise ClientError(
+            f"{file.path} has a header that cannot be read ({reason}); ask its sender to send it again"
+        ) from error
     return meta, {group: file.under(f"extras/{group}/") for group in groups}
