@@ -1,13 +1,15 @@
-"""Hundreds of clients, a few per round: memory must not grow with rounds or with their number.
+"""Thousands of clients, a few per round: neither memory nor time may grow with rounds or with their number.
 
-    python -m benchmarks.many_clients                                        # 512 clients, 16 per round, 30 rounds
-    python -m benchmarks.many_clients clients=512 engine.name=workers engine.workers=2
+    python -m benchmarks.many_clients                                       # 10,000 clients, 32 per round, 20 rounds
+    python -m benchmarks.many_clients engine.name=workers engine.workers=2 rounds=30
 
-The tiny recipe's 1600 rows are dealt to the clients. Each measurement is a run of its own in a fresh process; resident
-memory (Linux) of the main process and, with `engine.name=workers`, of all processes that it started together is read
-after every round. `growth` compares the last round with the tenth (by then the latest 16 clients' rows fill the cache)
-and `per_number` the last round's memory with that of a run with `fewer` clients on the same rows, for `main` and
-`workers`; `seconds` is a client's training time in the first and the second half of the rounds.
+Each client of the tiny model has four rows of its own. Each measurement is a run of its own in a fresh process;
+resident memory (Linux) of the main process and, with `engine.name=workers`, of all processes that it started together
+is read after every round. `growth` compares the last round with the tenth (by then the latest clients' rows fill the
+cache) and `per_number` the last round's memory with that of a run with `fewer` clients, for `main` and `workers`.
+`start_up` is the seconds from the recipe to the first round (imports left out), `round` the median seconds of a round,
+each with many and with fewer clients; `seconds` is a client's training time in the first and the second half of the
+rounds.
 """
 
 import json
@@ -16,12 +18,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.plan_check import children
 
-DEFAULTS = {"clients": 512, "fewer": 32, "per_round": 16, "rounds": 30, "warm": 10}
+DEFAULTS = {"clients": 10_000, "fewer": 100, "per_round": 32, "rounds": 20, "warm": 10}
+ROWS = 4
 
 
 def main(arguments: Sequence[str]) -> dict[str, object]:
@@ -36,6 +40,8 @@ def main(arguments: Sequence[str]) -> dict[str, object]:
     return {
         **numbers,
         "growth": {role: kib[-1] / kib[numbers["warm"] - 1] for role, kib in resident.items()},
+        "start_up": [size["start_up"][0] for size in (many, few)],
+        "round": [statistics.median(size["round_seconds"]) for size in (many, few)],
         "seconds": [statistics.median(seconds[:half]), statistics.median(seconds[half:])],
         "per_number": {role: kib[-1] / few[role][-1] for role, kib in resident.items()},
         "resident_kib": resident,
@@ -53,16 +59,23 @@ def run(clients: int, per_round: int, rounds: int, overrides: Sequence[str], fol
     from fedproxy.pipeline.display import Display
     from fedproxy.pipeline.run import run as run_recipe
 
-    figures: dict[str, list[float]] = {"main": [], "workers": [], "client_seconds": []}
+    names = ("main", "workers", "client_seconds", "round_seconds", "start_up")
+    figures: dict[str, list[float]] = {name: [] for name in names}
+    started = time.monotonic()
 
     class Watch(Display):
         def round(self, record, rounds):
             figures["main"].append(resident_kib(os.getpid()))
             figures["workers"].append(sum(map(resident_kib, descendants(os.getpid()))))
             figures["client_seconds"].append(record["client_seconds"] / len(record["clients"]))
+            figures["round_seconds"].append(record["seconds"])
+            figures["start_up"] = figures["start_up"] or [time.monotonic() - started - record["seconds"]]
 
+    file = folder / "rows.jsonl"
+    file.write_text("".join(map(_row, range(ROWS * clients))))
     settings = [
-        "recipe=fedproxy_tiny", "data.rows_per_task=400", f"data.partition={{name: iid, clients: {clients}}}",
+        "recipe=fedproxy_tiny", "data.tasks=[]", f"data.files.sums={file}", "data.rows_per_task=null",
+        f"data.partition={{name: iid, clients: {clients}}}",
         f"federation.clients_per_round={per_round}", f"federation.rounds={rounds}", "evaluation.models=[]",
         f"output_dir={folder / 'run'}", *overrides,
     ]  # fmt: skip
@@ -83,6 +96,12 @@ def resident_kib(pid: int) -> int:
     except OSError:
         return 0
     return sum(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+def _row(number: int) -> str:
+    first, second = divmod(number, 97)
+    row = {"prompt": f"Question: How much is {first} plus {second}? Answer:", "target": f" {first + second}"}
+    return json.dumps(row) + "\n"
 
 
 def _run(clients: int, numbers: dict[str, int], overrides: Sequence[str]) -> dict[str, list[float]]:

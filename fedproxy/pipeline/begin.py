@@ -3,7 +3,7 @@
 from typing import Any
 
 from fedproxy.data.owned_texts import OwnedTexts
-from fedproxy.data.partition import Clients, check_same_owners, heterogeneity, save_partition
+from fedproxy.data.partition import Clients, check_same_owners, save_partition
 from fedproxy.data.partition.rows import ClientRows
 from fedproxy.errors import ConfigError
 from fedproxy.modules.trainer import is_slow
@@ -105,14 +105,14 @@ def _claim(run: Run, dealt: Dealt, inputs: dict[str, Any] | None) -> None:
         _ = run.target  # an older run is deleted only if this one's target can be loaded
         check_public(run.config, _owned(clients))
     run.folder.claim(run.config)
-    save_partition(clients, run.folder.partition)
+    figures = save_partition(clients, run.folder.partition)
     _note_inputs(run, clients, inputs)
     run.note(lengths=counted.lengths, examples=counted.examples, data_notes=dealt.notes, template=counted.template)
     for note in [*dealt.notes, *length_notes(counted.lengths, run.config.data)]:
         run.display.say(note)
-    figures = ", ".join(f"{by} {value:.2f}" for by, value in heterogeneity(clients).items())
+    distance = ", ".join(f"{by} {value:.2f}" for by, value in figures.items())
     kept = ClientRows(clients, run.folder.rows, counted.examples)
-    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {figures}")
+    run.display.say(f"{len(clients)} clients ({_sizes(kept)} rows); distance from the pooled data by {distance}")
     run.clients = kept
 
 

@@ -1,7 +1,7 @@
 """What the stages of one run share: its recipe, its folder, what is known of it, and models that are loaded once."""
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -96,8 +96,7 @@ class Facts:
 
     def save(self, path: Path) -> None:
         """Write the file, with a hash of itself; what is as it was at the beginning is left out."""
-        content = asdict(self)
-        write_sealed(path, {item.name: content[item.name] for item in fields(self) if self._is_known(item)})
+        write_sealed(path, {item.name: getattr(self, item.name) for item in fields(self) if self._is_known(item)})
 
     def _is_known(self, item: Any) -> bool:
         start = item.default if item.default_factory is MISSING else item.default_factory()

@@ -205,31 +205,32 @@ def count_examples(clients: Mapping[str, Sequence[Row]], config: RunConfig) -> C
         )
     model, data, end = target_config(config), config.data, tokenizer.eos_token_id
     most = positions(model)
-    cut, counts = Counter[str](), dict[str, int]()
-    for client, own in clients.items():
-        rows = [row for row in own if not row.held_out]
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            examples = tokenise(
-                part,
-                tokenizer,
-                max_input_tokens=data.max_input_tokens,
-                max_target_tokens=data.max_target_tokens,
-                max_tokens=most,
-                long_rows=data.long_rows,
-            )
-            cut.update(cut_counts(part, examples))
-            copies = {row.key: row.copies for row in part}
-            counts[client] = counts.get(client, 0) + sum(copies[example.key] for example in examples)
-        if not counts[client]:
-            raise DataError(
-                f"data.long_rows={data.long_rows}: all {len(rows)} rows of client {client!r} are too long; raise "
-                "data.max_input_tokens and data.max_target_tokens, or use data.long_rows=cut"
-            )
+    cut, counts = Counter[str](), dict.fromkeys(clients, 0)
+    owned = [(client, row) for client, own in clients.items() for row in own if not row.held_out]
+    for start in range(0, len(owned), _ROWS_AT_ONCE):
+        owners = {row.key: client for client, row in owned[start : start + _ROWS_AT_ONCE]}
+        rows = [row for _, row in owned[start : start + _ROWS_AT_ONCE]]
+        examples = tokenise(
+            rows,
+            tokenizer,
+            max_input_tokens=data.max_input_tokens,
+            max_target_tokens=data.max_target_tokens,
+            max_tokens=most,
+            long_rows=data.long_rows,
+        )
+        cut.update(cut_counts(rows, examples))
+        copies = {row.key: row.copies for row in rows}
+        for example in examples:
+            counts[owners[example.key]] += copies[example.key]
+    for client in (client for client, count in counts.items() if not count):
+        raise DataError(
+            f"data.long_rows={data.long_rows}: all {len(clients[client])} rows of client {client!r} are too long; "
+            "raise data.max_input_tokens and data.max_target_tokens, or use data.long_rows=cut"
+        )
     ending = any(row.ends for own in clients.values() for row in own)
     stops = [token for name, token in special_ids(model.get_text_config()) if name == "eos_token_id"]
     lengths = {
-        "rows": sum(not row.held_out for own in clients.values() for row in own),
+        "rows": len(owned),
         **cut,
         "positions": most,
         "endless": int(ending and end is None),

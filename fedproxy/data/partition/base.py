@@ -164,20 +164,25 @@ def heterogeneity(clients: Mapping[str, Sequence[Row]]) -> dict[str, float]:
     return {by: _mean_distance(names, find(rows)) for by, find in _CATEGORIES.items()}
 
 
-def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> None:
+def save_partition(clients: Mapping[str, Sequence[Row]], path: Path) -> dict[str, float]:
     """Write which rows (by key) each client owns, what its files are called, and the heterogeneity figures.
 
     Only the owner may read it.
 
+    Returns:
+        The figures, see :func:`heterogeneity`.
+
     Raises:
         CheckpointError: If it cannot be written.
     """
+    figures = heterogeneity(clients)
     content = {
-        "heterogeneity": heterogeneity(clients),
+        "heterogeneity": figures,
         "clients": {name: [row.key for row in own] for name, own in clients.items()},
         "files": {name: file_stem(name) for name in clients},
     }
     write_text(path, json.dumps(content, indent=1) + "\n", private=True)
+    return figures
 
 
 def check_same_owners(clients: Mapping[str, Sequence[Row]], path: Path) -> None:

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import Field, asdict, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import Field, fields
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedproxy.errors import DataError, one_line
 from fedproxy.files import open_regular, parse_json, private_folder, write_text
 from fedproxy.names import file_stem
 
+_WRITERS = 16
 _FIRST = ("prompt", "target", "source", "key", "label", "ends")
 
 
@@ -59,9 +61,17 @@ def _row(values: dict[str, Any]) -> Row:
 
 def _line(row: Row) -> str:
     """Return a row as JSON; of its later fields only those that say something, so that older rows keep their bytes."""
-    values = asdict(row)
-    told = {item.name: values[item.name] for item in fields(row) if item.name in _FIRST or not _is_default(item, row)}
+    told = {
+        item.name: getattr(row, item.name) for item in fields(row) if item.name in _FIRST or not _is_default(item, row)
+    }
     return json.dumps(told, ensure_ascii=False) + "\n"
+
+
+def _write(folder: Path, client_id: str, rows: Sequence[Row]) -> None:
+    """Write a client's rows, and those that it does not train on to a file of their own."""
+    write_text(rows_file(folder, client_id), "".join(_line(row) for row in rows if not row.held_out))
+    if any(row.held_out for row in rows):
+        write_text(held_out_file(folder, client_id), "".join(_line(row) for row in rows if row.held_out))
 
 
 def _is_default(item: Field[Any], row: Row) -> bool:
@@ -83,8 +93,9 @@ class ClientRows(Mapping[str, int]):
     def __init__(
         self, clients: Mapping[str, Sequence[Row]], folder: Path, examples: Mapping[str, int] | None = None
     ) -> None:
-        trained = {name: [row for row in rows if not row.held_out] for name, rows in clients.items()}
-        counted = examples or {name: sum(row.copies for row in rows) for name, rows in trained.items()}
+        counted = examples or {
+            name: sum(row.copies for row in rows if not row.held_out) for name, rows in clients.items()
+        }
         self._sizes = {name: counted[name] for name in clients}
         self._folder: Path | None = folder
         self.converse = any(row.messages for rows in clients.values() for row in rows)
@@ -94,10 +105,8 @@ class ClientRows(Mapping[str, int]):
         self.owned = OwnedTexts(row for rows in clients.values() for row in rows)
         """Tells whether a text is a client's."""
         private_folder(folder)
-        for name, rows in clients.items():
-            write_text(rows_file(folder, name), "".join(map(_line, trained[name])))
-            if len(trained[name]) < len(rows):
-                write_text(held_out_file(folder, name), "".join(_line(row) for row in rows if row.held_out))
+        with ThreadPoolExecutor(_WRITERS) as writers:  # each waits for the disk
+            list(writers.map(lambda name: _write(folder, name, clients[name]), clients))
 
     def held_out(self, client_id: str) -> list[Row]:
         """Read the rows that a client does not train on; it is the client who scores models on them.
