@@ -14,8 +14,15 @@ _CLOSE = 1e-3
 """How much of a budget a calibrated noise multiplier may leave, relative to it."""
 _USED_UP = 0.01
 """A budget of which less than this share is left is used up: no noise that lets anything be learnt keeps it."""
-_MOST_NOISE = 1e6
+MOST_EPSILON = 1e3
+"""Largest budget: e to the power of it is beyond all odds that mean anything."""
+MOST_NOISE = 1e6
 """Largest noise multiplier that is looked for."""
+_LEAST_NOISE = 1e-3
+"""Least noise multiplier that counts as noise: it hides nothing, and the square of a far smaller one is lost, from
+which accountants then find that nothing is revealed."""
+_MOST_RATIO = 1e12
+"""Largest ratio of spent to budget that is told apart."""
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +82,7 @@ def spent(releases: Iterable[Release], delta: float, accountant: str = "pld") ->
 def _spent(releases: tuple[Release, ...], delta: float, accountant: str) -> float:
     if not releases:
         return 0.0
-    if any(release.noise_multiplier == 0 for release in releases):
+    if any(release.noise_multiplier < _LEAST_NOISE for release in releases):
         return math.inf
     relations = {release.relation for release in releases}
     if len(relations) > 1:
@@ -83,11 +90,21 @@ def _spent(releases: tuple[Release, ...], delta: float, accountant: str) -> floa
             "privacy.sampling: releases under adding or removing and under replacing one unit do not add up; use one "
             "privacy.sampling for all runs of a ledger"
         )
+    if accountant == "pld" and _rough(releases, delta) > MOST_EPSILON:
+        by_renyi = _spent(releases, delta, "rdp")
+        if by_renyi > MOST_EPSILON:  # a bound as well, where distributions would fill the memory
+            return by_renyi
     made = _accountant(accountant, relations.pop())
     with _calm():
         for release in releases:
             made.compose(event(release))
         return float(made.get_epsilon(delta))
+
+
+def _rough(releases: Iterable[Release], delta: float) -> float:
+    """Return a loose upper bound of the epsilon of releases, as if every look were at all units."""
+    looks = sum(release.steps / release.noise_multiplier**2 for release in releases)
+    return looks / 2 + math.sqrt(2 * looks * math.log(1 / delta))
 
 
 def event(release: Release) -> Any:
@@ -125,14 +142,14 @@ def calibrate(
     def left(noise: float, kind: str) -> float:
         """Return log(epsilon spent / budget): at most 0 where the budget is kept."""
         together = spent([*before, replace(planned, noise_multiplier=noise)], delta, kind)
-        return math.log(max(together / epsilon, 1e-12))
+        return math.log(min(max(together / epsilon, 1 / _MOST_RATIO), _MOST_RATIO))
 
     if already > epsilon * (1 - _USED_UP) or not can_keep(planned, epsilon, delta, accountant, before):
         raise ConfigError(
             f"privacy.epsilon must be above the {already:.3g} that was spent on these rows before (delta {delta:g}), "
             f"got {epsilon:g}; raise privacy.epsilon, the total of all runs on them, or use other rows"
         )
-    if left(_MOST_NOISE, "rdp") > 0:  # Rényi divergences alone leave nothing, the tighter account does
+    if left(MOST_NOISE, "rdp") > 0:  # Rényi divergences alone leave nothing, the tighter account does
         return _least(lambda noise: left(noise, accountant), 1.0)
     found = _least(lambda noise: left(noise, "rdp"), 1.0)
     return found if accountant == "rdp" else _least(lambda noise: left(noise, accountant), found)
@@ -142,7 +159,7 @@ def can_keep(
     planned: Release, epsilon: float, delta: float, accountant: str = "pld", before: tuple[Release, ...] = ()
 ) -> bool:
     """Return whether any noise keeps planned releases, with those before, within a budget; see :func:`calibrate`."""
-    return spent([*before, replace(planned, noise_multiplier=_MOST_NOISE)], delta, accountant) <= epsilon
+    return spent([*before, replace(planned, noise_multiplier=MOST_NOISE)], delta, accountant) <= epsilon
 
 
 def _least(left: Callable[[float], float], start: float) -> float:

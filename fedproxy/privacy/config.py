@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from fedproxy.errors import ConfigError
+from fedproxy.privacy.accounting import MOST_EPSILON, MOST_NOISE
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class PrivacyConfig:
     unit: Literal["none", "example", "client"] = "none"
     """What is protected: nothing, one row of a client (DP-SGD), or a whole client (clipped updates with noise)."""
     epsilon: float | None = None
-    """Budget over all rounds, and over all runs that count in one ledger; null sets no bound."""
+    """Budget over all rounds, and over all runs that count in one ledger, at most 1000; null sets no bound."""
     delta: float | None = None
     """Chance by which the promise may fail, in (0, 1): well below one over the number of rows or clients."""
     noise_multiplier: float | None = None
@@ -84,8 +85,13 @@ class PrivacyConfig:
                 raise ConfigError(f"privacy.{key} must be finite, got {value}")
         if self.epsilon is None and self.noise_multiplier is None:
             raise ConfigError(f"privacy.epsilon or privacy.noise_multiplier must be set with privacy.unit={self.unit}")
-        self._require("epsilon", self.epsilon is None or self.epsilon > 0, "positive, or null")
-        self._require("noise_multiplier", self.noise_multiplier is None or self.noise_multiplier >= 0, "at least 0")
+        budget, noise = self.epsilon, self.noise_multiplier
+        self._require("epsilon", budget is None or budget > 0, "positive, or null")
+        self._require(
+            "epsilon", budget is None or budget <= MOST_EPSILON, f"at most {MOST_EPSILON:g}, or null for no bound"
+        )
+        self._require("noise_multiplier", noise is None or noise >= 0, "at least 0")
+        self._require("noise_multiplier", noise is None or noise <= MOST_NOISE, f"at most {MOST_NOISE:g}")
         self._require("clip", self.clip is None or self.clip > 0, "positive, or null")
         if self.clip is None and self.noise_multiplier != 0:
             raise ConfigError("privacy.clip must be a number where there is noise, got null; noise is in units of it")

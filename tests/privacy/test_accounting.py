@@ -54,6 +54,19 @@ def test_releases_add_up_whatever_their_order():
     assert spent([first, Release(0.0)], 1e-5) == math.inf
 
 
+@pytest.mark.parametrize("sampling", ["none", "poisson"])
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_noise_that_hides_nothing_counts_as_none(accountant, sampling):
+    # The square of 1e-160 is 0 in float64: by Renyi divergences of samples nothing would be revealed.
+    assert spent([Release(1e-160, sampling, 0.1, steps=30)], 1e-5, accountant) == math.inf
+
+
+def test_what_reveals_almost_all_is_bounded_by_renyi_divergences_alone():
+    # One look at noise z has divergence a / (2 z^2) of order a; distributions would need 1e10 cells here.
+    release = Release(1e-3, steps=3)
+    assert spent([release], 1e-5) == spent([release], 1e-5, "rdp") >= 3 / (2 * 1e-6)
+
+
 def test_draws_of_a_fixed_size_and_poisson_samples_do_not_add_up():
     with pytest.raises(ConfigError, match=r"privacy.sampling: releases under adding or removing .* do not add up"):
         spent([Release(1.0), Release(1.0, "without_replacement", drawn=10, of=100)], 1e-5, "rdp")

@@ -26,6 +26,11 @@ def config(*overrides):
         ([*CLIENT, "privacy.delta=1"], r"privacy.delta must be in \(0, 1\), got 1"),
         ([*CLIENT, "privacy.epsilon=0"], r"privacy.epsilon must be positive, or null, got 0"),
         ([*CLIENT, "privacy.epsilon=.inf"], r"privacy.epsilon must be finite, got inf"),
+        (
+            [*CLIENT, "privacy.epsilon=1e300"],
+            r"privacy.epsilon must be at most 1000, or null for no bound, got 1e\+3",
+        ),
+        ([*CLIENT, "privacy.noise_multiplier=1e300"], r"privacy.noise_multiplier must be at most 1e\+06, got 1e\+300"),
         ([*CLIENT, "privacy.clip=0"], r"privacy.clip must be positive, or null, got 0"),
         ([*CLIENT, "privacy.clip=null"], r"privacy.clip must be a number where there is noise"),
         ([*CLIENT, "privacy.noise_multiplier=0"], r"privacy.noise_multiplier must be above 0 to keep privacy.epsilon"),

@@ -192,7 +192,8 @@ def test_blocks(options, blocks):
     ("options", "message"),
     [
         ({"r": 0}, r"trainable\.r must be from 1 to 65536, got 0"),
-        ({"alpha": 0}, r"trainable\.alpha must be > 0"),
+        ({"alpha": 0}, r"trainable\.alpha must be from 1e-6 to 1e\+06, got 0"),
+        ({"alpha": 1e308}, r"trainable\.alpha must be from 1e-6 to 1e\+06, got 1e\+308"),
         ({"dropout": 1.0}, r"trainable\.dropout must be in \[0, 1\)"),
         ({"modules": []}, r"trainable\.modules must be at least one module name"),
         ({"blocks": "middle"}, r"trainable\.blocks must be all, ends, last, centres or a list .*, got 'middle'"),

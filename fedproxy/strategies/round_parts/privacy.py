@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError, ClientError, one_line
-from fedproxy.privacy.accounting import Release
+from fedproxy.privacy.accounting import MOST_EPSILON, MOST_NOISE, Release
 from fedproxy.privacy.adaptive_clip import next_clip, split_noise
 from fedproxy.privacy.ledger import Charge, Ledger, Terms
 from fedproxy.privacy.noise import SecretStream, noised
@@ -85,9 +85,10 @@ class Privacy(RoundPart, name="privacy"):
         self.require("noise_at", self.noise_at in ("client", "server"), "client or server")
         self.require("run", isinstance(self.run, str) and len(self.run) <= _LONGEST_RUN, "a short text")
         self.require("rounds", type(self.rounds) is int and self.rounds >= 1, "a whole number from 1")
-        for key in ("epsilon", "delta", "noise_multiplier"):
+        for key, most in (("epsilon", MOST_EPSILON), ("delta", 1), ("noise_multiplier", MOST_NOISE)):
             value = getattr(self, key)
-            self.require(key, value is None or (_is_number(value) and value >= 0), "a finite number from 0, or null")
+            ok = value is None or (_is_number(value) and 0 <= value <= most)
+            self.require(key, ok, f"a number from 0 to {most:g}, or null")
         self.require("clip", _is_number(self.clip) and self.clip > 0, "positive and finite")
         share = self.quantile
         self.require("quantile", share is None or (_is_number(share) and 0 < share < 1), "in (0, 1), or null")

@@ -26,6 +26,8 @@ from fedproxy.strategies.trainable.blocks import BlockwiseTrainable
 from fedproxy.strategies.trainable.fused_lora import fuse
 from fedproxy.strategies.trainable.lora_places import choose, inject, saved_config
 
+_MOST_ALPHA = 1e6
+"""Largest scale of an adapter: far above any that trains, far below what overflows in a product."""
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
 _LENGTHS = ".lora_magnitude_vector.weight"
@@ -43,7 +45,7 @@ class Lora(BlockwiseTrainable, name="lora"):
     r: int = 8
     """Rank, from 1 to 65536."""
     alpha: float = 16
-    """Scale: the adapter's product is multiplied by alpha / r, or with rslora by alpha / sqrt(r)."""
+    """Scale, from 1e-6 to 1e6: the adapter's product is multiplied by alpha / r, or with rslora by alpha / sqrt(r)."""
     dropout: float = 0.0
     """Dropout on the adapter's input, in [0, 1)."""
     modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -60,7 +62,7 @@ class Lora(BlockwiseTrainable, name="lora"):
         """Check the options; names become tuples."""
         super().__post_init__()
         self.require("r", 1 <= self.r <= MOST_RANK, f"from 1 to {MOST_RANK}")
-        self.require("alpha", self.alpha > 0, "> 0")
+        self.require("alpha", 1 / _MOST_ALPHA <= self.alpha <= _MOST_ALPHA, f"from 1e-6 to {_MOST_ALPHA:g}")
         self.require("dropout", 0 <= self.dropout < 1, "in [0, 1)")
         for field in ("modules", "parameters"):
             given = getattr(self, field)

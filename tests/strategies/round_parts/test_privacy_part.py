@@ -33,6 +33,8 @@ NAN, INFINITE = float("nan"), float("inf")
         ({"rounds": "9"}, "rounds"),
         ({"epsilon": NAN}, "epsilon"),
         ({"epsilon": True}, "epsilon"),
+        ({"epsilon": 1e300}, "epsilon"),
+        ({"noise_multiplier": 1e300}, "noise_multiplier"),
         ({"delta": INFINITE}, "delta"),
         ({"noise_multiplier": -3.0}, "noise_multiplier"),
         ({"noise_multiplier": "much"}, "noise_multiplier"),
