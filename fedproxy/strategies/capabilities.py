@@ -70,6 +70,7 @@ def check_capabilities(
             "server_optimizer.name=none, or federation.space=factors with another aggregator"
         )
     _check_halves(regularizer, server_optimizer, share)
+    _check_weights(aggregator, server_optimizer)
 
 
 def _check_part(part: RoundPart, aggregator: Aggregator, regularizer: Regularizer, space: str) -> None:
@@ -131,6 +132,15 @@ def _check_halves(regularizer: Regularizer, server_optimizer: ServerOptimizer, s
                 f"server_optimizer.{option}: {server_optimizer.name!r} must have the {option} of the clients' half, "
                 f"{wanted:g}, got {got:g}; set server_optimizer.{option}={wanted:g}"
             )
+
+
+def _check_weights(aggregator: Aggregator, server_optimizer: ServerOptimizer) -> None:
+    weighting = getattr(aggregator, "weighting", "uniform")
+    if server_optimizer.partner and weighting != "uniform":
+        raise ConfigError(
+            f"aggregator.weighting: server optimizer {server_optimizer.name!r} keeps the plain mean of what clients "
+            f"remember, so that all must weigh alike, got {weighting!r}; set aggregator.weighting=uniform"
+        )
 
 
 def _check_space(aggregator: Aggregator, space: str) -> None:

@@ -35,13 +35,13 @@ def check(aggregator="fedavg", regularizer="none", server_optimizer="none", opti
         {"aggregator": "config", "space": "product"},
         {"aggregator": "none"},
         {"aggregator": "none", "space": "product"},
-        {"regularizer": "feddyn", "server_optimizer": "feddyn"},
+        {"regularizer": "feddyn", "server_optimizer": "feddyn", "options": {"weighting": "uniform"}},
         {"regularizer": "scaffold", "server_optimizer": "sgd"},
         {"aggregator": "fisher", "client_statistics": ["fisher"]},
         {"aggregator": "krum", "clients_per_round": 5},
         {"aggregator": "fedex_lora", "space": "product"},
         {"aggregator": "fedsa_lora", "server_optimizer": "adam"},
-        {"regularizer": "feddyn", "server_optimizer": "feddyn", "share": 1.0},
+        {"aggregator": "median", "regularizer": "feddyn", "server_optimizer": "feddyn", "share": 1.0},
     ],
 )
 def test_what_goes_together_passes(facts):
@@ -100,6 +100,10 @@ def test_both_halves_of_feddyn_must_agree_on_alpha():
         (
             {"regularizer": "feddyn", "server_optimizer": "feddyn", "share": 0.25},
             "server_optimizer.share: 'feddyn' must have the share of the clients' half, 0.25, got 1; set",
+        ),
+        (
+            {"regularizer": "feddyn", "server_optimizer": "feddyn"},  # the default weighs by examples
+            "aggregator.weighting: .* all must weigh alike, got 'examples'; set aggregator.weighting=uniform",
         ),
         (
             {"aggregator": "flora", "space": "product", "server_optimizer": "sgd"},
