@@ -10,6 +10,9 @@ from torch import Tensor
 from fedproxy.protocol import ClientUpdate
 from fedproxy.strategies.round_parts.base import ClientRound, RoundPart
 
+_MOST_NOISE = 1e4
+"""Largest standard deviation of the noise: no update with more of it would be taken."""
+
 
 @dataclass(frozen=True)
 class ClipNoise(RoundPart, name="clip_noise"):
@@ -32,6 +35,7 @@ class ClipNoise(RoundPart, name="clip_noise"):
         """Check the options."""
         self.require("clip", self.clip > 0, "positive")
         self.require("noise", self.noise >= 0, "at least 0")
+        self.require("noise", self.noise * self.clip <= _MOST_NOISE, f"at most {_MOST_NOISE:g} / clip")
 
     def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
         """Clip and noise the update."""

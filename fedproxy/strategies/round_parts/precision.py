@@ -68,13 +68,15 @@ class Precision(RoundPart, name="precision"):
         task.state = dict(task.broadcast.state)
 
     def reply(self, task: ClientRound, update: ClientUpdate) -> ClientUpdate:
-        """Round the update, with what was lost of the last one."""
-        lost = task.memory.get(self.name, {})
+        """Round the update, with what was lost of the last one; for tensors that rest that waits until they train."""
+        before = task.memory.get(self.name, {})
+        waiting = {name: before[name] for name in task.broadcast.job.get("frozen", ()) if name in before}
+        lost = {name: before[name] for name in before if name not in waiting}
         exact = {n: t.float() + lost[n] if n in lost else t.float() for n, t in update.delta.items()}
         sent, scales = encoded(exact, self.up)
         if self.feedback and self.up != "float32":
             back = decoded(sent, scales)
-            task.kept[self.name] = {name: exact[name] - back[name] for name in exact}
+            task.kept[self.name] = {name: exact[name] - back[name] for name in exact} | waiting
         extras = {**update.extras, self.name: scales} if scales else update.extras
         return replace(update, delta=sent, extras=extras)
 
@@ -97,7 +99,7 @@ class Precision(RoundPart, name="precision"):
         """Replace the update's forms by the rounded ones."""
         sent, scales = encoded(up["delta"].tensors, self.up)
         groups = {**up, "delta": replace(up["delta"], tensors=sent)}
-        return {**groups, self.name: Group(scales, non_negative=True)} if scales else groups
+        return {**groups, self.name: Group(scales)} if scales else groups
 
     def _mapped(self, broadcast: Broadcast, change: Callable[[Broadcast], Broadcast]) -> Broadcast:
         return broadcast if self.down == "float32" else broadcast.mapped(change)

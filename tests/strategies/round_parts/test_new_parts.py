@@ -174,6 +174,18 @@ def test_what_rounding_loses_goes_into_the_next_update():
     assert float(sums[False]) == 0.0
 
 
+def test_what_was_lost_of_a_tensor_that_rests_waits_until_it_trains():
+    part, exact = Precision(up="int8"), {A: torch.full((4, 70), 0.3), B: torch.zeros(6, 4)}
+    lost = {A: torch.zeros(4, 70), B: torch.full((6, 4), 0.25)}
+    one = task(Broadcast(2, state(), {"frozen": [B]}), memory={"precision": lost})
+    update = part.take(part.reply(one, ClientUpdate("c", exact)), one.broadcast)
+    assert not update.delta[B].any()
+    assert torch.equal(one.kept["precision"][B], lost[B])
+    after = task(Broadcast(3, state(), {"frozen": [A]}), memory=one.kept)
+    update = part.take(part.reply(after, ClientUpdate("c", {**exact, A: torch.zeros(4, 70)})), after.broadcast)
+    torch.testing.assert_close(update.delta[B], lost[B])
+
+
 def test_a_precision_that_does_not_exist_is_refused():
     with pytest.raises(ConfigError, match=r"parts\.precision\.up must be one of float32, bf16, int8, got 'int4'"):
         Precision(up="int4")
@@ -212,7 +224,12 @@ def test_without_noise_a_short_update_keeps_its_bits():
 
 
 @pytest.mark.parametrize(
-    ("options", "rule"), [({"clip": 0.0}, "clip must be positive"), ({"noise": -1.0}, "at least 0")]
+    ("options", "rule"),
+    [
+        ({"clip": 0.0}, "clip must be positive"),
+        ({"noise": -1.0}, "at least 0"),
+        ({"clip": 1e9, "noise": 1.0}, r"noise must be at most 10000 / clip, got 1.0"),
+    ],
 )
 def test_bounds_that_make_no_sense_are_refused(options, rule):
     with pytest.raises(ConfigError, match=rule):
