@@ -15,7 +15,7 @@ PROTOCOL = 1
 LONGEST_S = 43200.0
 """Longest wait for a site, where a run names none: 12 hours."""
 _RUN = re.compile(r"[0-9a-f]{32}")
-_MOST_CLIENTS = 10_000
+_MOST_CLIENTS, _MOST_ROWS = 10_000, 10**9
 _LATEST = 1e12
 """Seconds since 1970 that no clock shows. They are compared first: a whole number may be too long to be subtracted."""
 
@@ -167,7 +167,8 @@ class Greeting:
         values = fields_of(said, cls.__dataclass_fields__, "greeting")
         clients = values["clients"]
         checks = {
-            "clients": _by_client(clients) and all(is_whole(rows, least=1) for rows in clients.values()),
+            "clients": _by_client(clients)
+            and all(is_whole(rows, least=1) and rows <= _MOST_ROWS for rows in clients.values()),
             "version": isinstance(values["version"], str),
             "clock": type(values["clock"]) in (int, float) and abs(values["clock"]) < _LATEST,
             "have": is_whole(values["have"]),

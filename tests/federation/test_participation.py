@@ -36,6 +36,7 @@ FAULTS = [
     ("shape", r"tensor 'b' must be float32 \(4,\), got float32 \(3,\)"),
     ("dtype", r"tensor 'b' must be float32 \(4,\), got float64 \(4,\)"),
     ("replay", r"answers round 1, not 2"),
+    ("round 2.0", r"answers round 2.0, not 2"),
     ("counts", r"num_examples must be a whole number from 1 to 1000000000, got -5"),
     ("weighs 1e12", r"num_examples must be a whole number from 1 to 1000000000, got 1000000000000"),
     ("weighs 1e400", r"num_examples must be a whole number from 1 to 1000000000, got 10{56}\.\.\."),

@@ -30,6 +30,8 @@ _METADATA = 1 << 14
 """Most bytes of a header beside its tensors: the update's figures, and the blanks that fill it up."""
 _ENTRY = 120
 """Most bytes that a header spends on a tensor beside its name and shape."""
+_CALLED = Path("its update")
+"""What messages call the file: they are kept, and name no folder of this machine."""
 _COPIED = 1 << 18
 """Bytes that are copied at once: few enough to stay in a core's cache between reading and writing."""
 
@@ -111,7 +113,7 @@ class Vault:
         self._folder, self._end = folder, 0
         self._file: FileIO | None = None
 
-    def take(self, source: BufferedReader, layout: Layout, path: Path) -> TensorFile:
+    def take(self, source: BufferedReader, layout: Layout) -> TensorFile:
         """Copy the data of an open file and return its tensors.
 
         Raises:
@@ -126,7 +128,7 @@ class Vault:
                 raise ClientError("its update became shorter while it was read; send it again and leave it alone")
             self._write(chunk, start + done)
         self._end = start + layout.nbytes
-        return TensorFile.over(path, self._opened(), layout, start)
+        return TensorFile.over(_CALLED, self._opened(), layout, start)
 
     def _write(self, chunk: memoryview, place: int) -> None:
         try:
@@ -163,7 +165,7 @@ def admit(answer: ClientUpdate | UpdateFile, form: Form, vault: Vault) -> Client
         return answer
     try:
         with open_regular(answer.path) as source:
-            update = _from(source, answer.path, form, vault)
+            update = _from(source, form, vault)
     except OSError as error:
         raise ClientError(f"its update cannot be read ({error.strerror or one_line(error)})") from error
     finally:
@@ -174,7 +176,7 @@ def admit(answer: ClientUpdate | UpdateFile, form: Form, vault: Vault) -> Client
     return update
 
 
-def _from(source: BufferedReader, path: Path, form: Form, vault: Vault) -> ClientUpdate:
+def _from(source: BufferedReader, form: Form, vault: Vault) -> ClientUpdate:
     size, most = os.fstat(source.fileno()).st_size, 8 + form.most_header + form.nbytes
     if size > most:
         raise ClientError(f"its update has {size} bytes, an update of this round has at most {most}")
@@ -184,9 +186,9 @@ def _from(source: BufferedReader, path: Path, form: Form, vault: Vault) -> Clien
         raise ClientError(f"its update is not a readable safetensors file ({one_line(error, 160)})") from error
     form.check(_parts(layout, form))
     # The metadata before the tensors: nothing is copied of what is no update.
-    update = ClientUpdate.of(TensorFile.over(path, source, layout, layout.start))
+    update = ClientUpdate.of(TensorFile.over(_CALLED, source, layout, layout.start))
     _check_names({"", *update.extras}, form.parts, "extras", "extras that the round asks for")
-    return ClientUpdate.of(vault.take(source, layout, path))
+    return ClientUpdate.of(vault.take(source, layout))
 
 
 def _parts(layout: Layout, form: Form) -> Parts:

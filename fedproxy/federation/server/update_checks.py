@@ -40,7 +40,7 @@ def check_update(update: ClientUpdate, broadcast: Broadcast, expected: Expected)
     Raises:
         ClientError: If round or figures are others than asked for, or a value is not finite, or too large.
     """
-    if update.round != broadcast.round:
+    if type(update.round) is not int or update.round != broadcast.round:
         raise ClientError(
             f"the update answers round {_shown(update.round)}, not {broadcast.round}; send no earlier one again"
         )

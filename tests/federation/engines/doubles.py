@@ -148,6 +148,7 @@ FAULTS = {
     "huge": _delta(lambda delta: {name: 2e3 * tensor for name, tensor in delta.items()}),
     "3e38": _delta(lambda delta: {name: torch.full_like(tensor, 3e38) for name, tensor in delta.items()}),
     "replay": lambda update: replace(update, round=update.round - 1),
+    "round 2.0": _changed(round=2.0),
     "counts": _changed(num_examples=-5),
     "weighs 1e12": _changed(num_examples=10**12),
     "weighs 1e400": _changed(num_examples=10**400),
