@@ -60,7 +60,11 @@ SMALLER = {
 }
 WITH_MEMORY = {
     "scaffold": ["regularizer={name: scaffold}", "aggregator={name: fedavg}"],
-    "feddyn": ["regularizer={name: feddyn}", "server_optimizer={name: feddyn}", "aggregator={name: fedavg}"],
+    "feddyn": [
+        "regularizer={name: feddyn}",
+        "server_optimizer={name: feddyn}",
+        "aggregator={name: fedavg, weighting: uniform}",
+    ],
     "adam": ["server_optimizer={name: adam}"],
     "sgd": ["server_optimizer={name: sgd, momentum: 0.9}"],
     "product": ["federation.space=product"],
