@@ -16,10 +16,14 @@ def load_from_hub(path: str, split: str) -> Any:
     """
     from datasets import load_dataset
 
+    from fedproxy.model_hub import hub_or_its_cache, hub_says
+
     try:
-        return load_dataset(path, split=split)
+        with hub_or_its_cache():
+            return load_dataset(path, split=split)
     except Exception as error:  # the hub's client fails with many kinds, and all of them mean the same here
+        reason = hub_says(error) or first_line(error)
         raise DataError(
-            f"{path} is not a local file or folder, and the hub gave no split {split!r} of it ({first_line(error)}); "
+            f"{path} is not a local file or folder, and the hub gave no split {split!r} of it ({reason}); "
             "give an existing file or folder, asset:NAME or a hub id"
         ) from error

@@ -1,17 +1,14 @@
 """Tasks without local files: lm-eval's own, with data from the hub or from the hub client's cache."""
 
-import contextlib
 import difflib
 import functools
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from typing import Any
 
 from fedproxy.errors import EvaluationError, first_line, nearest
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, offline_tasks, task_names
 from fedproxy.evaluation.quiet import quiet
+from fedproxy.model_hub import hub_or_its_cache, hub_says
 
 _GROUP_KEYS = {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag"}
 """Keys of a group that change nothing about its tasks."""
@@ -25,14 +22,15 @@ def load_from_hub(name: str, split: Split | None) -> list[LoadedTask]:
         EvaluationError: If there is none, its data cannot be had, or it lacks the split.
     """
     _require_known(name)
-    with quiet(), _hub_or_its_cache():
-        try:
+    try:
+        with quiet(), hub_or_its_cache():
             tasks = hub_manager().load([name])["tasks"]
-        except Exception as error:  # datasets, the hub client and lm-eval raise many kinds
-            raise EvaluationError(
-                f"task {name!r} has no local data and could not be loaded from the hub ({first_line(error)}); "
-                f"tasks with local data: {', '.join(_with_data()) or 'none; run python -m fedproxy.assets fetch qa'}"
-            ) from error
+    except Exception as error:  # datasets, the hub client and lm-eval raise many kinds
+        raise EvaluationError(
+            f"task {name!r} has no local data and could not be loaded from the hub "
+            f"({hub_says(error) or first_line(error)}); "
+            f"tasks with local data: {', '.join(_with_data()) or 'none; run python -m fedproxy.assets fetch qa'}"
+        ) from error
     return [LoadedTask(task, split) for task in tasks.values()]
 
 
@@ -72,32 +70,3 @@ def hub_manager() -> Any:
 
 def _with_data() -> list[str]:
     return [name for name, task in offline_tasks().items() if task.has((task.scored_split(None),))]
-
-
-@contextlib.contextmanager
-def _hub_or_its_cache() -> Iterator[None]:
-    """Where the hub does not answer, let its clients look into their caches only, without minutes of retries."""
-    import datasets.config
-    import huggingface_hub.constants
-
-    switches: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
-    before = [switch.HF_HUB_OFFLINE for switch in switches]
-    if not any(before) and not _answers(huggingface_hub.constants.ENDPOINT):
-        for switch in switches:
-            switch.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            switch.HF_HUB_OFFLINE = value
-
-
-def _answers(address: str) -> bool:
-    """Tell whether a server answers within five seconds."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True

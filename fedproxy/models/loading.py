@@ -6,7 +6,7 @@ read as safetensors or, where a folder has none, from a pickle by PyTorch's read
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
 from fedproxy.files import at_home
+from fedproxy.model_hub import hub_or_its_cache, hub_says
 from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
 from fedproxy.models.quiet import without_reports
 
@@ -26,13 +27,6 @@ _ATTENTION = {"eager", "sdpa", "flex_attention"}
 """Attention that a configuration may choose. Of other names transformers may fetch compiled code from the hub."""
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id")
 """The keys of a configuration that name special tokens."""
-_HUB = {
-    "GatedRepoError": "access to it is restricted; accept its terms on the hub and run hf auth login",
-    "RepositoryNotFoundError": f"the hub has no such repository, or it is private; {_GIVE}",
-    "OfflineModeIsEnabled": f"it is not in the hub's cache, and the hub is switched off (HF_HUB_OFFLINE); {_GIVE}",
-    "LocalEntryNotFoundError": f"it is not in the hub's cache, and the hub cannot be reached; {_GIVE}",
-}
-
 _MEANT = {
     "backend tokenizer from one of": "there is neither a tokenizer.json nor what could be turned into one",
     "Weights only load failed": "its weights are a pickle that holds more than tensors, and such is never read",
@@ -52,7 +46,7 @@ def load_config(path: str | Path) -> Any:
     folder = _folder(path)
     if folder is not None:
         check_config_files(folder)
-    with _foreign(f"{path} is no model", _GIVE):
+    with _foreign(f"{path} is no model", _GIVE), _asking(folder):
         config = AutoConfig.from_pretrained(**_source(path, folder))
         if not {part for part in _attentions(config) if part} <= _ATTENTION:
             config._attn_implementation = None  # in all its parts: transformers chooses
@@ -88,10 +82,10 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     Raises:
         ModelError: If it cannot be loaded whole.
     """
-    config = check_model(path)
-    with _foreign(f"{path} cannot be loaded as a causal LM", remedy):
+    config, folder = check_model(path), _folder(path)
+    with _foreign(f"{path} cannot be loaded as a causal LM", remedy), _asking(folder):
         model, info = AutoModelForCausalLM.from_pretrained(
-            **_source(path, _folder(path)),
+            **_source(path, folder),
             config=config,
             weights_only=True,
             output_loading_info=True,
@@ -145,7 +139,7 @@ def load_tokenizer_files(path: str | Path, **options: Any) -> PreTrainedTokenize
                 f"{path} has a tokenizer.model and no tokenizer.json, and reading it needs sentencepiece; "
                 "pip install sentencepiece protobuf, or put tokenizer.json into the folder"
             )
-    with _foreign(f"{path} has no tokenizer that can be read", remedy):
+    with _foreign(f"{path} has no tokenizer that can be read", remedy), _asking(folder):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**_source(path, folder), **options)
         _try(tokenizer)
     tokenizer.init_kwargs["local_files_only"] = False  # how it was read is no part of what it is
@@ -186,6 +180,11 @@ def _source(path: str | Path, folder: Path | None) -> dict[str, Any]:
         "local_files_only": folder is not None,
         "trust_remote_code": False,
     }
+
+
+def _asking(folder: Path | None) -> AbstractContextManager[None]:
+    """Return the context in which the hub may be asked: for what lies in a folder it never is."""
+    return hub_or_its_cache() if folder is None else nullcontext()
 
 
 def _check_generation(path: str | Path, config: Any) -> None:
@@ -247,11 +246,8 @@ def _foreign(what: str, remedy: str) -> Iterator[None]:
 
 def _reason(error: BaseException, remedy: str) -> str:
     """Return why a library failed and the way out."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if (known := _HUB.get(type(cause).__name__)) is not None:
-            return known
-        cause = cause.__cause__ or cause.__context__
+    if (said := hub_says(error)) is not None:
+        return f"{said}; {_GIVE}"
     if "trust_remote_code" in str(error):
         return "it needs Python code of its own, which is never run; give a model of a type that transformers knows"
     for said, meant in _MEANT.items():

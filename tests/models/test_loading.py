@@ -4,14 +4,17 @@ import json
 import os
 import shutil
 import sys
+from threading import Event
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from fedproxy import model_hub
 from fedproxy.data.assets import resolve
-from fedproxy.errors import FedProxyError, ModelError
+from fedproxy.data.loading import load_from_hub
+from fedproxy.errors import DataError, FedProxyError, ModelError
 from fedproxy.models import Decoder, check_model, load_model, load_tokenizer
 from fedproxy.models.loading import build, load_config
 
@@ -318,6 +321,36 @@ def test_paths_that_are_no_model(path, match, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FedProxyError, match=match):
         load_model(path)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once_and_said(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        asked.append(1)
+        raise OSError("no route to host")
+
+    asked: list[int] = []
+    monkeypatch.setattr("socket.socket.connect", fail)
+    monkeypatch.setattr("socket.getaddrinfo", fail)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("waits to ask again"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("fedproxy.model_hub.time.monotonic", lambda: 60.0)
+    model_hub._answers.cache_clear()
+    said = "it is not in the hub's cache, and the hub cannot be reached; give an asset"
+    for read in (load_tokenizer, check_model, load_model):
+        with pytest.raises(ModelError, match=said):
+            read("someone/nowhere")
+    with pytest.raises(DataError, match=r"\(it is not in the hub's cache, and the hub cannot be reached\)"):
+        load_from_hub("someone/nowhere", "train")
+    assert len(asked) == 1
+    model_hub._answers.cache_clear()
+
+
+def test_a_hub_that_is_silent_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(model_hub, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(model_hub, "_ask", lambda answers: Event().wait(60))
+    assert not model_hub._answers(-1)
+    model_hub._answers.cache_clear()
 
 
 def test_a_file_is_not_a_folder(folder):
