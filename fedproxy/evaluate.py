@@ -149,13 +149,14 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
 
 def _evaluate(options: EvaluateArguments) -> "EvaluationResult":
     from fedproxy.data.assets import resolve
-    from fedproxy.models import check_model, load_model, load_tokenizer
+    from fedproxy.models import load_model, load_tokenizer
+    from fedproxy.models.checkpoints import check_loadable
 
     device = _device(options.device)
     options.check()
     path = str(resolve(options.model) or options.model)
     tokenizer = load_tokenizer(path)
-    for note in options.notes(check_model(path), tokenizer):  # before weights are loaded
+    for note in options.notes(check_loadable(path), tokenizer):  # before weights are loaded
         print(f"note: {note}", file=sys.stderr)
     return options.ask(load_model(path, dtype=options.dtype).to(device), tokenizer, progress=True)
 

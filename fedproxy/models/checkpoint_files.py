@@ -1,5 +1,6 @@
 """What can be known to be wrong with a model's folder from its files alone, before any library reads them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from fedproxy.files import open_regular, read_json
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _LFS = b"version https://git-lfs.github.com/"
 _COPY = "copy or download the model again"
+_PLAIN = {"F64", "F32", "F16", "BF16"}
+"""Numbers that weights may be stored in, as safetensors names them; others need scales to mean anything."""
 _DEPTHS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 _DEEPEST = 1000
 """Most blocks of a model that is read: a configuration that says more would build them for minutes."""
@@ -75,17 +78,30 @@ def check_weight_files(folder: Path) -> None:
     """Check that all files with weights are there and whole.
 
     Raises:
-        ModelError: If one is missing, cut off, damaged or not a regular file.
+        ModelError: If one is missing, cut off, damaged or not a regular file, or holds quantised weights.
     """
     for path in _weight_files(folder):
+        kinds: dict[str, str] = {}
         try:
             with open_regular(path, follow=True):
                 pass
             if path.suffix == ".safetensors":
-                with safe_open(path, framework="pt"):
-                    pass
+                with safe_open(path, framework="pt") as file:
+                    names = [name for name in file.keys() if name.endswith("weight")]  # noqa: SIM118 (no mapping)
+                    kinds = {name: file.get_slice(name).get_dtype() for name in names}
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is cut off or damaged ({one_line(error)}); {_COPY}") from error
+        for name, kind in sorted(kinds.items()):
+            if kind not in _PLAIN:
+                raise ModelError(
+                    f"{path} is quantised ({one_line(name, 120)} is of type {one_line(kind, 20)}), and config.json "
+                    "does not say how; give the checkpoint that it was made from, in float32, bfloat16 or float16"
+                )
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of all files with weights of a folder that :func:`check_weight_files` has checked."""
+    return sum(path.stat().st_size for path in _weight_files(folder))
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -105,7 +121,7 @@ def _shards(index: Path) -> list[Path]:
     names = set(places.values()) if isinstance(places, dict) and all(map(_is_text, places.values())) else set()
     if not names or any(Path(name).name != name for name in names):
         raise ModelError(f"{index} must map every weight to a file beside it; {_COPY}")
-    missing = sorted(name for name in names if not (index.parent / name).exists())
+    missing = sorted(name for name in names if not os.path.exists(index.parent / name))
     if missing:
         raise ModelError(
             f"{index.parent} lacks {one_line(missing[0])}, {len(missing)} of {len(names)} files with weights; "

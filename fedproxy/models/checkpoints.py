@@ -12,11 +12,12 @@ from fedproxy.errors import CheckpointError, ConfigError, ModelError
 from fedproxy.files import whole_folder, write_text
 from fedproxy.models.anonymity import strip_origin, with_template
 from fedproxy.models.loading import SPECIAL, check_model, load_tokenizer_files, load_weights
-from fedproxy.models.logit_offset import is_logit_offset, join_from
+from fedproxy.models.logit_offset import is_logit_offset, join_from, parts_of
 from fedproxy.models.mapped import release
 from fedproxy.models.quiet import without_bars, without_reports
 
 __all__ = [
+    "check_loadable",
     "check_model",
     "check_tokenizer",
     "load_model",
@@ -53,6 +54,17 @@ def load_model(path: str | Path, *, dtype: str = "float32") -> PreTrainedModel:
 
 def _load_plain(path: str | Path, dtype: str) -> PreTrainedModel:
     return load_weights(path, remedy="copy the model again or choose another", dtype=_DTYPES[dtype])
+
+
+def check_loadable(path: str | Path) -> Any:
+    """Return the configuration of what :func:`load_model` loads, of three joined models the target's; weights stay.
+
+    Raises:
+        ModelError: As for :func:`load_model`, as far as it shows without weights.
+    """
+    places = parts_of(path)[1].values() if is_logit_offset(path) else [path]
+    config, *_ = [check_model(place) for place in places]
+    return config
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

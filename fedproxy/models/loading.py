@@ -5,6 +5,8 @@ read as safetensors or, where a folder has none, from a pickle by PyTorch's read
 (``weights_only``); a folder is read without the hub; and whatever goes wrong is one line.
 """
 
+import copy
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.util import find_spec
@@ -18,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from fedproxy.errors import FedProxyError, ModelError, first_line, one_line
 from fedproxy.files import at_home
 from fedproxy.model_hub import hub_or_its_cache, hub_says
-from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files
+from fedproxy.models.checkpoint_files import check_config_files, check_tokenizer_files, check_weight_files, weight_bytes
 from fedproxy.models.quiet import without_reports
 
 _GIVE = "give an asset, a from_pretrained folder or a hub id"
@@ -84,6 +86,8 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
     """
     config, folder = check_model(path), _folder(path)
     with _foreign(f"{path} cannot be loaded as a causal LM", remedy), _asking(folder):
+        if folder is not None:
+            _check_size(path, config, weight_bytes(folder))
         model, info = AutoModelForCausalLM.from_pretrained(
             **_source(path, folder),
             config=config,
@@ -164,9 +168,9 @@ def _folder(path: str | Path) -> Path | None:
         ModelError: If it can be neither.
     """
     local = at_home(path)
-    if local.is_dir():
+    if os.path.isdir(local):  # unlike Path's, false for what no path can be
         return local
-    if local.exists():
+    if os.path.exists(local):
         raise ModelError(f"{path} is a file; give the folder that it lies in")
     if str(path).startswith(("/", ".", "~")):
         raise ModelError(f"{path} is no folder; {_GIVE}")
@@ -185,6 +189,18 @@ def _source(path: str | Path, folder: Path | None) -> dict[str, Any]:
 def _asking(folder: Path | None) -> AbstractContextManager[None]:
     """Return the context in which the hub may be asked: for what lies in a folder it never is."""
     return hub_or_its_cache() if folder is None else nullcontext()
+
+
+def _check_size(path: str | Path, config: Any, held: int) -> None:
+    """Refuse a configuration that asks for more weights than its files have bytes: memory for them would be filled."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    wanted = sum(parameter.numel() for parameter in outline.parameters())
+    if wanted > held:
+        raise ModelError(
+            f"{path}: config.json asks for {wanted} weights, and the files hold {held} bytes of them; copy the model "
+            "again"
+        )
 
 
 def _check_generation(path: str | Path, config: Any) -> None:

@@ -1,12 +1,12 @@
 """Proxy-Tuning's model (Liu et al. 2024, arXiv 2401.08565): three causal language models whose logits are combined."""
 
 import copy
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,6 +23,7 @@ from fedproxy.files import at_home, read_json, write_json
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
+LARGEST_ALPHA = torch.finfo(torch.float32).max
 _REMEDY = "run fusion again"
 
 
@@ -215,20 +216,30 @@ def join_from(folder: str | Path, load: Callable[[str], PreTrainedModel]) -> Log
     Raises:
         ModelError: If the configuration is broken, or a folder that it names is gone.
     """
+    alpha, places = parts_of(folder)
+    return LogitOffsetModel(**{role: load(place) for role, place in places.items()}, alpha=alpha)
+
+
+def parts_of(folder: str | Path) -> tuple[float, dict[str, str]]:
+    """Return alpha and, by role, the folder or hub id of each model that a wrapper's configuration names.
+
+    Raises:
+        ModelError: As for :func:`join_from`.
+    """
     path = at_home(folder) / "config.json"
     content = _read(path)
     alpha, places = content.get("alpha"), {role: content.get(role) for role in ROLES}
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise ModelError(f"{path}: alpha must be a finite number, got {one_line(alpha)}; {_REMEDY}")
-    models = {}
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+        raise ModelError(f"{path}: alpha must be a finite number in float32, got {one_line(alpha)}; {_REMEDY}")
+    found = {}
     for role, place in places.items():
         if not isinstance(place, str) or not place:
             raise ModelError(f"{path}: {role} must name a folder or a hub id; {_REMEDY}")
         local = path.parent / place
-        if place.startswith((".", "/")) and not local.is_dir():
+        if place.startswith((".", "/")) and not os.path.isdir(local):
             raise ModelError(f"{path}: the {role} model is not in {place}; put it back, or correct the key {role!r}")
-        models[role] = load(str(local.resolve()) if local.is_dir() else place)
-    return LogitOffsetModel(**models, alpha=alpha)
+        found[role] = str(local.resolve()) if os.path.isdir(local) else place
+    return alpha, found
 
 
 def _read(path: Path) -> dict[str, Any]:

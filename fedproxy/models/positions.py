@@ -1,5 +1,6 @@
 """How many tokens a model can read at once, from its configuration alone."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,5 +34,5 @@ def _stretched(config: Any, most: int) -> Iterator[int]:
         return
     for part in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         factor, before = part.get("factor"), part.get("original_max_position_embeddings", most)
-        if isinstance(factor, int | float) and isinstance(before, int):
+        if isinstance(factor, int | float) and isinstance(before, int) and math.isfinite(before * factor):
             yield int(before * factor)

@@ -11,6 +11,7 @@ from fedproxy.errors import ConfigError, DataError, EvaluationError
 from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.own_data import score_rows
 from fedproxy.locks import locked
+from fedproxy.models.logit_offset import LogitOffsetModel
 
 from .conftest import write_rows
 
@@ -39,6 +40,15 @@ def test_result_files(cache, checkpoint, tmp_path, capsys):
     with pytest.raises(ConfigError, match="already holds scores; add overwrite=true or choose another output_dir"):
         evaluate.main(arguments)
     evaluate.main([*arguments, "overwrite=true"])
+
+
+def test_a_folder_of_joined_models_is_scored_like_its_target(cache, checkpoint, model, tokenizer, tmp_path):
+    LogitOffsetModel(model, model, model).save_pretrained(tmp_path / "joined")
+    tokenizer.save_pretrained(tmp_path / "joined")
+    for name, folder in (("one", checkpoint), ("three", tmp_path / "joined")):
+        evaluate.main([f"model={folder}", "tasks=[arc_easy]", "limit=2", f"output_dir={tmp_path}/{name}"])
+    one, three = (json.loads((tmp_path / name / "scores.json").read_text())["scores"] for name in ("one", "three"))
+    assert one["arc_easy"]["acc"] == three["arc_easy"]["acc"]
 
 
 def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, model, tokenizer, tmp_path, capsys):

@@ -60,6 +60,11 @@ def lose(folder, name):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def store(folder, name, dtype):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {name: tensors[name].to(dtype)}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def pipe(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
@@ -80,6 +85,18 @@ FAULTS = {
     "index that leads elsewhere": (
         lambda f: [shards(f), change(f, "model.safetensors.index.json", weight_map={"a": "../../etc/passwd"})],
         "must map every weight to a file beside it",
+    ),
+    "index with a long name": (
+        lambda f: [shards(f), change(f, "model.safetensors.index.json", weight_map={"a": "x" * 5000})],
+        r"lacks x+\.\.\., 1 of 1 files with weights; download the rest",
+    ),
+    "bytes for weights": (
+        lambda f: store(f, "model.layers.0.mlp.up_proj.weight", torch.int8),
+        r"is quantised \(model\.layers\.0\.mlp\.up_proj\.weight is of type I8\), .*give the checkpoint",
+    ),
+    "far too many words": (
+        lambda f: change(f, vocab_size=10**12),
+        r"config\.json asks for \d{14} weights, and the files hold \d+ bytes of them; copy the model again",
     ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), r"holds no weights \(no model\.safetensors"),
     "weights as a pipe": (lambda f: pipe(f, "model.safetensors"), "not a regular file"),
@@ -154,7 +171,7 @@ class Runs:
 
 
 def test_a_pickle_is_read_without_running_what_it_asks_for(folder, tmp_path):
-    torch.save({"a": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    torch.save(load_file(folder / "model.safetensors") | {"a": Runs(tmp_path / "ran")}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
     with pytest.raises(
         ModelError, match=r"its weights are a pickle that holds more than tensors.*copy the model again"
@@ -315,6 +332,7 @@ def test_a_tokenizer_s_file_that_is_a_pipe_is_not_waited_for(name, folder):
         ("someone/nowhere", "someone/nowhere is no model: .*; give an asset, a from_pretrained folder or a hub id"),
         ("a/b/c/d", "a/b/c/d is no model: "),
         ("no name\x00", "is no model"),
+        ("long" * 2000, "is no model"),
     ],
 )
 def test_paths_that_are_no_model(path, match, monkeypatch):

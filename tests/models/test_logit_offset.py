@@ -152,7 +152,9 @@ def test_tokens_that_only_the_target_has_reach_the_proxies_as_entry_0(three):
 def test_a_broken_configuration_is_one_line(tmp_path):
     for content, match in (
         ('{"model_type": "logit_offset", "alpha": 1}', r"config.json: target must name a folder or a hub id"),
-        ('{"model_type": "logit_offset", "alpha": NaN}', r"alpha must be a finite number, got nan; run fusion again"),
+        ('{"model_type": "logit_offset", "alpha": NaN}', r"alpha must be a finite number.*, got nan; run fusion again"),
+        ('{"model_type": "logit_offset", "alpha": 1e300}', r"alpha must be a finite number in float32, got 1e\+300"),
+        ('{"model_type": "logit_offset", "alpha": 1, "target": "./%s"}' % ("x" * 5000), "the target model is not in"),
         ('{"model_type": "logit_offset", "alpha": "1", "target": "."}', r"alpha must be a finite number"),
         # A wrapper of itself would be loaded for ever.
         ('{"model_type": "logit_offset", "alpha": 1, "target": ".", "tuned": ".", "untuned": "."}', "is no causal LM"),

@@ -24,6 +24,8 @@ from fedproxy.models.positions import positions
         ("llama", {"max_position_embeddings": 128, "rope_parameters": {
             "rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 32, "rope_theta": 1e4,
             "low_freq_factor": 1.0, "high_freq_factor": 4.0}}, 128),
+        ("llama", {"max_position_embeddings": 64, "rope_parameters": {
+            "rope_type": "linear", "factor": float("inf"), "rope_theta": 1e4}}, 64),  # no such stretch
     ],
 )  # fmt: skip
 def test_positions(family, options, expected):

@@ -256,7 +256,7 @@ class _Run:
 
 
 def _out_projection(block: nn.Module, decoder: Decoder) -> nn.Module:
-    hidden = decoder.model.get_input_embeddings().weight.shape[1]
+    hidden = decoder.model.config.get_text_config().hidden_size  # an embedding may be narrower (OPT's)
     try:
         return block.get_submodule(FeedForward.of(block, hidden).out_projection)
     except ModelError:

@@ -26,7 +26,7 @@ FAMILIES = {
     "phi3": {"num_key_value_heads": 2},
     "olmo2": {"num_key_value_heads": 2},
     "gpt2": {},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 16},
     "gpt_neox": {},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
