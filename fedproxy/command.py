@@ -1,12 +1,13 @@
 """What all commands share: help without heavy imports, errors as one line, exit codes."""
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from fedproxy.errors import CAUSE_HINT, LOG_NAME, FedProxyError, message_of, printable_lines, shows_causes
-from fedproxy.interrupts import describe, exit_code, handled, interruption
+from fedproxy.interrupts import SIGNALLED, describe, exit_code, handled, interruption
 from fedproxy.machine import wait_asleep
 
 BAD_INPUT = 2
@@ -44,7 +45,10 @@ def run_command(
     arguments = sys.argv[1:]
     words = [argument for argument in arguments if argument not in ("-h", "--help")]
     if len(words) == len(arguments):
-        sys.exit(exit_code_of(lambda: main(arguments)))
+        code = exit_code_of(lambda: main(arguments))
+        if code > SIGNALLED:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would only disturb the way out
+        sys.exit(code)
     if describe_keys is None:
         print(usage.strip())
         sys.exit(0)

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: files are closed, a report says why, and the run can go on."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command alike: files are closed, a report says why, and the run can go on."""
 
 import signal
 import threading
@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What docker stop, Slurm, systemd and a closed terminal send."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What Ctrl-C, docker stop, Slurm, systemd and a closed terminal send."""
+SIGNALLED = 128
+"""What shells and schedulers add to a signal's number for the exit code."""
 _SAME_REQUEST_S = 5.0
 """Signals that follow within this time ask for what the first one asked for."""
 
@@ -35,7 +37,7 @@ class _Received:
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Raise :class:`Terminated` in the main thread at SIGTERM and SIGHUP, for the length of the context.
+    """Raise :class:`Terminated` in the main thread at each of :data:`SIGNALS`, for the length of the context.
 
     A signal that is ignored (``nohup``) stays ignored.
     """
@@ -81,10 +83,11 @@ def interruption(error: BaseException, hint: str = "") -> KeyboardInterrupt | No
 
 def describe(interrupt: KeyboardInterrupt) -> str:
     """Return in one line what ended the work and how to go on."""
-    name = signal.Signals(interrupt.number).name if isinstance(interrupt, Terminated) else ""
-    return "; ".join(filter(None, (f"ended by {name}" if name else "interrupted", str(interrupt))))
+    number = interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT
+    how = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    return "; ".join(filter(None, (how, str(interrupt))))
 
 
 def exit_code(interrupt: KeyboardInterrupt) -> int:
-    """Return the exit code that shells and schedulers know: 128 and the number of the signal."""
-    return 128 + (interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT)
+    """Return the exit code that shells and schedulers know: :data:`SIGNALLED` and the number of the signal."""
+    return SIGNALLED + (interrupt.number if isinstance(interrupt, Terminated) else signal.SIGINT)

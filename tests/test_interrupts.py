@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command in one line with the exit code that schedulers know."""
+"""Ctrl-C, SIGTERM and SIGHUP end a command in one line with the exit code that schedulers know."""
 
 import os
 import re
@@ -22,9 +22,11 @@ def send(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_one_line_and_128_more(number, capsys):
+    before = signal.getsignal(number)
     assert exit_code_of(lambda: send(number)) == 128 + number
-    assert capsys.readouterr().err == f"ended by {signal.Signals(number).name}\n"
-    assert signal.getsignal(number) is signal.SIG_DFL
+    said = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+    assert capsys.readouterr().err == f"{said}\n"
+    assert signal.getsignal(number) is before
 
 
 def test_it_counts_as_ctrl_c_for_those_who_clean_up():
@@ -52,17 +54,18 @@ def test_a_signal_that_a_library_swallowed_is_found_at_the_next_look():
     assert exit_code_of(swallowed) == 128 + signal.SIGTERM
 
 
-def test_a_second_signal_does_not_disturb_the_report_of_the_first():
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGHUP, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
+def test_a_second_signal_does_not_disturb_the_report_of_the_first(first, second):
     done = []
 
     def clean_up():
         try:
-            send(signal.SIGHUP)
+            send(first)
         finally:
-            send(signal.SIGTERM)
+            send(second)
             done.append("report")
 
-    assert exit_code_of(clean_up) == 128 + signal.SIGHUP
+    assert exit_code_of(clean_up) == 128 + first
     assert done == ["report"]
 
 

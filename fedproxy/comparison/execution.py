@@ -100,10 +100,11 @@ def do_runs(todo: Sequence[Cell], study: Study, display: Display) -> list[Outcom
     found = [_recorded(cell) for cell in todo]
     if study.only_report:
         return [Outcome(cell, record) for cell, record in zip(todo, found, strict=True)]
-    for cell, record in zip(todo, found, strict=True):
-        if record is None:
-            RunFolder(cell.config.output_dir).check_continues(cell.config, "delete that folder to run it anew")
-            check_comparable(cell.config)
+    new = [cell for cell, record in zip(todo, found, strict=True) if record is None]
+    for cell in new:
+        RunFolder(cell.config.output_dir).check_continues(cell.config, "delete that folder to run it anew")
+    if new:
+        check_comparable(new[0].config)  # all are asked the same
     shared = shared_work(study)
     outcomes = []
     for number, (cell, record) in enumerate(zip(todo, found, strict=True), start=1):

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedproxy.errors import CheckpointError
+from fedproxy.machine import processor
 from fedproxy.sealed_tensors import check_tensors, sealed
 
-_FORMAT = "teacher-3"
+_FORMAT = "teacher-4"
 _STALE_S = 3600.0
 _ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
 _PART = ".fedproxy-"
@@ -83,7 +84,7 @@ class Entry:
 
 
 class TeacherCache:
-    """Entries by what they depend on: target's hash, batch's tokens, autocast's dtype, and what they hold of it.
+    """Entries by what they depend on: target's hash, batch's tokens, autocast, device, and what they hold of it.
 
     The distributions of a batch (with k and temperature) are one entry, the hidden states of each block another, so
     that proxies of other blocks, or distillation without hidden states, find what they have in common.
@@ -123,7 +124,9 @@ class TeacherCache:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         device = ids.device.type
         precision = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-        common = hashlib.sha256(json.dumps([_FORMAT, self.target_sha256, precision, list(ids.shape)]).encode())
+        common = hashlib.sha256(
+            json.dumps([_FORMAT, self.target_sha256, precision, list(ids.shape), *_made_by(ids.device)]).encode()
+        )
         for tensor in (ids, mask):
             common.update(tensor.cpu().contiguous().numpy().tobytes())
         parts: dict[int | None, list[Any]] = {None: ["distributions", self.top_k, temperature]} if distributions else {}
@@ -204,3 +207,11 @@ class TeacherCache:
             f"distillation.cache_teacher: {self.folder} cannot be written ({error}); free disk space, set "
             "FEDPROXY_CACHE to a larger disk, or lower distillation.cache_gib"
         )
+
+
+def _made_by(device: torch.device) -> tuple[str | int, ...]:
+    """Return what the last bits depend on beside the model: the device, and the version of its kernels."""
+    if device.type == "cpu":
+        return processor(), torch.get_num_threads(), torch.__version__
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, torch.__version__

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from fedproxy.config import RunConfig
-from fedproxy.errors import ConfigError, FedProxyError, message_of, shows_causes
+from fedproxy.errors import CheckpointError, ConfigError, FedProxyError, message_of, shows_causes
 from fedproxy.federation.client.log import last_entry
 from fedproxy.files import write_text
 from fedproxy.interrupts import check_interrupt, describe, interruption
@@ -88,11 +88,23 @@ def _told(current: Run) -> Iterator[None]:
 
 
 def _report_failure(current: Run, reason: str) -> None:
-    """Say why a run ended, as far as that can be written: what ended it matters more."""
+    """Say why a run ended, as far as that can be written: what ended it matters more.
+
+    The report of a run that was finished, and was to go on, stays as long as the scores that it tells of are there.
+    """
     with suppress(Exception):
-        save_report(report_of(current, status="failed", error=reason), current.folder.root)
+        if not _is_reported(current):
+            save_report(report_of(current, status="failed", error=reason), current.folder.root)
     with suppress(Exception):
         current.loggers.close("failed")
+
+
+def _is_reported(current: Run) -> bool:
+    try:
+        current.verify("evaluation")
+        return RunReport.load(current.folder.report).run.status == "completed"
+    except CheckpointError:
+        return False
 
 
 def compress_only(config: RunConfig, display: Display | None = None) -> RunReport:

@@ -1,5 +1,6 @@
-"""What models are scored on is nothing that clients train on: compared by real files, and by sets that share rows."""
+"""What models are scored on is nothing that clients train on: compared by files, bytes, and sets of equal rows."""
 
+import filecmp
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def check_unseen_file(name: str, path: str, trained: Mapping[Path, str]) -> None
     other = _trained(files_of(path), trained)
     if other is not None:
         raise ConfigError(
-            f"evaluation.files.{name} is data.files.{other}, which clients train on; give rows that nobody does"
+            f"evaluation.files.{name} is data.files.{other} or a copy of it, which clients train on; give rows that "
+            "nobody does"
         )
 
 
@@ -70,9 +72,22 @@ def check_unseen_tasks(config: RunConfig) -> None:
 
 def _trained(asked: Iterable[Path], trained: Mapping[Path, str]) -> str | None:
     """Return the name of a source that has rows of files that are asked, or None."""
-    asked = set(asked)
+    asked = list(asked)
     sets = set(map(_set, asked))
-    return next((name for file, name in trained.items() if file in asked or _partner(_set(file)) in sets), None)
+    for file, name in trained.items():
+        if _partner(_set(file)) in sets or any(_same(file, other) for other in asked):
+            return name
+    return None
+
+
+def _same(file: Path, other: Path) -> bool:
+    """Return whether this is one file, or a copy of it."""
+    if file == other:
+        return True
+    try:
+        return file.is_file() and other.is_file() and filecmp.cmp(file, other, shallow=False)
+    except OSError:  # whoever reads its rows says so
+        return False
 
 
 def _set(file: Path) -> str:

@@ -90,10 +90,13 @@ def test_one_failure_is_told_and_the_rest_goes_on(finished, compare_tiny, tmp_pa
     assert result.comparison.analysis.methods[0].rounds == len(made.report.rounds)
     assert "h_ties, seed 7, failed: client 'x' failed in round 1" in (tmp_path / "comparison.md").read_text()
     shutil.rmtree(tmp_path / "records/fedavg")
+    checked = []
+    monkeypatch.setattr(execution, "check_comparable", checked.append)
     with pytest.raises(
         CheckpointError, match=r"there is no finished run to compare \(h_ties.*; fedavg, seed 7: Runtime"
     ):
         compare_tiny(tmp_path, "seeds=[7]")
+    assert len(checked) == 1  # methods are asked the same: files of questions are read once for all
     assert "boom" in (tmp_path / "work/runs/fedavg/seed_7.traceback.txt").read_text()
 
 

@@ -153,6 +153,15 @@ def entry(tokens):
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 
 
+@pytest.mark.parametrize("made_by", ["modules.teacher_cache.processor", "modules.teacher_cache.torch.get_num_threads"])
+def test_an_entry_of_another_machine_is_not_taken(tmp_path, monkeypatch, made_by):
+    [batch], cache = text_batches(1), make_cache(tmp_path)
+    before = cache.keys(batch, [0], 1.0, True)
+    assert before == make_cache(tmp_path).keys(batch, [0], 1.0, True)
+    monkeypatch.setattr(f"fedproxy.{made_by}", lambda: 77)
+    assert not set(before.values()) & set(cache.keys(batch, [0], 1.0, True).values())
+
+
 def test_files_of_others_are_never_deleted_for_room(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"x" * 9000)
     os.utime(tmp_path / "model.safetensors", (1, 1))

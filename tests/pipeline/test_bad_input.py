@@ -128,9 +128,8 @@ def test_a_clients_fault_names_client_and_round_and_keeps_what_was_done(run_tiny
         message = f"client 'tiny_places' failed in round 2: {said}; that leaves 3 of 4 clients, and"
         with pytest.raises(ClientError, match=message):
             run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
-    report = RunReport.load(folder)
-    assert (report.run.status, len(report.rounds)) == ("failed", 1)
-    assert message in str(report.run.error)
+    report = RunReport.load(folder)  # of the round that was finished before
+    assert (report.run.status, len(report.rounds)) == ("completed", 1)
     assert "out of\nmemory" in (folder / log).read_text()
     report, _ = run_tiny("federation.rounds=2", "evaluation.models=[]", "resume=auto", folder=folder)
     assert (report.run.status, len(report.rounds)) == ("completed", 2)

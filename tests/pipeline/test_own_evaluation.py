@@ -130,7 +130,10 @@ def test_rounds_can_be_scored_by_an_evaluator(run_tiny, wards):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("evaluation.files.x=data_a",), "evaluation.files.x is data.files.a, which clients train on; give rows that"),
+        (
+            ("evaluation.files.x=data_a",),
+            "evaluation.files.x is data.files.a or a copy of it, which clients",
+        ),
         (("evaluation.files.x=nowhere.jsonl",), "nowhere.jsonl does not exist"),
         (("evaluation.files.mean=data_a",), "evaluation.files must be named otherwise"),
         (("evaluation.evaluators.own_dat={}",), "unknown evaluator.*own_data"),

@@ -1,6 +1,7 @@
 """No model is scored on what clients train on, whatever way that is named."""
 
 import json
+import shutil
 
 import pytest
 
@@ -23,6 +24,7 @@ def ward(tmp_path, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"prompt": f"In {name}?\nAnswer:", "target": "yes"}) + "\n")
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "ward/train.jsonl")
+    shutil.copy(tmp_path / "ward/train.jsonl", tmp_path / "copy.jsonl")
     return tmp_path
 
 
@@ -30,21 +32,32 @@ def config(*words):
     return load_config(["recipe=fedproxy_tiny", "data.tasks=[]", *words])
 
 
-WAYS = ("ward/train.jsonl", "ward", "./ward/train.jsonl", "HERE/ward/train.jsonl", "ward/*.jsonl", "link.jsonl")
+WAYS = (
+    "ward/train.jsonl",
+    "ward",
+    "./ward/train.jsonl",
+    "HERE/ward/train.jsonl",
+    "ward/*.jsonl",
+    "link.jsonl",
+    "copy.jsonl",
+)
 
 
 @pytest.mark.parametrize("scored", WAYS)
 @pytest.mark.parametrize("trained", ["ward", "ward/tr*.jsonl", "HERE/ward/train.jsonl"])
 def test_a_file_that_is_trained_on_is_refused_however_it_is_named(ward, trained, scored):
     words = [f"data.files.a={trained}", f"evaluation.files.x={scored}"]
-    with pytest.raises(ConfigError, match=r"evaluation.files.x is data.files.a, which clients train on; give rows"):
+    with pytest.raises(
+        ConfigError, match=r"evaluation.files.x is data.files.a or a copy of it, which clients train on; give"
+    ):
         evaluation_rows(config(*(word.replace("HERE", str(ward)) for word in words)))
 
 
 def test_other_files_are_read(ward):
     (ward / "ward/test.jsonl").write_text('{"prompt": "a", "target": "b"}\n')
     words = ("data.files.a=ward", "evaluation.files.x=*.jsonl", "evaluation.files.y=ward/test.jsonl")
-    (ward / "link.jsonl").unlink()
+    for name in ("link.jsonl", "copy.jsonl"):
+        (ward / name).unlink()
     assert {name: len(rows) for name, rows in evaluation_rows(config(*words)).items()} == {"x": 1, "y": 1}
 
 
@@ -63,7 +76,7 @@ def cache(tmp_path, monkeypatch):
     for name in ("chat-qa/gsm8k/train", "chat-qa/trivia_qa/train", "open-qa/gsm8k/test", "open-qa/triviaqa/validation"):
         path = tmp_path / f"{name}.jsonl"
         path.parent.mkdir(parents=True)
-        path.write_text('{"question": "1+1?", "answer": "2"}\n')
+        path.write_text(json.dumps({"question": f"1+1? {name}", "answer": "2"}) + "\n")
     return tmp_path
 
 
@@ -86,7 +99,9 @@ def test_held_out_rows_of_a_trained_set_are_refused(cache):
     files = [f"{cache}/chat-qa/gsm8k", f"{cache}/open-qa/gsm8k/test.jsonl"]
     for trained, scored in (files, reversed(files)):
         words = (f"data.files.sums={trained}", f"evaluation.files.x={scored}", "data.prompt_column=question")
-        with pytest.raises(ConfigError, match=r"evaluation.files.x is data.files.sums, which clients train on"):
+        with pytest.raises(
+            ConfigError, match=r"evaluation.files.x is data.files.sums or a copy of it, which clients train on"
+        ):
             evaluation_rows(config(*words, "data.target_column=answer"))
 
 

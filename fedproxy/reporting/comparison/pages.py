@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedproxy.files import plain, write_json, write_text
+from fedproxy.metric_facts import HEADLINES
 from fedproxy.reporting.comparison.plots import comparison_plots
 from fedproxy.reporting.comparison.records import Record
 from fedproxy.reporting.comparison.view import Comparison, ComparisonView, build_view
@@ -17,7 +18,12 @@ from fedproxy.reporting.tables import all_shown, shown
 from fedproxy.reporting.view import presentable
 
 SCHEMA_VERSION = 1
-_CSV_METRICS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "answer_nll", "n")
+_OF_ANSWERS = tuple(name for name in HEADLINES if name not in ("acc", "acc_norm", "answer_nll"))
+_CSV_METRICS = (
+    *("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "answer_nll"),
+    *(column for name in _OF_ANSWERS for column in (name, f"{name}_stderr")),
+    "n",
+)
 _CSV_COSTS = ("upload_bytes", "download_bytes", "trainable_parameters", "client_seconds")
 _FORMULA = ("=", "+", "-", "@", "\N{FULLWIDTH EQUALS SIGN}", "\N{FULLWIDTH PLUS SIGN}", "\N{FULLWIDTH COMMERCIAL AT}")
 Runs = Mapping[str, Sequence[Record]]

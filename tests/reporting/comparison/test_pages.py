@@ -77,6 +77,14 @@ def test_json_and_csv_hold_the_numbers(files, runs):
     )
     assert float(line["acc_norm"]) == runs["fedproxy"][1].report.scores["fused"]["easy"]["acc_norm"]
     assert line["examples"] == "640"
+    assert {
+        "exact_match",
+        "f1",
+        "f1_stderr",
+        "em",
+        "rouge_l",
+        "rouge_l_stderr",
+    } <= line.keys()
 
 
 def test_findings_name_whom_the_reference_beats(files):
