@@ -1,5 +1,6 @@
 """What all commands share: help without heavy imports, errors as one line, exit codes."""
 
+import os
 import signal
 import sys
 import traceback
@@ -75,10 +76,21 @@ def exit_code_of(work: Callable[[], int | None]) -> int:
             if isinstance(error, FedProxyError):
                 _say_error(error)
                 return BAD_INPUT
+            if isinstance(error, FileNotFoundError) and not _stands_somewhere():
+                _say("error: the working directory was deleted; change into one that is there")
+                return BAD_INPUT
             if isinstance(error, BrokenPipeError):  # the reader of our output went away (`| head`)
                 sys.stderr.close()
                 return 0
             raise
+
+
+def _stands_somewhere() -> bool:
+    """Return whether the working directory is there."""
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def _say_error(error: FedProxyError) -> None:

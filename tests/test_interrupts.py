@@ -92,6 +92,14 @@ def test_errors_and_ctrl_c_are_as_before(capsys):
     assert str(Terminated(15, "go on")) == "go on"
 
 
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert exit_code_of(os.getcwd) == 2
+    assert capsys.readouterr().err == "error: the working directory was deleted; change into one that is there\n"
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [
