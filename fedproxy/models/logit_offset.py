@@ -23,7 +23,7 @@ from fedproxy.files import at_home, read_json, write_json
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
-LARGEST_ALPHA = torch.finfo(torch.float32).max
+_LARGEST_ALPHA = torch.finfo(torch.float32).max
 _REMEDY = "run fusion again"
 
 
@@ -229,7 +229,7 @@ def parts_of(folder: str | Path) -> tuple[float, dict[str, str]]:
     path = at_home(folder) / "config.json"
     content = _read(path)
     alpha, places = content.get("alpha"), {role: content.get(role) for role in ROLES}
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= LARGEST_ALPHA:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) <= _LARGEST_ALPHA:
         raise ModelError(f"{path}: alpha must be a finite number in float32, got {one_line(alpha)}; {_REMEDY}")
     found = {}
     for role, place in places.items():

@@ -18,7 +18,7 @@ from fedproxy.evaluation.evaluators.base import Asked
 from fedproxy.evaluation.validation import Question
 from fedproxy.federation.server.checkpoint import CheckpointFolder, Progress
 from fedproxy.models import LayerMap, load_model, load_tokenizer, state_sha256
-from fedproxy.models.mapped import release
+from fedproxy.models.mapped import release, trim
 from fedproxy.pipeline.asked import asked_of
 from fedproxy.pipeline.display import Display
 from fedproxy.pipeline.folder import RunFolder
@@ -222,9 +222,10 @@ class Run:
         return load_model(self.target_path, dtype=self.config.target.dtype), load_tokenizer(self.target_path)
 
     def let_go(self) -> None:
-        """Free the target, which is loaded again where it is needed, and the memory of all weights in mapped files."""
+        """Free the target, which is loaded again where it is needed, and all memory that was used and is not needed."""
         self.__dict__.pop("target", None)
         release()
+        trim()
 
     @property
     def fusible_target(self) -> PreTrainedModel:

@@ -71,7 +71,10 @@ CASES = [
     ("trainer.a=[a", r"^trainer.a: \[a cannot be read as YAML \(line \d, column \d: "),
     ("trainer.a=*x", r"^trainer.a: \*x cannot be read as YAML \(.*found undefined alias"),
     ("seed=!!python/name:os.system", r"^seed: .*the tag tag:yaml.org,2002:python/name:os.system is not read"),
-    ("trainer.a=" + "[" * 9000, r"^trainer.a: \[+\.\.\. cannot be read as YAML \(line 1: it is nested more than 30"),
+    (
+        "trainer.a=" + "[" * 9000,
+        r"^trainer.a: \[+\.\.\. cannot be read as YAML \(line 1[:,] .*nest",
+    ),  # PyYAML's own bound
     ("x\x1b[31m\n=1", r"^x: unknown key"),
     ("recipe=[a]", r"^recipe=\[a\]: unknown recipe; known: "),
     ("recipe=fedproxy_tiny.yaml", r"^recipe=fedproxy_tiny.yaml: no such file; .* lists the shipped recipes"),

@@ -393,3 +393,12 @@ def test_a_family_s_own_check_is_said_and_not_its_announcement(folder):
         load_config(folder)
     assert "Class validation error" not in str(found.value)
     assert "30" in str(found.value)
+
+
+def test_the_head_of_a_model_in_half_precision_gets_states_without_gaps(folder):
+    """PyTorch copies the head once per row for the last positions of a batch otherwise, see ``load_weights``."""
+    model, seen = load_model(folder, dtype="bfloat16"), []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, states: seen.append(states[0]))
+    model.generate(torch.tensor([[3, 4, 5], [5, 4, 3]]), max_new_tokens=2, pad_token_id=0)
+    assert seen[0].shape[:2] == (2, 1)
+    assert all(states.is_contiguous() for states in seen)

@@ -1,5 +1,6 @@
 """Memory of mapped weights comes back, and no value is lost by it."""
 
+import platform
 import sys
 from pathlib import Path
 
@@ -24,10 +25,10 @@ def weight(tmp_path):
         return file.get_tensor("weight")
 
 
-def file_bytes():
+def file_bytes(field="RssFile"):
     """Bytes of files in this process's memory, as /proc/self/status says."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def test_memory_is_given_back_and_values_stay(weight):
@@ -69,3 +70,14 @@ def test_other_systems_keep_all(weight, monkeypatch):
     weight.sum()
     mapped.release()
     assert file_bytes() - before > 0.9 * 4 * SIZE
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_freed_memory_below_memory_in_use_comes_back():
+    freed = [torch.ones(2**16) for _ in range(1024)]  # a quarter of a MiB each: in the heap
+    above = torch.ones(2**12)
+    before = file_bytes("RssAnon")
+    freed.clear()
+    mapped.trim()
+    assert before - file_bytes("RssAnon") > 128 * 2**20
+    assert above.sum() == 2**12

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from fedproxy.errors import ModelError
 from fedproxy.models import LayerMap
 from fedproxy.models.decoder import share_weights
-from fedproxy.models.logit_offset import LARGEST_ALPHA, LogitOffsetModel
+from fedproxy.models.logit_offset import LogitOffsetModel
 from fedproxy.strategies.fusion.base import Fusion, Weights
 from fedproxy.strategies.fusion.none import tuned_model
 
@@ -30,7 +30,7 @@ class LogitOffset(Fusion, name="logit_offset"):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        self.require("alpha", 0.0 <= self.alpha <= LARGEST_ALPHA, "at least 0, and a number of float32")
+        self.require("alpha", 0.0 <= self.alpha < 3.4e38, "at least 0, and a number of float32")
 
     def combine(self, target: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Return the target's weight."""
