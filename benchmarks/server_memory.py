@@ -1,11 +1,12 @@
 """The server's peak memory in every stage of a whole run on a random Llama of 0.98 B parameters in bfloat16.
 
-    python -m benchmarks.server_memory                                     # a quarter of an hour on 2 cores with AMX
+    python -m benchmarks.server_memory                                     # two minutes on a core with AMX, far more without
     python -m benchmarks.server_memory file=memory.json federation.rounds=2
 
 Half of the blocks are removed, and two clients train in the server's own process. A stage's peak is resident memory
-(Linux: VmHWM of /proc, started afresh after every stage), libraries included, beside what `recipes plan` says of it and
-the bound that the project sets itself: 1.15 x the target's bytes + 1 GiB. Words beyond `file` go to the recipe.
+(Linux: VmHWM of /proc, started afresh after every stage), libraries included, beside what `recipes plan` says of it,
+told the longest row that the clients had, and the bound that the project sets itself: 1.15 x the target's bytes + 1
+GiB. Words beyond `file` go to the recipe.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.plan_check import longest
 from fedproxy.data.assets import resolve
 from fedproxy.models import load_tokenizer
 from fedproxy.pipeline.plan import plan
@@ -28,7 +30,8 @@ from fedproxy.pipeline.planning.memory import SERVER_PROCESS
 
 DEFAULTS = {
     "recipe": "fedproxy_llama", "target.dtype": "bfloat16", "compression.ratio": "0.5",
-    "compression.calibration.rows": "8", "data.tasks": "[arc_easy, csqa]", "data.rows_per_task": "16",
+    "compression.calibration.rows": "8", "compression.calibration.max_tokens": "64",
+    "data.tasks": "[arc_easy, csqa]", "data.rows_per_task": "16",
     "client.batch_size": "4", "federation.rounds": "1", "evaluation.limit": "4",
 }  # fmt: skip
 STAGES = {"compressed": ("compression",), "round": ("federation",), "evaluated": ("fusion", "evaluation")}
@@ -43,12 +46,14 @@ def main(words: list[str]) -> dict[str, Any]:
         parameters = write_target(Path(name) / "target")
         arguments = [f"{key}={value}" for key, value in {**DEFAULTS, **given}.items()]
         arguments.append(f"target.path={Path(name) / 'target'}")
-        predicted = plan(arguments)
+        folder = Path(name) / "run"
+        found = peaks([*arguments, f"output_dir={folder}"])
+        predicted = plan([*arguments, *(f"plan.{key}={value}" for key, value in longest(folder).items())])
         figures: dict[str, Any] = {
             "parameters": parameters,
             "bound_gb": round((1.15 * 2 * parameters + 2**30) / 1e9, 2),
         }
-        for stages, peak in peaks([*arguments, f"output_dir={Path(name) / 'run'}"]).items():
+        for stages, peak in found.items():
             foreseen = max(predicted.peak("server", stage) for stage in stages) + SERVER_PROCESS
             figures[" and ".join(stages)] = {
                 "measured_gb": gigabytes(peak),
