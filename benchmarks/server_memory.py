@@ -1,6 +1,6 @@
 """The server's peak memory in every stage of a whole run on a random Llama of 0.98 B parameters in bfloat16.
 
-    python -m benchmarks.server_memory                                     # two minutes on a core with AMX, far more without
+    python -m benchmarks.server_memory                                     # two minutes with AMX, far more without
     python -m benchmarks.server_memory file=memory.json federation.rounds=2
 
 Half of the blocks are removed, and two clients train in the server's own process. A stage's peak is resident memory
