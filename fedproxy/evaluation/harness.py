@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedproxy.console import progress_console
 from fedproxy.evaluation.chat import PLAIN, ChatFormat
 from fedproxy.evaluation.loaded_task import LoadedTask
 from fedproxy.evaluation.offline_tasks import Split, missing_assets, task_names
@@ -210,9 +211,8 @@ def _bar(progress: bool | Progress) -> Iterator[Progress | None]:
     if not progress:
         yield None
         return
-    from rich.console import Console
     from rich.progress import Progress as Bar
 
-    with Bar(console=Console(stderr=True), transient=True) as bar:
+    with Bar(console=progress_console(), transient=True) as bar:
         task = bar.add_task("evaluating")
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedproxy.console import progress_console
 from fedproxy.errors import one_line
 from fedproxy.reporting.formatting import duration, size
 
@@ -32,7 +33,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or progress_console()
 
     def say(self, message: str) -> None:
         """Print one line."""

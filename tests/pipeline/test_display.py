@@ -5,6 +5,7 @@ import logging
 
 from rich.console import Console
 
+from fedproxy.console import progress_console
 from fedproxy.pipeline import display as module
 from fedproxy.pipeline.display import Display
 
@@ -82,3 +83,11 @@ def test_quick_work_leaves_no_line_in_a_log_file():
         bar.step("a")
         bar.set(2, 2)
     assert text.getvalue() == ""
+
+
+def test_a_notebooks_cell_gets_lines(monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    assert progress_console().is_terminal
+    monkeypatch.setenv("JPY_PARENT_PID", "7")
+    assert not progress_console().is_terminal

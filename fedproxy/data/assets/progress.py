@@ -1,8 +1,9 @@
 """Progress on standard error: a byte bar for downloads, a spinner for conversions."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from fedproxy.console import progress_console
 
 
 @contextmanager
@@ -11,11 +12,10 @@ def byte_bar(label: str, total: int, show: bool) -> Iterator[Callable[[int], Non
     if not show:
         yield lambda _: None
         return
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(file=sys.stderr)) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=progress_console()) as bar:
         task = bar.add_task(label, total=total)
         yield lambda done: bar.update(task, completed=min(done, total))
 
@@ -26,11 +26,10 @@ def step(label: str, show: bool) -> Iterator[None]:
     if not show:
         yield
         return
-    from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
+    with Progress(*columns, console=progress_console()) as bar:
         task = bar.add_task(label, total=1)
         yield
         bar.update(task, completed=1)
