@@ -15,6 +15,15 @@ from fedproxy.errors import DataError
 from fedproxy.interrupts import SIGNALS, Terminated, check_interrupt, handled
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """Tests that run in the background inherit signals that are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number):
     os.kill(os.getpid(), number)
     time.sleep(1)  # the handler runs before this ends
