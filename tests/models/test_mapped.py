@@ -74,7 +74,7 @@ def test_other_systems_keep_all(weight, monkeypatch):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
 def test_freed_memory_below_memory_in_use_comes_back():
-    freed = [torch.ones(2**16) for _ in range(1024)]  # a quarter of a MiB each: in the heap
+    freed = [torch.ones(2**14) for _ in range(4096)]  # 64 KiB each: in the heap, not in mappings of their own
     above = torch.ones(2**12)
     before = file_bytes("RssAnon")
     freed.clear()
