@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -108,19 +107,8 @@ def load_weights(path: str | Path, *, remedy: str, **options: Any) -> PreTrained
         raise ModelError(
             f"{path}: the checkpoint lacks {len(missing)} tensors, the first is {missing[0]}; copy the model again"
         )
-    head = model.get_output_embeddings()
-    if isinstance(head, torch.nn.Module):
-        head.register_forward_pre_hook(_without_gaps)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
-
-
-def _without_gaps(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Copy half-precision states that do not lie side by side, as those of generation's last positions do not.
-
-    PyTorch's product of such a batch on the CPU copies the weight once per row and takes a thousand times as long.
-    """
-    return tuple(states if states.dtype == torch.float32 else states.contiguous() for states in inputs)
 
 
 def load_gguf(file: Path) -> PreTrainedModel:

@@ -11,6 +11,7 @@ from fedproxy.errors import ConfigError, FedProxyError, ModelError, first_line
 from fedproxy.models.checkpoints import special_ids, without_reports
 from fedproxy.models.decoder import Decoder, positions_limit
 from fedproxy.models.mapped import release
+from fedproxy.models.modes import evaluating
 from fedproxy.models.skipping import skipping
 from fedproxy.models.streaming import released_by_block
 
@@ -64,7 +65,7 @@ def check_decoder(model: PreTrainedModel, *, remedy: str) -> None:
             return_dict_in_generate=True,
             disable_compile=True,
         )
-        with _own_generation_config_aside(model):
+        with evaluating(model), _own_generation_config_aside(model):
             said = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=options)
         expected = _logits(model, said.sequences[:, :-1])[:, -_GENERATED:]
         gap = _gap(torch.stack(said.logits, dim=1).float(), expected)

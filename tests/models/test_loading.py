@@ -17,6 +17,7 @@ from fedproxy.data.loading import load_from_hub
 from fedproxy.errors import DataError, FedProxyError, ModelError
 from fedproxy.models import Decoder, check_model, load_model, load_tokenizer
 from fedproxy.models.loading import build, load_config
+from fedproxy.models.modes import evaluating
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345\n"
 
@@ -396,9 +397,11 @@ def test_a_family_s_own_check_is_said_and_not_its_announcement(folder):
 
 
 def test_the_head_of_a_model_in_half_precision_gets_states_without_gaps(folder):
-    """PyTorch copies the head once per row for the last positions of a batch otherwise, see ``load_weights``."""
+    """PyTorch copies the head once per row for the last positions of a batch otherwise, see ``evaluating``."""
     model, seen = load_model(folder, dtype="bfloat16"), []
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, states: seen.append(states[0]))
-    model.generate(torch.tensor([[3, 4, 5], [5, 4, 3]]), max_new_tokens=2, pad_token_id=0)
+    with evaluating(model):
+        model.get_output_embeddings().register_forward_pre_hook(lambda _, states: seen.append(states[0]))
+        model.generate(torch.tensor([[3, 4, 5], [5, 4, 3]]), max_new_tokens=2, pad_token_id=0)
+    assert len(model.get_output_embeddings()._forward_pre_hooks) == 1  # the test's own
     assert seen[0].shape[:2] == (2, 1)
     assert all(states.is_contiguous() for states in seen)
