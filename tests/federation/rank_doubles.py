@@ -16,6 +16,8 @@ def remote(folder: Path) -> RemoteClient:
 
 
 def make(*, device, folder, rank, rendezvous):
+    if (Path(folder) / f"slow_{rank}").exists():
+        time.sleep(1.5)
     if (Path(folder) / f"start_{rank}").exists():
         raise ClientError("there is no room for the proxy")
     return _Process(Path(folder), rank)

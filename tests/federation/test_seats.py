@@ -120,6 +120,7 @@ def test_processes_that_cannot_start_are_one_line(pool, words):
     pool.close()
     fresh = Engine.by_name("in_process")().start(lambda: None, remote(words), words / "pool")
     (words / "start_1").touch()
+    (words / "slow_0").touch()  # the one that fails has ended before the other is heard: its words are the reason
     message = r"^trainer.devices: 2 processes for each client: .* cannot start: process 2 of 2: there is no room"
     try:
         with pytest.raises(ClientError, match=message):

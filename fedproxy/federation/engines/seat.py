@@ -125,7 +125,8 @@ class Seat:
         if turn == "starting":
             if kind not in ("ready", "failed"):
                 raise BadMessageError("answered before it was ready")
-            self._tell(rank, Verdict(kind, self._said(rank, message.text), rank), "idle")
+            turn = "gone" if kind == "failed" else "idle"  # it ends now, and has said why
+            self._tell(rank, Verdict(kind, self._said(rank, message.text), rank), turn)
         elif self.task is None or message.task != self.task.number:
             raise BadMessageError("answered what it was not asked")
         elif turn == "given" and kind == "started":
