@@ -203,11 +203,17 @@ def compare(examples: list[Example], tokenizer) -> Turns:
 
 
 def break_down(examples: list[Example], pad_id: int, steps: int = 10) -> dict[str, float]:
-    """Return seconds of some steps by part; the parts of each batch are measured one after the other."""
-    trainable = attach(load_proxy())
+    """Return seconds of a step by part; the parts of each batch are measured one after the other.
+
+    ``products`` are the body's matrix products alone, on the same shapes: what its speed is measured against.
+    """
+    proxy = load_proxy()
+    weights = [layer.weight for layer in proxy.model.layers.modules() if isinstance(layer, torch.nn.Linear)]
+    widths = {width for weight in weights for width in weight.shape}
+    trainable = attach(proxy)
     model, parameters = trainable.model.train(), list(trainable.parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0, fused=True)
-    seconds = dict.fromkeys(("step", "body", "head", "optimiser", "framework"), 0.0)
+    seconds = dict.fromkeys(("step", "body", "products", "head", "optimiser", "framework"), 0.0)
 
     @contextmanager
     def timed(part: str, sign: int = 1) -> Iterator[None]:
@@ -231,6 +237,12 @@ def break_down(examples: list[Example], pad_id: int, steps: int = 10) -> dict[st
             embedded = model.get_input_embeddings()(batch["input_ids"]).requires_grad_()
             hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
             hidden.backward(torch.ones_like(hidden))
+        states = {width: torch.randn(batch["input_ids"].numel(), width) for width in widths}
+        with timed("products"), torch.no_grad():
+            for weight in weights:
+                outputs, inputs = weight.shape
+                torch.nn.functional.linear(states[inputs], weight)  # forward
+                torch.mm(states[outputs], weight)  # gradient of the inputs
         with timed("head"):
             picked = hidden.detach()[answers].requires_grad_()
             answer_nll(model.lm_head(picked), batch["labels"][answers]).mean().backward()
@@ -274,10 +286,13 @@ def main() -> None:
         print(f"fedproxy / {side}: {figures[f'ratio to {side}']:.2f} x examples per second ({cpu:.2f} x by CPU time)")
     print("where a step's time goes (ten batches again, part by part):")
     parts = break_down(examples, tokenizer.pad_token_id)
+    products = parts.pop("products")
     total = sum(parts.values())
     for part, seconds in sorted(parts.items(), key=lambda item: -item[1]):
         figures[f"share {part}"] = seconds / total
         print(f"  {part:14s} {1e3 * seconds:7.0f} ms  {seconds / total:5.1%}")
+    figures["MFU of body"] = products / parts["body"]
+    print(f"body: {products / parts['body']:.0%} MFU; its matrix products alone take {1e3 * products:.0f} ms here")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
 

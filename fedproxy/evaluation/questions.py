@@ -104,13 +104,17 @@ class Questions:
             progress: True shows a bar for tasks, a function is called with (done, total).
 
         Raises:
-            FedProxyError: If a task or a row cannot be asked.
+            FedProxyError: If the model is not causal, or a task or a row cannot be asked.
         """
         from fedproxy.evaluation.harness import evaluate_model
         from fedproxy.evaluation.own_data import score_rows
         from fedproxy.evaluation.results import merged
+        from fedproxy.models.modes import evaluating
+        from fedproxy.models.probing import check_causal
 
         rows, single, results = self._rows, self._single, []
+        with evaluating(model):
+            check_causal(model, remedy="give a decoder-only causal LM")
         if single:
             sizes: dict[str, Any] = {"batch_size": self.batch_size, "batch_tokens": self.batch_tokens}
             results.append(evaluate_model(model, tokenizer, single, progress=progress, **sizes, **self._options))

@@ -45,15 +45,9 @@ def check_decoder(model: PreTrainedModel, *, remedy: str) -> None:
         ModelError: If it is not, or if it fails to run.
     """
     kind, ids = type(model).__name__, _probe(model)
+    if not check_causal(model, remedy=remedy):
+        raise ModelError(f"{kind}: its logits are not numbers; load it in another target.dtype or copy it again")
     with _running(kind, remedy):
-        half = ids.shape[1] // 2
-        other = torch.cat([ids[:, :half], ids.roll(1, dims=0)[:, half:]], dim=1)
-        first, second = _logits(model, torch.cat([ids, other])).chunk(2)
-        if bool(first.isnan().any()):
-            raise ModelError(f"{kind}: its logits are not numbers; load it in another target.dtype or copy it again")
-        gap = _gap(first[:, :half], second[:, :half])
-        if not gap <= _allowed(model, _SAME_WORK):
-            raise ModelError(f"{kind} is not causal: logits change by {gap:.2g} with later tokens; {remedy}")
         options = GenerationConfig(
             max_new_tokens=_GENERATED,
             do_sample=False,
@@ -71,6 +65,34 @@ def check_decoder(model: PreTrainedModel, *, remedy: str) -> None:
         gap = _gap(torch.stack(said.logits, dim=1).float(), expected)
         if not gap <= _allowed(model, _OTHER_WORK):
             raise ModelError(f"{kind} generates otherwise with its cache: logits differ by {gap:.2g}; {remedy}")
+
+
+def check_causal(model: PreTrainedModel, *, remedy: str) -> bool:
+    """Check on a few tokens that what a model says of them does not change with later ones.
+
+    A masked language model (BERT) loads as a causal one, and sees the answer that it is asked for.
+
+    Args:
+        model: The model, in evaluation mode.
+        remedy: What to do where it is not; the end of the error's line.
+
+    Returns:
+        False where that cannot be told, since its logits are not numbers.
+
+    Raises:
+        ModelError: If they change, or if the model fails to run.
+    """
+    kind, ids = type(model).__name__, _probe(model)
+    half = ids.shape[1] // 2
+    other = torch.cat([ids[:, :half], ids.roll(1, dims=0)[:, half:]], dim=1)
+    with _running(kind, remedy):
+        first, second = _logits(model, torch.cat([ids, other])).chunk(2)
+        if bool(first.isnan().any()):
+            return False
+        gap = _gap(first[:, :half], second[:, :half])
+    if not gap <= _allowed(model, _SAME_WORK):
+        raise ModelError(f"{kind} is not causal: logits change by {gap:.2g} with later tokens; {remedy}")
+    return True
 
 
 @contextmanager

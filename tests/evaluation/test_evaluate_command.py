@@ -4,10 +4,11 @@ import sys
 from dataclasses import replace
 
 import pytest
+from transformers import BertConfig, BertForMaskedLM
 
 from fedproxy import evaluate
 from fedproxy.data.sources import read_rows
-from fedproxy.errors import ConfigError, DataError, EvaluationError
+from fedproxy.errors import ConfigError, DataError, EvaluationError, ModelError
 from fedproxy.evaluation.evaluators.own_data import OwnData
 from fedproxy.evaluation.own_data import score_rows
 from fedproxy.locks import locked
@@ -67,6 +68,18 @@ def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, model, token
     assert both["ward"] == alone["ward"]
     assert both["arc_easy"]["n"] == 5
     assert set(json.loads((tmp_path / "both" / "results.json").read_text())["configs"]) == {"arc_easy", "ward"}
+
+
+def test_a_model_that_sees_the_answer_is_refused(cache, tokenizer, tmp_path):
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = tmp_path / "bert"
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_rows(tmp_path / "ward.jsonl", [{"prompt": "one two", "target": "three"}])
+    for asked in ("tasks=[arc_easy]", f"files.ward={tmp_path}/ward.jsonl"):
+        with pytest.raises(ModelError, match=r"BertLMHeadModel is not causal: .*; give a decoder-only causal LM"):
+            evaluate.main([f"model={folder}", asked, "limit=2", f"output_dir={tmp_path / 'scores'}"])
+    assert not (tmp_path / "scores/scores.json").exists()
 
 
 def test_likelihoods_that_are_no_numbers_are_told_and_kept_as_json(cache, checkpoint, model, tmp_path, capsys):
