@@ -71,9 +71,9 @@ def test_rows_of_ones_own_with_and_without_tasks(cache, checkpoint, model, token
 
 
 def test_a_model_that_sees_the_answer_is_refused(cache, tokenizer, tmp_path):
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     folder = tmp_path / "bert"
-    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(folder)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_rows(tmp_path / "ward.jsonl", [{"prompt": "one two", "target": "three"}])
     for asked in ("tasks=[arc_easy]", f"files.ward={tmp_path}/ward.jsonl"):
