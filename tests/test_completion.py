@@ -34,7 +34,7 @@ from fedproxy.recipe_files import recipe_names
         (["fit", "parts.precision.u"], ["parts.precision.up="]),
         (["recipes", "plan", "fedproxy_tiny", "federation.r"], ["federation.round_timeout_s=", "federation.rounds="]),
         (["compare", "recipes=[fedot,centr"], ["recipes=[fedot,centralised"]),
-        (["compare", "study=heterogeneous_8"], ["study=heterogeneous_8"]),
+        (["compare", "study=prec"], ["study=precision_and_ranks"]),
         (["evaluate", "num_"], ["num_fewshot="]),
         (["assets", "fetch", "qa", "tiny-ll"], ["tiny-llama"]),
         (["report", "runs/"], []),

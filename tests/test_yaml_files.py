@@ -28,7 +28,11 @@ BAD = {
     "path": (b"method: !!python/object/apply:pathlib.PosixPath [a]\n", r"line 1: the tag .* is not read"),
     "own_tag": (b"method: !mine a\n", r"line 1: the tag !mine is not read; write a plain value"),
     "set": (b"data: !!set {a}\n", r"line 1: the tag tag:yaml.org,2002:set is not read"),
-    "deep": (b"data: " + b"[" * 5000 + b"]" * 5000, rf"line 1: it is nested more than {DEEPEST} deep"),
+    # Newer releases of PyYAML have a bound of their own, which comes first.
+    "deep": (
+        b"data: " + b"[" * 5000 + b"]" * 5000,
+        rf"line 1(: it is nested more than {DEEPEST} deep|.* nesting depth)",
+    ),
     "deep_blocks": ("".join(f"{' ' * n}a:\n" for n in range(400)).encode(), r"nested more than 30 deep"),
     "laughs": (LAUGHS.encode(), r"it stands for more than 50000 values"),
     "itself": (b"data: &a [*a]\n", r"line 1: an anchor holds itself"),

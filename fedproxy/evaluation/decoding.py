@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from fedproxy.models.cache_name import CACHE
+
 Tokens = Sequence[int]
 SLOTS = 32
 """Most rows that are decoded together."""
@@ -168,8 +170,8 @@ class SlotDecoder:
             input_ids=torch.tensor(last, device=device)[:, None],
             attention_mask=mask.to(device),
             position_ids=(self._length - starts)[:, None].to(device),
-            past_key_values=self._cache,
             use_cache=True,
+            **{CACHE: self._cache},
         ).logits[:, -1]
         self._length += 1
         tokens: list[int] = logits.argmax(-1).tolist()
@@ -200,11 +202,11 @@ def read(model: PreTrainedModel, prompts: Sequence[Tokens]) -> tuple[Tensor, Cac
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     places = (mask.cumsum(-1) - 1).clamp(min=0)
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, **last
-    ).logits[:, -1]
+    options: dict[str, Any] = {"use_cache": True, CACHE: cache}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=places, **options).logits[:, -1]
     return logits, cache
 
 

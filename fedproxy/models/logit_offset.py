@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from fedproxy.errors import ModelError, one_line
 from fedproxy.files import at_home, read_json, write_json
+from fedproxy.models.cache_name import CACHE
 
 ROLES = ("target", "tuned", "untuned")
 """The three models, in the order in which they run."""
@@ -111,6 +112,7 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run the three models on the same tokens.
@@ -122,15 +124,16 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             past_key_values: What an earlier call returned; an empty cache of another kind is replaced.
             use_cache: Return the caches for the next call.
             logits_to_keep: Only the logits of the last so many tokens; 0 is all.
+            cache: What transformers calls ``past_key_values`` from 5.24 on.
             kwargs: Passed on to all three.
 
         Returns:
-            ``logits`` (batch, tokens, the target's vocabulary) in the target's dtype, and ``past_key_values``.
+            ``logits`` (batch, tokens, the target's vocabulary) in the target's dtype, and the caches.
 
         Raises:
             ModelError: If a filled cache comes from another model.
         """
-        caches = self._caches(past_key_values, use_cache)
+        caches = self._caches(past_key_values if cache is None else cache, use_cache)
         known = input_ids.masked_fill(input_ids >= self._words, 0)
         found = []
         for index, model in enumerate(self.models):
@@ -138,13 +141,13 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 input_ids=input_ids if model is self.target else known,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=None if caches is None else caches.views[index],
                 use_cache=caches is not None,
                 logits_to_keep=logits_to_keep,
+                **{CACHE: None if caches is None else caches.views[index]},
                 **kwargs,
             )
             found.append(output.logits)
-        return CausalLMOutputWithPast(logits=offset_logits(*found, alpha=self.alpha), past_key_values=caches)
+        return CausalLMOutputWithPast(logits=offset_logits(*found, alpha=self.alpha), **{CACHE: caches})
 
     def _caches(self, given: Cache | None, use_cache: bool | None) -> "ThreeCaches | None":
         if use_cache is False or isinstance(given, ThreeCaches):
@@ -152,7 +155,7 @@ class LogitOffsetModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         if given is None and use_cache is None:
             return None
         if given is not None and given.get_seq_length() > 0:
-            raise ModelError("logit_offset: past_key_values hold another model's tokens; pass what forward returned")
+            raise ModelError(f"logit_offset: {CACHE} holds another model's tokens; pass what forward returned")
         return ThreeCaches(self.models)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from fedproxy.evaluation import decoding
 from fedproxy.evaluation.decoding import SlotDecoder, token_bytes
 from fedproxy.evaluation.generation import generate
+from fedproxy.models.cache_name import CACHE
 
 from .test_generation import END, one_by_one, random_prompts
 
@@ -80,10 +81,10 @@ def test_a_model_that_does_not_take_the_cache_at_its_word_is_left_to_generate(ma
     model, prompts = make_model("llama"), random_prompts()
     plain, forward = one_by_one(model, prompts, [6] * 12), type(model).forward
 
-    def forgets(self, input_ids=None, past_key_values=None, **options):
-        if any(isinstance(layer, decoding._SlotLayer) for layer in getattr(past_key_values, "layers", ())):
+    def forgets(self, input_ids=None, **options):
+        if any(isinstance(layer, decoding._SlotLayer) for layer in getattr(options.get(CACHE), "layers", ())):
             options["attention_mask"] = None
-        return forward(self, input_ids=input_ids, past_key_values=past_key_values, **options)
+        return forward(self, input_ids=input_ids, **options)
 
     forgets.__signature__ = inspect.signature(forward)
     monkeypatch.setattr(type(model), "forward", forgets)

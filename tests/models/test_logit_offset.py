@@ -7,6 +7,7 @@ import torch
 
 from fedproxy.errors import ModelError
 from fedproxy.models import Decoder, load_model
+from fedproxy.models.cache_name import CACHE
 from fedproxy.models.logit_offset import LogitOffsetModel, offset_logits, require_same_vocabulary
 
 FAMILIES = ("llama", "gemma2", "gpt2", "opt")
@@ -91,12 +92,12 @@ def test_each_model_has_its_own_cache_and_a_foreign_one_is_refused(three):
     joined = LogitOffsetModel(*three("llama"))
     ids = torch.tensor([[5, 9, 3, 7]])
     first = joined(ids[:, :3], use_cache=True)
-    assert [len(view.layers) for view in first.past_key_values.views] == [4, 2, 2]
-    step = joined(ids[:, 3:], past_key_values=first.past_key_values, use_cache=True)
+    assert [len(view.layers) for view in first[CACHE].views] == [4, 2, 2]
+    step = joined(ids[:, 3:], use_cache=True, **{CACHE: first[CACHE]})
     assert torch.allclose(step.logits[:, -1], joined(ids).logits[:, -1], atol=1e-5)
-    foreign = joined.target(ids, use_cache=True).past_key_values
-    with pytest.raises(ModelError, match="past_key_values hold another model's tokens; pass what forward returned"):
-        joined(ids, past_key_values=foreign, use_cache=True)
+    foreign = joined.target(ids, use_cache=True)[CACHE]
+    with pytest.raises(ModelError, match=f"{CACHE} holds another model's tokens; pass what forward returned"):
+        joined(ids, use_cache=True, **{CACHE: foreign})
 
 
 def test_saved_folder_names_three_models_and_loads(three, tmp_path):
