@@ -170,9 +170,10 @@ def test_a_hung_worker_is_replaced_and_late_clients_are_dropped(pool, words):
     assert len(pids(words, "ann")) == 2
     assert got["bob"].reason == "its worker hung: no update within engine.client_timeout_s of 5 s (2 tries)"
     (words / "bob").unlink()
-    for client in CLIENTS:
-        (words / client).write_text("slow once")  # brings both workers up
-    answers(pool)
+    while len({pid for client in CLIENTS for pid in pids(words, client)} & set(pool.pids)) < 2:  # both workers are up
+        for client in CLIENTS:
+            (words / client).write_text("slow once")
+        answers(pool)
     (words / "bob").write_text("hang")
     started = time.monotonic()
     got = answers(pool, timeout_s=10.0)
