@@ -99,7 +99,7 @@ def test_every_trainer_option_is_reachable():
         ({"detect_anomaly": 2}, r"trainer\.detect_anomaly must be true or false, got 2"),
         ({"log_every_n_steps": "often"}, r"trainer\.log_every_n_steps must be a whole number or null, got 'often'"),
         ({"check_val_every_n_epoch": True}, r"trainer\.check_val_every_n_epoch must be a whole number or null, got Tr"),
-        ({"limit_val_batches": [1]}, r"trainer\.limit_val_batches must be a whole number or a number or null, got \[1"),
+        ({"limit_val_batches": [1]}, r"trainer\.limit_val_batches must be a .*number or null, got \[1"),
         ({"gradient_clip_algorithm": 3}, r"trainer\.gradient_clip_algorithm must be a text or null, got 3"),
         ({"accelerator": "abacus"}, r"^trainer: .*abacus"),
         ({"logger": "csvv"}, r"trainer\.logger: unknown logger 'csvv'; did you mean 'csv'"),
